@@ -1,0 +1,1 @@
+"""Steering language models at inference time towards several objectives, on Ray."""
