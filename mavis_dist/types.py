@@ -1,0 +1,41 @@
+"""Plain values that cross process borders: frozen, picklable, free of torch and ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BASE_POLICY = "base"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, before any chat template."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RewardScale:
+    """Mean and standard deviation of one objective's raw reward over the iteration-0 training leaves.
+
+    Every value, target and weight in the system is in units of `sd`, so that beta means the same for all objectives.
+    """
+
+    mean: float
+    sd: float
+
+    def standardise(self, score: float) -> float:
+        return (score - self.mean) / self.sd
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who wrote a tree: the base model, or the base model tilted by one objective's value model."""
+
+    objective: str | None = None
+    iteration: int = 0  # of the trees this policy writes; the value model behind it is iteration - 1
+
+    @property
+    def name(self) -> str:
+        return BASE_POLICY if self.objective is None else f"{self.objective}-i{self.iteration}"
