@@ -1,0 +1,70 @@
+"""Trees as packed sequences: every prompt and segment once, each token seeing its ancestors only.
+
+Equal to one forward per root-to-leaf path, at a fraction of the tokens.
+
+Shapes: B trees, S tokens of the longest packed tree, X targets of the tree with most targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mavis_dist.core.tree import ROOT, Targets, Tree
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    tokens_BS: torch.Tensor  # int64, 0 where padded
+    positions_BS: torch.Tensor  # int64, depth in tokens
+    mask_B1SS: torch.Tensor  # bool, True where the second token is an ancestor of the first, or itself
+    index_BX: torch.Tensor  # int64, which token each target belongs to
+    value_BX: torch.Tensor  # float32
+    weight_BX: torch.Tensor  # float32, 0 where padded
+
+
+def visibility(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
+    """Positions int64 [S] and ancestor mask bool [S, S] of prompt and segments in storage order."""
+    num_prompt = len(tree.prompt_tokens)
+    size = num_prompt + len(tree.tokens)
+    position_S = np.arange(size)
+    mask_SS = np.zeros((size, size), dtype=bool)
+    mask_SS[:num_prompt, :num_prompt] = np.tri(num_prompt, dtype=bool)
+    for node in range(tree.num_nodes):
+        start, end = num_prompt + tree.node_start[node], num_prompt + tree.node_start[node + 1]
+        parent = tree.node_parent[node]
+        before = num_prompt if parent == ROOT else num_prompt + tree.node_start[parent] + tree.node_cut[node]
+        mask_SS[start:end] = mask_SS[before - 1]
+        mask_SS[start:end, start:end] = np.tri(end - start, dtype=bool)
+        position_S[start:end] = position_S[before - 1] + 1 + np.arange(end - start)
+    return position_S, mask_SS
+
+
+def pack(trees: list[Tree], targets: list[Targets], weight_by_depth: np.ndarray) -> PackedBatch:
+    """One padded batch of packed trees with the weight of every target."""
+    num_tokens = max(len(t.prompt_tokens) + len(t.tokens) for t in trees)
+    num_targets = max(len(t.index_X) for t in targets)
+    tokens_BS = np.zeros((len(trees), num_tokens), dtype=np.int64)
+    positions_BS = np.zeros_like(tokens_BS)
+    mask_BSS = np.repeat(np.eye(num_tokens, dtype=bool)[None], len(trees), axis=0)  # padding sees itself: no nan
+    index_BX = np.zeros((len(trees), num_targets), dtype=np.int64)
+    value_BX = np.zeros((len(trees), num_targets), dtype=np.float32)
+    weight_BX = np.zeros_like(value_BX)
+    for row, (tree, target) in enumerate(zip(trees, targets, strict=True)):
+        size, count = len(tree.prompt_tokens) + len(tree.tokens), len(target.index_X)
+        tokens_BS[row, :size] = np.concatenate([tree.prompt_tokens, tree.tokens])
+        positions_BS[row, :size], mask_BSS[row, :size, :size] = visibility(tree)
+        index_BX[row, :count] = target.index_X
+        value_BX[row, :count] = target.value_X
+        weight_BX[row, :count] = weight_by_depth[target.depth_X]
+    as_tensor = torch.from_numpy
+    return PackedBatch(
+        as_tensor(tokens_BS),
+        as_tensor(positions_BS),
+        as_tensor(mask_BSS)[:, None],
+        as_tensor(index_BX),
+        as_tensor(value_BX),
+        as_tensor(weight_BX),
+    )

@@ -1,0 +1,110 @@
+"""The tilted next-token distribution (arXiv 2508.13415, value-guided decoding).
+
+    pi(a | s)  ∝  exp( (log p(a | s) + delta_a) / T ),     a in C(s)
+    delta_a    =  min( U, beta * sum_m lambda_m (V_m(s∘a) - V_m(s)) ),   end-of-answer tokens exempt from U
+
+p is the base model's distribution at temperature 1 on the candidate set C(s). Subtracting V(s) changes no probability
+as long as the cap U is infinite.
+
+Shapes: B rows, V vocabulary, K candidates, M objectives. Candidates that a row does not have carry log p = -inf; they
+stand behind those it has, which are sorted by logit (descending), then token id.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def candidates(
+    logits_BV: torch.Tensor,
+    top_k_B: torch.Tensor,
+    top_p_B: torch.Tensor,
+    min_p_B: torch.Tensor,
+    temperature_B: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The candidate sets: token ids [B, K] and log p renormalised on them [B, K], float64.
+
+    top_k first, then top_p and min_p on softmax(log p / T). T = 0 filters as T = 1 does: its limit would leave the
+    base model's own favourite alone and nothing to steer.
+    """
+    num_candidates = min(int(top_k_B.max()), logits_BV.shape[1])
+    logits_BK, ids_BK = _largest(logits_BV, num_candidates)
+    logits_BK = logits_BK.double()
+    device = logits_BV.device
+    logits_BK = logits_BK.masked_fill(torch.arange(num_candidates, device=device) >= top_k_B[:, None], float("-inf"))
+    divisor_B1 = torch.where(temperature_B > 0, temperature_B, 1.0).double()[:, None]
+    probs_BK = torch.softmax(logits_BK / divisor_B1, dim=-1)
+    mass_before_BK = probs_BK.cumsum(-1) - probs_BK
+    dropped_BK = (mass_before_BK >= top_p_B[:, None]) & (top_p_B[:, None] < 1)
+    dropped_BK |= probs_BK < min_p_B[:, None] * probs_BK[:, :1]
+    dropped_BK[:, 0] = False
+    return ids_BK, torch.log_softmax(logits_BK.masked_fill(dropped_BK, float("-inf")), dim=-1)
+
+
+def _largest(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits and their ids; equal logits in the order of ids, also at the border of the set."""
+    logits_BK, ids_BK = logits_BV.topk(k)
+    # topk may take any of the ids that share the smallest logit: fetch all of them, then order and cut.
+    tied = int((logits_BV >= logits_BK[:, -1:]).sum(-1).max())
+    if tied > k:
+        logits_BK, ids_BK = logits_BV.topk(tied)
+    ids_BK, order_BK = ids_BK.sort(dim=-1)
+    logits_BK, order_BK = logits_BK.gather(-1, order_BK).sort(dim=-1, descending=True, stable=True)
+    return logits_BK[:, :k], ids_BK.gather(-1, order_BK)[:, :k]
+
+
+def tilt(
+    values_BKM: torch.Tensor,
+    baseline_BM: torch.Tensor,
+    weights_BM: torch.Tensor,
+    beta_B: torch.Tensor,
+    cap_B: torch.Tensor,
+    uncapped_BK: torch.Tensor,
+) -> torch.Tensor:
+    """delta [B, K] in nats, float64.
+
+    `values_BKM` holds V_m(s∘a) and `baseline_BM` holds V_m(s), both in standard deviations of the reward; entries of
+    objectives with weight 0 are ignored (they may be nan). `uncapped_BK` marks end-of-answer tokens.
+    """
+    gain_BKM = values_BKM.double() - baseline_BM.double()[:, None]
+    used_B1M = (weights_BM != 0)[:, None]
+    gain_BK = (torch.where(used_B1M, gain_BKM, 0.0) * weights_BM.double()[:, None]).sum(-1)
+    delta_BK = beta_B.double()[:, None] * gain_BK
+    return torch.where(uncapped_BK, delta_BK, torch.minimum(delta_BK, cap_B.double()[:, None]))
+
+
+def choose(
+    logprobs_BK: torch.Tensor,
+    delta_BK: torch.Tensor,
+    temperature_B: torch.Tensor,
+    gumbel_BK: torch.Tensor,
+    ids_BK: torch.Tensor,
+) -> torch.Tensor:
+    """Index [B] of one draw from softmax((log p + delta) / T), or of its mode where T = 0.
+
+    The Gumbel-max trick (Maddison et al. 2014): argmax of log p + delta + T * G. Ties go to the smaller token id.
+    """
+    phi_BK = logprobs_BK + delta_BK + temperature_B.double()[:, None] * gumbel_BK
+    is_best_BK = phi_BK == phi_BK.max(-1, keepdim=True).values
+    return torch.where(is_best_BK, ids_BK, torch.iinfo(ids_BK.dtype).max).argmin(-1)
+
+
+def log_ratio(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
+    """log pi(a) - log p_T(a) [B, K], with p_T ∝ p^(1/T); 0 where T = 0, which has no density."""
+    temperature_B1 = temperature_B.double()[:, None]
+    divisor_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1.0)
+    log_partition_B1 = torch.logsumexp((logprobs_BK + delta_BK) / divisor_B1, -1, keepdim=True) - torch.logsumexp(
+        logprobs_BK / divisor_B1, -1, keepdim=True
+    )
+    return torch.where(temperature_B1 > 0, delta_BK / divisor_B1 - log_partition_B1, 0.0)
+
+
+def divergence(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
+    """KL(pi || p_T) of one step [B], in nats; exactly 0 without a tilt, nan where T = 0."""
+    ratio_BK = log_ratio(logprobs_BK, delta_BK, temperature_B)
+    temperature_B1 = temperature_B.double()[:, None]
+    probs_BK = torch.softmax((logprobs_BK + delta_BK) / torch.where(temperature_B1 > 0, temperature_B1, 1.0), -1)
+    present_BK = logprobs_BK > float("-inf")
+    kl_B = torch.where(present_BK, probs_BK * ratio_BK, 0.0).sum(-1)
+    kl_B = torch.where((delta_BK == 0).all(-1), 0.0, kl_B)
+    return torch.where(temperature_B > 0, kl_B, float("nan"))
