@@ -122,9 +122,6 @@ class Rollout(Section):
     top_p: Fraction = Field(1.0, description="nucleus of the reference policy, a probability")
     min_p: float = Field(0.0, ge=0, lt=1, description="least probability relative to the most likely token")
     dynamic_split: bool = Field(True, description="give answers that finished in the first layer a second branching")
-    split_backup: Literal["separate", "paper"] = Field(
-        "separate", description="separate: unbiased value of split answers; paper: the published average"
-    )
     actors: Count = Field(1, description="rollout actors, each with its own copy of the models")
     cpus_per_actor: NonNegative = Field(2, description="CPU cores per rollout actor")
     gpus_per_actor: NonNegative = Field(0, description="GPUs per rollout actor")

@@ -156,11 +156,11 @@ class Backup:
     cuts: dict[tuple[int, int], tuple[float, float]]  # (node, cut) -> the same pair for the fresh children there
 
 
-def backup(tree: Tree, rewards: Mapping[int, float], split_backup: str = "separate") -> Backup:
+def backup(tree: Tree, rewards: Mapping[int, float]) -> Backup:
     """Mean rewards and suffix log-ratios, from the leaves up. `rewards` holds one (standardised) score per leaf.
 
-    `split_backup="separate"`: an answer that was split keeps its own reward, and its fresh children only inform the
-    cut. They were drawn because the answer had finished: averaging them into it, as published (`"paper"`), is biased.
+    An answer that was split keeps its own reward, and its fresh children only inform the cut. The answer was chosen for
+    having finished: averaging it with them, as published, biases the cut and everything above it.
     """
     reward_N = np.zeros(tree.num_nodes)
     logratio_N = np.zeros(tree.num_nodes)
@@ -180,12 +180,8 @@ def backup(tree: Tree, rewards: Mapping[int, float], split_backup: str = "separa
             continue
         reward_N[node] = rewards[node]
         for cut in range(1, length):
-            if (fresh := children.get((node, cut))) is None:
-                continue
-            cuts[node, cut] = mean(fresh)
-            if split_backup == "paper":
-                num_answers = len(fresh) + 1
-                reward_N[node] += (cuts[node, cut][0] - reward_N[node]) * (num_answers - 1) / num_answers
+            if fresh := children.get((node, cut)):
+                cuts[node, cut] = mean(fresh)
     return Backup(reward_N, logratio_N, mean(children[ROOT, 0]), cuts)
 
 

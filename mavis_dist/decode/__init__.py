@@ -1,0 +1,21 @@
+"""Decoding: requests in, answers out.
+
+>>> from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
+"""
+
+from mavis_dist.decode.engine import Engine
+from mavis_dist.decode.guide import Guide, GuideRow, LocalGuide
+from mavis_dist.decode.request import Choice, FinishReason, Request, RequestError, SamplingParams, Update
+
+__all__ = [
+    "Choice",
+    "Engine",
+    "FinishReason",
+    "Guide",
+    "GuideRow",
+    "LocalGuide",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "Update",
+]

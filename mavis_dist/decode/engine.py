@@ -1,0 +1,242 @@
+"""The decode loop: decide, compute, absorb. The only one in the project.
+
+Every step admits waiting answers, computes the base model's logits for all running answers at once, asks the guide
+what the candidates are worth, draws one token each, and hands out what was written. Answers of different prompts,
+lengths and weights share the batch; none depends on its neighbours.
+
+Shapes: B rows, G guided rows, V vocabulary, K candidates, M objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from mavis_dist.core import noise
+from mavis_dist.core.tilt import candidates, choose, divergence, log_ratio, tilt
+from mavis_dist.decode.guide import Guide, GuideRow
+from mavis_dist.decode.request import Choice, FinishReason, Request, Update, prepare
+from mavis_dist.decode.scheduler import Row, Scheduler
+from mavis_dist.models.kv import SlotModel
+from mavis_dist.models.load import BaseModel
+
+
+class Engine:
+    """Writes answers with a base model, tilted by a guide.
+
+    >>> engine = Engine(load_base("smollm2-135m-instruct"), LocalGuide({"brief": value_model}))
+    >>> [choice] = engine.generate([Request("1", prompt_ids, weights={"brief": 1.0})])
+    """
+
+    def __init__(self, base: BaseModel, guide: Guide | None = None, max_rows: int = 32):
+        self.max_context = base.max_context
+        self._guide = guide
+        self._scheduler = Scheduler(max_rows)
+        model = base.model
+        self._base = SlotModel(lambda **inputs: model(**inputs, logits_to_keep=1).logits, model.base_model)
+        self._device = model.device
+        self._eos = torch.tensor(sorted(base.eos_ids), device=self._device)
+        self._eos_ids = frozenset(base.eos_ids)
+        self._baseline: dict[int, torch.Tensor] = {}  # row number -> V_m(s) of its last token [M]
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self._guide.objectives if self._guide else ()
+
+    @property
+    def is_idle(self) -> bool:
+        return self._scheduler.is_idle
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Answers being written and answers waiting."""
+        return len(self._scheduler.running), self._scheduler.num_waiting
+
+    def submit(self, request: Request, first: bool = False) -> Request:
+        """Queue a request (`first`: before all others); returns it with its seed and normalised weights.
+
+        Raises:
+            RequestError: naming the field, its value and the remedy.
+        """
+        request = prepare(request, self.objectives, self.max_context)
+        self._scheduler.submit(request, first)
+        return request
+
+    def cancel(self, request_id: str) -> list[Update]:
+        """Stop a request's answers, running or waiting."""
+        updates = []
+        for row in self._scheduler.cancel(request_id):
+            row.choice.finish = FinishReason.ABORT
+            updates.append(_update(row, ()))
+        return updates
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Choice]]:
+        """All answers to all requests, in the order of the requests; needs an idle engine."""
+        assert self.is_idle, "generate() needs an engine without other requests; use submit() and step()"
+        place = {request.id: i for i, request in enumerate(requests)}
+        if len(place) < len(requests):
+            raise ValueError("two requests have the same id: give every request an id of its own")
+        for request in requests:
+            self.submit(request)
+        answers: list[list[Choice]] = [[] for _ in requests]
+        while not self.is_idle:
+            for update in self.step():
+                if update.finished is not None:
+                    answers[place[update.request_id]].append(update.finished)
+        return [sorted(choices, key=lambda choice: choice.index) for choices in answers]
+
+    def stream(self, request: Request) -> Iterator[Update]:
+        """The answer token by token; other requests go on meanwhile, but their updates are dropped."""
+        request = self.submit(request)
+        try:
+            left = request.params.n
+            while left:
+                for update in self.step():
+                    if update.request_id == request.id:
+                        yield update
+                        left -= update.finished is not None
+        finally:
+            self.cancel(request.id)
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """Write one more token of every running answer."""
+        self._admit()
+        rows = self._scheduler.running
+        if not rows:
+            return []
+        logits_BV = self._base.extend([row.number for row in rows], [row.tokens[-1:] for row in rows])
+        assert logits_BV is not None
+        return self._absorb(rows, *self._draw(rows, logits_BV.float()))
+
+    def _admit(self) -> None:
+        """Open admitted rows up to their last token, whose logits the step computes."""
+        admissions = self._scheduler.admit()
+        missing: dict[int, list[int]] = {}
+        guided: list[GuideRow] = []
+        for admission in admissions:
+            row, source = admission.row, admission.source.number if admission.source else None
+            present = self._base.open(row.number, source, min(admission.shared, len(row.tokens) - 1))
+            if present < len(row.tokens) - 1:
+                missing[row.number] = row.tokens[present:-1]
+            if row.request.is_guided:
+                used = frozenset(row.request.weights)
+                guided.append(GuideRow(row.number, tuple(row.tokens), used, source, admission.shared))
+        if missing:
+            self._base.extend(list(missing), list(missing.values()), outputs=False)
+        if guided:
+            assert self._guide is not None
+            values_GM = self._guide.open(guided)
+            self._baseline.update(zip((row.row for row in guided), values_GM, strict=True))
+        released = [row.number for row in self._scheduler.release()]
+        for number in released:
+            if number in self._base:
+                self._base.close(number)
+        guided_numbers = [number for number in released if self._baseline.pop(number, None) is not None]
+        if guided_numbers:
+            assert self._guide is not None
+            self._guide.close(guided_numbers)
+
+    def _draw(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One token for every row: chosen index [B], ids [B, K], log-ratios [B, K], KL [B], values [B, K, M]."""
+        params = [row.request.params for row in rows]
+        temperature_B = self._per_row([p.temperature for p in params])
+        is_first_B = torch.tensor([row.position == 0 for row in rows], device=self._device)
+        logits_BV[is_first_B.nonzero(), self._eos] = float("-inf")  # an answer has at least one token
+        ids_BK, logprobs_BK = candidates(
+            logits_BV,
+            torch.tensor([p.top_k for p in params], device=self._device),
+            self._per_row([p.top_p for p in params]),
+            self._per_row([p.min_p for p in params]),
+            temperature_B,
+        )
+        values_BKM, delta_BK = self._tilt(rows, ids_BK)
+        noise_BK = noise.gumbel(
+            torch.tensor([row.stream for row in rows], device=self._device),
+            torch.tensor([row.position for row in rows], device=self._device),
+            ids_BK,
+        )
+        chosen_B = choose(logprobs_BK, delta_BK, temperature_B, noise_BK, ids_BK)
+        ratio_BK = log_ratio(logprobs_BK, delta_BK, temperature_B)
+        return chosen_B, ids_BK, ratio_BK, divergence(logprobs_BK, delta_BK, temperature_B), values_BKM
+
+    def _tilt(self, rows: Sequence[Row], ids_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values [B, K, M], nan where not asked for, and the tilt [B, K], 0 for rows without guidance."""
+        values_BKM = torch.full((*ids_BK.shape, len(self.objectives)), float("nan"), device=self._device)
+        delta_BK = torch.zeros(ids_BK.shape, dtype=torch.float64, device=self._device)
+        guided = [b for b, row in enumerate(rows) if row.number in self._baseline]
+        if not guided:
+            return values_BKM, delta_BK
+        assert self._guide is not None
+        requests = [rows[b].request for b in guided]
+        weights_GM = torch.tensor([[r.weights.get(m, 0.0) for m in self.objectives] for r in requests])
+        values_GKM = self._guide.score([rows[b].number for b in guided], ids_BK[guided]).to(self._device)
+        values_BKM[guided] = values_GKM
+        delta_BK[guided] = tilt(
+            values_GKM,
+            torch.stack([self._baseline[rows[b].number] for b in guided]).to(self._device),
+            weights_GM.to(self._device),
+            self._per_row([r.beta for r in requests]),
+            self._per_row([float("inf") if r.tilt_cap is None else r.tilt_cap for r in requests]),
+            torch.isin(ids_BK[guided], self._eos),
+        )
+        return values_BKM, delta_BK
+
+    def _absorb(
+        self,
+        rows: Sequence[Row],
+        chosen_B: torch.Tensor,
+        ids_BK: torch.Tensor,
+        ratio_BK: torch.Tensor,
+        kl_B: torch.Tensor,
+        values_BKM: torch.Tensor,
+    ) -> list[Update]:
+        """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
+        every_B = torch.arange(len(rows), device=self._device)
+        tokens, kls = ids_BK[every_B, chosen_B].tolist(), kl_B.tolist()
+        ratios = ratio_BK[every_B, chosen_B].tolist()
+        chosen_values_BM = values_BKM[every_B, chosen_B].cpu()
+        updates, finished, kept = [], [], []
+        for b, row in enumerate(rows):
+            choice, guided = row.choice, row.number in self._baseline
+            if guided and self._is_broken(row, values_BKM[b]):
+                choice.finish, choice.error = FinishReason.ERROR, "a value model returned a value that is not finite"
+                finished.append(row)
+                updates.append(_update(row, ()))
+                continue
+            start = row.position
+            row.tokens.append(tokens[b])
+            choice.tokens.append(tokens[b])
+            choice.logratios.append(ratios[b])
+            choice.divergence += kls[b]
+            if guided:
+                choice.num_scored += ids_BK.shape[1] * len(row.request.weights)
+                choice.values = {m: float(chosen_values_BM[b, self.objectives.index(m)]) for m in row.request.weights}
+                self._baseline[row.number] = chosen_values_BM[b]
+            if tokens[b] in self._eos_ids:
+                choice.finish = FinishReason.STOP
+            elif row.position == row.request.params.max_tokens:
+                choice.finish = FinishReason.LENGTH
+            if choice.finish is not None:
+                finished.append(row)
+            elif guided:
+                kept.append(b)
+            updates.append(_update(row, (tokens[b],), start))
+        if kept:
+            assert self._guide is not None
+            self._guide.keep([rows[b].number for b in kept], chosen_B[kept])
+        self._scheduler.finish(finished)
+        return updates
+
+    def _is_broken(self, row: Row, values_KM: torch.Tensor) -> bool:
+        used = [m for m, name in enumerate(self.objectives) if name in row.request.weights]
+        return not bool(values_KM[:, used].isfinite().all())
+
+    def _per_row(self, numbers: Iterable[float]) -> torch.Tensor:
+        return torch.tensor(list(numbers), dtype=torch.float64, device=self._device)
+
+
+def _update(row: Row, tokens: tuple[int, ...], start: int | None = None) -> Update:
+    finished = row.choice if row.choice.finish is not None else None
+    return Update(row.request.id, row.choice.index, row.position if start is None else start, tokens, finished)

@@ -1,0 +1,147 @@
+"""What goes into the engine and what comes out: plain values, checked before any tensor is made."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from mavis_dist.core import noise
+
+
+class RequestError(ValueError):
+    """A request that cannot be served. `field` names the part at fault."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(field, message)  # both arguments, so that it pickles
+        self.field, self.message = field, message
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}"
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"  # the model ended the answer
+    LENGTH = "length"  # max_tokens was reached
+    ABORT = "abort"  # cancelled
+    ERROR = "error"  # failed; Choice.error says why
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. The defaults sample the reference policy of training (METHOD: T = 1, top 40)."""
+
+    max_tokens: int = 128  # tokens of the whole answer, those of Request.answer included
+    temperature: float = 1.0  # 0: the most likely token of the tilted distribution
+    top_k: int = 40
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None  # none: drawn at submission
+    n: int = 1  # independent answers
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question with its steering."""
+
+    id: str
+    prompt: tuple[int, ...]  # token ids, chat template applied
+    weights: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
+    beta: float = 8.0  # nats of tilt per standard deviation of reward
+    tilt_cap: float | None = None  # nats; none: unbounded
+    params: SamplingParams = SamplingParams()
+    answer: tuple[int, ...] = ()  # tokens written so far, when an answer is continued
+    stream: int | None = None  # noise stream; none: derived from the seed and the choice index
+
+    @property
+    def is_guided(self) -> bool:
+        return self.beta > 0 and any(weight > 0 for weight in self.weights.values())
+
+
+@dataclass
+class Choice:
+    """One answer, growing or finished. Lists hold one entry per token that this engine wrote."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    error: str | None = None
+    logratios: list[float] = field(default_factory=list)  # log pi(a) - log pi_ref(a) of the chosen tokens
+    divergence: float = 0.0  # sum over the tokens of KL(pi || pi_ref), nats; nan at temperature 0
+    values: dict[str, float] = field(default_factory=dict)  # objective -> V at the latest token, in sd of its reward
+    num_scored: int = 0  # candidates given to value models
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one engine step added to one choice. `start` is the index in the answer of the first new token."""
+
+    request_id: str
+    index: int
+    start: int
+    tokens: tuple[int, ...]
+    finished: Choice | None = None
+
+
+def normalise_weights(weights: Mapping[str, float], objectives: Collection[str]) -> dict[str, float]:
+    """Weights that sum to 1, without those that are 0; empty if all are 0.
+
+    Raises:
+        RequestError: a weight is negative or not finite, or its objective does not exist.
+    """
+    for name, weight in weights.items():
+        if name not in objectives:
+            known = ", ".join(sorted(objectives)) or "none"
+            raise RequestError("objective_weights", f"there is no objective {name!r}; available: {known}")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise RequestError("objective_weights", f"the weight of {name!r} is {weight}; use a finite number >= 0")
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items() if weight > 0}
+
+
+def prepare(request: Request, objectives: Collection[str], max_context: int) -> Request:
+    """The request with normalised weights and a seed, or a RequestError that names the field, value and remedy."""
+    params = request.params
+
+    def refuse_unless(condition: bool, name: str, remedy: str) -> None:
+        if not condition:
+            value = getattr(params, name) if hasattr(params, name) else getattr(request, name)
+            raise RequestError(name, f"is {value!r}; {remedy}")
+
+    refuse_unless(_is_number(params.temperature) and params.temperature >= 0, "temperature", "use a number >= 0")
+    refuse_unless(params.top_k >= 1, "top_k", "use an integer >= 1")
+    refuse_unless(_is_number(params.top_p) and 0 < params.top_p <= 1, "top_p", "use a number in (0, 1]")
+    refuse_unless(_is_number(params.min_p) and 0 <= params.min_p < 1, "min_p", "use a number in [0, 1)")
+    refuse_unless(params.n >= 1, "n", "use an integer >= 1")
+    refuse_unless(_is_number(request.beta) and request.beta >= 0, "beta", "use a number >= 0")
+    refuse_unless(request.tilt_cap is None or request.tilt_cap > 0, "tilt_cap", "use a number > 0, or none")
+    if not request.prompt:
+        raise RequestError("prompt", "is empty; give at least one token")
+    longest_answer = max_context - len(request.prompt)
+    if longest_answer < 1:
+        raise RequestError(
+            "prompt", f"has {len(request.prompt)} tokens; the context of {max_context} leaves no room for an answer"
+        )
+    refuse_unless(
+        len(request.answer) < params.max_tokens <= longest_answer,
+        "max_tokens",
+        f"with a prompt of {len(request.prompt)} tokens use an integer from {len(request.answer) + 1} "
+        f"to {longest_answer}",
+    )
+    seed = params.seed if params.seed is not None else secrets.randbits(32)
+    weights = normalise_weights(request.weights, objectives)
+    return replace(request, weights=weights, params=replace(params, seed=seed))
+
+
+def stream_of(request: Request, index: int) -> int:
+    """The noise stream of one choice."""
+    if request.stream is not None:
+        return request.stream
+    assert request.params.seed is not None
+    return noise.stream(request.params.seed, index)
+
+
+def _is_number(value: float) -> bool:
+    return math.isfinite(value)

@@ -1,0 +1,131 @@
+"""The value model: a decoder with the base model's tokenizer and one linear head per objective.
+
+On disk a value model is a folder: config.json (the backbone), model.safetensors (backbone and heads) and mavis.json
+(what it is a model of). Loading is strict: a missing head is an error, never a fresh one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from mavis_dist.types import RewardScale
+
+CARD_FILE = "mavis.json"
+
+
+class ValueModelError(ValueError):
+    """A value model that cannot be used here."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a value model is a model of; stored beside its weights."""
+
+    objectives: tuple[str, ...]
+    scales: tuple[RewardScale, ...]
+    rewards: tuple[dict[str, Any], ...]  # the objectives' config
+    iteration: int
+    parent: str | None  # where the training started: None (the base model) or the value model before
+    base_fingerprint: str
+    tokenizer_fingerprint: str
+    max_tokens: int  # longest answer of the training trees (T_max)
+    beta: float  # strength of the policies that wrote the training trees
+    explained_variance: float | None  # on validation trees; None without any
+
+    def check(self, base_fingerprint: str, tokenizer_fingerprint: str) -> None:
+        """Raises ValueModelError unless the model was trained for this base model and tokenizer."""
+        name = ", ".join(self.objectives)
+        if self.tokenizer_fingerprint != tokenizer_fingerprint:
+            raise ValueModelError(
+                f"the value model of {name!r} was trained with tokenizer {self.tokenizer_fingerprint[:12]}, the base "
+                f"model has {tokenizer_fingerprint[:12]}: train it again for this base model"
+            )
+        if self.base_fingerprint != base_fingerprint:
+            raise ValueModelError(
+                f"the value model of {name!r} was trained for base model {self.base_fingerprint[:12]}, this one is "
+                f"{base_fingerprint[:12]}: serve the base model it was trained for, or train it again"
+            )
+
+
+class ValueModel(nn.Module):
+    """V_m(s) for every token of a batch, in standard deviations of the objectives' rewards."""
+
+    def __init__(self, backbone: PreTrainedModel, num_objectives: int):
+        super().__init__()
+        self.backbone = backbone
+        # Single precision: a value is a small difference, and it is multiplied by beta.
+        self.heads = nn.Linear(backbone.config.hidden_size, num_objectives, dtype=torch.float32)
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """Values [B, T, M] in float32, for the arguments of a Hugging Face decoder."""
+        hidden_BTH = self.backbone(**inputs).last_hidden_state
+        return self.heads(hidden_BTH.float())
+
+    def to_precision(self, dtype: torch.dtype) -> ValueModel:
+        """Cast the backbone; the heads stay in float32."""
+        self.backbone.to(dtype)
+        return self
+
+
+def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> ValueModel:
+    """The first `layers` layers of the decoder in `folder` (all of them if None), with heads that say 0."""
+    config = AutoConfig.from_pretrained(folder)
+    available = config.num_hidden_layers
+    if layers is not None and layers > available:
+        raise ValueModelError(f"value.layers is {layers} but {folder} has {available} layers: use at most {available}")
+    truncate(config, layers or available)
+    backbone = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    return ValueModel(backbone, num_objectives)
+
+
+def truncate(config: Any, layers: int) -> None:
+    """Make a model configuration describe the first `layers` layers."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def save(model: ValueModel, card: Card, folder: Path) -> None:
+    """Write the three files. The caller makes the folder appear whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.backbone.config.save_pretrained(folder)
+    save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / CARD_FILE).write_text(json.dumps(asdict(card), indent=1))
+
+
+def load_card(folder: Path) -> Card:
+    try:
+        raw = json.loads((folder / CARD_FILE).read_text())
+        scales = tuple(RewardScale(**scale) for scale in raw.pop("scales"))
+        objectives, rewards = tuple(raw.pop("objectives")), tuple(raw.pop("rewards"))
+        return Card(objectives=objectives, rewards=rewards, scales=scales, **raw)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueModelError(f"{folder / CARD_FILE} cannot be read ({error}): train this value model again") from None
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[ValueModel, Card]:
+    """A value model ready to be asked; raises ValueModelError if any file or tensor is missing or damaged."""
+    card = load_card(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueModelError(f"the value model in {folder} cannot be read ({error}): train it again") from None
+    backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model = ValueModel(backbone, len(card.objectives))
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueModelError(f"the value model in {folder} is incomplete: {' '.join(str(error).split())}") from None
+    return model.to_precision(dtype).to(device).eval().requires_grad_(False), card
