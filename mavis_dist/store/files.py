@@ -1,0 +1,141 @@
+"""Whole files and whole folders on any fsspec file system (local or shared mount, s3, gs, hdfs).
+
+A file is written under a temporary name, synced and renamed. A folder is finished when its marker exists, which is
+written last and holds facts about the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+MARKER = "_COMPLETE.json"
+
+
+class StoreError(ValueError):
+    """Storage that cannot be used, or a file in it that cannot be read."""
+
+
+class Store:
+    """One run's folder below a storage URI. Paths are relative to it, with forward slashes."""
+
+    def __init__(self, storage: str, run: str):
+        self.storage, self.run = storage, run
+        try:
+            self._fs, root = fsspec.url_to_fs(storage)
+        except (ImportError, ValueError, OSError) as error:
+            raise StoreError(f"storage {storage!r} cannot be opened: {error}") from None
+        self.root = f"{root.rstrip('/')}/{run}"
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+
+    def check_writable(self) -> None:
+        """Raises StoreError unless files can be created here; leaves nothing behind."""
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.write_bytes(probe, b"")
+            self.delete(probe)
+        except Exception as error:  # every file system has errors of its own
+            raise StoreError(
+                f"storage {self.storage!r} cannot be written ({error}): give storage=URI that this machine may write to"
+            ) from None
+
+    def exists(self, path: str) -> bool:
+        return self._fs.exists(self._full(path))
+
+    def list(self, folder: str) -> list[str]:
+        """Names in a folder, sorted; temporary files left out; empty if there is no such folder."""
+        if not self.exists(folder):
+            return []
+        names = (info["name"].rstrip("/").rpartition("/")[2] for info in self._fs.ls(self._full(folder), detail=True))
+        return sorted(name for name in names if not name.startswith("."))
+
+    def delete(self, path: str) -> None:
+        if self.exists(path):
+            self._fs.rm(self._full(path), recursive=True)
+
+    def read_bytes(self, path: str) -> bytes:
+        try:
+            return self._fs.cat_file(self._full(path))
+        except OSError as error:
+            raise StoreError(f"{self._full(path)} cannot be read: {error}") from None
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """The file appears whole, or not at all."""
+        full = self._full(path)
+        self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+        if not self._is_local:
+            self._fs.pipe_file(full, data)  # object stores publish an object when its upload ends
+            return
+        temporary = f"{full.rpartition('/')[0]}/.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, full)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_folder(Path(full).parent)
+
+    def read_json(self, path: str) -> Any:
+        try:
+            return json.loads(self.read_bytes(path))
+        except ValueError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{self._full(path)} is damaged ({error}): delete it and run again") from None
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.write_bytes(path, json.dumps(value, indent=1).encode())
+
+    def finish(self, folder: str, facts: dict[str, Any]) -> None:
+        """Write the marker: everything else in the folder must be there already."""
+        self.write_json(f"{folder}/{MARKER}", facts)
+
+    def facts(self, folder: str) -> dict[str, Any] | None:
+        """What the marker of a finished folder says; None if the folder is not finished."""
+        path = f"{folder}/{MARKER}"
+        if not self.exists(path):
+            return None
+        try:
+            return self.read_json(path)
+        except StoreError:
+            return None  # a marker that is not whole was never written by us: the work is redone
+
+    def upload(self, source: Path, folder: str, facts: dict[str, Any]) -> None:
+        """Copy the files of a local folder, then write the marker."""
+        for file in sorted(source.iterdir()):
+            self.write_bytes(f"{folder}/{file.name}", file.read_bytes())
+        self.finish(folder, facts)
+
+    def download(self, folder: str) -> Path:
+        """A local folder with these files: the folder itself where storage is local, else a temporary copy."""
+        if self._is_local:
+            return Path(self._full(folder))
+        target = Path(tempfile.mkdtemp(prefix="mavis-"))
+        try:
+            self._fs.get(f"{self._full(folder)}/", f"{target}/", recursive=True)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        return target
+
+    def _full(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
