@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from mavis_dist.models.load import BaseModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from mavis_dist.models.load import BaseModel
 from mavis_dist.models.value import ValueModel
 
 VOCAB, EOS = 97, 2

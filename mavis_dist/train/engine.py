@@ -52,17 +52,11 @@ def full_state(engine: Any) -> dict[str, torch.Tensor]:
     """All parameters in float32 on the CPU, gathered from the workers (call it on every worker)."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        full = (
-            safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or _is_sharded(parameter) else None
-        )
-        state[name] = (parameter if full is None else full).detach().float().cpu().clone()
-    return state
+    def full(parameter: nn.Parameter) -> torch.Tensor:
+        sharded = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        return parameter if sharded is None else sharded  # ZeRO 0 keeps the parameter itself whole
 
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id")
+    return {name: full(p).detach().float().cpu().clone() for name, p in engine.module.named_parameters()}
 
 
 def warm_up() -> None:

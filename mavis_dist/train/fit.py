@@ -65,8 +65,7 @@ def start_model(fit: Fit, config: config_module.Config, store: Store) -> ValueMo
         model, _ = load(values.fetch(store, fit.objective, fit.iteration - 1))
         return model.requires_grad_(True)
     backbone = config.base.model if config.value.backbone == "base" else config.value.backbone
-    model = from_base(fetch(backbone), config.value.layers)
-    return model
+    return from_base(fetch(backbone), config.value.layers)
 
 
 def with_adapters(model: ValueModel, config: config_module.Config) -> ValueModel:
