@@ -60,19 +60,19 @@ def nodes() -> list[Node]:
 class Meter:
     """Says on stderr how far a stage is: done/total, rate, time left."""
 
-    def __init__(self, stage: str, unit: str, total: int, every_s: float = 5.0):
-        self._stage, self._unit, self._total, self._every_s = stage, unit, total, every_s
+    def __init__(self, stage: str, unit: str, every_s: float = 5.0):
+        self._stage, self._unit, self._every_s = stage, unit, every_s
         self._started = self._last = time.monotonic()
 
-    def show(self, done: int, text: str = "", final: bool = False) -> None:
+    def show(self, done: int, total: int, text: str = "", final: bool = False) -> None:
         now = time.monotonic()
         if not final and now - self._last < self._every_s:
             return
         self._last = now
         elapsed = now - self._started
         rate = done / elapsed if elapsed > 0 else 0.0
-        left = f"{(self._total - done) / rate:.0f} s left" if rate > 0 and not final else f"{elapsed:.0f} s"
-        line = f"{self._stage:<28} {done}/{self._total} {self._unit}, {rate:.2f}/s, {left}"
+        time_left = f"{(total - done) / rate:.0f} s left" if rate > 0 and not final else f"{elapsed:.0f} s"
+        line = f"{self._stage:<24} {done}/{total} {self._unit}, {rate:.2f}/s, {time_left}"
         print(f"{line}  {text}".rstrip(), file=sys.stderr, flush=True)
 
 
@@ -95,24 +95,18 @@ def make_board() -> Any:
 
 
 class Watch:
-    """Shows the progress that workers post for one stage."""
+    """Shows the progress that workers post for one stage; `total` defaults to the sum of what they say."""
 
-    def __init__(self, board: Any, stage: str, unit: str, total: int | None = None, already: int = 0):
-        self._board, self._stage, self._unit, self._total, self._already = board, stage, unit, total, already
-        self._meter: Meter | None = None
+    def __init__(self, board: Any, stage: str, unit: str, total: int | None = None):
+        self._board, self._stage, self._total = board, stage, total
+        self._meter = Meter(stage, unit)
 
     def look(self, final: bool = False) -> None:
         parts = ray.get(self._board.read.remote(self._stage), timeout=60)
-        done = self._already + sum(part[0] for part in parts.values())
-        total = self._total if self._total is not None else sum(part[1] for part in parts.values())
-        if total == 0:
-            return
-        if self._meter is None or self._total is None:
-            meter = Meter(self._stage, self._unit, total)
-            if self._meter is not None:  # totals are still being learnt: keep the clock
-                meter._started, meter._last = self._meter._started, self._meter._last
-            self._meter = meter
-        self._meter.show(done, ", ".join(f"{name} {part[2]}" for name, part in parts.items() if part[2]), final)
+        total = self._total or sum(part[1] for part in parts.values())
+        if total:
+            text = ", ".join(f"{name} {part[2]}" for name, part in parts.items() if part[2])
+            self._meter.show(sum(part[0] for part in parts.values()), total, text, final)
 
 
 def map_on_actors(
@@ -133,14 +127,14 @@ def map_on_actors(
 
 def map_tasks(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], stage: str, unit: str) -> list[Any]:
     """`function(*item)` for every item as a Ray task of one core; results in the order of the items."""
-    meter = Meter(stage, unit, len(items))
+    meter = Meter(stage, unit)
     task = ray.remote(function)
     refs = [task.options(num_cpus=1).remote(*item) for item in items]
     left = refs
     while left:
         _, left = ray.wait(left, num_returns=len(left), timeout=POLL_S)
-        meter.show(len(refs) - len(left))
-    meter.show(len(refs), final=True)
+        meter.show(len(refs) - len(left), len(refs))
+    meter.show(len(refs), len(refs), final=True)
     return ray.get(refs)
 
 
