@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mavis_dist.config import Config
+from mavis_dist.types import UserError
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """A cluster that can never fit what the config asks for."""
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mavis_dist.config import Prompts
-from mavis_dist.types import Prompt
+from mavis_dist.types import Prompt, UserError
 
 BUILTIN = Path(__file__).parent / "data" / "prompts.jsonl"
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """Prompts that cannot be used; the message is one sentence for the user."""
 
 

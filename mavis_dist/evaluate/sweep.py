@@ -6,12 +6,13 @@ Every point of the grid answers every prompt from the same seed, so that points 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
 import moocore
 import numpy as np
+from scipy import stats
 
 from mavis_dist.decode import Choice, Request, SamplingParams
 from mavis_dist.types import Prompt, RewardScale
@@ -74,26 +75,19 @@ def grid(objectives: Sequence[str], steps: int) -> list[Point]:
 
 
 def requests(
-    point: Point, prompts: Sequence[Prompt], samples: int, beta: float, tilt_cap: float | None, params: SamplingParams
+    point: Point, prompts: Sequence[Prompt], beta: float, tilt_cap: float | None, params: SamplingParams
 ) -> list[tuple[Prompt, Request]]:
     """The requests of one point; the worker fills in the prompts' tokens."""
     return [
         (
             prompt,
             Request(
-                id=f"{point.name}/{prompt.id}",
+                id=prompt.id,
                 prompt=(),
                 weights=point.weights,
                 beta=beta,
                 tilt_cap=tilt_cap,
-                params=SamplingParams(
-                    max_tokens=params.max_tokens,
-                    top_k=params.top_k,
-                    top_p=params.top_p,
-                    min_p=params.min_p,
-                    seed=index,
-                    n=samples,
-                ),
+                params=replace(params, seed=index),
             ),
         )
         for index, prompt in enumerate(prompts)
@@ -102,53 +96,68 @@ def requests(
 
 def summarise(
     points: Sequence[Point],
-    choices: Mapping[str, Sequence[Sequence[Choice]]],
-    scores: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    answers: Mapping[str, Sequence[Sequence[tuple[Choice, str]]]],
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
     scales: Mapping[str, RewardScale],
     prompts: Sequence[Prompt],
-    texts: Mapping[str, Sequence[str]],
     beta: float,
 ) -> Sweep:
     """Numbers from answers.
 
     Args:
-        choices: point name -> prompt -> answers.
-        scores: point name -> objective -> prompt -> raw reward of every answer.
-        texts: point name -> prompt -> text of the first answer.
+        answers: point name -> prompt -> answers with their texts.
+        scores: point name -> objective -> raw reward of every answer, prompt by prompt.
     """
-    standard = {
+    mean_by_prompt = {
         point.name: {
-            name: np.array([np.mean([scale.standardise(s) for s in row]) for row in scores[point.name][name]])
+            name: np.array([scale.standardise(s) for s in scores[point.name][name]]).reshape(len(prompts), -1).mean(1)
             for name, scale in scales.items()
         }
         for point in points
     }
+    base = mean_by_prompt[points[0].name]
     results = []
     for point in points:
-        answers = [choice for row in choices[point.name] for choice in row]
-        rewards = standard[point.name]
+        choices = [choice for row in answers[point.name] for choice, _ in row]
+        rewards = mean_by_prompt[point.name]
         results.append(
             PointResult(
                 name=point.name,
                 weights=dict(point.weights),
                 reward={name: bootstrap(values) for name, values in rewards.items()},
-                gain={name: bootstrap(values - standard[points[0].name][name]) for name, values in rewards.items()},
-                divergence=float(np.mean([choice.divergence for choice in answers])),
-                num_tokens=float(np.mean([len(choice.tokens) for choice in answers])),
+                gain={name: bootstrap(values - base[name]) for name, values in rewards.items()},
+                divergence=float(np.mean([choice.divergence for choice in choices])),
+                num_tokens=float(np.mean([len(choice.tokens) for choice in choices])),
             )
         )
     examples = [
-        {"prompt": prompt.text, "answers": {point.name: texts[point.name][index] for point in points}}
+        {"prompt": prompt.text, "answers": {point.name: answers[point.name][index][0][1] for point in points}}
         for index, prompt in enumerate(prompts)
     ]
     return Sweep(results, _hypervolume(results), len(prompts), beta, examples)
 
 
+def sweep_from_json(raw: Mapping[str, Any]) -> Sweep:
+    """The inverse of `Sweep.to_json`."""
+
+    def estimates(by_name: Mapping[str, Any]) -> dict[str, Estimate]:
+        return {name: Estimate(**value) for name, value in by_name.items()}
+
+    points = [
+        PointResult(**{**point, "reward": estimates(point["reward"]), "gain": estimates(point["gain"])})
+        for point in raw["points"]
+    ]
+    return Sweep(**{**raw, "points": points})
+
+
 def bootstrap(values: np.ndarray) -> Estimate:
     """Mean and 95 % percentile interval over resampled prompts; a fixed seed makes it repeatable."""
-    draws = np.random.default_rng(0).integers(0, len(values), (BOOTSTRAPS, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high))
+    if len(values) < 2:
+        return Estimate(float(values.mean()), float("-inf"), float("inf"))
+    interval = stats.bootstrap(
+        (values,), np.mean, n_resamples=BOOTSTRAPS, confidence_level=0.95, method="percentile", rng=0
+    ).confidence_interval
+    return Estimate(float(values.mean()), float(interval.low), float(interval.high))
 
 
 def _hypervolume(results: Sequence[PointResult]) -> float:
@@ -168,7 +177,7 @@ def table(sweep: Sweep) -> str:
     lines = [head, "-" * len(head)]
     for point in sweep.points:
         gains = "".join(
-            f"{f'{point.gain[n].mean:+.2f} [{point.gain[n].low:+.2f}, {point.gain[n].high:+.2f}]':>30}" for n in names
+            f"{f'{point.gain[n].mean:+.2f} [{point.gain[n].low:+.2f}, {point.gain[n].high:+.2f}]':>24}" for n in names
         )
         lines.append(f"{point.name:<28}{gains}{point.divergence:>10.2f}{point.num_tokens:>8.1f}")
     lines.append(f"hypervolume {sweep.hypervolume:.3f} sd^{len(names)}, {sweep.num_prompts} unseen prompts")

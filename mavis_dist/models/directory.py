@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mavis_dist.types import UserError
+
 # Written last into a directory that this project built; holds the fingerprint that its content must have.
 SEAL = "fingerprint.txt"
 HASH_THREADS = 4
@@ -21,7 +23,7 @@ HASH_THREADS = 4
 VOLATILE_KEYS = frozenset({"transformers_version", "use_cache", "dtype", "torch_dtype"})
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be used; the message is one sentence for the user."""
 
 

@@ -20,12 +20,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from mavis_dist.types import RewardScale
+from mavis_dist.types import RewardScale, UserError
 
 CARD_FILE = "mavis.json"
 
 
-class ValueModelError(ValueError):
+class ValueModelError(UserError):
     """A value model that cannot be used here."""
 
 
@@ -77,7 +77,7 @@ class ValueModel(nn.Module):
 
     def to_precision(self, dtype: torch.dtype) -> ValueModel:
         """Cast the backbone; the heads stay in float32."""
-        self.backbone.to(dtype)
+        self.backbone.to(dtype=dtype)  # type: ignore[call-arg]
         return self
 
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mavis_dist.config import Classifier, Function, Objective, Relevance, TextRule
+from mavis_dist.types import UserError
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A reward that cannot be built or has returned something unusable; the message is one sentence."""
 
 

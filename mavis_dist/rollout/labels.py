@@ -5,7 +5,7 @@ A stage of its own, so that a new objective scores the trees that are already th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -14,10 +14,10 @@ from mavis_dist.models.load import load_tokenizer
 from mavis_dist.rewards import build
 from mavis_dist.store.files import Store
 from mavis_dist.store.shards import Labels, read_labels, read_trees, write_labels
-from mavis_dist.types import Prompt, RewardScale
+from mavis_dist.types import Prompt, RewardScale, UserError
 
 
-class LabelError(ValueError):
+class LabelError(UserError):
     """Rewards that nothing can be learnt from."""
 
 
@@ -34,7 +34,9 @@ def label_shards(config: Config, objective: str, prompts: Sequence[Prompt], shar
     for source, target in shards:
         trees = read_trees(store, source)
         leaves = [(tree, node) for tree in trees for node in tree.leaves().tolist()]
-        answers = tokenizer.batch_decode([tree.answer(node) for tree, node in leaves], skip_special_tokens=True)
+        answers = tokenizer.batch_decode(
+            [tree.answer(node).tolist() for tree, node in leaves], skip_special_tokens=True
+        )
         scores = iter(reward.score([text_of[tree.prompt_id] for tree, _ in leaves], answers))
         labels = []
         for tree in trees:
@@ -45,7 +47,7 @@ def label_shards(config: Config, objective: str, prompts: Sequence[Prompt], shar
     return num_leaves
 
 
-def reward_scale(store: Store, objective: str, paths: Sequence[str], training: Mapping[str, object]) -> RewardScale:
+def reward_scale(store: Store, objective: str, paths: Sequence[str], training: Collection[str]) -> RewardScale:
     """Mean and standard deviation of an objective over the leaves of the training prompts.
 
     Raises:

@@ -39,7 +39,7 @@ class Worker:
             guides[objective] = model
         self._engine = Engine(self._base, LocalGuide(guides) if guides else None, config.rollout.rows)
 
-    def grow(self, policy: Policy, prompts: Sequence[Prompt], path: str) -> int:
+    def grow(self, stage: str, policy: Policy, prompts: Sequence[Prompt], path: str) -> int:
         """Grow the trees of some prompts and store them as one shard; returns the number of answer tokens written."""
         rollout, steer = self._config.rollout, self._config.steer
         branching = rollout.first if policy.objective is None else rollout.later
@@ -49,16 +49,21 @@ class Worker:
         trees = {}
         for tree in grower.grow(prompts, [self._encode(prompt) for prompt in prompts]):
             trees[tree.prompt_id] = tree
-            self._board.post.remote(f"rollouts {policy.name}", path, len(trees), len(prompts))
+            self._board.post.remote(stage, path, len(trees), len(prompts))
         write_trees(self._store, path, [trees[prompt.id] for prompt in prompts])
         return grower.num_tokens
 
-    def answer(self, stage: str, part: str, requests: Sequence[tuple[Prompt, Request]]) -> list[list[Choice]]:
-        """Answers to requests whose prompts are still text, in their order."""
+    def answer(
+        self, stage: str, part: str, requests: Sequence[tuple[Prompt, Request]]
+    ) -> tuple[str, list[list[tuple[Choice, str]]]]:
+        """`part` again, and the answers with their texts to requests whose prompts are still text, in their order."""
         encoded = [replace(request, prompt=self._encode(prompt)) for prompt, request in requests]
         choices = self._engine.generate(encoded)
         self._board.post.remote(stage, part, len(requests), len(requests))
-        return choices
+        return part, [[(choice, self._decode(choice.tokens)) for choice in row] for row in choices]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._base.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         messages = [{"role": "user", "content": prompt.text}]

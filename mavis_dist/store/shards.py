@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,11 +46,14 @@ def write_trees(store: Store, path: str, trees: Sequence[Tree]) -> None:
 
 
 def read_trees(store: Store, path: str) -> list[Tree]:
-    arrays = {f.name: f.type.value_type.to_pandas_dtype() for f in TREE_SCHEMA if pa.types.is_list(f.type)}
-    return [
-        Tree(**{key: np.array(value, dtype=arrays[key]) if key in arrays else value for key, value in row.items()})
-        for row in _read(store, path, TREE_SCHEMA).to_pylist()
-    ]
+    return [_tree(row) for row in _read(store, path, TREE_SCHEMA).to_pylist()]
+
+
+def _tree(row: dict[str, Any]) -> Tree:
+    for field in TREE_SCHEMA:
+        if pa.types.is_list(field.type):
+            row[field.name] = np.array(row[field.name], dtype=field.type.value_type.to_pandas_dtype())
+    return Tree(**row)
 
 
 def write_labels(store: Store, path: str, labels: Sequence[Labels]) -> None:

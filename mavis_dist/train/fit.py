@@ -80,7 +80,7 @@ def with_adapters(model: ValueModel, config: config_module.Config) -> ValueModel
         lora_dropout=config.value.lora_dropout,
         target_modules="all-linear",
     )
-    model.backbone = get_peft_model(model.backbone, lora)
+    model.backbone = get_peft_model(model.backbone, lora)  # type: ignore[assignment]
     return model
 
 
