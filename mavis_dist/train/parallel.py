@@ -18,8 +18,6 @@ from mavis_dist.train.fit import Fit
 
 def fit_all(fits: Sequence[Fit], config: Config, at_once: int, board: Any) -> None:
     """Train every value model, `at_once` at a time; the first failure is raised when all have ended."""
-    if not fits:
-        return
     stage = f"train i{fits[0].iteration}"
     with ThreadPoolExecutor(at_once, thread_name_prefix="fit") as pool:
         wait_for([pool.submit(_fit, fit, config, stage, board) for fit in fits], Watch(board, stage, "steps"))
