@@ -59,6 +59,10 @@ class _Growing:
             tokens[:0] = self.segments[path[:depth]].tokens[:cut]
         return tuple(tokens)
 
+    def start(self, path: Path) -> int:
+        """Index in the answer of a segment's first token."""
+        return len(self.answer(path)) - len(self.segments[path].tokens) if path else 0
+
     def build(self, policy: Policy) -> Tree:
         builder = TreeBuilder(self.prompt.id, policy.name, self.seed, list(self.prompt_tokens))
         number: dict[Path, int] = {}
@@ -100,7 +104,7 @@ class TreeGrower:
         left = self._shape.max_tokens - len(answer)
         uniform = noise.uniform(noise.stream(tree.seed, "length", *path), len(answer))
         length = segment_length(self._shape, layer, left, uniform)
-        cut = len(answer) - len(tree.answer(path[:-1])) if len(path) > 1 else len(answer)
+        cut = len(answer) - tree.start(path)
         for child in range(count):
             child_path = (*path, child)
             request_id = f"{tree.prompt.id}/{'.'.join(map(str, child_path))}"
