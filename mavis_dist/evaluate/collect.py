@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from mavis_dist.config import Config
 from mavis_dist.evaluate.report import ModelFacts, StageFacts, render
@@ -41,5 +42,5 @@ def _model_facts(store: Store, config: Config, objective: str, iteration: int) -
     return ModelFacts(objective, iteration, facts.get("explained_variance"), losses, reward)
 
 
-def _stages(store: Store) -> list[dict[str, object]]:
+def _stages(store: Store) -> list[dict[str, Any]]:
     return store.read_json(STAGES_FILE) if store.exists(STAGES_FILE) else []

@@ -76,7 +76,6 @@ class TreeGrower:
     def __init__(self, engine: Engine, shape: Shape, policy: Policy, sampling: Sampling, seed: int):
         self._engine, self._shape, self._policy, self._sampling, self._seed = engine, shape, policy, sampling, seed
         self._weights = {policy.objective: 1.0} if policy.objective else {}
-        self._growing: dict[str, _Growing] = {}
         self._origin: dict[str, tuple[_Growing, Path, int]] = {}  # request id -> tree, path, cut in the parent
         self.num_tokens = 0  # written so far
 
