@@ -1,0 +1,191 @@
+"""One Hugging Face directory: read it strictly, name the damaged file, and fingerprint what it holds.
+
+Knows nothing of where the directory came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Written last into a directory that this project built; holds the fingerprint that its content must have.
+SEAL = "fingerprint.txt"
+HASH_THREADS = 4
+# Settings that say how a config was saved or is used, not what the model computes.
+VOLATILE_KEYS = frozenset({"transformers_version", "use_cache", "dtype", "torch_dtype"})
+
+
+class ModelError(ValueError):
+    """A model that cannot be used; the message is one sentence for the user."""
+
+
+def check_directory(directory: Path) -> Path:
+    """Returns `directory` if its config is readable and every weight file is whole; raises ModelError."""
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        if name == "config.json" or (directory / name).exists():
+            _read_json(directory / name)
+    for file in weight_files(directory):
+        _check_weights(file)
+    return directory
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model, as its index lists them; raises ModelError if one is absent."""
+    index = directory / "model.safetensors.index.json"
+    names = set(_read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    files = [directory / name for name in sorted(names)]
+    for file in files:
+        if not file.exists():
+            raise ModelError(f"model file {str(file)!r} is missing: give a directory that save_pretrained has written")
+    return files
+
+
+def read_model(auto: Any, directory: Path, dtype: str = "float32", optional: tuple[str, ...] = ()) -> Any:
+    """The model of an Auto class, in eval mode and without gradients.
+
+    Weights that the class needs and the files lack are an error, because transformers would draw them at random;
+    only those that start with one of `optional` may be absent. Raises ModelError.
+    """
+    check_directory(directory)
+    with _loading(directory), without_progress_bars():
+        model, info = auto.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional))
+    if missing:
+        raise ModelError(
+            f"model directory {str(directory)!r} lacks the weights {', '.join(missing[:3])} that "
+            f"{type(model).__name__} needs: choose a model that was saved as one"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory; raises ModelError."""
+    from transformers import AutoTokenizer
+
+    check_directory(directory)
+    with _loading(directory):
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def fingerprint_model(directory: Path) -> str:
+    """SHA-256 (hex) of the architecture and of every tensor's name, type, shape and content.
+
+    Does not depend on the path, on the sharding or on metadata of the files. Raises ModelError.
+    """
+    check_directory(directory)
+    config = _read_json(directory / "config.json")
+    essentials = {key: value for key, value in config.items() if key not in VOLATILE_KEYS and not key.startswith("_")}
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        tensors = [line for file in weight_files(directory) for line in _tensor_lines(file, pool)]
+    return _sha256("\n".join([json.dumps(essentials, sort_keys=True), *sorted(tensors)]))
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 (hex) of vocabulary, merges, text normalisation and special tokens; not of path or chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
+    else:
+        # Calls with padding or truncation leave these two behind in the backend.
+        rules = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+    rules["special"] = [str(tokenizer.bos_token), str(tokenizer.eos_token)]
+    return _sha256(json.dumps(rules, sort_keys=True))
+
+
+def check_seal(directory: Path, fingerprint: str) -> None:
+    """Raises ModelError if this project built the directory with another content."""
+    seal = directory / SEAL
+    if seal.exists() and seal.read_text() != fingerprint:
+        raise damaged(directory, "its content is not what was written")
+
+
+def damaged(path: Path, reason: object) -> ModelError:
+    """The error for a file or directory that holds something unreadable, with the remedy that fits its origin."""
+    folder = path if path.is_dir() else path.parent
+    prepared = (folder / SEAL).exists()
+    remedy = f"remove the folder {str(folder)!r} to have it prepared again" if prepared else "put an intact copy there"
+    return ModelError(f"model data in {str(path)!r} is damaged ({one_line(reason)}): {remedy}")
+
+
+def one_line(reason: object, limit: int = 200) -> str:
+    """The start of a message that may span many lines."""
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    return text[:limit].rstrip(" .:")
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Silences the bars of transformers, which every worker process would print."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    # Parsers of weights, configs and tokenizers raise whatever the bytes lead them to, bare Exception included.
+    except Exception as error:
+        if (directory / SEAL).exists():
+            raise damaged(directory, error) from error
+        raise ModelError(
+            f"model directory {str(directory)!r} cannot be loaded ({one_line(error)}): "
+            f"give a complete model of a type that transformers knows"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model file {str(file)!r} is missing: give a complete Hugging Face directory") from None
+    except ValueError as error:
+        raise damaged(file, error) from None
+    if not isinstance(content, dict):
+        raise damaged(file, "it holds no JSON object")
+    return content
+
+
+def _check_weights(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise damaged(file, error) from None
+
+
+def _tensor_lines(file: Path, pool: ThreadPoolExecutor) -> list[str]:
+    """One line per tensor of a checked safetensors file: 8 bytes of header length, JSON header, then raw content."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        origin = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:origin])
+        header.pop("__metadata__", None)
+
+        def line(name: str) -> str:
+            start, end = (origin + offset for offset in header[name]["data_offsets"])
+            with memoryview(data) as view:
+                content = hashlib.sha256(view[start:end]).hexdigest()
+            return f"{name} {header[name]['dtype']} {header[name]['shape']} {content}"
+
+        return list(pool.map(line, header))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,150 @@
+"""A name -> base model and tokenizer, ready for the decoder.
+
+Knows nothing of Ray or of config objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from mavis_dist.models.directory import (
+    ModelError,
+    check_seal,
+    fingerprint_model,
+    fingerprint_tokenizer,
+    one_line,
+    read_model,
+    read_tokenizer,
+)
+from mavis_dist.models.fetch import fetch
+
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "BaseModel",
+    "ModelError",
+    "chat_ids",
+    "fetch",
+    "fingerprint_model",
+    "fingerprint_tokenizer",
+    "load_base",
+    "load_tokenizer",
+]
+
+# For tokenizers without a chat template: begin-of-text if there is one, the system text, then labelled turns,
+# paragraphs apart.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}User: {% elif message['role'] == 'assistant' %}Assistant: {% endif %}"
+    "{{ message['content'] }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The language model that is steered, in eval mode and without gradients."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    eos_ids: tuple[int, ...]  # every id that ends an answer
+    max_context: int  # longest sequence, in tokens
+
+
+def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseModel:
+    """Fetch and load a causal language model; `name` as in `fetch`, `dtype` and `device` as torch names them.
+
+    Raises:
+        ModelError: naming the model or file and the remedy.
+    """
+    directory = fetch(name)
+    fingerprint = fingerprint_model(directory)
+    check_seal(directory, fingerprint)
+    tokenizer = read_tokenizer(directory)
+    model = _move(read_model(AutoModelForCausalLM, directory, dtype), device)
+    return BaseModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        fingerprint=fingerprint,
+        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
+        eos_ids=_eos_ids(model, name),
+        max_context=_max_context(model, name),
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights in memory; raises ModelError."""
+    return read_tokenizer(fetch(name))
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], system: str) -> list[int]:
+    """Token ids of a conversation, up to where the assistant's answer starts.
+
+    Messages have `role` and `content`. Without a system message, `system` becomes one, so that a chat template's
+    silent default never shows. Where a template refuses system messages, their text opens the first user message. A
+    tokenizer without a chat template uses PLAIN_TEMPLATE.
+
+    Raises:
+        ModelError: if the template refuses the conversation.
+    """
+    turns = [dict(message) for message in messages]
+    if all(turn["role"] != "system" for turn in turns):
+        turns.insert(0, {"role": "system", "content": system})
+    try:
+        return _render(tokenizer, turns)
+    except jinja2.TemplateError as error:
+        refusal = one_line(error)
+    try:
+        return _render(tokenizer, _without_system(turns))
+    except jinja2.TemplateError:
+        raise ModelError(
+            f"the model's chat template refuses the messages ({refusal}): change their roles or order"
+        ) from None
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> list[int]:
+    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+    ids = tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, return_dict=False)
+    return list(ids)
+
+
+def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    if rest and rest[0]["role"] == "user":
+        rest[0] = {"role": "user", "content": "\n\n".join([*system, rest[0]["content"]])}
+    return rest
+
+
+def _move(model: Any, device: str) -> PreTrainedModel:
+    try:
+        return model.to(torch.device(device))
+    # torch asserts that it was built for the device, and raises RuntimeError for the rest.
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {device!r} cannot hold the model ({one_line(error)}): choose cpu or a device that torch sees"
+        ) from error
+
+
+def _eos_ids(model: PreTrainedModel, name: str) -> tuple[int, ...]:
+    config = model.generation_config
+    ids = None if config is None else config.eos_token_id
+    if ids is None:
+        raise ModelError(f"model {name!r} names no eos_token_id: add the key to its generation_config.json")
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _max_context(model: PreTrainedModel, name: str) -> int:
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not length:
+        raise ModelError(f"model {name!r} states no max_position_embeddings: add the key to its config.json")
+    return int(length)
