@@ -15,12 +15,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticUndefined
 
+from mavis_dist.types import UserError
+
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot be used; the message is one sentence for the user."""
 
 
@@ -261,7 +263,10 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {str(path)!r} holds {type(raw).__name__}, not a mapping of keys to values")
     for override in overrides:
         _apply(raw, override)
-    return parse(raw)
+    config = parse(raw)
+    if "://" in config.storage:
+        return config
+    return config.model_copy(update={"storage": str(Path(config.storage).resolve())})  # workers live elsewhere
 
 
 def parse(raw: dict[str, Any]) -> Config:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 BASE_POLICY = "base"
 
 
+class UserError(ValueError):
+    """Input that cannot be used; the message is one sentence with the thing, its value and the remedy."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One question, before any chat template."""

@@ -10,6 +10,7 @@ Shapes: B rows, G guided rows, V vocabulary, K candidates, M objectives.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class Engine:
         self.max_context = base.max_context
         self._guide = guide
         self._scheduler = Scheduler(max_rows)
-        model = base.model
+        model: Any = base.model
         self._base = SlotModel(lambda **inputs: model(**inputs, logits_to_keep=1).logits, model.base_model)
         self._device = model.device
         self._eos = torch.tensor(sorted(base.eos_ids), device=self._device)

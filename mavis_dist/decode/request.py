@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from mavis_dist.core import noise
+from mavis_dist.types import UserError
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A request that cannot be served. `field` names the part at fault."""
 
     def __init__(self, field: str, message: str):

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mavis_dist.types import UserError
+
 # Written last into a directory that this project built; holds the fingerprint that its content must have.
 SEAL = "fingerprint.txt"
 HASH_THREADS = 4
@@ -21,7 +23,7 @@ HASH_THREADS = 4
 VOLATILE_KEYS = frozenset({"transformers_version", "use_cache", "dtype", "torch_dtype"})
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be used; the message is one sentence for the user."""
 
 
@@ -53,7 +55,7 @@ def read_model(auto: Any, directory: Path, dtype: str = "float32", optional: tup
     only those that start with one of `optional` may be absent. Raises ModelError.
     """
     check_directory(directory)
-    with _loading(directory), without_progress_bars():
+    with _loading(directory), quiet():
         model, info = auto.from_pretrained(
             directory, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
@@ -122,15 +124,17 @@ def one_line(reason: object, limit: int = 200) -> str:
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Silences the bars of transformers, which every worker process would print."""
+def quiet() -> Iterator[None]:
+    """Silences the bars and warnings of transformers: every worker would print them, and what matters is raised."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

@@ -24,7 +24,7 @@ from mavis_dist.models.directory import (
     check_directory,
     fingerprint_model,
     one_line,
-    without_progress_bars,
+    quiet,
 )
 
 PATIENCE_S = 1800  # longest download, and longest wait for another process that prepares the same model
@@ -206,7 +206,7 @@ def _convert(name: str, gguf: Path, work: Path) -> Path:
 
     folder, file = str(gguf.resolve().parent), gguf.name
     try:
-        with without_progress_bars():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 gguf_file=file,
@@ -227,7 +227,7 @@ def _convert(name: str, gguf: Path, work: Path) -> Path:
             f"model file {str(gguf)!r} lacks the weights {min(info['missing_keys'])!r}: put an intact copy there"
         )
     target = work / "model"
-    with without_progress_bars():
+    with quiet():
         model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target

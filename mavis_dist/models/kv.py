@@ -28,7 +28,10 @@ class _Window:
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer: [slots, heads, cells, head size]."""
+    """Keys and values of one layer: [slots, heads, cells, head size], made when the first ones arrive."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, num_slots: int, num_cells: int):
         super().__init__()
@@ -56,12 +59,13 @@ class _SlotLayer(CacheLayerMixin):
         return self.keys[slots, :, :num_visible], self.values[slots, :, :num_visible]
 
     def resize(self, num_slots: int, num_cells: int) -> None:
-        old = (self.keys, self.values)
         self.num_slots, self.num_cells = num_slots, num_cells
-        if self.is_initialized:
-            self.lazy_initialization(*old)
-            for store, before in zip((self.keys, self.values), old, strict=True):
-                store[: before.shape[0], :, : before.shape[2]] = before
+        if not self.is_initialized:
+            return
+        old_keys, old_values = self.keys, self.values
+        self.lazy_initialization(old_keys, old_values)
+        for store, old in ((self.keys, old_keys), (self.values, old_values)):
+            store[: old.shape[0], :, : old.shape[2]] = old
 
     def copy(self, source: int, target: int, length: int) -> None:
         if self.is_initialized:

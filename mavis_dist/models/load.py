@@ -69,7 +69,7 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseMod
     fingerprint = fingerprint_model(directory)
     check_seal(directory, fingerprint)
     tokenizer = read_tokenizer(directory)
-    model = _move(read_model(AutoModelForCausalLM, directory, dtype), device)
+    model = move(read_model(AutoModelForCausalLM, directory, dtype), device)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -125,7 +125,8 @@ def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
     return rest
 
 
-def _move(model: Any, device: str) -> PreTrainedModel:
+def move(model: Any, device: str) -> PreTrainedModel:
+    """The model on a torch device; raises ModelError."""
     try:
         return model.to(torch.device(device))
     # torch asserts that it was built for the device, and raises RuntimeError for the rest.

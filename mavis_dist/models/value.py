@@ -7,6 +7,8 @@ On disk a value model is a folder: config.json (the backbone), model.safetensors
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import logging
 
-from mavis_dist.types import RewardScale
+from mavis_dist.types import RewardScale, UserError
 
 CARD_FILE = "mavis.json"
 
 
-class ValueModelError(ValueError):
+class ValueModelError(UserError):
     """A value model that cannot be used here."""
 
 
@@ -74,7 +77,7 @@ class ValueModel(nn.Module):
 
     def to_precision(self, dtype: torch.dtype) -> ValueModel:
         """Cast the backbone; the heads stay in float32."""
-        self.backbone.to(dtype)
+        self.backbone.to(dtype=dtype)  # type: ignore[call-arg]
         return self
 
 
@@ -85,8 +88,19 @@ def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> Valu
     if layers is not None and layers > available:
         raise ValueModelError(f"value.layers is {layers} but {folder} has {available} layers: use at most {available}")
     truncate(config, layers or available)
-    backbone = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    with _without_load_report():  # the layers left out are no news
+        backbone = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
     return ValueModel(backbone, num_objectives)
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def truncate(config: Any, layers: int) -> None:

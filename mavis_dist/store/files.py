@@ -17,10 +17,12 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from mavis_dist.types import UserError
+
 MARKER = "_COMPLETE.json"
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """Storage that cannot be used, or a file in it that cannot be read."""
 
 

@@ -1,0 +1,41 @@
+"""The command line that all jobs share. Loads neither torch nor ray: --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from mavis_dist import config as config_module
+from mavis_dist.config import Config
+from mavis_dist.types import UserError
+
+T = TypeVar("T")
+
+
+def parse(job: str, purpose: str, argv: Sequence[str] | None = None) -> Config:
+    """The checked config of a job; ends the process with one line and exit code 2 if it is not usable."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{job}",
+        description=purpose,
+        epilog=f"config keys:\n{config_module.describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the keys below")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
+    arguments = parser.parse_args(argv)
+    return refusing(lambda: config_module.load(arguments.config, arguments.overrides))
+
+
+def refusing(function: Callable[[], T]) -> T:
+    """Run a job; input that cannot be used (UserError) ends it with one line and exit code 2."""
+    try:
+        return function()
+    except UserError as error:
+        fail(error)
+
+
+def fail(error: Exception) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,1 @@
+"""Measuring what the weights do on unseen prompts, and saying so."""

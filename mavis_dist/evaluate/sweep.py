@@ -1,0 +1,184 @@
+"""The sweep: answers to unseen prompts over a grid of weights, and what they cost. No Ray.
+
+Every point of the grid answers every prompt from the same seed, so that points differ by their steering alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import moocore
+import numpy as np
+from scipy import stats
+
+from mavis_dist.decode import Choice, Request, SamplingParams
+from mavis_dist.types import Prompt, RewardScale
+
+BOOTSTRAPS = 2000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the weights; no weights at all is the base model."""
+
+    name: str
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """What one setting did, in standard deviations of the rewards; gains are paired with the base by prompt."""
+
+    name: str
+    weights: dict[str, float]
+    reward: dict[str, Estimate]
+    gain: dict[str, Estimate]
+    divergence: float  # nats per answer, KL(pi || pi_ref)
+    num_tokens: float  # per answer
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All points with the hypervolume of their mean rewards (reference: the worst of each objective)."""
+
+    points: list[PointResult]
+    hypervolume: float
+    num_prompts: int
+    beta: float
+    examples: list[dict[str, Any]]  # {"prompt", "answers": {point: text}}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def grid(objectives: Sequence[str], steps: int) -> list[Point]:
+    """The base model, every objective alone, and `steps - 2` inner points between every pair of objectives."""
+    points = [Point("base"), *(Point(name, {name: 1.0}) for name in objectives)]
+    for first, second in combinations(objectives, 2):
+        for step in range(1, steps - 1):
+            weight = 1.0 - step / (steps - 1)
+            name = f"{weight:.2g} {first} + {1 - weight:.2g} {second}"
+            points.append(Point(name, {first: weight, second: 1.0 - weight}))
+    return points
+
+
+def requests(
+    point: Point, prompts: Sequence[Prompt], beta: float, tilt_cap: float | None, params: SamplingParams
+) -> list[tuple[Prompt, Request]]:
+    """The requests of one point; the worker fills in the prompts' tokens."""
+    return [
+        (
+            prompt,
+            Request(
+                id=prompt.id,
+                prompt=(),
+                weights=point.weights,
+                beta=beta,
+                tilt_cap=tilt_cap,
+                params=replace(params, seed=index),
+            ),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def summarise(
+    points: Sequence[Point],
+    answers: Mapping[str, Sequence[Sequence[tuple[Choice, str]]]],
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    scales: Mapping[str, RewardScale],
+    prompts: Sequence[Prompt],
+    beta: float,
+) -> Sweep:
+    """Numbers from answers.
+
+    Args:
+        answers: point name -> prompt -> answers with their texts.
+        scores: point name -> objective -> raw reward of every answer, prompt by prompt.
+    """
+    mean_by_prompt = {
+        point.name: {
+            name: np.array([scale.standardise(s) for s in scores[point.name][name]]).reshape(len(prompts), -1).mean(1)
+            for name, scale in scales.items()
+        }
+        for point in points
+    }
+    base = mean_by_prompt[points[0].name]
+    results = []
+    for point in points:
+        choices = [choice for row in answers[point.name] for choice, _ in row]
+        rewards = mean_by_prompt[point.name]
+        results.append(
+            PointResult(
+                name=point.name,
+                weights=dict(point.weights),
+                reward={name: bootstrap(values) for name, values in rewards.items()},
+                gain={name: bootstrap(values - base[name]) for name, values in rewards.items()},
+                divergence=float(np.mean([choice.divergence for choice in choices])),
+                num_tokens=float(np.mean([len(choice.tokens) for choice in choices])),
+            )
+        )
+    examples = [
+        {"prompt": prompt.text, "answers": {point.name: answers[point.name][index][0][1] for point in points}}
+        for index, prompt in enumerate(prompts)
+    ]
+    return Sweep(results, _hypervolume(results), len(prompts), beta, examples)
+
+
+def sweep_from_json(raw: Mapping[str, Any]) -> Sweep:
+    """The inverse of `Sweep.to_json`."""
+
+    def estimates(by_name: Mapping[str, Any]) -> dict[str, Estimate]:
+        return {name: Estimate(**value) for name, value in by_name.items()}
+
+    points = [
+        PointResult(**{**point, "reward": estimates(point["reward"]), "gain": estimates(point["gain"])})
+        for point in raw["points"]
+    ]
+    return Sweep(**{**raw, "points": points})
+
+
+def bootstrap(values: np.ndarray) -> Estimate:
+    """Mean and 95 % percentile interval over resampled prompts; a fixed seed makes it repeatable."""
+    if len(values) < 2:
+        return Estimate(float(values.mean()), float("-inf"), float("inf"))
+    interval = stats.bootstrap(
+        (values,), np.mean, n_resamples=BOOTSTRAPS, confidence_level=0.95, method="percentile", rng=0
+    ).confidence_interval
+    return Estimate(float(values.mean()), float(interval.low), float(interval.high))
+
+
+def _hypervolume(results: Sequence[PointResult]) -> float:
+    """Volume between the mean rewards of all points and the worst of each objective."""
+    means = np.array([[estimate.mean for estimate in result.reward.values()] for result in results])
+    if means.shape[1] < 2:
+        return float(np.ptp(means))
+    return float(moocore.hypervolume(means, ref=means.min(axis=0), maximise=True))
+
+
+def table(sweep: Sweep) -> str:
+    """The sweep as text, one line per point."""
+    names = list(sweep.points[0].gain)
+    head = (
+        f"{'weights':<28}" + "".join(f"{name + ' gain, sd':>30}" for name in names) + f"{'KL, nats':>10}{'tokens':>8}"
+    )
+    lines = [head, "-" * len(head)]
+    for point in sweep.points:
+        gains = "".join(
+            f"{f'{point.gain[n].mean:+.2f} [{point.gain[n].low:+.2f}, {point.gain[n].high:+.2f}]':>24}" for n in names
+        )
+        lines.append(f"{point.name:<28}{gains}{point.divergence:>10.2f}{point.num_tokens:>8.1f}")
+    lines.append(f"hypervolume {sweep.hypervolume:.3f} sd^{len(names)}, {sweep.num_prompts} unseen prompts")
+    return "\n".join(lines)

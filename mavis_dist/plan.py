@@ -1,0 +1,77 @@
+"""Arithmetic before anything is placed: config and cluster resources -> what runs at the same time.
+
+No torch, no ray: a plan can be made for a cluster that does not exist yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mavis_dist.config import Config
+from mavis_dist.types import UserError
+
+
+class PlanError(UserError):
+    """A cluster that can never fit what the config asks for."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine's resources, as Ray counts them."""
+
+    cpus: float
+    gpus: float = 0.0
+
+    def slots(self, cpus: float, gpus: float) -> int:
+        """How many workers of this size fit on the machine."""
+        fits = [have / need for have, need in ((self.cpus, cpus), (self.gpus, gpus)) if need > 0]
+        return int(min(fits, default=1_000_000))
+
+
+@dataclass(frozen=True)
+class Plan:
+    rollout_actors: int  # as configured, or as many as fit
+    fits_at_once: int  # objectives that train at the same time
+    notes: tuple[str, ...]  # what does not fit at once, and what happens instead
+
+
+def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
+    """Raises PlanError with the key, its value and the remedy if something can never run on these machines."""
+    has = ", ".join(f"{n.cpus:g} CPU + {n.gpus:g} GPU" for n in nodes) or "no machine"
+    rollout, train = config.rollout, config.train
+
+    actors = sum(node.slots(rollout.cpus_per_actor, rollout.gpus_per_actor) for node in nodes)
+    if actors < 1:
+        raise PlanError(
+            f"rollout.cpus_per_actor={rollout.cpus_per_actor:g} and rollout.gpus_per_actor={rollout.gpus_per_actor:g} "
+            f"fit on no machine of the cluster ({has}): lower them or add a machine"
+        )
+    workers = sum(node.slots(train.cpus_per_worker, train.gpus_per_worker) for node in nodes)
+    if workers < train.workers:
+        raise PlanError(
+            f"train.workers={train.workers} with {train.cpus_per_worker:g} CPU + {train.gpus_per_worker:g} GPU each do "
+            f"not fit on the cluster ({has}, room for {workers}): lower train.workers or add machines"
+        )
+    notes = []
+    if actors < rollout.actors:
+        notes.append(f"rollout.actors is {rollout.actors}, {actors} fit: the rest is left out")
+    fits_at_once = min(workers // train.workers, len(config.objectives))
+    if fits_at_once < len(config.objectives):
+        notes.append(f"{fits_at_once} of {len(config.objectives)} objectives train at the same time, the others wait")
+    return Plan(min(actors, rollout.actors), fits_at_once, tuple(notes))
+
+
+def check_serving(config: Config, nodes: Sequence[Node]) -> None:
+    """Raises PlanError if the replicas of the service can never be placed."""
+    serve = config.serve
+    num_models = serve.base_replicas
+    if serve.placement == "replicas":
+        num_models += serve.value_replicas * len(config.objectives)
+    cpus, gpus = (num_models + 1) * serve.cpus_per_replica, num_models * serve.gpus_per_replica
+    if cpus > sum(n.cpus for n in nodes) or gpus > sum(n.gpus for n in nodes):
+        has = ", ".join(f"{n.cpus:g} CPU + {n.gpus:g} GPU" for n in nodes)
+        raise PlanError(
+            f"the service needs {cpus:g} CPU + {gpus:g} GPU for {num_models} model replicas and a gateway, the cluster "
+            f"has {has}: lower serve.cpus_per_replica, serve.base_replicas or serve.value_replicas, or add machines"
+        )

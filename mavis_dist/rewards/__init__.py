@@ -1,0 +1,8 @@
+"""Rewards of finished answers: text rules, embedding relevance, sequence classifiers, the user's own function.
+
+Light to import; models and lexicons are loaded when a reward is built.
+"""
+
+from mavis_dist.rewards.protocol import Reward, RewardError, build
+
+__all__ = ["Reward", "RewardError", "build"]

@@ -1,0 +1,1 @@
+"""Trees of rollouts: growing them, labelling their leaves."""

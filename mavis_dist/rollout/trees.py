@@ -1,0 +1,145 @@
+"""Grow the trees of many prompts at the same time on one engine. No Ray.
+
+What grows depends on (run seed, policy, prompt id) alone: not on the other trees, nor on how many rows run at a time.
+Source: arXiv 2508.13415, tree-structured data collection with dynamic splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mavis_dist.core import noise
+from mavis_dist.core.tree import ROOT, Finish, Shape, Tree, TreeBuilder, cut_point, segment_length
+from mavis_dist.decode import Engine, FinishReason, Request, SamplingParams
+from mavis_dist.decode.request import Choice
+from mavis_dist.types import Policy, Prompt
+
+Path = tuple[int, ...]  # child numbers from the prompt down
+
+
+class RolloutError(RuntimeError):
+    """An answer that could not be written."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The law that the trees are drawn from: the truncated base policy and, for later iterations, its tilt."""
+
+    top_k: int = 40
+    top_p: float = 1.0
+    min_p: float = 0.0
+    beta: float = 0.0
+    tilt_cap: float | None = None
+
+
+@dataclass
+class _Segment:
+    tokens: list[int]
+    logratios: list[float]
+    finish: Finish
+    cut: int  # tokens of the parent's segment that precede it
+
+
+@dataclass
+class _Growing:
+    """One unfinished tree."""
+
+    prompt: Prompt
+    prompt_tokens: tuple[int, ...]
+    seed: int
+    segments: dict[Path, _Segment] = field(default_factory=dict)
+    num_open: int = 0
+
+    def answer(self, path: Path) -> tuple[int, ...]:
+        """All answer tokens down to the end of a segment."""
+        tokens = list(self.segments[path].tokens)
+        for depth in range(len(path) - 1, 0, -1):
+            cut = self.segments[path[: depth + 1]].cut
+            tokens[:0] = self.segments[path[:depth]].tokens[:cut]
+        return tuple(tokens)
+
+    def build(self, policy: Policy) -> Tree:
+        builder = TreeBuilder(self.prompt.id, policy.name, self.seed, list(self.prompt_tokens))
+        number: dict[Path, int] = {}
+        for path in sorted(self.segments):  # parents first, whatever order they were written in
+            segment = self.segments[path]
+            parent = number[path[:-1]] if len(path) > 1 else ROOT
+            number[path] = builder.add(parent, segment.cut, segment.tokens, segment.logratios, segment.finish)
+        return builder.build()
+
+
+class TreeGrower:
+    """Turns finished segments into the requests of their children until every tree is complete."""
+
+    def __init__(self, engine: Engine, shape: Shape, policy: Policy, sampling: Sampling, seed: int):
+        self._engine, self._shape, self._policy, self._sampling, self._seed = engine, shape, policy, sampling, seed
+        self._weights = {policy.objective: 1.0} if policy.objective else {}
+        self._growing: dict[str, _Growing] = {}
+        self._origin: dict[str, tuple[_Growing, Path, int]] = {}  # request id -> tree, path, cut in the parent
+        self.num_tokens = 0  # written so far
+
+    def grow(self, prompts: Sequence[Prompt], prompt_tokens: Sequence[Sequence[int]]) -> Iterator[Tree]:
+        """The trees of all prompts, in the order in which they are complete; needs an idle engine."""
+        assert self._engine.is_idle
+        for prompt, tokens in zip(prompts, prompt_tokens, strict=True):
+            seed = noise.stream(self._seed, self._policy.name, prompt.id)
+            tree = _Growing(prompt, tuple(tokens), seed)
+            self._branch(tree, (), 0, (), self._shape.root)
+        while not self._engine.is_idle:
+            for update in self._engine.step():
+                self.num_tokens += len(update.tokens)
+                if update.finished is None:
+                    continue
+                tree = self._absorb(update.request_id, update.finished)
+                if tree.num_open == 0:
+                    yield tree.build(self._policy)
+
+    def _branch(self, tree: _Growing, path: Path, layer: int, answer: tuple[int, ...], count: int) -> None:
+        """Start `count` segments at a state in `layer`, reached by `path` and `answer`."""
+        left = self._shape.max_tokens - len(answer)
+        uniform = noise.uniform(noise.stream(tree.seed, "length", *path), len(answer))
+        length = segment_length(self._shape, layer, left, uniform)
+        cut = len(answer) - len(tree.answer(path[:-1])) if len(path) > 1 else len(answer)
+        for child in range(count):
+            child_path = (*path, child)
+            request_id = f"{tree.prompt.id}/{'.'.join(map(str, child_path))}"
+            self._origin[request_id] = (tree, child_path, cut)
+            tree.num_open += 1
+            request = Request(
+                id=request_id,
+                prompt=tree.prompt_tokens,
+                answer=answer,
+                weights=self._weights,
+                beta=self._sampling.beta,
+                tilt_cap=self._sampling.tilt_cap,
+                params=SamplingParams(
+                    max_tokens=len(answer) + length,
+                    top_k=self._sampling.top_k,
+                    top_p=self._sampling.top_p,
+                    min_p=self._sampling.min_p,
+                ),
+                stream=noise.stream(tree.seed, *child_path),
+            )
+            self._engine.submit(request, first=layer > 0)  # begun trees before new ones: fewer rows wait
+
+    def _absorb(self, request_id: str, choice: Choice) -> _Growing:
+        tree, path, cut = self._origin.pop(request_id)
+        tree.num_open -= 1
+        if choice.finish not in (FinishReason.STOP, FinishReason.LENGTH):
+            raise RolloutError(f"prompt {tree.prompt.id!r}: {choice.error or choice.finish}")
+        layer = len(path)
+        segment = _Segment(choice.tokens, choice.logratios, Finish.OPEN, cut)
+        tree.segments[path] = segment
+        answer = tree.answer(path)
+        if choice.finish is FinishReason.STOP:
+            segment.finish = Finish.STOP
+            if layer == 1 and self._shape.dynamic_split and self._shape.layers > 1 and len(choice.tokens) > 1:
+                uniform = noise.uniform(noise.stream(tree.seed, "cut", *path), 0)
+                cut_answer = answer[: cut_point(len(choice.tokens), uniform)]
+                self._branch(tree, path, layer, cut_answer, self._shape.children)
+        elif len(answer) == self._shape.max_tokens:
+            segment.finish = Finish.LENGTH
+        else:
+            self._branch(tree, path, layer, answer, self._shape.children)
+        return tree

@@ -1,0 +1,73 @@
+"""The only place that knows DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, trees_per_worker: int) -> Any:
+    """A DeepSpeed engine around `model`, with AdamW, linear warm-up and linear decay.
+
+    `settings` is the `train` section of the config. Needs an initialised process group (Ray Train makes one).
+    """
+    # DeepSpeed compiles one operator on first use and looks for ninja on the PATH.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    import deepspeed
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings["learning_rate"], weight_decay=settings["weight_decay"], betas=(0.9, 0.95)
+    )
+    warmup = max(1, int(settings["warmup"] * num_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(0.0, (num_steps - step) / max(1, num_steps - warmup)))
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        model_parameters=trained,
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": trees_per_worker,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": settings["zero_stage"]},
+            # ZeRO shards the states of any torch optimizer; DeepSpeed wants that said.
+            "zero_allow_untested_optimizer": True,
+            "torch_autocast": {"enabled": settings["dtype"] == "bfloat16", "dtype": "bfloat16"},
+            "steps_per_print": 1_000_000_000,
+            "wall_clock_breakdown": False,
+        },
+    )
+    return engine
+
+
+def full_state(engine: Any) -> dict[str, torch.Tensor]:
+    """All parameters in float32 on the CPU, gathered from the workers (call it on every worker)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    def full(parameter: nn.Parameter) -> torch.Tensor:
+        sharded = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        return parameter if sharded is None else sharded  # ZeRO 0 keeps the parameter itself whole
+
+    return {name: full(p).detach().float().cpu().clone() for name, p in engine.module.named_parameters()}
+
+
+def warm_up() -> None:
+    """Compile DeepSpeed's operator once, so that no training waits for it."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0, "zero_stage": 0, "dtype": "float32"}
+    make_engine(nn.Linear(2, 2), settings, num_steps=1, trees_per_worker=1)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warm_up()

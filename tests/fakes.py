@@ -1,0 +1,50 @@
+"""Tiny random models for fast tests: real transformers decoders, real heads, no training."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from mavis_dist.models.load import BaseModel
+from mavis_dist.models.value import ValueModel
+
+VOCAB, EOS = 97, 2
+
+
+def tiny_config(layers: int = 2) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=EOS,
+        bos_token_id=1,
+    )
+
+
+def tiny_base(seed: int = 0, eos_boost: float = 0.0) -> BaseModel:
+    """A two-layer Llama; `eos_boost` > 0 makes answers end sooner."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="sdpa").float().eval()
+    model.requires_grad_(False)
+    model.lm_head.weight.mul_(4.0)  # a distribution with some shape
+    model.lm_head.weight[EOS] += eos_boost * torch.randn(32)
+    return BaseModel(
+        model=model,
+        tokenizer=PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast),
+        name="tiny",
+        fingerprint="tiny-base",
+        tokenizer_fingerprint="tiny-tokenizer",
+        eos_ids=(EOS,),
+        max_context=256,
+    )
+
+
+def tiny_value(seed: int, num_objectives: int = 1, layers: int = 1, scale: float = 0.5) -> ValueModel:
+    torch.manual_seed(seed)
+    model = ValueModel(LlamaModel._from_config(tiny_config(layers), attn_implementation="sdpa"), num_objectives)
+    torch.nn.init.normal_(model.heads.weight, std=scale)
+    return model.eval().requires_grad_(False)
