@@ -292,7 +292,11 @@ def _limit_field(body: GenerationRequest) -> str:
 
 def _refused(error: RequestError, body: GenerationRequest) -> ApiError:
     """The engine's refusal in the words of the body."""
-    names = {"prompt": "messages" if isinstance(body, ChatRequest) else "prompt", "max_tokens": _limit_field(body)}
+    names = {
+        "prompt": "messages" if isinstance(body, ChatRequest) else "prompt",
+        "max_tokens": _limit_field(body),
+        "objective_weights": "vllm_xargs.objective_weights" if body.vllm_xargs else "objective_weights",
+    }
     param = names.get(error.field, error.field)
-    code = "context_length_exceeded" if error.field in names else None
+    code = "context_length_exceeded" if error.field in ("prompt", "max_tokens") else None
     return ApiError(400, f"{param}: {error.message}", param, code)

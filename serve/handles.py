@@ -7,8 +7,7 @@ from typing import Any, cast
 
 import grpc
 from ray import serve
-from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import RayServeException
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from mavis_dist.decode import Request
@@ -36,7 +35,8 @@ class _PendingReply:
         except TimeoutError:
             self._response.cancel()
             raise
-        except (RayError, RayServeException, grpc.RpcError) as error:
+        # Also what the replica's own code raised: its rows are opened again, and given up after a time.
+        except Exception as error:
             raise ReplicaLost(_first_line(error)) from None
 
 

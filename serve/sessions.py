@@ -112,6 +112,14 @@ class Sessions:
             self._sessions[call.session] = _Session(self._objective, self._model)
         session = self._sessions[call.session]
         self._forget_idle(time.monotonic(), session)
+        try:
+            return self._carry_out(session, call)
+        except BaseException:
+            del self._sessions[call.session]  # half done: nothing in it can be relied on
+            raise
+
+    @staticmethod
+    def _carry_out(session: _Session, call: Call) -> Reply:
         session.keep(call.keep)
         session.close(list(call.close))
         opened_B = session.open(call.open) if call.open else np.empty(0, dtype=np.float32)
