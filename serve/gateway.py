@@ -22,20 +22,23 @@ from serve.settings import MainArgs
 HEALTH_LIMIT_S = 5.0
 
 
+def settings_of(args: MainArgs) -> Settings:
+    model = AutoConfig.from_pretrained(fetch(args.base)).get_text_config()
+    return Settings(
+        model=args.base,
+        system=args.system,
+        max_context=model.max_position_embeddings,
+        max_tokens=args.max_tokens,
+        beta=args.beta,
+        tilt_cap=args.tilt_cap,
+        limits=Limits(args.stall_s, args.deadline_s),
+    )
+
+
 class Gateway:
     def __init__(self, args: MainArgs, base: DeploymentHandle[Any]):
         self._args, self._base = args, base
-        model = AutoConfig.from_pretrained(fetch(args.base)).get_text_config()
-        settings = Settings(
-            args.base,
-            args.system,
-            model.max_position_embeddings,
-            args.max_tokens,
-            args.beta,
-            args.tilt_cap,
-            Limits(args.stall_s, args.deadline_s),
-        )
-        self._completions = Completions(load_tokenizer(args.base), settings, base_streams(base))
+        self._completions = Completions(load_tokenizer(args.base), settings_of(args), base_streams(base))
         self._registry = Registry(Store(args.storage, args.run))
 
     def __serve_build_asgi_app__(self) -> FastAPI:

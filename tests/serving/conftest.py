@@ -48,19 +48,6 @@ def url(served_config: config.Config) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def colocated_url(url: str, served_config: config.Config) -> str:
-    """The same run with its value models inside the base replica."""
-    from ray import serve
-
-    from serve.app import build_main
-    from serve.settings import main_args
-
-    args = main_args(served_config).model_copy(update={"placement": "colocated", "replicas": 1})
-    serve.run(build_main(args), name="colocated", route_prefix="/colocated")
-    return f"{url}/colocated"
-
-
-@pytest.fixture(scope="session")
 def http() -> Iterator[httpx.Client]:
     with httpx.Client(timeout=60, trust_env=False) as client:
         yield client

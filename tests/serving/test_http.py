@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+
+from mavis_dist.models.load import load_tokenizer
+from serve.base import Base
+from serve.completions import Completions
+from serve.gateway import settings_of
+from serve.schema import ChatRequest
+from serve.settings import main_args
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 BOTH = {"positive": 1.0, "brief": 3.0}
@@ -77,9 +85,18 @@ def test_a_stream_says_what_the_whole_answer_says(http, url, body):
     assert events[-1]["usage"] == whole["usage"]
 
 
-def test_both_placements_write_the_same(http, url, colocated_url, body):
+def test_both_placements_write_the_same(http, url, served_config, body):
+    args = main_args(served_config).model_copy(update={"placement": "colocated"})
+    base = Base(args)  # what a base replica runs, in this process
+    completions = Completions(load_tokenizer(args.base), settings_of(args), base.stream)
+
+    async def answer(body: dict) -> dict:
+        completion = await completions.start(ChatRequest.model_validate(body), {"positive": 0, "brief": 0})
+        return await completion.whole()
+
     for seed in range(3):
-        remote, local = (ask(http, place, {**body, "seed": seed})["choices"][0] for place in (url, colocated_url))
+        local = asyncio.run(answer({**body, "seed": seed}))["choices"][0]
+        remote = ask(http, url, {**body, "seed": seed})["choices"][0]
         assert remote["message"] == local["message"]
         assert remote["mavis"]["values"] == pytest.approx(local["mavis"]["values"], abs=1e-3)
 
@@ -133,7 +150,11 @@ def test_lists(http, url, model):
     [
         ({"objective_weights": {"fame": 1}}, 400, "objective_weights"),
         ({"objective_weights": {"brief": -1}}, 400, "objective_weights"),
-        ({"vllm_xargs": {"objective_weights": "fame=1"}}, 400, "vllm_xargs.objective_weights"),
+        (
+            {"objective_weights": None, "vllm_xargs": {"objective_weights": "fame=1"}},
+            400,
+            "vllm_xargs.objective_weights",
+        ),
         ({"tools": []}, 400, "tools"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "messages"),
