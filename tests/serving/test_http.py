@@ -19,6 +19,7 @@ from serve.schema import ChatRequest
 from serve.settings import main_args
 
 HELLO = [{"role": "user", "content": "Hello there"}]
+FLAT_FAME = {"objective_weights": "fame=1"}
 BOTH = {"positive": 1.0, "brief": 3.0}
 
 

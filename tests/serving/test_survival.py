@@ -16,7 +16,7 @@ from ray.util.state import list_actors
 
 LONG = {
     "messages": [{"role": "user", "content": "Tell me more"}],
-    "max_tokens": 200,
+    "max_tokens": 100,
     "top_k": 20,
     "objective_weights": {"positive": 1.0, "brief": 1.0},
 }
