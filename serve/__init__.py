@@ -1,0 +1,4 @@
+"""Ray Serve wiring: an OpenAI-compatible gateway, base replicas with the decode engine, and value replicas.
+
+Inside this folder write `from ray import serve` and `from serve.x import y`, never `import serve`.
+"""

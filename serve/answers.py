@@ -1,0 +1,151 @@
+"""From engine updates to text: an answer is followed across base replicas and turned into text piece by piece.
+
+Knows nothing of Ray or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from mavis_dist.decode import Choice, FinishReason, Request, RequestError, Update
+from serve.engine_loop import Refused
+
+logger = logging.getLogger(__name__)
+
+REPLACEMENT = "\ufffd"
+RETRY_PAUSE_S = 0.2
+
+Message = Request | Refused | list[Update]
+OpenStream = Callable[[Request], AsyncGenerator[Message, None]]
+
+
+class BaseLost(Exception):
+    """The base replica behind a stream died, or could not be reached."""
+
+
+class AnswerFailed(Exception):
+    """An answer that cannot be completed."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds. A base replica that waits for a free row still sends empty lists, so silence means trouble."""
+
+    stall_s: float = 60.0
+    deadline_s: float = 600.0
+
+
+class Detokenizer:
+    """Tokens in, text out; characters that are spread over tokens come out whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context = 0  # where decoding starts: some tokenizers treat the first token of a text differently
+        self._emitted = 0  # tokens whose text has been handed out
+
+    def add(self, ids: tuple[int, ...], last: bool = False) -> str:
+        """The text that is certain by now; `last` also hands out what will never become a whole character."""
+        self._ids.extend(ids)
+        before = self._decode(self._ids[self._context : self._emitted])
+        text = self._decode(self._ids[self._context :])
+        if (text.endswith(REPLACEMENT) and not last) or len(text) <= len(before):
+            return ""
+        self._context, self._emitted = self._emitted, len(self._ids)
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one chunk added to an answer."""
+
+    tokens: tuple[int, ...]
+    finished: Choice | None = None
+    resumed: bool = False  # `finished` counts only what the last base replica wrote
+
+
+async def follow(request: Request, open_stream: OpenStream, limits: Limits) -> AsyncGenerator[Request | Piece, None]:
+    """One answer from its acceptance to its end, on as many base replicas as it takes.
+
+    The first item is the accepted request. When a base replica is lost, falls silent or stops early, the request is
+    sent again with the tokens so far and the same seed, and goes on with the very tokens it would have had.
+
+    Raises:
+        RequestError: the engine refuses the request.
+        AnswerFailed: the engine failed, or no base replica completed the answer in time.
+    """
+    assert request.params.n == 1
+    assert request.params.seed is not None
+    tokens = list(request.answer)
+    deadline = time.monotonic() + limits.deadline_s
+    accepted, attempt, reason = False, 0, ""
+    while time.monotonic() < deadline:
+        current = replace(request, id=f"{request.id}-{attempt}", answer=tuple(tokens))
+        try:
+            async with aclosing(_messages(open_stream(current), limits.stall_s, deadline)) as messages:
+                async for message in messages:
+                    if isinstance(message, Refused):
+                        raise RequestError(message.field, message.message)
+                    if isinstance(message, Request):
+                        if not accepted:
+                            accepted = True
+                            yield message
+                        continue
+                    piece = _piece(tokens, message, attempt > 0)
+                    if piece.tokens or piece.finished:
+                        yield piece
+                    if piece.finished:
+                        return
+            reason = "its stream ended early"
+        except BaseLost as error:
+            reason = str(error)
+        except asyncio.TimeoutError:
+            reason = f"no sign of life for {limits.stall_s:g} s"
+        attempt += 1
+        logger.warning("request %s is sent again after %d tokens: %s", request.id, len(tokens), reason)
+        await asyncio.sleep(RETRY_PAUSE_S)
+    because = f" ({reason})" if reason else ""
+    raise AnswerFailed(f"the answer was not complete within {limits.deadline_s:g} s{because}")
+
+
+def _piece(tokens: list[int], updates: list[Update], resumed: bool) -> Piece:
+    """Extend `tokens` by what is new in the updates of one answer."""
+    known, finished = len(tokens), None
+    for update in updates:
+        if update.start > len(tokens):
+            raise BaseLost(f"tokens {len(tokens)} to {update.start} are missing")
+        tokens.extend(update.tokens[len(tokens) - update.start :])
+        finished = update.finished
+        if finished is not None and finished.finish is FinishReason.ABORT:
+            raise BaseLost("the engine gave the answer up")
+        if finished is not None and finished.finish is FinishReason.ERROR:
+            raise AnswerFailed(finished.error or "the engine failed")
+    return Piece(tuple(tokens[known:]), finished, resumed)
+
+
+async def _messages(
+    source: AsyncGenerator[Message, None], stall_s: float, deadline: float
+) -> AsyncGenerator[Message, None]:
+    """The same messages; raises TimeoutError where the next one does not come in time, and closes the source."""
+    try:
+        while True:
+            limit = min(stall_s, max(deadline - time.monotonic(), 0.001))
+            try:
+                message = await asyncio.wait_for(anext(source), limit)
+            except StopAsyncIteration:
+                return
+            yield message
+    finally:
+        await source.aclose()

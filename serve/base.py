@@ -1,0 +1,55 @@
+"""The base replica: base model, guide and engine behind one streaming method. A shell around EngineLoop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import torch
+
+from mavis_dist.decode import Engine, Guide, LocalGuide, Request
+from mavis_dist.models import value
+from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.store import values
+from mavis_dist.store.files import Store
+from serve.answers import Message
+from serve.engine_loop import EngineLoop, stream
+from serve.handles import ValueHandles
+from serve.remote_guide import RemoteGuide
+from serve.settings import MainArgs
+
+
+def make_guide(args: MainArgs, base: BaseModel) -> Guide | None:
+    """The published value models of the run, in this process or behind handles; None if there are none.
+
+    Raises:
+        ValueModelError: if one was not trained for this base model.
+    """
+    store = Store(args.storage, args.run)
+    folders = {name: values.fetch(store, name, iteration) for name, iteration in values.published(store).items()}
+    for folder in folders.values():
+        value.load_card(folder).check(base.fingerprint, base.tokenizer_fingerprint)
+    if not folders:
+        return None
+    if args.placement == "replicas":
+        return RemoteGuide(tuple(folders), ValueHandles(), args.value_sessions)
+    dtype = getattr(torch, args.dtype)
+    return LocalGuide({name: value.load(folder, dtype, args.device)[0] for name, folder in folders.items()})
+
+
+class Base:
+    def __init__(self, args: MainArgs):
+        base = load_base(args.base, args.dtype, args.device)
+        self._loop = EngineLoop(Engine(base, make_guide(args, base), args.rows))
+
+    async def stream(self, request: Request) -> AsyncIterator[Message]:
+        """What serve.engine_loop.stream yields."""
+        async for message in stream(self._loop, request):
+            yield message
+
+    async def load(self) -> tuple[int, int]:
+        """Answers being written and answers waiting; raises EngineStopped."""
+        self._loop.check()
+        return self._loop.load
+
+    def check_health(self) -> None:
+        self._loop.check()

@@ -1,0 +1,198 @@
+"""A running completion: n answers written side by side, as one response or as events. Knows nothing of Ray or HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from mavis_dist.decode import Choice, Request
+from mavis_dist.decode.request import stream_of
+from serve.answers import AnswerFailed, Detokenizer, Limits, OpenStream, Piece, follow
+from serve.schema import DONE, ApiError, GenerationRequest, Json, Shape, event, usage
+
+
+@dataclass
+class _Answer:
+    """One choice while it is written."""
+
+    text: Detokenizer
+    pieces: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+    last: Piece | None = None
+
+    def add(self, piece: Piece) -> str:
+        text = self.text.add(piece.tokens, last=piece.finished is not None)
+        self.pieces.append(text)
+        self.num_tokens += len(piece.tokens)
+        self.last = piece
+        return text
+
+    @property
+    def is_finished(self) -> bool:
+        return self.last is not None and self.last.finished is not None
+
+    @property
+    def finish_reason(self) -> str:
+        return self._choice.finish.value  # type: ignore[union-attr]
+
+    @property
+    def report(self) -> Json:
+        """What steering did to this answer; null where it is not known."""
+        choice = self._choice
+        assert self.last is not None
+        # A base replica counts only what it wrote itself.
+        divergence = None if self.last.resumed or not math.isfinite(choice.divergence) else choice.divergence
+        num_own = len(choice.logratios)
+        return {
+            "divergence": divergence,
+            "values": choice.values,
+            "candidates_per_token": choice.num_scored / num_own if num_own else 0.0,
+        }
+
+    @property
+    def _choice(self) -> Choice:
+        assert self.last is not None
+        assert self.last.finished is not None
+        return self.last.finished
+
+
+class Completion:
+    """The answers to one body, on their way."""
+
+    def __init__(
+        self,
+        body: GenerationRequest,
+        shape: Shape,
+        request: Request,
+        model: str,
+        limits: Limits,
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self._body, self._shape, self._request, self._limits = body, shape, request, limits
+        self._answers = [_Answer(Detokenizer(tokenizer)) for _ in range(request.params.n)]
+        self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._head: Json = {
+            "id": f"{shape.id_prefix}-{request.id}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    @property
+    def _echo(self) -> Json:
+        request = self._request
+        return {
+            "objective_weights": dict(request.weights),
+            "beta": request.beta,
+            "tilt_cap": request.tilt_cap,
+            "seed": request.params.seed,
+        }
+
+    async def open(self, open_stream: OpenStream) -> None:
+        """Submit every choice as a request of its own, so that each can move to another base replica."""
+        accepted: list[asyncio.Future[None]] = []
+        for index in range(len(self._answers)):
+            one = replace(
+                self._request,
+                id=f"{self._request.id}-{index}",
+                stream=stream_of(self._request, index),
+                params=replace(self._request.params, n=1),
+            )
+            accepted.append(asyncio.get_running_loop().create_future())
+            self._tasks.append(asyncio.create_task(self._pump(index, one, open_stream, accepted[index])))
+        try:
+            await asyncio.gather(*accepted)
+        except AnswerFailed as error:
+            self.close()
+            raise ApiError(503, str(error), code="engine_unavailable") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop writing; the rows of unfinished answers become free."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def whole(self) -> Json:
+        """The response body, once all answers are finished."""
+        try:
+            async for _ in self._pieces():
+                pass
+        finally:
+            self.close()
+        choices = [
+            {
+                "index": index,
+                **self._shape.whole("".join(answer.pieces)),
+                "finish_reason": answer.finish_reason,
+                "logprobs": None,
+                "mavis": answer.report,
+            }
+            for index, answer in enumerate(self._answers)
+        ]
+        head = {**self._head, "object": self._shape.whole_object}
+        return {**head, "choices": choices, "usage": self._usage(), "mavis": self._echo}
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events; the last one is [DONE] or an error."""
+        try:
+            if self._shape.opening is not None:
+                for index in range(len(self._answers)):
+                    yield self._chunk({"index": index, **self._shape.opening})
+            async for index, text in self._pieces():
+                if text:
+                    yield self._chunk({"index": index, **self._shape.piece(text)})
+                answer = self._answers[index]
+                if answer.is_finished:
+                    ending = {**self._shape.ending, "finish_reason": answer.finish_reason, "mavis": answer.report}
+                    yield self._chunk({"index": index, **ending}, mavis=self._echo)
+            if self._body.wants_usage:
+                yield self._chunk({}, usage=self._usage())
+            yield DONE
+        except ApiError as error:
+            yield event(error.body)
+        finally:
+            self.close()
+
+    def _chunk(self, choice: Json, **extra: Json) -> str:
+        """One event about one choice, or about none."""
+        choices = [{"finish_reason": None, "logprobs": None, **choice}] if choice else []
+        return event({**self._head, "object": self._shape.chunk_object, "choices": choices, **extra})
+
+    def _usage(self) -> Json:
+        return usage(len(self._request.prompt), sum(answer.num_tokens for answer in self._answers))
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, str]]:
+        """(choice, text) as it comes, until all choices are finished; raises ApiError."""
+        left = len(self._answers)
+        while left:
+            index, item = await self._queue.get()
+            if isinstance(item, Exception):
+                raise ApiError(500, str(item), code="engine_error")
+            left -= item.finished is not None
+            yield index, self._answers[index].add(item)
+
+    async def _pump(
+        self, index: int, request: Request, open_stream: OpenStream, accepted: asyncio.Future[None]
+    ) -> None:
+        """Follow one choice into the common queue; what goes wrong before acceptance is the acceptance's result."""
+        try:
+            async with aclosing(follow(request, open_stream, self._limits)) as items:
+                async for item in items:
+                    if isinstance(item, Request):
+                        accepted.set_result(None)
+                    else:
+                        self._queue.put_nowait((index, item))
+        # The answer's reader must hear of any failure: a task that dies alone would leave it waiting.
+        except Exception as error:
+            if accepted.done():
+                self._queue.put_nowait((index, error))
+            else:
+                accepted.set_exception(error)

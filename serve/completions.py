@@ -1,0 +1,115 @@
+"""From a body to a running completion: defaults, templates, checks. Knows nothing of Ray or HTTP."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from mavis_dist.decode import Request, RequestError, SamplingParams
+from mavis_dist.decode.request import prepare
+from mavis_dist.models.load import ModelError, chat_ids
+from serve.answers import Limits, OpenStream
+from serve.completion import Completion
+from serve.schema import (
+    CHAT,
+    TEXT,
+    ApiError,
+    ChatRequest,
+    GenerationRequest,
+    Shape,
+    TextRequest,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server decides where a request does not."""
+
+    model: str
+    system: str
+    max_context: int
+    max_tokens: int  # longest answer a request may ask for
+    beta: float
+    tilt_cap: float | None
+    limits: Limits
+
+
+class Completions:
+    """Turns bodies into running completions."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings, open_stream: OpenStream):
+        self._tokenizer, self._settings, self._open_stream = tokenizer, settings, open_stream
+
+    async def start(self, body: ChatRequest | TextRequest, objectives: Mapping[str, int]) -> Completion:
+        """Begin to write the answers; raises ApiError before anything is sent if they are refused."""
+        if body.model != self._settings.model:
+            raise ApiError(
+                404,
+                f"the model {body.model!r} does not exist here; use {self._settings.model!r}",
+                "model",
+                "model_not_found",
+            )
+        shape, prompt = self._prompt(body)
+        try:
+            request = prepare(self._request(body, prompt), objectives, self._settings.max_context)
+        except RequestError as error:
+            raise _refused(error, body) from None
+        completion = Completion(body, shape, request, self._settings.model, self._settings.limits, self._tokenizer)
+        try:
+            await completion.open(self._open_stream)
+        except RequestError as error:
+            raise _refused(error, body) from None
+        return completion
+
+    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, list[int]]:
+        if isinstance(body, TextRequest):
+            return TEXT, list(self._tokenizer(body.prompt)["input_ids"])
+        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        try:
+            return CHAT, chat_ids(self._tokenizer, messages, self._settings.system)
+        except ModelError as error:
+            raise ApiError(400, str(error), "messages") from None
+
+    def _request(self, body: GenerationRequest, prompt: list[int]) -> Request:
+        settings, default = self._settings, SamplingParams()
+        limit = body.token_limit
+        if limit is not None and limit > settings.max_tokens:
+            name = _limit_field(body)
+            raise ApiError(400, f"{name} is {limit}; this server writes at most {settings.max_tokens} tokens", name)
+        params = SamplingParams(
+            # A request without a limit gets the longest answer that has room.
+            max_tokens=limit or max(1, min(settings.max_tokens, settings.max_context - len(prompt))),
+            temperature=default.temperature if body.temperature is None else body.temperature,
+            top_k=default.top_k if body.top_k is None else body.top_k,
+            top_p=default.top_p if body.top_p is None else body.top_p,
+            min_p=default.min_p if body.min_p is None else body.min_p,
+            seed=body.seed,
+            n=body.n or 1,
+        )
+        return Request(
+            id=uuid.uuid4().hex,
+            prompt=tuple(prompt),
+            weights=body.weights(),
+            beta=settings.beta if body.beta is None else body.beta,
+            tilt_cap=settings.tilt_cap if body.tilt_cap is None else body.tilt_cap,
+            params=params,
+        )
+
+
+def _limit_field(body: GenerationRequest) -> str:
+    return "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
+
+
+def _refused(error: RequestError, body: GenerationRequest) -> ApiError:
+    """The engine's refusal in the words of the body."""
+    names = {
+        "prompt": "messages" if isinstance(body, ChatRequest) else "prompt",
+        "max_tokens": _limit_field(body),
+        "objective_weights": "vllm_xargs.objective_weights" if body.vllm_xargs else "objective_weights",
+    }
+    param = names.get(error.field, error.field)
+    code = "context_length_exceeded" if error.field in ("prompt", "max_tokens") else None
+    return ApiError(400, f"{param}: {error.message}", param, code)

@@ -1,0 +1,55 @@
+"""The gateway replica: tokenizer, store and handles behind the HTTP routes. A shell around serve.api."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+from transformers import AutoConfig
+
+from mavis_dist.models.load import fetch, load_tokenizer
+from mavis_dist.store.files import Store
+from serve.answers import Limits
+from serve.api import create_api
+from serve.completions import Completions, Settings
+from serve.handles import LOST, base_streams
+from serve.registry import Registry
+from serve.schema import ApiError
+from serve.settings import MainArgs
+
+HEALTH_LIMIT_S = 5.0
+
+
+def settings_of(args: MainArgs) -> Settings:
+    model = AutoConfig.from_pretrained(fetch(args.base)).get_text_config()
+    return Settings(
+        model=args.base,
+        system=args.system,
+        max_context=model.max_position_embeddings,
+        max_tokens=args.max_tokens,
+        beta=args.beta,
+        tilt_cap=args.tilt_cap,
+        limits=Limits(args.stall_s, args.deadline_s),
+    )
+
+
+class Gateway:
+    def __init__(self, args: MainArgs, base: DeploymentHandle[Any]):
+        self._args, self._base = args, base
+        self._completions = Completions(load_tokenizer(args.base), settings_of(args), base_streams(base))
+        self._registry = Registry(Store(args.storage, args.run))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_api(self._args.base, self._completions, self._registry, self._base_load)
+
+    async def _base_load(self) -> tuple[int, int]:
+        try:
+            return await asyncio.wait_for(_awaited(self._base.load.remote()), HEALTH_LIMIT_S)
+        except (asyncio.TimeoutError, *LOST):
+            raise ApiError(503, "no base replica answers", code="engine_unavailable") from None
+
+
+async def _awaited(response: Any) -> Any:
+    return await response

@@ -1,0 +1,76 @@
+"""Calls between deployments: the only place that knows how Ray says that a replica is gone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+import grpc
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+
+from mavis_dist.decode import Request
+from serve.answers import BaseLost, Message, OpenStream
+from serve.remote_guide import Pending, ReplicaLost
+from serve.sessions import Call, Reply
+
+# By value, calls go over gRPC, which has errors of its own for a peer that vanished.
+LOST = (RayActorError, grpc.RpcError)
+
+VALUE_DEPLOYMENT = "Value"
+
+
+def value_application(objective: str) -> str:
+    return f"value-{objective}"
+
+
+class _PendingReply:
+    def __init__(self, response: DeploymentResponse[Reply]):
+        self._response = response
+
+    def result(self, timeout_s: float) -> Reply:
+        try:
+            return self._response.result(timeout_s=timeout_s)
+        except TimeoutError:
+            self._response.cancel()
+            raise
+        # Also what the replica's own code raised: its rows are opened again, and given up after a time.
+        except Exception as error:
+            raise ReplicaLost(_first_line(error)) from None
+
+
+class ValueHandles:
+    """The transport of RemoteGuide: one Serve application per objective, found by name."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
+
+    def __call__(self, objective: str, session: str, call: Call) -> Pending:
+        if objective not in self._handles:
+            application = value_application(objective)
+            # The application may come after its caller, or come back.
+            self._handles[objective] = serve.get_deployment_handle(VALUE_DEPLOYMENT, application, _check_exists=False)
+        handle = self._handles[objective].options(session_id=session, _by_reference=False)
+        return _PendingReply(cast(DeploymentResponse[Reply], handle.answer.remote(call)))
+
+
+def base_streams(handle: DeploymentHandle[Any]) -> OpenStream:
+    """How the gateway opens an answer on some base replica."""
+    streaming = handle.options(stream=True, _by_reference=False)
+
+    async def open_stream(request: Request) -> AsyncGenerator[Message, None]:
+        response = cast(DeploymentResponseGenerator[Message], streaming.stream.remote(request))
+        try:
+            async for message in response:
+                yield message
+        except LOST as error:
+            raise BaseLost(_first_line(error)) from None
+        finally:
+            response.cancel()
+
+    return open_stream
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")

@@ -1,0 +1,86 @@
+"""Typed arguments of the Serve applications, as serve/config.yaml gives them. Knows nothing of Ray or torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from mavis_dist.config import Base, Config, Serve, Steer
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE, SERVE, STEER = Base(), Serve(), Steer()
+
+
+class Arguments(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    storage: str = Field("runs", description="folder or fsspec URI of all runs; a relative one is below this checkout")
+    run: str = Field(description="name of the run whose published value models are served")
+    dtype: Literal["float32", "bfloat16"] = BASE.dtype
+    device: str = BASE.device
+    cpus: Annotated[float, Field(ge=0)] = SERVE.cpus_per_replica
+    gpus: Annotated[float, Field(ge=0)] = SERVE.gpus_per_replica
+    replicas: Annotated[int, Field(ge=1)] = 1
+
+    @field_validator("storage")
+    @classmethod
+    def _found_from_anywhere(cls, storage: str) -> str:
+        # Replicas run in working directories of their own.
+        return storage if "://" in storage else str(ROOT / Path(storage).expanduser())
+
+
+class MainArgs(Arguments):
+    """Gateway and base. Objectives are not named: they come from the store."""
+
+    base: str = Field(BASE.model, description="name of the base model, as in the config key base.model")
+    system: str = BASE.system
+    placement: Literal["colocated", "replicas"] = SERVE.placement
+    value_sessions: Annotated[int, Field(ge=1)] = Field(
+        1, description="shares of a base replica's rows; value replicas per base replica, rounded up"
+    )
+    rows: Annotated[int, Field(ge=1)] = SERVE.rows
+    max_tokens: Annotated[int, Field(ge=1)] = SERVE.max_tokens
+    beta: Annotated[float, Field(ge=0)] = STEER.beta
+    tilt_cap: Annotated[float, Field(gt=0)] | None = STEER.tilt_cap
+    stall_s: Annotated[float, Field(gt=0)] = Field(60, description="silence after which a base replica counts as lost")
+    deadline_s: Annotated[float, Field(gt=0)] = Field(600, description="longest time one request may take")
+
+
+class ValueArgs(Arguments):
+    """The value model of one objective."""
+
+    objective: str
+
+
+def main_args(config: Config) -> MainArgs:
+    serve = config.serve
+    return MainArgs(
+        **_common(config),
+        replicas=serve.base_replicas,
+        base=config.base.model,
+        system=config.base.system,
+        placement=serve.placement,
+        value_sessions=-(-serve.value_replicas // serve.base_replicas),
+        rows=serve.rows,
+        max_tokens=serve.max_tokens,
+        beta=config.steer.beta,
+        tilt_cap=config.steer.tilt_cap,
+    )
+
+
+def value_args(config: Config, objective: str) -> ValueArgs:
+    return ValueArgs(**_common(config), replicas=config.serve.value_replicas, objective=objective)
+
+
+def _common(config: Config) -> dict:
+    storage = config.storage if "://" in config.storage else str(Path(config.storage).expanduser().absolute())
+    return {
+        "storage": storage,
+        "run": config.run,
+        "dtype": config.base.dtype,
+        "device": config.base.device,
+        "cpus": config.serve.cpus_per_replica,
+        "gpus": config.serve.gpus_per_replica,
+    }

@@ -1,0 +1,230 @@
+"""The service as a client sees it: real HTTP, real replicas, random models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from mavis_dist.models.load import load_tokenizer
+from serve.base import Base
+from serve.completions import Completions
+from serve.gateway import settings_of
+from serve.schema import ChatRequest
+from serve.settings import main_args
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+FLAT_FAME = {"objective_weights": "fame=1"}
+BOTH = {"positive": 1.0, "brief": 3.0}
+
+
+@pytest.fixture(scope="session")
+def model(served_config) -> str:
+    return served_config.base.model
+
+
+@pytest.fixture
+def body(model):
+    return {"model": model, "messages": HELLO, "max_tokens": 24, "top_k": 20, "seed": 7, "objective_weights": BOTH}
+
+
+def ask(http: httpx.Client, url: str, body: dict, path: str = "/v1/chat/completions") -> dict:
+    response = http.post(f"{url}{path}", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def text_of(answer: dict, index: int = 0) -> str:
+    return answer["choices"][index]["message"]["content"]
+
+
+def events_of(http: httpx.Client, url: str, body: dict, path: str = "/v1/chat/completions") -> list[dict]:
+    with http.stream("POST", f"{url}{path}", json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def streamed_text(events: list[dict], index: int = 0) -> str:
+    choices = [choice for event in events for choice in event["choices"] if choice["index"] == index]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+def test_an_answer_reports_what_steered_it(http, url, body):
+    answer = ask(http, url, body)
+    [choice] = answer["choices"]
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 24
+    assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] + 24
+    assert answer["mavis"] == {
+        "objective_weights": {"positive": 0.25, "brief": 0.75},
+        "beta": 1.0,
+        "tilt_cap": None,
+        "seed": 7,
+    }
+    assert choice["mavis"]["divergence"] > 0
+    assert set(choice["mavis"]["values"]) == {"positive", "brief"}
+    assert choice["mavis"]["candidates_per_token"] == 40
+
+
+def test_a_stream_says_what_the_whole_answer_says(http, url, body):
+    whole = ask(http, url, {**body, "n": 2})
+    events = events_of(http, url, {**body, "n": 2, "stream_options": {"include_usage": True}})
+    for index in range(2):
+        assert streamed_text(events, index) == text_of(whole, index)
+    assert text_of(whole, 0) != text_of(whole, 1)
+    endings = [event for event in events if event["choices"] and event["choices"][0]["finish_reason"]]
+    assert [event["mavis"] for event in endings] == [whole["mavis"]] * 2
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"] == whole["usage"]
+
+
+def test_both_placements_write_the_same(http, url, served_config, body):
+    args = main_args(served_config).model_copy(update={"placement": "colocated"})
+    base = Base(args)  # what a base replica runs, in this process
+    completions = Completions(load_tokenizer(args.base), settings_of(args), base.stream)
+
+    async def answer(body: dict) -> dict:
+        completion = await completions.start(ChatRequest.model_validate(body), {"positive": 0, "brief": 0})
+        return await completion.whole()
+
+    for seed in range(3):
+        local = asyncio.run(answer({**body, "seed": seed}))["choices"][0]
+        remote = ask(http, url, {**body, "seed": seed})["choices"][0]
+        assert remote["message"] == local["message"]
+        assert remote["mavis"]["values"] == pytest.approx(local["mavis"]["values"], abs=1e-3)
+
+
+def test_weights_change_the_answer_and_zero_weights_are_the_base_model(http, url, body):
+    plain = ask(http, url, {**body, "objective_weights": None})
+    zero = ask(http, url, {**body, "objective_weights": {"positive": 0, "brief": 0}})
+    no_strength = ask(http, url, {**body, "beta": 0})
+    assert text_of(plain) == text_of(zero) == text_of(no_strength)
+    assert zero["choices"][0]["mavis"] == {"divergence": 0.0, "values": {}, "candidates_per_token": 0.0}
+    guided = {text_of(ask(http, url, {**body, "objective_weights": {name: 1}})) for name in BOTH}
+    assert len({text_of(plain), *guided}) == 3
+
+
+def test_flat_weights_are_the_nested_ones(http, url, body):
+    flat = {**body, "objective_weights": None, "vllm_xargs": {"objective_weights": "positive=1,brief=3"}}
+    assert text_of(ask(http, url, flat)) == text_of(ask(http, url, body))
+
+
+def test_a_seed_is_drawn_and_told(http, url, body):
+    first = ask(http, url, {**body, "seed": None})
+    again = ask(http, url, {**body, "seed": first["mavis"]["seed"]})
+    assert text_of(first) == text_of(again)
+
+
+def test_text_completions(http, url, model):
+    body = {"model": model, "prompt": "Once upon", "max_tokens": 8, "top_k": 20, "seed": 1}
+    whole = ask(http, url, body, "/v1/completions")
+    assert whole["object"] == "text_completion"
+    events = events_of(http, url, body, "/v1/completions")
+    assert "".join(event["choices"][0]["text"] for event in events) == whole["choices"][0]["text"]
+
+
+def test_many_at_once_do_not_change_each_other(http, url, body):
+    alone = [text_of(ask(http, url, {**body, "seed": seed})) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda seed: text_of(ask(http, url, {**body, "seed": seed})), range(8)))
+    assert together == alone
+
+
+def test_lists(http, url, model):
+    assert [m["id"] for m in http.get(f"{url}/v1/models").json()["data"]] == [model]
+    assert http.get(f"{url}/v1/models/{model.lstrip('/')}").status_code in (200, 404)
+    listed = http.get(f"{url}/v1/objectives").json()["data"]
+    assert [(o["id"], o["iteration"]) for o in listed] == [("brief", 0), ("positive", 0)]
+    assert http.get(f"{url}/health").json()["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"objective_weights": {"fame": 1}}, 400, "objective_weights"),
+        ({"objective_weights": {"brief": -1}}, 400, "objective_weights"),
+        (
+            {"objective_weights": None, "vllm_xargs": {"objective_weights": "fame=1"}},
+            400,
+            "vllm_xargs.objective_weights",
+        ),
+        ({"tools": []}, 400, "tools"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "messages"),
+        ({"max_tokens": 401}, 400, "max_tokens"),
+        ({"max_tokens": None, "max_completion_tokens": 401}, 400, "max_completion_tokens"),
+        ({"temperature": -0.5}, 400, "temperature"),
+        ({"model": "other"}, 404, "model"),
+    ],
+)
+def test_refusals_name_the_field(http, url, body, change, status, param):
+    for stream in (False, True):
+        response = http.post(f"{url}/v1/chat/completions", json={**body, **change, "stream": stream})
+        error = response.json()["error"]
+        assert response.status_code == status
+        assert set(error) == {"message", "type", "param", "code"}
+        assert (error["param"], error["type"]) == (param, "invalid_request_error")
+        assert error["message"]
+
+
+def test_errors_of_routing_and_parsing_have_the_same_shape(http, url):
+    chat = f"{url}/v1/chat/completions"
+    for response, status in [
+        (http.get(f"{url}/v1/nothing"), 404),
+        (http.get(chat), 405),
+        (http.post(chat, content="{not json", headers={"content-type": "application/json"}), 400),
+        (http.post(chat, content="[]", headers={"content-type": "application/json"}), 400),
+        (http.post(chat), 400),
+    ]:
+        assert response.status_code == status
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_official_client(url, body):
+    extra = {"top_k": body.pop("top_k"), "objective_weights": body.pop("objective_weights")}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(**body, extra_body=extra)
+        stream = client.chat.completions.create(**body, extra_body=extra, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert text == answer.choices[0].message.content
+        assert answer.model_extra["mavis"]["seed"] == body["seed"]
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**body, extra_body={"objective_weights": {"fame": 1}})
+        assert caught.value.param == "objective_weights"
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(**{**body, "model": "other"})
+
+
+def wait_until_idle(http: httpx.Client, url: str) -> None:
+    """Two base replicas take turns in answering: several idle answers in a row."""
+    deadline, idle = time.monotonic() + 15, 0
+    while idle < 8:
+        assert time.monotonic() < deadline
+        load = http.get(f"{url}/health").json()
+        idle = idle + 1 if load["running"] + load["waiting"] == 0 else 0
+        time.sleep(0.05)
+
+
+def test_a_client_that_leaves_its_stream_frees_the_row(http, url, body):
+    long = {**body, "max_tokens": 400, "stream": True}
+    with http.stream("POST", f"{url}/v1/chat/completions", json=long) as response:
+        next(response.iter_lines())
+    started = time.monotonic()
+    wait_until_idle(http, url)
+    assert time.monotonic() - started < 4
+
+
+def test_a_client_that_gives_up_waiting_frees_the_rows(http, url, body):
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 400, "n": 8}, timeout=0.5)
+    started = time.monotonic()
+    wait_until_idle(http, url)
+    assert time.monotonic() - started < 4

@@ -1,0 +1,77 @@
+"""A tiny random base model, its tokenizer and published value models, on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+
+from mavis_dist.models import value
+from mavis_dist.models.load import load_base
+from mavis_dist.store import values
+from mavis_dist.store.files import Store
+from mavis_dist.types import RewardScale
+
+MODEL = "tiny-llama"
+BOS, EOS = 0, 1
+# Printable ASCII, space and newline in byte-level spelling, and the two bytes of an e with an acute accent.
+ALPHABET = [chr(code) for code in range(0x21, 0x7F)] + ["Ġ", "Ċ", "Ã", "©"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *ALPHABET])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def write_models(folder: Path, run: str, objectives: tuple[str, ...]) -> None:
+    """folder/tiny-llama, and folder/runs/{run} with iteration 0 of every objective published."""
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    with torch.no_grad():
+        base.lm_head.weight.mul_(10)
+        base.lm_head.weight[EOS] = 0  # never among the few most likely tokens
+    base.save_pretrained(folder / MODEL)
+    tokenizer.save_pretrained(folder / MODEL)
+    loaded = load_base(str(folder / MODEL))
+    store = Store(str(folder / "runs"), run)
+    for seed, objective in enumerate(objectives, 1):
+        _publish(store, folder / "work" / objective, objective, seed, config, loaded)
+
+
+def _publish(store, work, objective, seed, config, base) -> None:
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1})
+    model = value.ValueModel(LlamaModel(config), 1)
+    torch.nn.init.normal_(model.heads.weight, std=0.3)
+    card = value.Card(
+        objectives=(objective,),
+        scales=(RewardScale(0.0, 1.0),),
+        rewards=({"reward": "sentiment"},),
+        iteration=0,
+        parent=None,
+        base_fingerprint=base.fingerprint,
+        tokenizer_fingerprint=base.tokenizer_fingerprint,
+        max_tokens=400,
+        beta=1.0,
+        explained_variance=None,
+    )
+    value.save(model, card, work)
+    store.upload(work, values.folder(objective, 0), {"iteration": 0})
+    values.publish(store, objective, 0)

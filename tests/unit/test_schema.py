@@ -1,0 +1,104 @@
+"""Bodies are refused by name, errors have OpenAI's shape, weights come from either field."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from serve.schema import ApiError, ChatRequest, TextRequest, event, parse_weights, refusal
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def chat(**fields):
+    return ChatRequest.model_validate({"model": "m", "messages": MESSAGES, **fields})
+
+
+def refused(**fields) -> ApiError:
+    with pytest.raises(ValidationError) as caught:
+        chat(**fields)
+    return refusal(caught.value.errors())
+
+
+@pytest.mark.parametrize("name", ["tools", "response_format", "stop", "logprobs", "logit_bias", "presence_penalty"])
+def test_a_field_that_is_not_served_is_refused_by_its_name(name):
+    error = refused(**{name: None})
+    assert (error.status, error.param, error.code) == (400, name, "unsupported_field")
+    assert error.body["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"min_p": 1.0}, "min_p"),
+        ({"n": 0}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"stream": "yes"}, "stream"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "Hi", "name": "x"}]}, "messages.0.name"),
+        ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages.0.role"),
+        ({"objective_weights": {"positive": float("nan")}}, "objective_weights.positive"),
+        ({"objective_weights": ["positive"]}, "objective_weights"),
+        ({"beta": -1.0}, "beta"),
+        ({"tilt_cap": 0.0}, "tilt_cap"),
+        ({"scorer": "lazy"}, "scorer"),
+        ({"vllm_xargs": {"beta": 1}}, "vllm_xargs.objective_weights"),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_path_of_its_field(fields, param):
+    error = refused(**fields)
+    assert error.status == 400
+    assert error.param == param or error.code == "unsupported_field"
+    assert json.dumps(error.body)
+
+
+def test_an_unknown_field_is_named_before_any_other_trouble():
+    assert refused(temperature=-1, reponse_format={}).param == "reponse_format"
+
+
+def test_two_limits_and_stream_options_without_a_stream_are_refused():
+    assert "not both" in refused(max_tokens=1, max_completion_tokens=2).message
+    assert "stream: true" in refused(stream_options={"include_usage": True}).message
+
+
+def test_weights_come_from_the_nested_or_the_flat_field():
+    assert chat().weights() == {}
+    assert chat(objective_weights={"brief": 1}).weights() == {"brief": 1.0}
+    assert chat(vllm_xargs={"objective_weights": "positive=0.7, brief=0.3"}).weights() == {
+        "positive": 0.7,
+        "brief": 0.3,
+    }
+    with pytest.raises(ApiError) as caught:
+        chat(objective_weights={"brief": 1}, vllm_xargs={"objective_weights": "brief=1"}).weights()
+    assert caught.value.param == "vllm_xargs"
+
+
+@pytest.mark.parametrize("text", ["brief", "brief=", "=1", "brief=x", "brief=nan", "brief=1,brief=2"])
+def test_flat_weights_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ApiError) as caught:
+        parse_weights(text)
+    assert caught.value.param == "vllm_xargs.objective_weights"
+
+
+def test_text_parts_are_joined_and_other_parts_refused():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "ab"
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    assert refused(messages=[{"role": "user", "content": image}]).status == 400
+
+
+def test_prompt_must_not_be_empty():
+    with pytest.raises(ValidationError) as caught:
+        TextRequest.model_validate({"model": "m", "prompt": ""})
+    assert refusal(caught.value.errors()).param == "prompt"
+
+
+def test_events_are_one_line_of_json():
+    assert event({"text": "a\nb é"}) == 'data: {"text": "a\\nb é"}\n\n'
