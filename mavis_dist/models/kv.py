@@ -110,6 +110,7 @@ class SlotModel:
         """Tokens of this row whose keys and values are in the cache."""
         return self._lengths[self._slot_of[row]]
 
+    @torch.inference_mode()
     def open(self, row: int, source: int | None = None, shared: int = 0) -> int:
         """Start a row, with the first `shared` tokens of another row; returns how many it really has."""
         assert row not in self._slot_of
@@ -125,6 +126,7 @@ class SlotModel:
                 layer.copy(self._slot_of[source], slot, self._lengths[slot])
         return self._lengths[slot]
 
+    @torch.inference_mode()
     def close(self, row: int) -> None:
         """Free a row; the row in the last slot moves into its place."""
         slot, last = self._slot_of.pop(row), len(self._rows) - 1
