@@ -26,7 +26,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m jobs.quickstart --config $(CONFIG)
 
 serve: $(INSTALLED)
-	$(BIN)/python -m serve.run --config $(CONFIG)
+	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -147,8 +147,8 @@ def train(fit: Fit, config: config_module.Config, store: Store, rank: int, world
             engine.backward(loss)
             engine.step()
             done += 1
-            metrics.append({"step": done, "epoch": epoch, "loss": float(loss)})
-            progress(done, num_steps, f"loss {float(loss):.3f}")
+            metrics.append({"step": done, "epoch": epoch, "loss": loss.item()})
+            progress(done, num_steps, f"loss {loss.item():.3f}")
         engine.eval()
         explained = explained_variance(engine, validation, device)
         metrics.append({"step": done, "epoch": epoch, "explained_variance": explained})

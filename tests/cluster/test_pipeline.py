@@ -131,9 +131,7 @@ def test_a_driver_killed_at_any_stage_is_resumed_to_the_same_bytes(
     assert hashes(store) == hashes(undisturbed)
 
 
-def test_a_new_objective_leaves_trees_and_models_alone(
-    undisturbed: Store, config_file: Path, ray_address: str
-) -> None:
+def test_a_new_objective_leaves_trees_and_models_alone(undisturbed: Store, config_file: Path, ray_address: str) -> None:
     before = hashes(undisturbed)
     finish(start(config_file, ray_address, "objectives.positive.reward=sentiment", "iterations=1"))
     after = hashes(undisturbed)
@@ -148,7 +146,10 @@ def test_a_new_objective_leaves_trees_and_models_alone(
     ("overrides", "words"),
     [
         (["seed=1"], ["'seed' is 1", "started with 0", "run=NAME"]),
-        (["run=new", "objectives.same.reward=function", "objectives.same.path=tests.tiny:always_one"], ["'same'", "same"]),
+        (
+            ["run=new", "objectives.same.reward=function", "objectives.same.path=tests.tiny:always_one"],
+            ["'same'", "same"],
+        ),
         (["run=new", "rollout.cpus_per_actor=1000"], ["rollout.cpus_per_actor=1000", "lower"]),
         (["run=new", "prompts.train=100000"], ["100000"]),
         (["run=new", "base.model=/no/such/model"], ["/no/such/model"]),

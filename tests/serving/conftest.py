@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from mavis_dist import cluster, config
-from tests.serving.tiny import MODEL, write_models
+from mavis_dist import config
+from tests.tiny import MODEL, write_models
 
 RUN = "served"
 
@@ -38,11 +38,10 @@ def served_config(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
 
 
 @pytest.fixture(scope="session")
-def url(served_config: config.Config) -> Iterator[str]:
+def url(served_config: config.Config, ray_address: str) -> Iterator[str]:
     """Two base replicas and one value replica per objective."""
     from serve.app import deploy, undeploy
 
-    cluster.connect()
     yield deploy(served_config, limit_s=180)
     undeploy()
 

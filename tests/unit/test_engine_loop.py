@@ -13,7 +13,7 @@ from mavis_dist.decode import Engine, FinishReason, LocalGuide, Request, Request
 from serve.answers import AnswerFailed, BaseLost, Detokenizer, Limits, Piece, follow
 from serve.engine_loop import EngineLoop, EngineStopped, Refused, stream
 from tests.fakes import tiny_base, tiny_value
-from tests.serving.tiny import make_tokenizer
+from tests.tiny import make_tokenizer
 
 LIMITS = Limits(stall_s=5, deadline_s=20)
 

@@ -28,8 +28,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def write_models(folder: Path, run: str, objectives: tuple[str, ...]) -> None:
-    """folder/tiny-llama, and folder/runs/{run} with iteration 0 of every objective published."""
+def write_base(folder: Path, eos_weight: float = 0.0) -> Path:
+    """folder/tiny-llama: a two-layer Llama with a distribution of some shape.
+
+    With `eos_weight` 0, end-of-text is never among the few most likely tokens; with 1 it is one token among others.
+    """
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -46,13 +49,29 @@ def write_models(folder: Path, run: str, objectives: tuple[str, ...]) -> None:
     base = LlamaForCausalLM(config)
     with torch.no_grad():
         base.lm_head.weight.mul_(10)
-        base.lm_head.weight[EOS] = 0  # never among the few most likely tokens
+        base.lm_head.weight[EOS] *= eos_weight
     base.save_pretrained(folder / MODEL)
     tokenizer.save_pretrained(folder / MODEL)
-    loaded = load_base(str(folder / MODEL))
+    return folder / MODEL
+
+
+def write_models(folder: Path, run: str, objectives: tuple[str, ...]) -> None:
+    """folder/tiny-llama, and folder/runs/{run} with iteration 0 of every objective published."""
+    base = write_base(folder)
+    loaded = load_base(str(base))
     store = Store(str(folder / "runs"), run)
     for seed, objective in enumerate(objectives, 1):
-        _publish(store, folder / "work" / objective, objective, seed, config, loaded)
+        _publish(store, folder / "work" / objective, objective, seed, LlamaConfig.from_pretrained(base), loaded)
+
+
+def count_vowels(prompts: list[str], answers: list[str]) -> list[float]:
+    """A reward that a tiny model can learn."""
+    return [float(sum(letter in "aeiou" for letter in answer.lower())) for answer in answers]
+
+
+def always_one(prompts: list[str], answers: list[str]) -> list[float]:
+    """A reward that nothing can be learnt from."""
+    return [1.0 for _ in answers]
 
 
 def _publish(store, work, objective, seed, config, base) -> None:

@@ -1,0 +1,27 @@
+"""One Ray cluster for all tests that need one: two cores, token mode, loopback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny models on shared cores: more threads only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """The address of a cluster that ends with the session."""
+    os.environ.pop("RAY_ADDRESS", None)
+    from mavis_dist import cluster
+
+    cluster.connect()
+    import ray
+
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
