@@ -140,7 +140,7 @@ class Engine:
             self._guide.close(guided_numbers)
 
     def _draw(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One token for every row: chosen index [B], ids [B, K], log-ratios [B, K], KL [B], values [B, K, M]."""
+        """One token for every row: chosen index [B], ids and log-ratios [B, K], KL [B], values [B, K, M], |C| [B]."""
         params = [row.request.params for row in rows]
         temperature_B = self._per_row([p.temperature for p in params])
         is_first_B = torch.tensor([row.position == 0 for row in rows], device=self._device)
@@ -152,7 +152,9 @@ class Engine:
             self._per_row([p.min_p for p in params]),
             temperature_B,
         )
-        values_BKM, delta_BK = self._tilt(rows, ids_BK)
+        is_present_BK = logprobs_BK > float("-inf")
+        # Where a row has fewer candidates than its neighbours its first one stands in: theirs are none of its business.
+        values_BKM, delta_BK = self._tilt(rows, torch.where(is_present_BK, ids_BK, ids_BK[:, :1]))
         noise_BK = noise.gumbel(
             torch.tensor([row.stream for row in rows], device=self._device),
             torch.tensor([row.position for row in rows], device=self._device),
@@ -160,7 +162,8 @@ class Engine:
         )
         chosen_B = choose(logprobs_BK, delta_BK, temperature_B, noise_BK, ids_BK)
         ratio_BK = log_ratio(logprobs_BK, delta_BK, temperature_B)
-        return chosen_B, ids_BK, ratio_BK, divergence(logprobs_BK, delta_BK, temperature_B), values_BKM
+        kl_B = divergence(logprobs_BK, delta_BK, temperature_B)
+        return chosen_B, ids_BK, ratio_BK, kl_B, values_BKM, is_present_BK.sum(-1)
 
     def _tilt(self, rows: Sequence[Row], ids_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values [B, K, M], nan where not asked for, and the tilt [B, K], 0 for rows without guidance."""
@@ -192,11 +195,12 @@ class Engine:
         ratio_BK: torch.Tensor,
         kl_B: torch.Tensor,
         values_BKM: torch.Tensor,
+        num_candidates_B: torch.Tensor,
     ) -> list[Update]:
         """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
         every_B = torch.arange(len(rows), device=self._device)
         tokens, kls = ids_BK[every_B, chosen_B].tolist(), kl_B.tolist()
-        ratios = ratio_BK[every_B, chosen_B].tolist()
+        ratios, num_candidates = ratio_BK[every_B, chosen_B].tolist(), num_candidates_B.tolist()
         chosen_values_BM = values_BKM[every_B, chosen_B].cpu()
         updates, finished, kept = [], [], []
         for b, row in enumerate(rows):
@@ -212,7 +216,7 @@ class Engine:
             choice.logratios.append(ratios[b])
             choice.divergence += kls[b]
             if guided:
-                choice.num_scored += ids_BK.shape[1] * len(row.request.weights)
+                choice.num_scored += num_candidates[b] * len(row.request.weights)
                 choice.values = {m: float(chosen_values_BM[b, self.objectives.index(m)]) for m in row.request.weights}
                 self._baseline[row.number] = chosen_values_BM[b]
             if tokens[b] in self._eos_ids:

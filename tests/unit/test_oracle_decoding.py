@@ -1,0 +1,354 @@
+"""The engine against a slow loop without cache or batch, and each request against everything that must not matter.
+
+Shapes: V vocabulary, K candidates, M objectives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from mavis_dist.core import noise
+from mavis_dist.core.tilt import candidates, choose, divergence, log_ratio, tilt
+from mavis_dist.decode import Engine, FinishReason, LocalGuide, Request, SamplingParams
+from tests.fakes import EOS, VOCAB, tiny_base, tiny_value
+
+BASE = tiny_base(seed=0, eos_boost=2.0)
+MODELS = {"brief": tiny_value(1), "kind": tiny_value(2, layers=2)}
+WEIGHTS = [{}, {"brief": 1.0}, {"kind": 2.0, "brief": 1.0}, {"kind": 0.7, "brief": 0.0}]
+
+
+def some_requests():
+    """Different in everything a request can be different in; seeds given."""
+    return [
+        Request(
+            id=f"r{i}",
+            prompt=(1, 5 + i, *range(20, 20 + 3 * (i % 4))),
+            weights=WEIGHTS[i % 4],
+            beta=[3.0, 8.0, 0.0][i % 3],
+            tilt_cap=[None, 0.8][i % 2],
+            params=SamplingParams(
+                max_tokens=[1, 12, 9, 15, 6][i % 5],
+                temperature=[1.0, 0.0, 0.7, 1.6][i // 4],
+                top_k=[40, 5, 200][i % 3],
+                top_p=[1.0, 0.8][i // 2 % 2],
+                min_p=[0.0, 0.02][i // 3 % 2],
+                seed=i,
+                n=1 + i % 2,
+            ),
+        )
+        for i in range(16)
+    ]
+
+
+def engine(max_rows=32, models=MODELS):
+    return Engine(BASE, LocalGuide(models), max_rows)
+
+
+@cache
+def alone():
+    """What every request gets from an engine of its own, one answer at a time."""
+    return {request.id: engine(max_rows=1).generate([request])[0] for request in some_requests()}
+
+
+def assert_same(choices, others):
+    """The same tokens; numbers to rounding, which depends on the shape of the batch."""
+    assert [c.tokens for c in choices] == [c.tokens for c in others]
+    assert [(c.index, c.finish, c.error) for c in choices] == [(c.index, c.finish, c.error) for c in others]
+    for one, other in zip(choices, others, strict=True):
+        np.testing.assert_allclose(one.logratios, other.logratios, atol=1e-4)
+        np.testing.assert_allclose(one.divergence, other.divergence, atol=1e-3)
+        assert one.values == pytest.approx(other.values, abs=1e-4)
+        assert one.num_scored == other.num_scored
+
+
+# --- the method, written out -------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def written_out(request, index):
+    """One answer by whole forward passes: tokens, log-ratios, divergence."""
+    weights = {m: w / sum(request.weights.values()) for m, w in request.weights.items() if w > 0}
+    params, tokens, ratios, kl = request.params, list(request.prompt), [], 0.0
+    one = torch.ones(1)
+    stream_B = torch.tensor([noise.stream(params.seed, index)])
+    for position in range(params.max_tokens):
+        logits_1V = BASE.model(input_ids=torch.tensor([tokens])).logits[:, -1].double()
+        if position == 0:
+            logits_1V[0, EOS] = float("-inf")
+        temperature_B = one * params.temperature
+        ids_1K, logprobs_1K = candidates(
+            logits_1V, torch.tensor([params.top_k]), one * params.top_p, one * params.min_p, temperature_B
+        )
+        delta_1K = torch.zeros_like(logprobs_1K)
+        if weights and request.beta > 0:
+            delta_1K = tilt(
+                value_of(weights, [[*tokens, a] for a in ids_1K[0].tolist()])[None],
+                value_of(weights, [tokens]),
+                torch.tensor([list(weights.values())]),
+                one * request.beta,
+                one * (request.tilt_cap or float("inf")),
+                ids_1K == EOS,
+            )
+        gumbel_1K = noise.gumbel(stream_B, torch.tensor([position]), ids_1K)
+        chosen = int(choose(logprobs_1K, delta_1K, temperature_B, gumbel_1K, ids_1K))
+        ratios.append(float(log_ratio(logprobs_1K, delta_1K, temperature_B)[0, chosen]))
+        kl += float(divergence(logprobs_1K, delta_1K, temperature_B))
+        tokens.append(int(ids_1K[0, chosen]))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(request.prompt) :], ratios, kl
+
+
+def value_of(weights, sequences):
+    """V_m of every sequence's last token [K, M]."""
+    return torch.stack([MODELS[m](input_ids=torch.tensor(sequences), use_cache=False)[:, -1, 0] for m in weights], -1)
+
+
+@pytest.mark.parametrize("request_", some_requests(), ids=lambda request: request.id)
+def test_answers_are_those_of_the_method_written_out(request_):
+    """Tokens, log-ratios and divergence spent, for all temperatures, filters, caps and weights at hand."""
+    for choice in alone()[request_.id]:
+        tokens, ratios, kl = written_out(request_, choice.index)
+        assert choice.tokens == tokens
+        np.testing.assert_allclose(choice.logratios, ratios, atol=1e-4)
+        np.testing.assert_allclose(choice.divergence, kl, atol=1e-3)
+        assert choice.finish is (FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH)
+
+
+def test_the_requests_at_hand_differ_where_it_matters():
+    """The tilt changes answers, answers end in both ways, and two choices of one request are two answers."""
+    requests = [replace(request, weights={}) for request in some_requests()]
+    plain = engine().generate(requests)
+    changed = [alone()[r.id][0].tokens != choices[0].tokens for r, choices in zip(requests, plain, strict=True)]
+    assert 4 <= sum(changed) < len(changed)
+    finishes = [choice.finish for choices in alone().values() for choice in choices]
+    assert min(finishes.count(FinishReason.STOP), finishes.count(FinishReason.LENGTH)) >= 3
+    pairs = [choices for choices in alone().values() if len(choices) == 2 and choices[0].divergence >= 0]
+    assert sum(one.tokens != other.tokens for one, other in pairs) >= len(pairs) - 1
+
+
+def test_greedy_decoding_without_weights_is_that_of_transformers():
+    """With at least one new token: where the model would end an answer at once, both take its second choice."""
+    base = tiny_base(seed=0, eos_boost=2.0)
+    prompts = [(1, 5 + i, 7 + i % 3) for i in range(24)]
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    answers = Engine(base).generate([Request(str(i), p, params=params) for i, p in enumerate(prompts)])
+    first = [int(base.model(input_ids=torch.tensor([p])).logits[0, -1].argmax()) for p in prompts]
+    assert EOS in first
+    assert {choice.finish for [choice] in answers} == {FinishReason.STOP, FinishReason.LENGTH}
+    for prompt, [choice] in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        reference = base.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=1,
+            max_new_tokens=4,
+            pad_token_id=EOS,
+        )
+        assert choice.tokens == reference[0, len(prompt) :].tolist()
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+class NeverAsked(torch.nn.Module):
+    """A value model that must not be run."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = tiny_value(9).backbone
+
+    def forward(self, **_):
+        raise AssertionError("a value model of weight 0 was run")
+
+
+def guided(weights, beta=8.0):
+    """The requests at hand, all with these weights."""
+    return [replace(request, weights=weights, beta=beta) for request in some_requests()]
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_corner_is_that_objective_alone(name):
+    """Weight 0 and no such objective are the same, the other model is not even run, and the scale has no effect."""
+    only = engine(models={name: MODELS[name]}).generate(guided({name: 1.0}))
+    other = next(m for m in MODELS if m != name)
+    both = engine(models={other: NeverAsked(), name: MODELS[name]}).generate(guided({other: 0.0, name: 5.0}))
+    for choices, expected in zip(both, only, strict=True):
+        assert_same(choices, expected)
+
+
+def test_only_the_proportions_of_weights_matter():
+    for one, other in zip(
+        engine().generate(guided({"brief": 0.25, "kind": 0.75})),
+        engine().generate(guided({"kind": 6.0, "brief": 2.0})),
+        strict=True,
+    ):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize(("weights", "beta"), [({"brief": 0.0, "kind": 0.0}, 8.0), ({"brief": 1.0}, 0.0)])
+def test_weight_zero_and_beta_zero_are_the_base_model(weights, beta):
+    """Token for token with the same seed, with no divergence, and without a value model being run."""
+    silent = engine(models={"brief": NeverAsked(), "kind": NeverAsked()})
+    plain = Engine(BASE).generate(guided({}))
+    for choices, expected in zip(silent.generate(guided(weights, beta)), plain, strict=True):
+        assert_same(choices, expected)
+        for choice in choices:
+            assert choice.num_scored == 0
+            assert set(choice.logratios) == {0.0}
+            assert choice.divergence == 0 or np.isnan(choice.divergence)
+
+
+# --- neighbours --------------------------------------------------------------------------------------------------
+
+
+def run(engine_, requests, arrive_every=0, cancel=()):
+    """Finished choices by request; a request arrives every few steps, and some are cancelled after a few more."""
+    requests, answers, steps = list(requests), {request.id: [] for request in requests}, 0
+    while requests or not engine_.is_idle:
+        while requests and steps >= arrive_every * (len(answers) - len(requests)):
+            engine_.submit(requests.pop(0), first=arrive_every == 2)
+        updates = engine_.step()
+        if steps >= 3 and cancel:
+            updates += engine_.cancel(cancel[0])
+            cancel = cancel[1:]
+        for update in updates:
+            if update.finished is not None:
+                answers[update.request_id].append(update.finished)
+        steps += 1
+    return {name: sorted(choices, key=lambda choice: choice.index) for name, choices in answers.items()}
+
+
+@pytest.mark.parametrize("arrive_every", [0, 1, 2])
+@pytest.mark.parametrize("max_rows", [2, 5, 32])
+def test_answers_do_not_depend_on_neighbours_rows_or_arrival(max_rows, arrive_every):
+    """Tokens are exact in fp32; the order of submission is drawn anew for every case."""
+    requests = some_requests()
+    order = np.random.default_rng([max_rows, arrive_every]).permutation(len(requests))
+    for name, choices in run(engine(max_rows), [requests[i] for i in order], arrive_every).items():
+        assert_same(choices, alone()[name])
+
+
+def test_answers_do_not_depend_on_cancellations():
+    """The cancelled stop with what they have; the others never notice, nor does who comes after."""
+    cancelled = ["r3", "r14", "r8", "r7"]
+    answers = run(engine(max_rows=6), some_requests(), cancel=cancelled)
+    stopped = [choice for name in cancelled for choice in answers.pop(name)]
+    assert FinishReason.ABORT in {choice.finish for choice in stopped}
+    for name, choices in answers.items():
+        assert_same(choices, alone()[name])
+
+
+@pytest.mark.parametrize("max_rows", [1, 32])
+def test_an_answer_resubmitted_with_its_tokens_so_far_goes_on_identically(max_rows):
+    """From every point of every answer, all in one batch: tokens, log-ratios, values and the way it ends."""
+    continued, expected = [], []
+    for request in some_requests():
+        for choice in alone()[request.id]:
+            stream = noise.stream(request.params.seed, choice.index)
+            for cut in range(1, len(choice.tokens)):
+                written = tuple(choice.tokens[:cut])
+                params = replace(request.params, n=1)
+                name = f"{request.id}-{choice.index}-{cut}"
+                continued.append(replace(request, id=name, params=params, answer=written, stream=stream))
+                expected.append((choice, cut))
+    if max_rows == 1:
+        continued, expected = continued[::7], expected[::7]
+    for [choice], (whole, cut) in zip(engine(max_rows).generate(continued), expected, strict=True):
+        assert choice.tokens == whole.tokens[cut:]
+        assert choice.finish is whole.finish
+        np.testing.assert_allclose(choice.logratios, whole.logratios[cut:], atol=1e-4)
+        assert choice.values == pytest.approx(whole.values, abs=1e-4)
+
+
+def test_candidates_that_only_a_neighbour_has_cannot_harm():
+    """A value model that is nan for one token: a request without it among its candidates goes on beside one with it."""
+    narrow = Request("narrow", (1, 6), {"brief": 1.0}, params=SamplingParams(max_tokens=8, top_k=2, seed=1))
+    wide = replace(narrow, id="wide", prompt=(1, 30), params=SamplingParams(max_tokens=8, top_k=VOCAB, seed=2))
+    poison = next(a for a in range(3, VOCAB) if a not in reachable(narrow) | set(wide.prompt))
+    [[expected]] = poisoned(poison).generate([narrow])
+    [choice], [broken] = poisoned(poison).generate([narrow, wide])
+    assert broken.finish is FinishReason.ERROR
+    assert expected.finish is not FinishReason.ERROR
+    assert_same([choice], [expected])
+
+
+def reachable(request):
+    """Candidates of a request with top_k 2 along its answer, and the tokens of that answer."""
+    [[choice]] = engine().generate([request])
+    tokens, seen = list(request.prompt), {*request.prompt, *choice.tokens}
+    for token in choice.tokens:
+        seen.update(BASE.model(input_ids=torch.tensor([tokens])).logits[0, -1].topk(3).indices.tolist())
+        tokens.append(token)
+    return seen
+
+
+def poisoned(token):
+    """An engine whose value model has nan for one token's embedding."""
+    model = tiny_value(1)
+    model.backbone.embed_tokens.weight[token] = float("nan")
+    return engine(max_rows=2, models={"brief": model})
+
+
+# --- failures ----------------------------------------------------------------------------------------------------
+
+
+def test_a_value_that_is_not_a_number_fails_its_own_request_only():
+    """Those beside it and those that take its place in the cache get what they would have got without it."""
+    poison = 90
+    params = SamplingParams(max_tokens=12, top_k=2)
+    prompts = [(1, 5 + i, 30 + i) for i in range(9)]
+    good = [
+        Request(f"good{i}", p, {"brief": 1.0}, params=replace(params, seed=i, max_tokens=5 + i))
+        for i, p in enumerate(prompts)
+    ]
+    bad = [
+        Request(f"bad{i}", (1, poison, *range(40, 60)), {"brief": 1.0}, params=replace(params, seed=i))
+        for i in range(3)
+    ]
+    expected = run(poisoned(poison), good)
+    assert {c.error for choices in expected.values() for c in choices} == {None}
+    mixed = [good[0], bad[0], good[1], bad[1], *good[2:5], bad[2], *good[5:]]
+    answers = run(poisoned(poison), mixed)
+    for request in bad:
+        [choice] = answers.pop(request.id)
+        assert choice.finish is FinishReason.ERROR
+        assert "not finite" in choice.error
+        assert choice.tokens == []
+    for name, choices in answers.items():
+        assert_same(choices, expected[name])
+
+
+class BrokenGuide(LocalGuide):
+    """Says nan once: at the opening of a row, or for its candidates."""
+
+    def __init__(self, models, at):
+        super().__init__(models)
+        self.at = at
+
+    def open(self, rows):
+        values_BM = super().open(rows)
+        return values_BM * (float("nan") if self.at == "open" else 1.0)
+
+    def score(self, rows, candidates_BK):
+        values_BKM = super().score(rows, candidates_BK)
+        if self.at == "score":
+            values_BKM[:, 1] = float("inf")
+        return values_BKM
+
+
+@pytest.mark.parametrize("at", ["open", "score"])
+@pytest.mark.parametrize("cap", [None, 1.0])
+def test_no_token_is_drawn_from_a_tilt_that_is_not_finite(at, cap):
+    """V(s) and V(s∘a) alike: the request fails with its reason, instead of going on with a law nobody asked for."""
+    request = Request("r", (1, 5), {"brief": 1.0}, tilt_cap=cap, params=SamplingParams(max_tokens=4, seed=0))
+    unguided = replace(request, id="plain", weights={})
+    [broken], [plain] = Engine(BASE, BrokenGuide({"brief": MODELS["brief"]}, at)).generate([request, unguided])
+    assert (broken.finish, broken.tokens) == (FinishReason.ERROR, [])
+    assert plain.finish in (FinishReason.STOP, FinishReason.LENGTH)
