@@ -8,6 +8,8 @@ Environment variables of this project are set here and nowhere else:
     RAY_USAGE_STATS_ENABLED=0              nothing is sent anywhere
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0   CPU actors keep the GPU visibility of their machine
     TOKENIZERS_PARALLELISM=false           tokenizers fork badly
+    OMP_WAIT_POLICY=PASSIVE                processes share cores: a thread that spins for its peer holds it up (10 times
+                                           slower steps were measured when two models ran on two cores)
     MAVIS_CACHE                            folder of prepared models (default ~/.cache/mavis_dist)
     RAY_ADDRESS                            cluster to join; without it a local one is started
 """
@@ -29,6 +31,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)  # before ray is imported: it reads some of them then

@@ -7,7 +7,9 @@ when the marker is there: a run that was killed goes on where it stopped.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from mavis_dist import config as config_module
 from mavis_dist.config import Config
 from mavis_dist.decode import SamplingParams
 from mavis_dist.evaluate import sweep as sweeping
+from mavis_dist.evaluate.collect import record_stage, write_report
 from mavis_dist.evaluate.sweep import Sweep
 from mavis_dist.models.load import fetch
 from mavis_dist.plan import Plan, make_plan
@@ -59,9 +62,11 @@ def run(config: Config) -> Sweep:
         grow(state, iteration, policies)
         label(state, iteration, policies)
         fit(state, iteration)
-    result = evaluate(state)
+    sweep = evaluate(state)
     publish(state)
-    return result
+    page = write_report(state.store, config, config_module.flatten(config), sweep)
+    say("report", page)
+    return sweep
 
 
 def open_run(config: Config) -> Run:
@@ -102,8 +107,10 @@ def grow(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
         iterations = {policy.objective: iteration - 1 for policy in todo if policy.objective}
         count = min(state.plan.rollout_actors, len(shards))
         workers = start_workers(state.config, count, iterations, state.board)
-        watch = cluster.Watch(state.board, stage, "trees", sum(len(prompts) for _, _, prompts, _ in shards))
-        cluster.map_on_actors(workers, lambda worker, shard: worker.grow.remote(*shard), shards, watch)
+        num_trees = sum(len(prompts) for _, _, prompts, _ in shards)
+        watch = cluster.Watch(state.board, stage, "trees", num_trees)
+        with timed(state, stage, f"{num_trees} trees"):
+            cluster.map_on_actors(workers, lambda worker, shard: worker.grow.remote(*shard), shards, watch)
         cluster.release(workers)
     for policy in todo:
         state.store.finish(rollout_folder(policy), {"trees": len(state.train)})
@@ -121,7 +128,10 @@ def label(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
         source, target = rollout_folder(policy), label_folder(policy, name)
         shards = [(f"{source}/{shard}", f"{target}/{shard}") for shard in shard_names(state.store, source)]
         tasks.append((state.config, name, state.train, shards))
-    counts = cluster.map_tasks(label_shards, tasks, stage, "objectives") if tasks else []
+    if not tasks:
+        return
+    with timed(state, stage, f"{len(tasks)} sets of leaves"):
+        counts = cluster.map_tasks(label_shards, tasks, stage, "sets of leaves")
     for (policy, name), count in zip(todo, counts, strict=True):
         state.store.finish(label_folder(policy, name), {"leaves": count})
 
@@ -134,7 +144,10 @@ def fit(state: Run, iteration: int) -> None:
         for name in state.config.objectives
         if not finished(state, values.folder(name, iteration), stage)
     ]
-    fit_all(fits, state.config, state.plan.fits_at_once, state.board)
+    if not fits:
+        return
+    with timed(state, stage, f"{len(fits)} value models, {state.plan.fits_at_once} at a time"):
+        fit_all(fits, state.config, state.plan.fits_at_once, state.board)
 
 
 def scale_of(state: Run, objective: str) -> RewardScale:
@@ -164,6 +177,7 @@ def evaluate(state: Run) -> Sweep:
     )
     steer = config.steer
     workers = start_workers(config, min(state.plan.rollout_actors, len(points)), newest, state.board)
+    num_answers = len(points) * len(state.evaluation) * config.evaluate.samples
     batches = [
         (point.name, sweeping.requests(point, state.evaluation, steer.beta, steer.tilt_cap, params)) for point in points
     ]
@@ -172,7 +186,8 @@ def evaluate(state: Run) -> Sweep:
     def ask(worker: Any, batch: tuple[str, Any]) -> Any:
         return worker.answer.remote(stage, *batch)
 
-    answers = dict(cluster.map_on_actors(workers, ask, batches, watch))
+    with timed(state, stage, f"{num_answers} answers"):
+        answers = dict(cluster.map_on_actors(workers, ask, batches, watch))
     cluster.release(workers)
     scores = {point.name: score_all(state, answers[point.name]) for point in points}
     scales = {name: scale_of(state, name) for name in config.objectives}
@@ -193,6 +208,14 @@ def publish(state: Run) -> None:
     """Make the newest value models the ones that are served."""
     for name in state.config.objectives:
         values.publish(state.store, name, state.config.iterations - 1)
+
+
+@contextmanager
+def timed(state: Run, stage: str, detail: str) -> Iterator[None]:
+    """Remember how long the work of a stage took, for the report."""
+    started = time.monotonic()
+    yield
+    record_stage(state.store, stage, time.monotonic() - started, detail)
 
 
 def finished(state: Run, folder: str, stage: str) -> bool:

@@ -232,7 +232,8 @@ class Engine:
 
     def _is_broken(self, row: Row, values_KM: torch.Tensor) -> bool:
         used = [m for m, name in enumerate(self.objectives) if name in row.request.weights]
-        return not bool(values_KM[:, used].isfinite().all())
+        baseline_M = self._baseline[row.number]
+        return not bool(values_KM[:, used].isfinite().all() and baseline_M[used].isfinite().all())
 
     def _per_row(self, numbers: Iterable[float]) -> torch.Tensor:
         return torch.tensor(list(numbers), dtype=torch.float64, device=self._device)

@@ -68,9 +68,11 @@ class _SlotLayer(CacheLayerMixin):
             store[: old.shape[0], :, : old.shape[2]] = old
 
     def copy(self, source: int, target: int, length: int) -> None:
+        """Give a slot the first cells of another, and nothing else: a masked cell that is nan still spoils the sums."""
         if self.is_initialized:
             for store in (self.keys, self.values):
                 store[target, :, :length] = store[source, :, :length]
+                store[target, :, length:] = 0
 
     def move_cells(self, slots_B: torch.Tensor, source_B: torch.Tensor, target_B: torch.Tensor) -> None:
         for store in (self.keys, self.values):
@@ -120,10 +122,11 @@ class SlotModel:
         self._slot_of[row] = slot
         self._rows.append(row)
         self._lengths.append(0)
+        origin = slot
         if source is not None and source in self._slot_of:
-            self._lengths[slot] = min(shared, self.length(source))
-            for layer in self._layers:
-                layer.copy(self._slot_of[source], slot, self._lengths[slot])
+            origin, self._lengths[slot] = self._slot_of[source], min(shared, self.length(source))
+        for layer in self._layers:
+            layer.copy(origin, slot, self._lengths[slot])
         return self._lengths[slot]
 
     @torch.inference_mode()

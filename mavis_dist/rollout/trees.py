@@ -51,12 +51,13 @@ class _Growing:
     segments: dict[Path, _Segment] = field(default_factory=dict)
     num_open: int = 0
 
-    def answer(self, path: Path) -> tuple[int, ...]:
-        """All answer tokens down to the end of a segment."""
-        tokens = list(self.segments[path].tokens)
-        for depth in range(len(path) - 1, 0, -1):
-            cut = self.segments[path[: depth + 1]].cut
-            tokens[:0] = self.segments[path[:depth]].tokens[:cut]
+    def answer(self, path: Path, cut: int) -> tuple[int, ...]:
+        """All answer tokens down to the first `cut` tokens of a segment; none for the prompt, which is path ()."""
+        tokens: list[int] = []
+        while path:
+            segment = self.segments[path]
+            tokens[:0] = segment.tokens[:cut]
+            path, cut = path[:-1], segment.cut
         return tuple(tokens)
 
     def build(self, policy: Policy) -> Tree:
@@ -75,7 +76,6 @@ class TreeGrower:
     def __init__(self, engine: Engine, shape: Shape, policy: Policy, sampling: Sampling, seed: int):
         self._engine, self._shape, self._policy, self._sampling, self._seed = engine, shape, policy, sampling, seed
         self._weights = {policy.objective: 1.0} if policy.objective else {}
-        self._growing: dict[str, _Growing] = {}
         self._origin: dict[str, tuple[_Growing, Path, int]] = {}  # request id -> tree, path, cut in the parent
         self.num_tokens = 0  # written so far
 
@@ -85,7 +85,7 @@ class TreeGrower:
         for prompt, tokens in zip(prompts, prompt_tokens, strict=True):
             seed = noise.stream(self._seed, self._policy.name, prompt.id)
             tree = _Growing(prompt, tuple(tokens), seed)
-            self._branch(tree, (), 0, (), self._shape.root)
+            self._branch(tree, (), 0, self._shape.root)
         while not self._engine.is_idle:
             for update in self._engine.step():
                 self.num_tokens += len(update.tokens)
@@ -95,12 +95,11 @@ class TreeGrower:
                 if tree.num_open == 0:
                     yield tree.build(self._policy)
 
-    def _branch(self, tree: _Growing, path: Path, layer: int, answer: tuple[int, ...], count: int) -> None:
-        """Start `count` segments at a state in `layer`, reached by `path` and `answer`."""
-        left = self._shape.max_tokens - len(answer)
+    def _branch(self, tree: _Growing, path: Path, cut: int, count: int) -> None:
+        """Start `count` segments after the first `cut` tokens of the segment at `path`."""
+        answer, layer = tree.answer(path, cut), len(path)
         uniform = noise.uniform(noise.stream(tree.seed, "length", *path), len(answer))
-        length = segment_length(self._shape, layer, left, uniform)
-        cut = len(answer) - len(tree.answer(path[:-1])) if len(path) > 1 else len(answer)
+        length = segment_length(self._shape, layer, self._shape.max_tokens - len(answer), uniform)
         for child in range(count):
             child_path = (*path, child)
             request_id = f"{tree.prompt.id}/{'.'.join(map(str, child_path))}"
@@ -128,18 +127,16 @@ class TreeGrower:
         tree.num_open -= 1
         if choice.finish not in (FinishReason.STOP, FinishReason.LENGTH):
             raise RolloutError(f"prompt {tree.prompt.id!r}: {choice.error or choice.finish}")
-        layer = len(path)
         segment = _Segment(choice.tokens, choice.logratios, Finish.OPEN, cut)
         tree.segments[path] = segment
-        answer = tree.answer(path)
+        length = len(choice.tokens)
         if choice.finish is FinishReason.STOP:
             segment.finish = Finish.STOP
-            if layer == 1 and self._shape.dynamic_split and self._shape.layers > 1 and len(choice.tokens) > 1:
+            if len(path) == 1 and self._shape.dynamic_split and self._shape.layers > 1 and length > 1:
                 uniform = noise.uniform(noise.stream(tree.seed, "cut", *path), 0)
-                cut_answer = answer[: cut_point(len(choice.tokens), uniform)]
-                self._branch(tree, path, layer, cut_answer, self._shape.children)
-        elif len(answer) == self._shape.max_tokens:
+                self._branch(tree, path, cut_point(length, uniform), self._shape.children)
+        elif len(tree.answer(path, length)) == self._shape.max_tokens:
             segment.finish = Finish.LENGTH
         else:
-            self._branch(tree, path, layer, answer, self._shape.children)
+            self._branch(tree, path, length, self._shape.children)
         return tree

@@ -61,13 +61,8 @@ def full_state(engine: Any) -> dict[str, torch.Tensor]:
 
 def warm_up() -> None:
     """Compile DeepSpeed's operator once, so that no training waits for it."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0, "zero_stage": 0, "dtype": "float32"}
     make_engine(nn.Linear(2, 2), settings, num_steps=1, trees_per_worker=1)
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    warm_up()

@@ -10,16 +10,16 @@ from typing import Any
 import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from mavis_dist.cluster import Watch, wait_for
 from mavis_dist.config import Config
 from mavis_dist.train.fit import Fit
+from mavis_dist.types import UserError
 
 
 def fit_all(fits: Sequence[Fit], config: Config, at_once: int, board: Any) -> None:
     """Train every value model, `at_once` at a time; the first failure is raised when all have ended."""
-    if not fits:
-        return
     stage = f"train i{fits[0].iteration}"
     with ThreadPoolExecutor(at_once, thread_name_prefix="fit") as pool:
         wait_for([pool.submit(_fit, fit, config, stage, board) for fit in fits], Watch(board, stage, "steps"))
@@ -40,7 +40,13 @@ def _fit(fit: Fit, config: Config, stage: str, board: Any) -> None:
             name=f"{config.run}-{fit.objective}-i{fit.iteration}", storage_path=_bookkeeping_folder(config)
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(failure, UserError):
+                raise failure from None
+        raise
 
 
 def _bookkeeping_folder(config: Config) -> str:

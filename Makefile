@@ -1,0 +1,42 @@
+# make quickstart and make test are all a newcomer needs; both create .venv if it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= jobs/configs/quickstart.yaml
+INSTALLED := .venv/.installed
+
+.PHONY: help install quickstart serve test lint types clean
+
+help:
+	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
+	@echo "make serve        serve what a run has published (CONFIG=$(CONFIG))"
+	@echo "make test         all tests"
+	@echo "make lint types   ruff, mypy"
+	@echo "make clean        remove .venv and caches; runs/ stays"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m jobs.prepare
+	@touch $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m jobs.quickstart --config $(CONFIG)
+
+serve: $(INSTALLED)
+	$(BIN)/python -m serve.run --config $(CONFIG)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,113 @@
+"""The config refuses what cannot work, in one sentence that names the key, its value and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mavis_dist import config as config_module
+from mavis_dist.config import Config, ConfigError, conflicts, describe, flatten, load, parse
+
+ROOT = Path(__file__).parents[2]
+MINIMAL: dict[str, Any] = {"run": "r", "objectives": {"a": {"reward": "sentiment"}}}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs/configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    assert load(path).objectives
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rolout": {}}, ["'rolout'", "did you mean 'rollout"]),
+        ({"rollout": {"rowz": 3}}, ["'rollout.rowz'", "3", "did you mean 'rollout.rows'"]),
+        ({"rollout": {"rows": "many"}}, ["'rollout.rows'", "'many'", "integer"]),
+        ({"rollout": {"max_tokens": 2}}, ["'rollout'", "max_tokens (2)", "layers (5)"]),
+        ({"steer": {"beta": -1}}, ["'steer.beta'", "-1", "greater than or equal to 0"]),
+        ({"steer": {"beta": float("inf")}}, ["'steer.beta'", "finite"]),
+        ({"objectives": {}}, ["'objectives'", "at least 1"]),
+        ({"objectives": {"a": {"reward": "sentimnt"}}}, ["'objectives.a'", "sentimnt", "'sentiment'"]),
+        ({"objectives": {"a": {"reward": "classifier"}}}, ["'objectives.a.model'", "missing"]),
+        ({"objectives": {"a": {"reward": "function", "path": "no colon"}}}, ["'objectives.a.path'", "no colon"]),
+        ({"objectives": {"../a": {"reward": "brevity"}}}, ["'../a'", "letters"]),
+        ({"prompts": {"train": 4, "validation": 4}}, ["validation (4)", "train (4)"]),
+        ({"train": {"trees_per_step": 3, "workers": 2}}, ["trees_per_step (3)", "workers (2)"]),
+        ({"run": "../elsewhere"}, ["'run'", "../elsewhere"]),
+    ],
+)
+def test_errors_name_key_value_and_remedy(change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({**MINIMAL, **change})
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_file_and_a_broken_file_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load(broken)
+
+
+def test_overrides_replace_and_refuse(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    changed = load(path, ["rollout.rows=5", "train.learning_rate=1e-5", "objectives.b.reward=brevity"])
+    assert changed.rollout.rows == 5
+    assert changed.train.learning_rate == pytest.approx(1e-5)
+    assert set(changed.objectives) == {"a", "b"}
+    for bad in ("rollout.rows", "=3", "run.deeper=3"):
+        with pytest.raises(ConfigError, match="override"):
+            load(path, [bad])
+
+
+def test_a_relative_storage_folder_becomes_absolute_and_a_uri_stays(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    assert Path(load(path, ["storage=somewhere"]).storage).is_absolute()
+    assert load(path, ["storage=s3://bucket/runs"]).storage == "s3://bucket/runs"
+
+
+def test_help_documents_every_key_once() -> None:
+    text = describe()
+    for key in flatten(parse(MINIMAL)):
+        if not key.startswith("objectives."):
+            assert text.count(f"  {key} (") == 1, key
+
+
+def test_the_number_of_keys_stays_small() -> None:
+    assert len(config_module._known_keys()) < 80
+
+
+def test_results_of_two_runs_never_mix() -> None:
+    old = parse(MINIMAL)
+    [conflict] = conflicts(old, parse({**MINIMAL, "seed": 1}))
+    assert "'seed' is 1" in conflict
+    assert "started with 0" in conflict
+    changed_reward = {**MINIMAL, "objectives": {"a": {"reward": "brevity"}}}
+    assert "objectives.a.reward" in conflicts(old, parse(changed_reward))[0]
+
+
+def test_machines_iterations_and_new_objectives_may_change() -> None:
+    free = {
+        "iterations": 5,
+        "rollout": {"actors": 9, "rows": 3},
+        "serve": {"port": 1234},
+        "evaluate": {"grid": 7},
+        "objectives": {**MINIMAL["objectives"], "b": {"reward": "brevity"}},
+    }
+    assert conflicts(parse(MINIMAL), parse({**MINIMAL, **free})) == []
+
+
+def test_a_config_survives_being_written_and_read() -> None:
+    config = load(ROOT / "jobs/configs/hh_rlhf.yaml")
+    assert parse(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+    assert isinstance(config, Config)

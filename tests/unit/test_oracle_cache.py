@@ -1,0 +1,157 @@
+"""The key-value cache of slots against forward passes without any cache.
+
+Shapes: B rows, T tokens, K candidates, O outputs of the model's head.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from mavis_dist.models import kv
+from mavis_dist.models.kv import SlotModel
+from tests.fakes import VOCAB, tiny_value
+
+MODEL = tiny_value(3, num_objectives=2, layers=2)
+TOLERANCE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture(autouse=True)
+def small_cells(monkeypatch):
+    """Caches outgrow their cells several times within a test."""
+    monkeypatch.setattr(kv, "CELLS_PER_GROWTH", 4)
+
+
+def slots(model=MODEL):
+    return SlotModel(model, model.backbone, num_slots=1)
+
+
+def plain(tokens, model=MODEL):
+    """The head's outputs at the last token, by one forward pass over all of them."""
+    return model(input_ids=torch.tensor([tokens]), use_cache=False)[0, -1]
+
+
+def test_candidates_in_one_pass_equal_a_forward_pass_each():
+    """Rows of different lengths, an empty one included, in an order that is not that of their slots."""
+    cache, tokens = slots(), {0: [5, 6, 7, 8, 9], 1: [11], 2: [20, 21, 22], 3: []}
+    for row in tokens:
+        cache.open(row)
+    cache.extend([0, 1, 2], [tokens[0], tokens[1], tokens[2]])
+    rows, candidates_BK = [2, 0, 3], torch.tensor([[30, 31, 32, 30], [40, 41, 42, 43], [50, 51, 52, 53]])
+    out_BKO = cache.branch(rows, candidates_BK)
+    for row, candidates_K, out_KO in zip(rows, candidates_BK.tolist(), out_BKO, strict=True):
+        for candidate, out_O in zip(candidates_K, out_KO, strict=True):
+            torch.testing.assert_close(out_O, plain([*tokens[row], candidate]), **TOLERANCE)
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_keeping_a_candidate_equals_computing_it_anew(index):
+    """Its keys and values stand where a fresh computation puts them, and everything after it agrees."""
+    kept, anew = slots(), slots()
+    candidates_BK, start = torch.tensor([[30, 31, 32, 33], [40, 41, 42, 43]]), [[5, 6, 7], [8]]
+    for cache in (kept, anew):
+        for row in (0, 1):
+            cache.open(row)
+        cache.extend([0, 1], start)
+    kept.branch([0, 1], candidates_BK)
+    kept.keep([1, 0], torch.tensor([2, index]))
+    anew.extend([0, 1], [[int(candidates_BK[0, index])], [int(candidates_BK[1, 2])]])
+    assert [kept.length(row) for row in (0, 1)] == [anew.length(row) for row in (0, 1)] == [4, 2]
+    after = [cache.extend([0, 1], [[60], [61, 62]]) for cache in (kept, anew)]
+    torch.testing.assert_close(*after, **TOLERANCE)
+    torch.testing.assert_close(after[0][0], plain([5, 6, 7, 30 + index, 60]), **TOLERANCE)
+
+
+def test_a_row_that_is_not_a_number_leaves_nothing_behind():
+    """Masked cells still enter the sums of attention, as 0 * nan: a slot must come clean to its next row."""
+    model = tiny_value(3, layers=2)
+    model.backbone.embed_tokens.weight[9] = float("nan")
+    cache = slots(model)
+    for row in range(4):
+        cache.open(row)
+    cache.extend([0, 1, 2, 3], [[5, 6, 7, 8, 9, 10], [9, 9, 9], [20] * 12, [9, 3]])
+    cache.branch([0, 1, 3], torch.tensor([[9, 4, 5]] * 3))
+    for broken in (0, 1, 3):  # row 2 moves into the slot of row 0
+        cache.close(broken)
+    for row, source in ((4, None), (5, 2)):
+        cache.open(row, source, shared=2)
+    out_BO = cache.extend([2, 4, 5], [[21], [30, 31], [30, 31]])
+    for out_O, tokens in zip(out_BO, ([20] * 12 + [21], [30, 31], [20, 20, 30, 31]), strict=True):
+        torch.testing.assert_close(out_O, plain(tokens, model), **TOLERANCE)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Any sequence of calls; after every one that computes, outputs equal those without a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache, self.tokens, self.next_row = slots(), {}, 0
+
+    @rule(data=st.data())
+    def open(self, data):
+        source = data.draw(st.none() | st.sampled_from(sorted(self.tokens))) if self.tokens else None
+        shared = data.draw(st.integers(0, 20))
+        present = self.cache.open(self.next_row, source, shared)
+        prefix = [] if source is None else self.tokens[source][:shared]
+        assert present == len(prefix)
+        self.tokens[self.next_row] = list(prefix)
+        self.next_row += 1
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def close(self, data):
+        row = data.draw(st.sampled_from(sorted(self.tokens)))
+        self.cache.close(row)
+        del self.tokens[row]
+        assert row not in self.cache
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), outputs=st.booleans())
+    def extend(self, data, outputs):
+        rows = self.some_rows(data)
+        new = [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)) for _ in rows]
+        out_BO = self.cache.extend(rows, new, outputs)
+        for row, tokens in zip(rows, new, strict=True):
+            self.tokens[row] += tokens
+            assert self.cache.length(row) == len(self.tokens[row])
+        assert (out_BO is None) == (not outputs)
+        for b, row in enumerate(rows if outputs else []):
+            torch.testing.assert_close(out_BO[b], plain(self.tokens[row]), **TOLERANCE)
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def branch_and_keep(self, data):
+        rows = self.some_rows(data)
+        num = data.draw(st.integers(1, 5))
+        candidates = [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=num, max_size=num)) for _ in rows]
+        out_BKO = self.cache.branch(rows, torch.tensor(candidates))
+        for b, row in enumerate(rows):
+            k = data.draw(st.integers(0, num - 1))
+            torch.testing.assert_close(out_BKO[b, k], plain([*self.tokens[row], candidates[b][k]]), **TOLERANCE)
+        kept = {row: data.draw(st.integers(0, num - 1)) for row in rows if data.draw(st.booleans())}
+        if kept:
+            self.cache.keep(list(kept), torch.tensor(list(kept.values())))
+        for row, k in kept.items():
+            self.tokens[row].append(candidates[rows.index(row)][k])
+
+    def some_rows(self, data):
+        return data.draw(st.lists(st.sampled_from(sorted(self.tokens)), min_size=1, max_size=5, unique=True))
+
+    def teardown(self):
+        """Whatever was not read on the way is read now."""
+        for row, tokens in self.tokens.items():
+            [out_O] = self.cache.extend([row], [[1]])
+            torch.testing.assert_close(out_O, plain([*tokens, 1]), **TOLERANCE)
+
+
+CacheMachine.TestCase.settings = settings(
+    max_examples=25,
+    stateful_step_count=20,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # shrinking takes minutes
+)
+TestAnySequenceOfCalls = CacheMachine.TestCase

@@ -1,0 +1,56 @@
+"""Arithmetic before anything is placed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mavis_dist.config import parse
+from mavis_dist.plan import Node, PlanError, check_serving, make_plan
+
+
+def config(**sections: Any) -> Any:
+    objectives = {name: {"reward": "sentiment"} for name in ("a", "b", "c")}
+    return parse({"run": "r", "objectives": objectives, **sections})
+
+
+def test_what_fits_is_used() -> None:
+    plan = make_plan(config(rollout={"actors": 3, "cpus_per_actor": 2}), [Node(4), Node(2)])
+    assert plan.rollout_actors == 3
+    assert plan.fits_at_once == 3
+    assert plan.notes == ()
+
+
+def test_actors_do_not_span_machines() -> None:
+    plan = make_plan(config(rollout={"actors": 3, "cpus_per_actor": 2}), [Node(3), Node(3)])
+    assert plan.rollout_actors == 2
+    assert "2 fit" in plan.notes[0]
+
+
+def test_objectives_queue_when_there_is_no_room() -> None:
+    plan = make_plan(config(train={"workers": 2, "trees_per_step": 2}), [Node(4)])
+    assert plan.fits_at_once == 2
+    assert "2 of 3 objectives" in plan.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"rollout": {"cpus_per_actor": 8}}, "rollout.cpus_per_actor=8"),
+        ({"rollout": {"gpus_per_actor": 1}}, "rollout.gpus_per_actor=1"),
+        ({"train": {"workers": 5, "trees_per_step": 5}}, "train.workers=5"),
+    ],
+)
+def test_a_cluster_that_can_never_fit_is_named(sections: dict[str, Any], key: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(config(**sections), [Node(2), Node(2)])
+    assert key in str(caught.value)
+    assert "2 CPU + 0 GPU" in str(caught.value)
+    assert "lower" in str(caught.value)
+
+
+def test_a_service_that_can_never_fit_is_named() -> None:
+    check_serving(config(serve={"cpus_per_replica": 0.4}), [Node(2)])
+    with pytest.raises(PlanError, match=r"needs 2\.5 CPU .* lower serve\.cpus_per_replica"):
+        check_serving(config(serve={"cpus_per_replica": 0.5}), [Node(2)])
