@@ -4,8 +4,7 @@
 objectives come, go and scale without touching the others.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: Serve reads the builders' argument types as classes.
 import time
 from collections.abc import Callable
 from typing import Any

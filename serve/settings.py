@@ -16,7 +16,9 @@ BASE, SERVE, STEER = Base(), Serve(), Steer()
 class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    storage: str = Field("runs", description="folder or fsspec URI of all runs; a relative one is below this checkout")
+    storage: str = Field(
+        str(ROOT / "runs"), description="folder or fsspec URI of all runs; a relative one is below this checkout"
+    )
     run: str = Field(description="name of the run whose published value models are served")
     dtype: Literal["float32", "bfloat16"] = BASE.dtype
     device: str = BASE.device
