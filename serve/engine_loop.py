@@ -119,8 +119,6 @@ class EngineLoop:
         self._step_began = time.monotonic()
         try:
             updates = self._engine.step()
-            if self._engine.is_idle:
-                self._engine.step()  # frees the rows that just finished
             self._failures = 0
         # Whatever went wrong, the clients behind the open requests must hear of it.
         except Exception as error:

@@ -10,6 +10,7 @@ Shapes: B rows, G guided rows, V vocabulary, K candidates, M objectives.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,19 @@ from mavis_dist.decode.request import Choice, FinishReason, Request, Update, pre
 from mavis_dist.decode.scheduler import Row, Scheduler
 from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.load import BaseModel
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One token for every row; lists hold one entry per row."""
+
+    index_B: torch.Tensor  # of the token among its candidates
+    tokens: list[int]
+    logratios: list[float]
+    divergences: list[float]
+    values_BM: torch.Tensor  # V_m(s∘a) of the token, nan where not asked for
+    num_candidates: list[int]
+    is_sound: list[bool]  # every value asked for was finite
 
 
 class Engine:
@@ -70,6 +84,8 @@ class Engine:
         for row in self._scheduler.cancel(request_id):
             row.choice.finish = FinishReason.ABORT
             updates.append(_update(row, ()))
+        if self.is_idle:
+            self._release()
         return updates
 
     def generate(self, requests: Sequence[Request]) -> list[list[Choice]]:
@@ -109,7 +125,10 @@ class Engine:
             return []
         logits_BV = self._base.extend([row.number for row in rows], [row.tokens[-1:] for row in rows])
         assert logits_BV is not None
-        return self._absorb(rows, *self._draw(rows, logits_BV.float()))
+        updates = self._absorb(rows, self._draw(rows, logits_BV.float()))
+        if self.is_idle:
+            self._release()
+        return updates
 
     def _admit(self) -> None:
         """Open admitted rows up to their last token, whose logits the step computes."""
@@ -130,6 +149,10 @@ class Engine:
             assert self._guide is not None
             values_GM = self._guide.open(guided)
             self._baseline.update(zip((row.row for row in guided), values_GM, strict=True))
+        self._release()
+
+    def _release(self) -> None:
+        """Free the rows that finished; nobody shares their first tokens any more."""
         released = [row.number for row in self._scheduler.release()]
         for number in released:
             if number in self._base:
@@ -139,8 +162,8 @@ class Engine:
             assert self._guide is not None
             self._guide.close(guided_numbers)
 
-    def _draw(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One token for every row: chosen index [B], ids and log-ratios [B, K], KL [B], values [B, K, M], |C| [B]."""
+    def _draw(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> _Drawn:
+        """One token for every row."""
         params = [row.request.params for row in rows]
         temperature_B = self._per_row([p.temperature for p in params])
         is_first_B = torch.tensor([row.position == 0 for row in rows], device=self._device)
@@ -163,7 +186,23 @@ class Engine:
         chosen_B = choose(logprobs_BK, delta_BK, temperature_B, noise_BK, ids_BK)
         ratio_BK = log_ratio(logprobs_BK, delta_BK, temperature_B)
         kl_B = divergence(logprobs_BK, delta_BK, temperature_B)
-        return chosen_B, ids_BK, ratio_BK, kl_B, values_BKM, is_present_BK.sum(-1)
+        every_B = torch.arange(len(rows), device=self._device)
+        is_used_BM = torch.tensor(
+            [[name in row.request.weights for name in self.objectives] for row in rows],
+            dtype=torch.bool,
+            device=self._device,
+        )
+        # The tilt shows a V(s) that is not finite; an infinite V(s∘a) may hide behind the cap.
+        is_sound_B = (values_BKM.isfinite() | ~is_used_BM[:, None]).flatten(1).all(-1) & delta_BK.isfinite().all(-1)
+        return _Drawn(
+            index_B=chosen_B,
+            tokens=ids_BK[every_B, chosen_B].tolist(),
+            logratios=ratio_BK[every_B, chosen_B].tolist(),
+            divergences=kl_B.tolist(),
+            values_BM=values_BKM[every_B, chosen_B].cpu(),
+            num_candidates=is_present_BK.sum(-1).tolist(),
+            is_sound=is_sound_B.tolist(),
+        )
 
     def _tilt(self, rows: Sequence[Row], ids_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values [B, K, M], nan where not asked for, and the tilt [B, K], 0 for rows without guidance."""
@@ -187,39 +226,27 @@ class Engine:
         )
         return values_BKM, delta_BK
 
-    def _absorb(
-        self,
-        rows: Sequence[Row],
-        chosen_B: torch.Tensor,
-        ids_BK: torch.Tensor,
-        ratio_BK: torch.Tensor,
-        kl_B: torch.Tensor,
-        values_BKM: torch.Tensor,
-        num_candidates_B: torch.Tensor,
-    ) -> list[Update]:
+    def _absorb(self, rows: Sequence[Row], drawn: _Drawn) -> list[Update]:
         """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
-        every_B = torch.arange(len(rows), device=self._device)
-        tokens, kls = ids_BK[every_B, chosen_B].tolist(), kl_B.tolist()
-        ratios, num_candidates = ratio_BK[every_B, chosen_B].tolist(), num_candidates_B.tolist()
-        chosen_values_BM = values_BKM[every_B, chosen_B].cpu()
         updates, finished, kept = [], [], []
         for b, row in enumerate(rows):
             choice, guided = row.choice, row.number in self._baseline
-            if guided and self._is_broken(row, values_BKM[b]):
+            if guided and not drawn.is_sound[b]:
                 choice.finish, choice.error = FinishReason.ERROR, "a value model returned a value that is not finite"
                 finished.append(row)
                 updates.append(_update(row, ()))
                 continue
-            start = row.position
-            row.tokens.append(tokens[b])
-            choice.tokens.append(tokens[b])
-            choice.logratios.append(ratios[b])
-            choice.divergence += kls[b]
+            start, token = row.position, drawn.tokens[b]
+            row.tokens.append(token)
+            choice.tokens.append(token)
+            choice.logratios.append(drawn.logratios[b])
+            choice.divergence += drawn.divergences[b]
             if guided:
-                choice.num_scored += num_candidates[b] * len(row.request.weights)
-                choice.values = {m: float(chosen_values_BM[b, self.objectives.index(m)]) for m in row.request.weights}
-                self._baseline[row.number] = chosen_values_BM[b]
-            if tokens[b] in self._eos_ids:
+                choice.num_scored += drawn.num_candidates[b] * len(row.request.weights)
+                values = dict(zip(self.objectives, drawn.values_BM[b].tolist(), strict=True))
+                choice.values = {name: values[name] for name in row.request.weights}
+                self._baseline[row.number] = drawn.values_BM[b]
+            if token in self._eos_ids:
                 choice.finish = FinishReason.STOP
             elif row.position == row.request.params.max_tokens:
                 choice.finish = FinishReason.LENGTH
@@ -227,17 +254,12 @@ class Engine:
                 finished.append(row)
             elif guided:
                 kept.append(b)
-            updates.append(_update(row, (tokens[b],), start))
+            updates.append(_update(row, (token,), start))
         if kept:
             assert self._guide is not None
-            self._guide.keep([rows[b].number for b in kept], chosen_B[kept])
+            self._guide.keep([rows[b].number for b in kept], drawn.index_B[kept])
         self._scheduler.finish(finished)
         return updates
-
-    def _is_broken(self, row: Row, values_KM: torch.Tensor) -> bool:
-        used = [m for m, name in enumerate(self.objectives) if name in row.request.weights]
-        baseline_M = self._baseline[row.number]
-        return not bool(values_KM[:, used].isfinite().all() and baseline_M[used].isfinite().all())
 
     def _per_row(self, numbers: Iterable[float]) -> torch.Tensor:
         return torch.tensor(list(numbers), dtype=torch.float64, device=self._device)

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mavis_dist.config import load
-
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 CLUSTER_YAML = ROOT / "ray_cluster.yaml"
@@ -159,18 +157,6 @@ def test_service_serves_what_serve_config_says(manifests):
     for application in expected["applications"]:
         application["args"]["storage"] = "/shared/runs"
     assert served == expected
-
-
-def test_serve_config_is_what_ray_accepts_and_what_the_quickstart_publishes():
-    from ray.serve.schema import ServeDeploySchema
-
-    raw = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
-    parsed = ServeDeploySchema.model_validate(raw)
-    config = load(ROOT / "jobs" / "configs" / "quickstart.yaml")
-    names = {application.name for application in parsed.applications}
-    assert names == {"main", *(f"value-{objective}" for objective in config.objectives)}
-    main = raw["applications"][0]["args"]
-    assert (main["base"], main["system"], main["beta"]) == (config.base.model, config.base.system, config.steer.beta)
 
 
 def test_all_ray_pods_share_the_claimed_volume(manifests):
