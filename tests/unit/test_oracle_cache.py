@@ -72,7 +72,7 @@ def test_a_row_that_is_not_a_number_leaves_nothing_behind():
     cache = slots(model)
     for row in range(4):
         cache.open(row)
-    cache.extend([0, 1, 2, 3], [[5, 6, 7, 8, 9, 10], [9, 9, 9], [20] * 12, [9, 3]])
+    cache.extend([0, 1, 2, 3], [[5, *[9] * 20], [9] * 20, [20] * 12, [9, 3]])
     cache.branch([0, 1, 3], torch.tensor([[9, 4, 5]] * 3))
     for broken in (0, 1, 3):  # row 2 moves into the slot of row 0
         cache.close(broken)

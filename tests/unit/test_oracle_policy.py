@@ -17,7 +17,7 @@ from scipy import stats
 
 from mavis_dist.core import noise
 from mavis_dist.core.tilt import candidates, choose, divergence, log_ratio, tilt
-from tests.toy import ToyMDP
+from tests.toy import ToyMDP, truncate
 
 INF = float("inf")
 NUM_DRAWS = 40_000
@@ -236,6 +236,18 @@ def test_candidates_are_those_of_a_plain_sort(seed, step):
         assert ids_BK[row][is_present_K].tolist() == finite
         assert is_present_K.tolist() == sorted(is_present_K.tolist(), reverse=True), "absent ones stand behind"
         np.testing.assert_allclose(logprobs_BK[row][is_present_K], logprobs[: len(finite)], atol=1e-12)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 300, 5000])
+@pytest.mark.parametrize("top_k", [1, 4, 40])
+def test_equal_logits_at_the_border_of_the_set_go_by_token_id(top_k, num_tokens):
+    """Whatever torch.topk makes of ties at its size: one clear favourite, all others the same."""
+    logits_BV = torch.zeros(2, num_tokens)
+    logits_BV[1, num_tokens - 1] = 1.0
+    ids_BK, _ = truncate(logits_BV, top_k)
+    count = min(top_k, num_tokens)
+    assert ids_BK[0].tolist() == list(range(count))
+    assert ids_BK[1].tolist() == [num_tokens - 1, *range(count - 1)]
 
 
 # --- divergence --------------------------------------------------------------------------------------------------

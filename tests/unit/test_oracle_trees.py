@@ -23,11 +23,11 @@ from tests.toy import ToyEngine, ToyMDP
 
 # --- targets -----------------------------------------------------------------------------------------------------
 
-TOY = ToyMDP(seed=5, horizon=8, stop_bonus=0.8)
+TOY = ToyMDP(seed=9, horizon=8, stop_bonus=1.5)
 TOY_SHAPE = Shape(root=2, children=2, layers=3, max_tokens=8)
 SCALE = RewardScale(mean=3.0, sd=2.0)
 NUM_TREES = 1500
-ZETA = 1.0
+ZETA = 2.0
 POLICIES = {"base": (Policy(), 0.0), "tilted": (Policy("toy", 1), ZETA)}
 
 
@@ -84,6 +84,8 @@ def standard_errors(errors):
 
 
 def assert_unbiased(errors):
+    """Where the policy is already optimal, at the last token, nothing varies: errors of float32 size are none."""
+    errors = {group: np.where(np.abs(e) < 1e-5, 0.0, e) for group, e in errors.items()}
     scores = {group: standard_errors(e) for group, e in errors.items() if np.count_nonzero(e) >= 50}
     assert scores
     assert all(abs(score) < 3 for score in scores.values()), scores
@@ -98,7 +100,7 @@ def by_depth_and_position(grown_tree, targets, states):
 
 def test_token_targets_are_unbiased_in_every_layer_at_every_position(grown):
     """Within 3 standard errors of the exact soft values, the root included: 15 groups, so that a correct backup fails
-    one seed in 25. The root's standard error is below .04 sd, and a biased backup is off by .1 sd and more.
+    one seed in 25. The root's standard error is below .04 sd; the published backup of split answers is off by .14.
     """
     errors = errors_by(grown, toy_targets(grown), by_depth_and_position)
     assert len(errors) >= 10
