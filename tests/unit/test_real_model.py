@@ -1,0 +1,75 @@
+"""The decoder on the real SmolLM2-135M: what holds for tiny models holds there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
+from mavis_dist.models.fetch import fetch
+from mavis_dist.models.load import BaseModel, chat_ids, load_base
+from mavis_dist.models.value import ValueModel, from_base
+
+pytestmark = pytest.mark.real_model
+
+NAME = "smollm2-135m-instruct"
+QUESTIONS = ["What is a rainbow?", "I lost my keys again and I am so tired.", "Name three uses of vinegar.", "Hi!"]
+MAX_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return load_base(NAME)
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, ValueModel]:
+    """Two truncated base models with random heads: large, arbitrary values."""
+    models = {}
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        model = from_base(fetch(NAME), layers=2)
+        torch.nn.init.normal_(model.heads.weight, std=0.02)
+        models[name] = model.eval().requires_grad_(False)
+    return models
+
+
+def prompts(base: BaseModel) -> list[tuple[int, ...]]:
+    system = "You are a helpful assistant."
+    return [tuple(chat_ids(base.tokenizer, [{"role": "user", "content": q}], system)) for q in QUESTIONS]
+
+
+def test_greedy_decoding_is_that_of_transformers(base: BaseModel) -> None:
+    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
+    requests = [Request(str(i), prompt, params=params) for i, prompt in enumerate(prompts(base))]
+    ours = [choices[0].tokens for choices in Engine(base).generate(requests)]
+    for prompt, tokens in zip(prompts(base), ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = base.model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, min_new_tokens=1, do_sample=False
+        )
+        assert tokens == theirs[0, len(prompt) :].tolist()
+
+
+def test_a_guided_batch_is_its_requests_one_by_one(base: BaseModel, values: dict[str, ValueModel]) -> None:
+    weights = [{}, {"a": 1.0}, {"a": 0.3, "b": 0.7}, {"b": 1.0}]
+    requests = [
+        Request(str(i), prompt, weights=w, beta=3.0, params=SamplingParams(max_tokens=MAX_TOKENS, seed=i))
+        for i, (prompt, w) in enumerate(zip(prompts(base), weights, strict=True))
+    ]
+    together = Engine(base, LocalGuide(values)).generate(requests)
+    alone = [Engine(base, LocalGuide(values)).generate([request])[0] for request in requests]
+    assert [c[0].tokens for c in together] == [c[0].tokens for c in alone]
+    assert all(c[0].divergence > 1.0 for c in together[1:]), "the values steer"
+
+
+def test_no_weight_and_no_strength_are_the_base_model(base: BaseModel, values: dict[str, ValueModel]) -> None:
+    prompt, params = prompts(base)[0], SamplingParams(max_tokens=MAX_TOKENS, seed=5)
+    [[plain]] = Engine(base).generate([Request("0", prompt, params=params)])
+    for weights, beta in (({"a": 0.0, "b": 0.0}, 3.0), ({"a": 1.0}, 0.0)):
+        [[choice]] = Engine(base, LocalGuide(values)).generate(
+            [Request("0", prompt, weights=weights, beta=beta, params=params)]
+        )
+        assert choice.tokens == plain.tokens
+        assert choice.divergence == 0.0
+        assert choice.num_scored == 0
