@@ -37,5 +37,6 @@ def refusing(function: Callable[[], T]) -> T:
 
 
 def fail(error: Exception) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    original = getattr(error, "cause", error)  # what was raised on another machine comes wrapped in its traceback
+    print(f"error: {' '.join(str(original).split())}", file=sys.stderr)
     raise SystemExit(2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,8 @@ from mavis_dist.decode import SamplingParams
 from mavis_dist.evaluate import sweep as sweeping
 from mavis_dist.evaluate.collect import record_stage, write_report
 from mavis_dist.evaluate.sweep import Sweep
-from mavis_dist.models.load import fetch
+from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
+from mavis_dist.models.value import load_card
 from mavis_dist.plan import Plan, make_plan
 from mavis_dist.prompts import load_prompts
 from mavis_dist.rewards import build
@@ -106,7 +107,7 @@ def grow(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
     if shards:
         iterations = {policy.objective: iteration - 1 for policy in todo if policy.objective}
         count = min(state.plan.rollout_actors, len(shards))
-        workers = start_workers(state.config, count, iterations, state.board)
+        workers = workers_with(state, count, iterations)
         num_trees = sum(len(prompts) for _, _, prompts, _ in shards)
         watch = cluster.Watch(state.board, stage, "trees", num_trees)
         with timed(state, stage, f"{num_trees} trees"):
@@ -176,7 +177,7 @@ def evaluate(state: Run) -> Sweep:
         n=config.evaluate.samples,
     )
     steer = config.steer
-    workers = start_workers(config, min(state.plan.rollout_actors, len(points)), newest, state.board)
+    workers = workers_with(state, min(state.plan.rollout_actors, len(points)), newest)
     num_answers = len(points) * len(state.evaluation) * config.evaluate.samples
     batches = [
         (point.name, sweeping.requests(point, state.evaluation, steer.beta, steer.tilt_cap, params)) for point in points
@@ -195,6 +196,15 @@ def evaluate(state: Run) -> Sweep:
     state.store.write_json(f"{folder}/sweep.json", result.to_json())
     state.store.finish(folder, inputs)
     return result
+
+
+def workers_with(state: Run, count: int, value_iterations: Mapping[str, int]) -> list[Any]:
+    """Workers with these value models; models that were trained for another base are refused here, not in an actor."""
+    model = state.config.base.model
+    base, tokenizer = fingerprint_model(fetch(model)), fingerprint_tokenizer(load_tokenizer(model))
+    for name, iteration in value_iterations.items():
+        load_card(values.fetch(state.store, name, iteration)).check(base, tokenizer)
+    return start_workers(state.config, count, value_iterations, state.board)
 
 
 def score_all(state: Run, answers: Sequence[Sequence[tuple[Any, str]]]) -> dict[str, list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,27 @@ def test_a_new_objective_leaves_trees_and_models_alone(undisturbed: Store, confi
         k: v for k, v in before.items() if k != sweep
     }
     assert "values/positive/i0/model.safetensors" in after
+
+
+def test_value_models_of_another_base_are_refused(
+    undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
+) -> None:
+    """The base model's folder now holds other weights than those that the value models were trained for."""
+    settings = yaml.safe_load(config_file.read_text())
+    shutil.copytree(Path(undisturbed.root), tmp_path / "runs" / "moved")
+    shutil.copytree(settings["base"]["model"], tmp_path / "base")
+    write_base(tmp_path / "other", eos_weight=0.5)
+    shutil.copy(tmp_path / "other" / "tiny-llama" / "model.safetensors", tmp_path / "base" / "model.safetensors")
+    shutil.rmtree(tmp_path / "runs" / "moved" / "eval")
+    run_file = tmp_path / "runs" / "moved" / "run.yaml"
+    run_file.write_text(run_file.read_text().replace(settings["base"]["model"], str(tmp_path / "base")))
+    job = start(
+        config_file, ray_address, "run=moved", f"storage={tmp_path / 'runs'}", f"base.model={tmp_path / 'base'}"
+    )
+    _, err = job.communicate(timeout=LIMIT_S)
+    assert job.returncode == 2, err[-3000:]
+    assert "was trained for base model" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
