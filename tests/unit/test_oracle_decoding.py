@@ -205,6 +205,27 @@ def test_weight_zero_and_beta_zero_are_the_base_model(weights, beta):
             assert choice.divergence == 0 or np.isnan(choice.divergence)
 
 
+class EndLover(LocalGuide):
+    """Values the end of the answer, and nothing else."""
+
+    def score(self, rows, candidates_BK):
+        super().score(rows, candidates_BK)
+        return 10.0 * (candidates_BK == EOS)[..., None].float()
+
+
+@pytest.mark.parametrize("cap", [None, 0.01])
+def test_the_cap_never_keeps_an_answer_from_ending(cap):
+    """Ending is worth far more than the cap: the answer stops as soon as it may, which the base model would not do."""
+    request = Request(
+        "r", (1, 5), {"brief": 1.0}, 20.0, cap, SamplingParams(max_tokens=8, temperature=0.0, top_k=VOCAB)
+    )
+    base = tiny_base(seed=0)
+    [[plain]] = Engine(base).generate([replace(request, weights={})])
+    [[steered]] = Engine(base, EndLover({"brief": MODELS["brief"]})).generate([request])
+    assert plain.finish is FinishReason.LENGTH
+    assert steered.tokens == [steered.tokens[0], EOS]
+
+
 # --- neighbours --------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +315,35 @@ def poisoned(token):
     model = tiny_value(1)
     model.backbone.embed_tokens.weight[token] = float("nan")
     return engine(max_rows=2, models={"brief": model})
+
+
+class CountingGuide(LocalGuide):
+    """Knows which rows it follows."""
+
+    def __init__(self, models):
+        super().__init__(models)
+        self.rows, self.most = set(), 0
+
+    def open(self, rows):
+        numbers = {row.row for row in rows}
+        assert not numbers & self.rows
+        self.rows |= numbers
+        self.most = max(self.most, len(self.rows))
+        return super().open(rows)
+
+    def close(self, rows):
+        self.rows.difference_update(rows)
+        super().close(rows)
+
+
+def test_a_guide_follows_no_row_longer_than_its_answer_is_written():
+    """Finished and cancelled rows stay for one admission at most, so that others can share with them; then none."""
+    guide = CountingGuide(MODELS)
+    engine_ = Engine(BASE, guide, max_rows=3)
+    run(engine_, guided({"brief": 1.0}), cancel=["r3", "r14"])
+    assert 3 <= guide.most <= 6
+    engine_.step()
+    assert guide.rows == set()
 
 
 # --- failures ----------------------------------------------------------------------------------------------------
