@@ -106,5 +106,4 @@ def divergence(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B:
     probs_BK = torch.softmax((logprobs_BK + delta_BK) / torch.where(temperature_B1 > 0, temperature_B1, 1.0), -1)
     present_BK = logprobs_BK > float("-inf")
     kl_B = torch.where(present_BK, probs_BK * ratio_BK, 0.0).sum(-1)
-    kl_B = torch.where((delta_BK == 0).all(-1), 0.0, kl_B)
     return torch.where(temperature_B > 0, kl_B, float("nan"))

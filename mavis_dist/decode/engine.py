@@ -107,12 +107,8 @@ class Engine:
         """The answer token by token; other requests go on meanwhile, but their updates are dropped."""
         request = self.submit(request)
         try:
-            left = request.params.n
-            while left:
-                for update in self.step():
-                    if update.request_id == request.id:
-                        yield update
-                        left -= update.finished is not None
+            while self._scheduler.has(request.id):
+                yield from (update for update in self.step() if update.request_id == request.id)
         finally:
             self.cancel(request.id)
 

@@ -55,6 +55,10 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def has(self, request_id: str) -> bool:
+        """Whether any choice of a request is running or waiting."""
+        return any(row.request.id == request_id for row in (*self.running, *self._waiting))
+
     def submit(self, request: Request, first: bool = False) -> None:
         """Queue every choice of a prepared request, `first` before all others."""
         rows = []

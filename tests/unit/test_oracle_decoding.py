@@ -402,3 +402,17 @@ def test_no_token_is_drawn_from_a_tilt_that_is_not_finite(at, cap):
     [broken], [plain] = Engine(BASE, BrokenGuide({"brief": MODELS["brief"]}, at)).generate([request, unguided])
     assert (broken.finish, broken.tokens) == (FinishReason.ERROR, [])
     assert plain.finish in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def test_streaming_is_generating_and_ends_when_somebody_else_cancels() -> None:
+    request = Request("s", (5, 6, 7), params=SamplingParams(max_tokens=12, seed=3))
+    [[whole]] = Engine(tiny_base()).generate([request])
+    assert [t for update in Engine(tiny_base()).stream(request) for t in update.tokens] == whole.tokens
+    engine = Engine(tiny_base())
+    seen = []
+    for update in engine.stream(request):
+        seen += update.tokens
+        if len(seen) == 4:
+            engine.cancel("s")
+    assert seen == whole.tokens[:4]
+    assert engine.is_idle
