@@ -25,13 +25,12 @@ def main() -> None:
 
 
 def run(config: Config) -> None:
-    from serve.app import deploy, undeploy
-
     from mavis_dist import cluster, pipeline
     from mavis_dist.evaluate.collect import REPORT_FILE
     from mavis_dist.evaluate.sweep import table
     from mavis_dist.plan import check_serving
     from mavis_dist.store.files import Store
+    from serve.app import deploy, undeploy
 
     cluster.connect()
     check_serving(config, cluster.nodes())

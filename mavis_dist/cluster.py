@@ -1,18 +1,4 @@
-"""Ray, for the driver: connecting, and waits that have a name, a limit and a voice.
-
-Environment variables of this project are set here and nowhere else:
-
-    RAY_AUTH_MODE=token                    Ray's ports unpickle what they receive: nothing runs without a token
-    RAY_TRAIN_V2_ENABLED=1                 the Ray Train that this project is written for
-    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5  how often Ray Train looks at its workers; every report waits for one look
-    RAY_USAGE_STATS_ENABLED=0              nothing is sent anywhere
-    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0   CPU actors keep the GPU visibility of their machine
-    TOKENIZERS_PARALLELISM=false           tokenizers fork badly
-    OMP_WAIT_POLICY=PASSIVE                processes share cores: a thread that spins for its peer holds it up (10 times
-                                           slower steps were measured when two models ran on two cores)
-    MAVIS_CACHE                            folder of prepared models (default ~/.cache/mavis_dist)
-    RAY_ADDRESS                            cluster to join; without it a local one is started
-"""
+"""Ray, for the driver: connecting, and waits that have a name, a limit and a voice."""
 
 from __future__ import annotations
 
@@ -24,22 +10,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-for _name, _value in ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)  # before ray is imported: it reads some of them then
+from mavis_dist.environment import ENVIRONMENT  # isort: split
 
-import ray  # noqa: E402
-from ray.util.actor_pool import ActorPool  # noqa: E402
+import ray
+from ray.util.actor_pool import ActorPool
 
-from mavis_dist.plan import Node  # noqa: E402
+from mavis_dist.plan import Node
 
 POLL_S = 1.0
 

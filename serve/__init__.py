@@ -2,3 +2,5 @@
 
 Inside this folder write `from ray import serve` and `from serve.x import y`, never `import serve`.
 """
+
+from mavis_dist import environment as environment  # ray reads some of these variables when it is imported

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # A room may import from itself and from every room of a lower floor.
 FLOORS = [
-    {"types"},
+    {"types", "environment"},
     {"config"},
     {"plan", "prompts"},
     {"core"},
@@ -25,7 +25,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 RAY = {"cluster.py", "rollout/worker.py", "train/parallel.py", "train/fit.py", "models/sharded.py"}
-SERVE_MAY_USE = {"models", "decode", "store", "config", "types", "plan", "cluster", "core"}
+SERVE_MAY_USE = {"environment", "models", "decode", "store", "config", "types", "plan", "cluster", "core"}
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:
@@ -105,3 +105,19 @@ def test_help_is_instant_and_loads_no_framework() -> None:
     assert done.returncode == 0, done.stderr
     assert "rollout.max_tokens" in done.stdout
     assert "in tokens" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["mavis_dist.cluster", "serve.app", "serve.gateway"])
+def test_ray_never_loads_before_token_mode_is_set(module: str) -> None:
+    script = (
+        "import os, sys\n"
+        "os.environ.pop('RAY_AUTH_MODE', None)\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        assert name != 'ray' or os.environ.get('RAY_AUTH_MODE') == 'token', 'ray came first'\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        f"import {module}\n"
+        "assert 'ray' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
