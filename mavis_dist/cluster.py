@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ def connect() -> None:
     if "RAY_ADDRESS" not in os.environ:
         options["dashboard_host"] = "127.0.0.1"
     ray.init(runtime_env={"env_vars": forwarded}, **options)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def nodes() -> list[Node]:

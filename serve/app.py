@@ -82,8 +82,10 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
 
 
 def undeploy() -> None:
-    """Delete all applications and end Serve on the connected cluster."""
-    serve.shutdown()
+    """Delete the applications of this project; Serve itself may have others on the connected cluster."""
+    for name in serve.status().applications:
+        if name == MAIN or name.startswith(value_application("")):
+            serve.delete(name)
 
 
 def _deployment(replica: type, **options: Any) -> serve.Deployment:

@@ -48,15 +48,16 @@ def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, tree
     return engine
 
 
-def full_state(engine: Any) -> dict[str, torch.Tensor]:
-    """All parameters in float32 on the CPU, gathered from the workers (call it on every worker)."""
+def trained_state(engine: Any) -> dict[str, torch.Tensor]:
+    """All trained parameters in float32 on the CPU, gathered from the workers (call it on every worker)."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     def full(parameter: nn.Parameter) -> torch.Tensor:
-        sharded = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        return parameter if sharded is None else sharded  # ZeRO 0 keeps the parameter itself whole
+        gathered = safe_get_full_fp32_param(parameter)
+        return parameter if gathered is None else gathered  # ZeRO 0 keeps the parameter itself whole
 
-    return {name: full(p).detach().float().cpu().clone() for name, p in engine.module.named_parameters()}
+    named = engine.module.named_parameters()
+    return {name: full(p).detach().float().cpu().clone() for name, p in named if p.requires_grad}
 
 
 def warm_up() -> None:

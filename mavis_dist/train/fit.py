@@ -68,9 +68,14 @@ def start_model(fit: Fit, config: config_module.Config, store: Store) -> ValueMo
     return from_base(fetch(backbone), config.value.layers)
 
 
-def with_adapters(model: ValueModel, config: config_module.Config) -> ValueModel:
-    """Low-rank adapters on every linear layer of the backbone (arXiv 2508.13415, appendix), if configured."""
+def trainable_model(fit: Fit, config: config_module.Config, store: Store) -> ValueModel:
+    """The model that training starts from. Token embeddings stay as they are: they are half of a small model's
+    parameters, and few of them occur in the trees. With `value.lora_rank`, low-rank adapters on every linear layer are
+    trained in place of the backbone (arXiv 2508.13415, appendix).
+    """
+    model = start_model(fit, config, store)
     if config.value.lora_rank == 0:
+        model.backbone.get_input_embeddings().requires_grad_(False)
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -124,12 +129,12 @@ def train(fit: Fit, config: config_module.Config, store: Store, rank: int, world
     `progress(done, total, text)` is called after every step. The loss of a step is the mean over all targets of its
     trees, however they are spread over the workers.
     """
-    from mavis_dist.train.engine import full_state, make_engine
+    from mavis_dist.train.engine import make_engine, trained_state
 
     torch.manual_seed(config.seed)
     device = config.base.device
     training, validation = data_of(fit, config, store)
-    model = with_adapters(start_model(fit, config, store), config).to(device)
+    model = trainable_model(fit, config, store).to(device)
     per_step, per_worker = config.train.trees_per_step, config.train.trees_per_step // world_size
     num_steps = config.train.epochs * math.ceil(len(training) / per_step)
     engine = make_engine(model, config.train.model_dump(), num_steps, per_worker)
@@ -154,10 +159,13 @@ def train(fit: Fit, config: config_module.Config, store: Store, rank: int, world
         metrics.append({"step": done, "epoch": epoch, "explained_variance": explained})
         score = epoch if explained is None else explained
         if best is None or score > best[0]:
-            best = (score, full_state(engine))
+            best = (score, trained_state(engine))
     assert best is not None
     if rank == 0:
-        model.load_state_dict(best[1], strict=False)
+        # A fresh copy: ZeRO 3 has cut the parameters of the one that was trained into pieces.
+        model = trainable_model(fit, config, store)
+        unknown = model.load_state_dict(best[1], strict=False).unexpected_keys
+        assert not unknown, unknown
         card = make_card(fit, config, None if len(validation) == 0 else best[0])
         _store(merge_adapters(model), card, metrics, fit, store)
 

@@ -439,7 +439,7 @@ def gradients(world_size, training, monkeypatch):
         return engines[-1]
 
     monkeypatch.setattr(train_engine, "make_engine", make_engine)
-    monkeypatch.setattr(train_engine, "full_state", lambda engine: {})
+    monkeypatch.setattr(train_engine, "trained_state", lambda engine: {})
     monkeypatch.setattr(fit, "data_of", lambda *_: (training, TreeSet([], [], training.weight_by_depth)))
     monkeypatch.setattr(fit, "start_model", lambda *_: tiny_value(6).requires_grad_(True))
     monkeypatch.setattr(fit, "make_card", lambda *_: None)
