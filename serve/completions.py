@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from mavis_dist.decode import Request, RequestError, SamplingParams
+from mavis_dist.decode import Request, RequestError, SamplingParams, Scorer
 from mavis_dist.decode.request import prepare
 from mavis_dist.models.load import ModelError, chat_ids
 from serve.answers import Limits, OpenStream
@@ -96,6 +96,7 @@ class Completions:
             beta=settings.beta if body.beta is None else body.beta,
             tilt_cap=settings.tilt_cap if body.tilt_cap is None else body.tilt_cap,
             params=params,
+            scorer=Scorer(body.scorer or "full"),
         )
 
 

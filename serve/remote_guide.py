@@ -48,7 +48,7 @@ class Transport(Protocol):
 class _Row:
     tokens: list[int]
     objectives: frozenset[str]
-    candidates: list[int] = field(default_factory=list)  # of the latest branch
+    candidates: list[int] = field(default_factory=list)  # asked for since the last token
 
 
 class _Line:
@@ -76,6 +76,7 @@ class _Line:
             tuple(question.opening),
             tuple(question.rows),
             tuple(question.lengths),
+            tuple(question.offsets),
             question.candidates_BK,
         )
         self._keep, self._close = [], []
@@ -93,6 +94,7 @@ class _Question:
     places: list[int]  # b of each row
     rows: list[int]
     lengths: list[int]
+    offsets: list[int]
     opening: list[GuideRow]
     candidates_BK: np.ndarray | None
 
@@ -132,9 +134,10 @@ class RemoteGuide:
 
     def score(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
         candidates = candidates_BK.cpu().numpy()
+        values = self._ask(rows, candidates, ())
         for row, ids_K in zip(rows, candidates.tolist(), strict=True):
-            self._rows[row].candidates = ids_K
-        return self._ask(rows, candidates, ())
+            self._rows[row].candidates += ids_K
+        return values
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
         for number, index in zip(rows, index_B.tolist(), strict=True):
@@ -142,6 +145,7 @@ class RemoteGuide:
             for name in row.objectives:
                 self._line(name, number).keep(Kept(number, index, len(row.tokens)))
             row.tokens.append(row.candidates[index])
+            row.candidates = []
 
     def close(self, rows: Sequence[int]) -> None:
         for number in rows:
@@ -173,8 +177,10 @@ class RemoteGuide:
     ) -> _Question:
         numbers = [rows[b] for b in places]
         lengths = [len(self._rows[row].tokens) for row in numbers]
+        offsets = [len(self._rows[row].candidates) for row in numbers]
         opened = [opening[b] for b in places] if opening else []
-        return _Question(places, numbers, lengths, opened, None if candidates_BK is None else candidates_BK[places])
+        candidates = None if candidates_BK is None else candidates_BK[places]
+        return _Question(places, numbers, lengths, offsets, opened, candidates)
 
     def _settle(self, line: _Line, question: _Question, pending: Pending, values: np.ndarray) -> None:
         """Wait for a line's values, opening rows again that its replicas do not know, until all are there."""
@@ -210,6 +216,7 @@ class RemoteGuide:
             [question.places[i] for i in part],
             [question.rows[i] for i in part],
             [question.lengths[i] for i in part],
+            [question.offsets[i] for i in part],
             [GuideRow(question.rows[i], ids, wanted) for i, ids in zip(part, tokens, strict=True)],
             None if question.candidates_BK is None else question.candidates_BK[part],
         )

@@ -63,7 +63,7 @@ class GenerationRequest(Body):
     objective_weights: dict[str, float] | None = None
     beta: Annotated[float, Field(ge=0)] | None = None
     tilt_cap: Annotated[float, Field(gt=0)] | None = None
-    scorer: Literal["full"] | None = None
+    scorer: Literal["full", "lazy"] | None = None
     vllm_xargs: FlatArgs | None = None
 
     @property

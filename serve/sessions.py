@@ -9,7 +9,7 @@ Shapes: B rows, K candidates.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from mavis_dist.models.value import ValueModel
 
 @dataclass(frozen=True)
 class Kept:
-    """A candidate of the row's latest branch becomes its next token."""
+    """A candidate becomes the row's next token."""
 
     row: int
-    index: int
+    index: int  # over all candidates since the row's last token
     length: int  # tokens of the row before
 
 
@@ -35,9 +35,10 @@ class Call:
     keep: tuple[Kept, ...] = ()
     close: tuple[int, ...] = ()
     open: tuple[GuideRow, ...] = ()
-    # Rows whose candidates are asked for, with their lengths; none: the values at the opened rows' last tokens.
+    # Rows whose candidates are asked for; none: the values at the opened rows' last tokens.
     rows: tuple[int, ...] = ()
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()  # tokens of each row
+    offsets: tuple[int, ...] = ()  # candidates of each row that were asked for before, since its last token
     candidates_BK: np.ndarray | None = None
 
 
@@ -50,7 +51,8 @@ class Reply:
 @dataclass
 class _Held:
     length: int
-    num_candidates: int = 0  # of the latest branch, while one of them may still be kept
+    first: int = 0  # index of the first candidate held here: those before it went with another replica
+    end: int = 0  # index behind the last one
 
 
 class _Session:
@@ -68,9 +70,9 @@ class _Session:
         valid: list[Kept] = []
         for item in kept:
             held = self.held.get(item.row)
-            if held and held.length == item.length and item.index < held.num_candidates:
-                held.length, held.num_candidates = held.length + 1, 0
-                valid.append(item)
+            if held and held.length == item.length and held.first <= item.index < held.end:
+                valid.append(replace(item, index=item.index - held.first))
+                self.held[item.row] = _Held(held.length + 1)
             else:
                 self.close([item.row])
         if valid:
@@ -82,18 +84,26 @@ class _Session:
         self.held.update({row.row: _Held(len(row.tokens)) for row in rows})
         return values_B1[:, 0].numpy()
 
-    def score(self, rows: tuple[int, ...], lengths: tuple[int, ...], candidates_BK: np.ndarray) -> Reply:
-        is_held = [row in self.held and self.held[row].length == n for row, n in zip(rows, lengths, strict=True)]
-        known = [b for b, held in enumerate(is_held) if held]
-        unknown = [row for row, held in zip(rows, is_held, strict=True) if not held]
+    def score(self, call: Call, candidates_BK: np.ndarray) -> Reply:
+        rows = call.rows
+        known = [b for b, row in enumerate(rows) if self._continues(row, call.lengths[b], call.offsets[b])]
+        unknown = [row for b, row in enumerate(rows) if b not in known]
         self.close(unknown)
         values_BK = np.full(candidates_BK.shape, np.nan, dtype=np.float32)
         if known:
             values_BK1 = self.guide.score([rows[b] for b in known], torch.from_numpy(candidates_BK[known]))
             values_BK[known] = values_BK1[:, :, 0].numpy()
         for b in known:
-            self.held[rows[b]].num_candidates = candidates_BK.shape[1]
+            held = self.held[rows[b]]
+            if held.first == held.end:
+                held.first = held.end = call.offsets[b]
+            held.end += candidates_BK.shape[1]
         return Reply(values_BK, tuple(unknown))
+
+    def _continues(self, row: int, length: int, offset: int) -> bool:
+        """Whether the state held for a row is the one that the caller asks about."""
+        held = self.held.get(row)
+        return held is not None and held.length == length and (held.first == held.end or held.end == offset)
 
 
 class Sessions:
@@ -125,7 +135,7 @@ class Sessions:
         opened_B = session.open(call.open) if call.open else np.empty(0, dtype=np.float32)
         if call.candidates_BK is None:
             return Reply(opened_B)
-        return session.score(call.rows, call.lengths, call.candidates_BK)
+        return session.score(call, call.candidates_BK)
 
     def _forget_idle(self, now: float, current: _Session) -> None:
         """Drop engines that have gone: their rows are a cache, so a wrong guess costs time only."""

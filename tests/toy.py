@@ -138,7 +138,7 @@ class ToyEngine:
             mdp.ids_SK[state_B],
         )
         delta_BK = torch.where(is_guided_B1, self._delta_SK[state_B], 0.0)
-        chosen_B = choose(mdp.base_SK[state_B], delta_BK, torch.ones(len(rows)), noise_BK, mdp.ids_SK[state_B])
+        chosen_B = choose(mdp.base_SK[state_B] + noise_BK, delta_BK, mdp.ids_SK[state_B])
         ratio_B = torch.where(is_guided_B1[:, 0], self._ratio_SK[state_B, chosen_B], 0.0)
         tokens = mdp.ids_SK[state_B, chosen_B].tolist()
         updates = [_write(row, *new) for row, *new in zip(rows, tokens, ratio_B.tolist(), strict=True)]

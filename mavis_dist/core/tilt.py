@@ -6,8 +6,8 @@
 p is the base model's distribution at temperature 1 on the candidate set C(s). Subtracting V(s) changes no probability
 as long as the cap U is infinite.
 
-Shapes: B rows, V vocabulary, K candidates, M objectives. Candidates that a row does not have carry log p = -inf; they
-stand behind those it has, which are sorted by logit (descending), then token id.
+Shapes: B rows, V vocabulary, K candidates, S candidates of a fixed sample, M objectives. Candidates that a row does not
+have carry log p = -inf; they stand behind those it has, which are sorted by logit (descending), then token id.
 """
 
 from __future__ import annotations
@@ -73,30 +73,88 @@ def tilt(
     return torch.where(uncapped_BK, delta_BK, torch.minimum(delta_BK, cap_B.double()[:, None]))
 
 
-def choose(
-    logprobs_BK: torch.Tensor,
-    delta_BK: torch.Tensor,
-    temperature_B: torch.Tensor,
-    gumbel_BK: torch.Tensor,
-    ids_BK: torch.Tensor,
-) -> torch.Tensor:
+def choose(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
     """Index [B] of one draw from softmax((log p + delta) / T), or of its mode where T = 0.
 
-    The Gumbel-max trick (Maddison et al. 2014): argmax of log p + delta + T * G. Ties go to the smaller token id.
+    The Gumbel-max trick (Maddison et al. 2014): argmax of phi + delta with phi = log p + T * G. Ties go to the smaller
+    token id.
     """
-    phi_BK = logprobs_BK + delta_BK + temperature_B.double()[:, None] * gumbel_BK
-    is_best_BK = phi_BK == phi_BK.max(-1, keepdim=True).values
+    total_BK = phi_BK + delta_BK
+    is_best_BK = total_BK == total_BK.max(-1, keepdim=True).values
     return torch.where(is_best_BK, ids_BK, torch.iinfo(ids_BK.dtype).max).argmin(-1)
 
 
-def log_ratio(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
-    """log pi(a) - log p_T(a) [B, K], with p_T ∝ p^(1/T); 0 where T = 0, which has no density."""
+def evaluation_order(logprobs_BK: torch.Tensor, phi_BK: torch.Tensor, uncapped_BK: torch.Tensor) -> torch.Tensor:
+    """Indices [B, K] of the candidates, the most promising before any tilt is known first: end-of-answer tokens, whose
+    tilt has no bound, then by phi = log p + T * G.
+    """
+    first_BK = uncapped_BK & (logprobs_BK > float("-inf"))
+    return torch.where(first_BK, float("inf"), phi_BK).argsort(dim=-1, descending=True, stable=True)
+
+
+def is_settled(phi_BK: torch.Tensor, delta_BK: torch.Tensor, num_evaluated: int, cap_B: torch.Tensor) -> torch.Tensor:
+    """Whether [B] no candidate behind the first `num_evaluated` can win any more.
+
+    Candidates are in evaluation order, phi = log p + T * G. A tilt is at most the cap, so a candidate that was not
+    evaluated scores at most phi_next + U, phi_next being the largest phi among them. The comparison is strict: where
+    scores are equal the smaller token id wins, and it may be one of them.
+    """
+    if num_evaluated >= phi_BK.shape[1]:
+        return torch.ones(len(phi_BK), dtype=torch.bool, device=phi_BK.device)
+    best_B = (phi_BK + delta_BK)[:, :num_evaluated].max(-1).values
+    next_B = phi_BK[:, num_evaluated]
+    return (best_B > next_B + cap_B.double()) | (next_B == float("-inf"))
+
+
+def estimate_divergence(
+    logprobs_BK: torch.Tensor,
+    phi_BK: torch.Tensor,
+    delta_BS: torch.Tensor,
+    temperature_B: torch.Tensor,
+    uncapped_BK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Estimates of KL(pi || p_T) of one step [B] and of log Z [B], in nats, from the tilts of S candidates only.
+
+    The sample is fixed before any tilt is known: the first S candidates in evaluation order, that is the end-of-answer
+    tokens (weight p) and those with the largest phi, which are a sample without replacement. Its weights are p / q with
+    q = 1 - exp(-p exp(-kappa)) and kappa the next phi (Gumbel-top-k, arXiv 1903.06059), self-normalised. Exact where
+    the sample is all of C. nan where T = 0.
+    """
+    num_sampled = delta_BS.shape[1]
     temperature_B1 = temperature_B.double()[:, None]
     divisor_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1.0)
-    log_partition_B1 = torch.logsumexp((logprobs_BK + delta_BK) / divisor_B1, -1, keepdim=True) - torch.logsumexp(
-        logprobs_BK / divisor_B1, -1, keepdim=True
+    log_p_BK = torch.log_softmax(logprobs_BK / divisor_B1, -1)
+    log_p_BS, scaled_BS = log_p_BK[:, :num_sampled], delta_BS / divisor_B1
+    log_w_BS = log_p_BS
+    if num_sampled < phi_BK.shape[1]:
+        # phi / T = log p / T + G, whose log p / T differs from log p_T by the normaliser.
+        shift_B1 = (log_p_BK - logprobs_BK / divisor_B1)[:, :1]
+        kappa_B1 = phi_BK[:, num_sampled : num_sampled + 1] / divisor_B1 + shift_B1
+        inclusion_BS = -torch.expm1(-torch.exp(log_p_BS - kappa_B1))
+        is_sampled_BS = ~uncapped_BK[:, :num_sampled] & (kappa_B1 > float("-inf"))
+        log_w_BS = log_p_BS - torch.where(is_sampled_BS, inclusion_BS.log(), 0.0)
+    log_tilted_BS = log_w_BS + scaled_BS
+    log_z_B = torch.logsumexp(log_tilted_BS, -1) - torch.logsumexp(log_w_BS, -1)
+    pi_BS = torch.softmax(log_tilted_BS, -1)
+    mean_tilt_B = torch.where(pi_BS > 0, pi_BS * scaled_BS, 0.0).sum(-1)
+    return torch.where(temperature_B > 0, mean_tilt_B - log_z_B, float("nan")), log_z_B
+
+
+def log_partition(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
+    """log Z [B] of the tilt: log sum p_T exp(delta / T), with p_T ∝ p^(1/T); 0 where T = 0, which has no density."""
+    temperature_B1 = temperature_B.double()[:, None]
+    divisor_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1.0)
+    tilted_B = torch.logsumexp((logprobs_BK + delta_BK) / divisor_B1, -1)
+    return torch.where(temperature_B > 0, tilted_B - torch.logsumexp(logprobs_BK / divisor_B1, -1), 0.0)
+
+
+def log_ratio(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
+    """log pi(a) - log p_T(a) [B, K]; 0 where T = 0."""
+    temperature_B1 = temperature_B.double()[:, None]
+    log_z_B1 = log_partition(logprobs_BK, delta_BK, temperature_B)[:, None]
+    return torch.where(
+        temperature_B1 > 0, delta_BK / torch.where(temperature_B1 > 0, temperature_B1, 1.0) - log_z_B1, 0.0
     )
-    return torch.where(temperature_B1 > 0, delta_BK / divisor_B1 - log_partition_B1, 0.0)
 
 
 def divergence(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:

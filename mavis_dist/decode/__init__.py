@@ -5,7 +5,7 @@
 
 from mavis_dist.decode.engine import Engine
 from mavis_dist.decode.guide import Guide, GuideRow, LocalGuide
-from mavis_dist.decode.request import Choice, FinishReason, Request, RequestError, SamplingParams, Update
+from mavis_dist.decode.request import Choice, FinishReason, Request, RequestError, SamplingParams, Scorer, Update
 
 __all__ = [
     "Choice",
@@ -17,5 +17,6 @@ __all__ = [
     "Request",
     "RequestError",
     "SamplingParams",
+    "Scorer",
     "Update",
 ]

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import candidates, choose, divergence, log_ratio, tilt
+from mavis_dist.core.tilt import candidates, choose, evaluation_order
 from mavis_dist.decode.guide import Guide, GuideRow
-from mavis_dist.decode.request import Choice, FinishReason, Request, Update, prepare
+from mavis_dist.decode.request import Choice, FinishReason, Request, Scorer, Update, prepare
 from mavis_dist.decode.scheduler import Row, Scheduler
+from mavis_dist.decode.scorer import Drafts, Guided, score
 from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.load import BaseModel
 
@@ -159,7 +160,24 @@ class Engine:
             self._guide.close(guided_numbers)
 
     def _draw(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> _Drawn:
-        """One token for every row."""
+        """One token for every row. Candidates are put in evaluation order first; indices refer to that order."""
+        drafts = self._drafts(rows, logits_BV)
+        scores = score(drafts, self._guided(rows), self._guide, len(self._eos))
+        index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
+        every_B = torch.arange(len(rows), device=self._device)
+        divisor_B = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))
+        return _Drawn(
+            index_B=index_B,
+            tokens=drafts.ids_BK[every_B, index_B].tolist(),
+            logratios=(scores.delta_BK[every_B, index_B] / divisor_B - scores.log_partition_B).tolist(),
+            divergences=scores.divergence_B.tolist(),
+            values_BM=scores.values_BKM[every_B, index_B].cpu(),
+            num_candidates=scores.num_evaluated_B.tolist(),
+            is_sound=scores.is_sound_B.tolist(),
+        )
+
+    def _drafts(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> Drafts:
+        """The candidate sets of all rows with their noise."""
         params = [row.request.params for row in rows]
         temperature_B = self._per_row([p.temperature for p in params])
         is_first_B = torch.tensor([row.position == 0 for row in rows], device=self._device)
@@ -171,56 +189,35 @@ class Engine:
             self._per_row([p.min_p for p in params]),
             temperature_B,
         )
-        is_present_BK = logprobs_BK > float("-inf")
-        # Where a row has fewer candidates than its neighbours its first one stands in: theirs are none of its business.
-        values_BKM, delta_BK = self._tilt(rows, torch.where(is_present_BK, ids_BK, ids_BK[:, :1]))
         noise_BK = noise.gumbel(
             torch.tensor([row.stream for row in rows], device=self._device),
             torch.tensor([row.position for row in rows], device=self._device),
             ids_BK,
         )
-        chosen_B = choose(logprobs_BK, delta_BK, temperature_B, noise_BK, ids_BK)
-        ratio_BK = log_ratio(logprobs_BK, delta_BK, temperature_B)
-        kl_B = divergence(logprobs_BK, delta_BK, temperature_B)
-        every_B = torch.arange(len(rows), device=self._device)
-        is_used_BM = torch.tensor(
-            [[name in row.request.weights for name in self.objectives] for row in rows],
-            dtype=torch.bool,
-            device=self._device,
+        phi_BK = logprobs_BK + temperature_B[:, None] * noise_BK
+        is_eos_BK = torch.isin(ids_BK, self._eos)
+        order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
+        ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
+            x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
         )
-        # The tilt shows a V(s) that is not finite; an infinite V(s∘a) may hide behind the cap.
-        is_sound_B = (values_BKM.isfinite() | ~is_used_BM[:, None]).flatten(1).all(-1) & delta_BK.isfinite().all(-1)
-        return _Drawn(
-            index_B=chosen_B,
-            tokens=ids_BK[every_B, chosen_B].tolist(),
-            logratios=ratio_BK[every_B, chosen_B].tolist(),
-            divergences=kl_B.tolist(),
-            values_BM=values_BKM[every_B, chosen_B].cpu(),
-            num_candidates=is_present_BK.sum(-1).tolist(),
-            is_sound=is_sound_B.tolist(),
-        )
+        return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, temperature_B)
 
-    def _tilt(self, rows: Sequence[Row], ids_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values [B, K, M], nan where not asked for, and the tilt [B, K], 0 for rows without guidance."""
-        values_BKM = torch.full((*ids_BK.shape, len(self.objectives)), float("nan"), device=self._device)
-        delta_BK = torch.zeros(ids_BK.shape, dtype=torch.float64, device=self._device)
-        guided = [b for b, row in enumerate(rows) if row.number in self._baseline]
-        if not guided:
-            return values_BKM, delta_BK
-        assert self._guide is not None
-        requests = [rows[b].request for b in guided]
-        weights_GM = torch.tensor([[r.weights.get(m, 0.0) for m in self.objectives] for r in requests])
-        values_GKM = self._guide.score([rows[b].number for b in guided], ids_BK[guided]).to(self._device)
-        values_BKM[guided] = values_GKM
-        delta_BK[guided] = tilt(
-            values_GKM,
-            torch.stack([self._baseline[rows[b].number] for b in guided]).to(self._device),
-            weights_GM.to(self._device),
-            self._per_row([r.beta for r in requests]),
-            self._per_row([float("inf") if r.tilt_cap is None else r.tilt_cap for r in requests]),
-            torch.isin(ids_BK[guided], self._eos),
+    def _guided(self, rows: Sequence[Row]) -> Guided:
+        """What steers the guided ones among the rows."""
+        places = [b for b, row in enumerate(rows) if row.number in self._baseline]
+        requests = [rows[b].request for b in places]
+        weights = [[r.weights.get(m, 0.0) for m in self.objectives] for r in requests]
+        num_objectives = len(self.objectives)
+        baseline = [self._baseline[rows[b].number] for b in places]
+        return Guided(
+            places=places,
+            numbers=[rows[b].number for b in places],
+            is_lazy=[r.scorer is Scorer.LAZY for r in requests],
+            weights_GM=torch.tensor(weights, device=self._device).reshape(len(places), num_objectives),
+            baseline_GM=torch.stack(baseline).to(self._device) if baseline else torch.zeros(0, num_objectives),
+            beta_G=self._per_row([r.beta for r in requests]),
+            cap_G=self._per_row([float("inf") if r.tilt_cap is None else r.tilt_cap for r in requests]),
         )
-        return values_BKM, delta_BK
 
     def _absorb(self, rows: Sequence[Row], drawn: _Drawn) -> list[Update]:
         """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""

@@ -30,7 +30,7 @@ class GuideRow:
 
 
 class Guide(Protocol):
-    """Calls come in the order open, (score, keep)*, close; rows are the engine's numbers."""
+    """Calls come in the order open, (score+, keep)*, close; rows are the engine's numbers."""
 
     @property
     def objectives(self) -> tuple[str, ...]: ...
@@ -40,11 +40,14 @@ class Guide(Protocol):
         ...
 
     def score(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
-        """V_m(s∘a) of alternative next tokens [B, K, M], nan where a row does not use an objective."""
+        """V_m(s∘a) of alternative next tokens [B, K, M], nan where a row does not use an objective.
+
+        A row may be asked about several times before one token is kept.
+        """
         ...
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
-        """Append one of the candidates just scored to each row."""
+        """Append one of the candidates scored since the row's last token; they are counted over all those calls."""
         ...
 
     def close(self, rows: Sequence[int]) -> None:

@@ -30,6 +30,13 @@ class FinishReason(str, Enum):
     ERROR = "error"  # failed; Choice.error says why
 
 
+class Scorer(str, Enum):
+    """Which candidates the value models look at."""
+
+    FULL = "full"  # all of them, as published
+    LAZY = "lazy"  # as few as decide the draw; needs a tilt_cap to have anything to leave out
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn. The defaults sample the reference policy of training (METHOD: T = 1, top 40)."""
@@ -55,6 +62,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     answer: tuple[int, ...] = ()  # tokens written so far, when an answer is continued
     stream: int | None = None  # noise stream; none: derived from the seed and the choice index
+    scorer: Scorer = Scorer.FULL
 
     @property
     def is_guided(self) -> bool:

@@ -104,6 +104,7 @@ class SlotModel:
         self._slot_of: dict[int, int] = {}
         self._rows: list[int] = []  # slot -> row
         self._lengths: list[int] = []  # slot -> tokens in the cache
+        self._branched: list[int] = []  # slot -> alternatives in the cells behind them
 
     def __contains__(self, row: int) -> bool:
         return row in self._slot_of
@@ -122,6 +123,7 @@ class SlotModel:
         self._slot_of[row] = slot
         self._rows.append(row)
         self._lengths.append(0)
+        self._branched.append(0)
         origin = slot
         if source is not None and source in self._slot_of:
             origin, self._lengths[slot] = self._slot_of[source], min(shared, self.length(source))
@@ -135,11 +137,12 @@ class SlotModel:
         slot, last = self._slot_of.pop(row), len(self._rows) - 1
         if slot != last:
             for layer in self._layers:
-                layer.copy(last, slot, self._lengths[last])
-            self._rows[slot], self._lengths[slot] = self._rows[last], self._lengths[last]
+                layer.copy(last, slot, self._lengths[last] + self._branched[last])
+            for column in (self._rows, self._lengths, self._branched):
+                column[slot] = column[last]
             self._slot_of[self._rows[slot]] = slot
-        self._rows.pop()
-        self._lengths.pop()
+        for column in (self._rows, self._lengths, self._branched):
+            column.pop()
 
     @torch.inference_mode()
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], outputs: bool = True) -> torch.Tensor | None:
@@ -154,35 +157,46 @@ class SlotModel:
         mask_BTS = torch.arange(num_visible, device=self._device) <= positions_BT[:, :, None]
         out_BTO = self._step(rows, tokens_BT, positions_BT, positions_BT, mask_BTS, outputs)
         for row, count in zip(rows, counts, strict=True):
-            self._lengths[self._slot_of[row]] += count
+            self._append(row, count)
         if out_BTO is None:
             return None
         return out_BTO[torch.arange(len(rows)), torch.tensor(counts, device=self._device) - 1]
 
     @torch.inference_mode()
     def branch(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
-        """The head's outputs [B, K, O] for K alternative next tokens, which see their row and themselves only."""
+        """The head's outputs [B, K, O] for K alternative next tokens, which see their row and themselves only.
+
+        Alternatives of several calls add up until one is kept or the row is extended.
+        """
         num_candidates = candidates_BK.shape[1]
-        offsets_K = torch.arange(num_candidates, device=self._device)
         lengths_B1 = self._lengths_tensor(rows)[:, None]
-        cells_BK = lengths_B1 + offsets_K
-        num_visible = max(self.length(row) for row in rows) + num_candidates
+        branched = [self._branched[self._slot_of[row]] for row in rows]
+        first_B1 = lengths_B1 + torch.tensor(branched, device=self._device)[:, None]
+        cells_BK = first_B1 + torch.arange(num_candidates, device=self._device)
+        num_visible = int(first_B1.max()) + num_candidates
         cell_S = torch.arange(num_visible, device=self._device)
         mask_BKS = (cell_S < lengths_B1[:, :, None]) | (cell_S == cells_BK[:, :, None])
         positions_BK = lengths_B1.expand(-1, num_candidates)
         out_BKO = self._step(rows, candidates_BK.to(self._device), positions_BK, cells_BK, mask_BKS, True)
         assert out_BKO is not None
+        for row in rows:
+            self._branched[self._slot_of[row]] += num_candidates
         return out_BKO
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
-        """Append one candidate of the branch just evaluated, with the keys and values it already has."""
+        """Append one alternative, counted over all branches since the row's last token, with its keys and values."""
         slots_B = torch.tensor([self._slot_of[row] for row in rows], device=self._device)
         lengths_B = self._lengths_tensor(rows)
         for layer in self._layers:
             layer.move_cells(slots_B, lengths_B + index_B.to(self._device), lengths_B)
         for row in rows:
-            self._lengths[self._slot_of[row]] += 1
+            self._append(row, 1)
+
+    def _append(self, row: int, count: int) -> None:
+        slot = self._slot_of[row]
+        self._lengths[slot] += count
+        self._branched[slot] = 0
 
     def _step(
         self,

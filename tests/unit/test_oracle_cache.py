@@ -89,6 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.cache, self.tokens, self.next_row = slots(), {}, 0
+        self.branched = {}  # row -> alternatives since its last token
 
     @rule(data=st.data())
     def open(self, data):
@@ -97,7 +98,7 @@ class CacheMachine(RuleBasedStateMachine):
         present = self.cache.open(self.next_row, source, shared)
         prefix = [] if source is None else self.tokens[source][:shared]
         assert present == len(prefix)
-        self.tokens[self.next_row] = list(prefix)
+        self.tokens[self.next_row], self.branched[self.next_row] = list(prefix), []
         self.next_row += 1
 
     @precondition(lambda self: self.tokens)
@@ -116,6 +117,7 @@ class CacheMachine(RuleBasedStateMachine):
         out_BO = self.cache.extend(rows, new, outputs)
         for row, tokens in zip(rows, new, strict=True):
             self.tokens[row] += tokens
+            self.branched[row] = []
             assert self.cache.length(row) == len(self.tokens[row])
         assert (out_BO is None) == (not outputs)
         for b, row in enumerate(rows if outputs else []):
@@ -123,7 +125,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
-    def branch_and_keep(self, data):
+    def branch(self, data):
+        """Alternatives add up until one is kept or the row is extended, whatever happens to other rows meanwhile."""
         rows = self.some_rows(data)
         num = data.draw(st.integers(1, 5))
         candidates = [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=num, max_size=num)) for _ in rows]
@@ -131,11 +134,18 @@ class CacheMachine(RuleBasedStateMachine):
         for b, row in enumerate(rows):
             k = data.draw(st.integers(0, num - 1))
             torch.testing.assert_close(out_BKO[b, k], plain([*self.tokens[row], candidates[b][k]]), **TOLERANCE)
-        kept = {row: data.draw(st.integers(0, num - 1)) for row in rows if data.draw(st.booleans())}
-        if kept:
-            self.cache.keep(list(kept), torch.tensor(list(kept.values())))
-        for row, k in kept.items():
-            self.tokens[row].append(candidates[rows.index(row)][k])
+            self.branched[row] += candidates[b]
+
+    @precondition(lambda self: any(self.branched[row] for row in self.tokens))
+    @rule(data=st.data())
+    def keep(self, data):
+        able = sorted(row for row in self.tokens if self.branched[row])
+        rows = data.draw(st.lists(st.sampled_from(able), min_size=1, max_size=5, unique=True))
+        kept = [data.draw(st.integers(0, len(self.branched[row]) - 1)) for row in rows]
+        self.cache.keep(rows, torch.tensor(kept))
+        for row, k in zip(rows, kept, strict=True):
+            self.tokens[row].append(self.branched[row][k])
+            self.branched[row] = []
 
     def some_rows(self, data):
         return data.draw(st.lists(st.sampled_from(sorted(self.tokens)), min_size=1, max_size=5, unique=True))

@@ -95,7 +95,7 @@ def written_out(request, index):
                 ids_1K == EOS,
             )
         gumbel_1K = noise.gumbel(stream_B, torch.tensor([position]), ids_1K)
-        chosen = int(choose(logprobs_1K, delta_1K, temperature_B, gumbel_1K, ids_1K))
+        chosen = int(choose(logprobs_1K + temperature_B[:, None] * gumbel_1K, delta_1K, ids_1K))
         ratios.append(float(log_ratio(logprobs_1K, delta_1K, temperature_B)[0, chosen]))
         kl += float(divergence(logprobs_1K, delta_1K, temperature_B))
         tokens.append(int(ids_1K[0, chosen]))

@@ -135,7 +135,7 @@ def draw(cap, temperature):
     )
     streams_B = torch.tensor([noise.stream(3, index) for index in range(8)]).repeat(NUM_DRAWS // 8)
     gumbel_BK = noise.gumbel(streams_B, torch.arange(NUM_DRAWS) // 8, ids_BK)
-    return choose(logprobs_BK, delta_BK, torch.full((NUM_DRAWS,), temperature), gumbel_BK, ids_BK).numpy()
+    return choose(logprobs_BK + temperature * gumbel_BK, delta_BK, ids_BK).numpy()
 
 
 @given(st.data())
@@ -148,10 +148,8 @@ def test_temperature_zero_takes_the_mode_and_among_equals_the_smaller_id(data):
     ids = data.draw(st.permutations(range(num_candidates)))
     gumbel_BK = noise.gumbel(torch.tensor([1]), torch.tensor([0]), torch.tensor([ids]))
     index = choose(
-        torch.tensor([logprobs], dtype=torch.float64),
+        torch.tensor([logprobs], dtype=torch.float64) + 0.0 * gumbel_BK,
         torch.tensor([delta], dtype=torch.float64),
-        torch.zeros(1),
-        gumbel_BK,
         torch.tensor([ids]),
     )
     assert int(index) == min(range(num_candidates), key=lambda k: (-(logprobs[k] + delta[k]), ids[k]))

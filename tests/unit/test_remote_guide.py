@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from mavis_dist.decode import Engine, FinishReason, GuideRow, LocalGuide, Request, SamplingParams
+from mavis_dist.decode import Engine, FinishReason, GuideRow, LocalGuide, Request, SamplingParams, Scorer
 from serve import remote_guide
 from serve.remote_guide import RemoteGuide, ReplicaLost
 from serve.sessions import Call, Reply, Sessions
@@ -74,7 +74,9 @@ def answers(guide, seed: int = 0, count: int = 6) -> list[tuple]:
             (5, 6, 7 + i % 2, 8)[: 2 + i % 3],
             [{"good": 1.0}, {"good": 1.0, "short": 2.0}, {}][i % 3],
             beta=1.0,
+            tilt_cap=0.7,
             params=SamplingParams(max_tokens=20 + i, seed=seed + i, n=1 + i % 2),
+            scorer=Scorer.LAZY if i % 2 else Scorer.FULL,
         )
         for i in range(count)
     ]
@@ -148,6 +150,6 @@ def test_an_unknown_row_is_named_and_the_others_are_valued():
     sessions = Sessions("good", MODELS["good"])
     sessions.answer(Call("s", open=(GuideRow(1, (5, 6), frozenset({"good"})),)))
     candidates = torch.tensor([[3, 4], [3, 4]]).numpy()
-    reply = sessions.answer(Call("s", rows=(1, 2), lengths=(2, 2), candidates_BK=candidates))
+    reply = sessions.answer(Call("s", rows=(1, 2), lengths=(2, 2), offsets=(0, 0), candidates_BK=candidates))
     assert reply.unknown == (2,)
     assert not torch.from_numpy(reply.values[0]).isnan().any()
