@@ -16,8 +16,7 @@ def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, tree
 
     `settings` is the `train` section of the config. Needs an initialised process group (Ray Train makes one).
     """
-    # DeepSpeed compiles one operator on first use and looks for ninja on the PATH.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    _prepare_compiler()
     import deepspeed
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -48,6 +47,15 @@ def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, tree
     return engine
 
 
+def _prepare_compiler() -> None:
+    """DeepSpeed compiles operators on first use: with the ninja of this environment, into a cache of its own. In one
+    cache for all, environments would take turns in compiling the same operators for themselves.
+    """
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+
 def trained_state(engine: Any) -> dict[str, torch.Tensor]:
     """All trained parameters in float32 on the CPU, gathered from the workers (call it on every worker)."""
     from deepspeed.utils import safe_get_full_fp32_param
@@ -61,7 +69,7 @@ def trained_state(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def warm_up() -> None:
-    """Compile DeepSpeed's operator once, so that no training waits for it."""
+    """Compile DeepSpeed's operators once, so that no training waits for them."""
     os.environ.setdefault("LOCAL_RANK", "0")
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0, "zero_stage": 0, "dtype": "float32"}
