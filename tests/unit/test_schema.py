@@ -48,7 +48,7 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(name):
         ({"objective_weights": ["positive"]}, "objective_weights"),
         ({"beta": -1.0}, "beta"),
         ({"tilt_cap": 0.0}, "tilt_cap"),
-        ({"scorer": "lazy"}, "scorer"),
+        ({"scorer": "fastest"}, "scorer"),
         ({"vllm_xargs": {"beta": 1}}, "vllm_xargs.objective_weights"),
     ],
 )
