@@ -33,10 +33,6 @@ class Fit:
     def policy(self) -> Policy:
         return Policy() if self.iteration == 0 else Policy(self.objective, self.iteration)
 
-    @property
-    def name(self) -> str:
-        return f"{self.objective} i{self.iteration}"
-
 
 def zeta(config: config_module.Config, iteration: int) -> float:
     """Price of one nat of divergence in standard deviations of reward: 1 / beta, and nothing before any tilt."""
