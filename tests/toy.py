@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import candidates, choose, log_ratio, tilt
+from mavis_dist.core.tilt import candidates, choose, tilt
 from mavis_dist.decode import Choice, FinishReason, Request, Update
+from tests.exact import log_ratio
 
 EOS = 0
 Prefix = tuple[int, ...]

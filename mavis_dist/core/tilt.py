@@ -6,13 +6,15 @@
 p is the base model's distribution at temperature 1 on the candidate set C(s). Subtracting V(s) changes no probability
 as long as the cap U is infinite.
 
-Shapes: B rows, V vocabulary, K candidates, S candidates of a fixed sample, M objectives. Candidates that a row does not
+Shapes: B rows, V vocabulary, K candidates, M objectives. Candidates that a row does not
 have carry log p = -inf; they stand behind those it has, which are sorted by logit (descending), then token id.
 """
 
 from __future__ import annotations
 
 import torch
+
+TIE_ROOM = 16
 
 
 def candidates(
@@ -43,11 +45,13 @@ def candidates(
 
 def _largest(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest logits and their ids; equal logits in the order of ids, also at the border of the set."""
-    logits_BK, ids_BK = logits_BV.topk(k)
-    # topk may take any of the ids that share the smallest logit: fetch all of them, then order and cut.
-    tied = int((logits_BV >= logits_BK[:, -1:]).sum(-1).max())
-    if tied > k:
-        logits_BK, ids_BK = logits_BV.topk(tied)
+    # topk may take any of the ids that share the smallest logit: fetch all of them, then order and cut. Some more than
+    # k will do, nearly always, even at the coarse steps of half precision.
+    num_fetched = min(k + TIE_ROOM, logits_BV.shape[1])
+    logits_BK, ids_BK = logits_BV.topk(num_fetched)
+    if num_fetched < logits_BV.shape[1] and bool((logits_BK[:, -1] == logits_BK[:, k - 1]).any()):
+        num_fetched = int((logits_BV >= logits_BK[:, k - 1 : k]).sum(-1).max())
+        logits_BK, ids_BK = logits_BV.topk(num_fetched)
     ids_BK, order_BK = ids_BK.sort(dim=-1)
     logits_BK, order_BK = logits_BK.gather(-1, order_BK).sort(dim=-1, descending=True, stable=True)
     return logits_BK[:, :k], ids_BK.gather(-1, order_BK)[:, :k]
@@ -92,76 +96,35 @@ def evaluation_order(logprobs_BK: torch.Tensor, phi_BK: torch.Tensor, uncapped_B
     return torch.where(first_BK, float("inf"), phi_BK).argsort(dim=-1, descending=True, stable=True)
 
 
-def is_settled(phi_BK: torch.Tensor, delta_BK: torch.Tensor, num_evaluated: int, cap_B: torch.Tensor) -> torch.Tensor:
-    """Whether [B] no candidate behind the first `num_evaluated` can win any more.
-
-    Candidates are in evaluation order, phi = log p + T * G. A tilt is at most the cap, so a candidate that was not
-    evaluated scores at most phi_next + U, phi_next being the largest phi among them. The comparison is strict: where
-    scores are equal the smaller token id wins, and it may be one of them.
-    """
-    if num_evaluated >= phi_BK.shape[1]:
-        return torch.ones(len(phi_BK), dtype=torch.bool, device=phi_BK.device)
-    best_B = (phi_BK + delta_BK)[:, :num_evaluated].max(-1).values
-    next_B = phi_BK[:, num_evaluated]
-    return (best_B > next_B + cap_B.double()) | (next_B == float("-inf"))
-
-
 def estimate_divergence(
     logprobs_BK: torch.Tensor,
     phi_BK: torch.Tensor,
-    delta_BS: torch.Tensor,
+    delta_BK: torch.Tensor,
+    sample_BK: torch.Tensor,
     temperature_B: torch.Tensor,
     uncapped_BK: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Estimates of KL(pi || p_T) of one step [B] and of log Z [B], in nats, from the tilts of S candidates only.
+    """Estimates of KL(pi || p_T) of one step [B] and of log Z [B], in nats, from the tilts of a sample of candidates.
 
-    The sample is fixed before any tilt is known: the first S candidates in evaluation order, that is the end-of-answer
-    tokens (weight p) and those with the largest phi, which are a sample without replacement. Its weights are p / q with
-    q = 1 - exp(-p exp(-kappa)) and kappa the next phi (Gumbel-top-k, arXiv 1903.06059), self-normalised. Exact where
-    the sample is all of C. nan where T = 0.
+    The sample is fixed before any tilt is known: the end-of-answer tokens (weight p) and those with the largest phi,
+    which are a sample without replacement. Its weights are p / q with q = 1 - exp(-p exp(-kappa)) and kappa the next
+    phi (Gumbel-top-k, arXiv 1903.06059), self-normalised. Exact where the sample is all of C. nan and 0 where T = 0.
     """
-    num_sampled = delta_BS.shape[1]
     temperature_B1 = temperature_B.double()[:, None]
-    divisor_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1.0)
+    is_drawn_B1 = temperature_B1 > 0
+    divisor_B1 = torch.where(is_drawn_B1, temperature_B1, 1.0)
     log_p_BK = torch.log_softmax(logprobs_BK / divisor_B1, -1)
-    log_p_BS, scaled_BS = log_p_BK[:, :num_sampled], delta_BS / divisor_B1
-    log_w_BS = log_p_BS
-    if num_sampled < phi_BK.shape[1]:
-        # phi / T = log p / T + G, whose log p / T differs from log p_T by the normaliser.
-        shift_B1 = (log_p_BK - logprobs_BK / divisor_B1)[:, :1]
-        kappa_B1 = phi_BK[:, num_sampled : num_sampled + 1] / divisor_B1 + shift_B1
-        inclusion_BS = -torch.expm1(-torch.exp(log_p_BS - kappa_B1))
-        is_sampled_BS = ~uncapped_BK[:, :num_sampled] & (kappa_B1 > float("-inf"))
-        log_w_BS = log_p_BS - torch.where(is_sampled_BS, inclusion_BS.log(), 0.0)
-    log_tilted_BS = log_w_BS + scaled_BS
-    log_z_B = torch.logsumexp(log_tilted_BS, -1) - torch.logsumexp(log_w_BS, -1)
-    pi_BS = torch.softmax(log_tilted_BS, -1)
-    mean_tilt_B = torch.where(pi_BS > 0, pi_BS * scaled_BS, 0.0).sum(-1)
-    return torch.where(temperature_B > 0, mean_tilt_B - log_z_B, float("nan")), log_z_B
-
-
-def log_partition(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
-    """log Z [B] of the tilt: log sum p_T exp(delta / T), with p_T ∝ p^(1/T); 0 where T = 0, which has no density."""
-    temperature_B1 = temperature_B.double()[:, None]
-    divisor_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1.0)
-    tilted_B = torch.logsumexp((logprobs_BK + delta_BK) / divisor_B1, -1)
-    return torch.where(temperature_B > 0, tilted_B - torch.logsumexp(logprobs_BK / divisor_B1, -1), 0.0)
-
-
-def log_ratio(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
-    """log pi(a) - log p_T(a) [B, K]; 0 where T = 0."""
-    temperature_B1 = temperature_B.double()[:, None]
-    log_z_B1 = log_partition(logprobs_BK, delta_BK, temperature_B)[:, None]
-    return torch.where(
-        temperature_B1 > 0, delta_BK / torch.where(temperature_B1 > 0, temperature_B1, 1.0) - log_z_B1, 0.0
-    )
-
-
-def divergence(logprobs_BK: torch.Tensor, delta_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
-    """KL(pi || p_T) of one step [B], in nats; exactly 0 without a tilt, nan where T = 0."""
-    ratio_BK = log_ratio(logprobs_BK, delta_BK, temperature_B)
-    temperature_B1 = temperature_B.double()[:, None]
-    probs_BK = torch.softmax((logprobs_BK + delta_BK) / torch.where(temperature_B1 > 0, temperature_B1, 1.0), -1)
-    present_BK = logprobs_BK > float("-inf")
-    kl_B = torch.where(present_BK, probs_BK * ratio_BK, 0.0).sum(-1)
-    return torch.where(temperature_B > 0, kl_B, float("nan"))
+    scaled_BK = torch.where(sample_BK, delta_BK, 0.0) / divisor_B1
+    # phi / T = log p / T + G, whose log p / T differs from log p_T by the normaliser.
+    shift_B1 = (log_p_BK - logprobs_BK / divisor_B1)[:, :1]
+    kappa_B1 = phi_BK.masked_fill(sample_BK, float("-inf")).amax(-1, keepdim=True) / divisor_B1 + shift_B1
+    inclusion_BK = -torch.expm1(-torch.exp(log_p_BK - kappa_B1))
+    is_weighted_BK = ~uncapped_BK & (kappa_B1 > float("-inf"))
+    log_w_BK = log_p_BK - torch.where(is_weighted_BK, inclusion_BK.log(), 0.0)
+    log_w_BK = log_w_BK.masked_fill(~sample_BK, float("-inf"))
+    log_tilted_BK = log_w_BK + scaled_BK
+    log_z_B = torch.logsumexp(log_tilted_BK, -1) - torch.logsumexp(log_w_BK, -1)
+    pi_BK = torch.softmax(log_tilted_BK, -1)
+    mean_tilt_B = torch.where(pi_BK > 0, pi_BK * scaled_BK, 0.0).sum(-1)
+    is_drawn_B = is_drawn_B1[:, 0]
+    return torch.where(is_drawn_B, mean_tilt_B - log_z_B, float("nan")), torch.where(is_drawn_B, log_z_B, 0.0)

@@ -1,28 +1,33 @@
 """The decode loop: decide, compute, absorb. The only one in the project.
 
-Every step admits waiting answers, computes the base model's logits for all running answers at once, asks the guide
-what the candidates are worth, draws one token each, and hands out what was written. Answers of different prompts,
-lengths and weights share the batch; none depends on its neighbours.
+Every step lets waiting answers in, encodes a piece of what is new, computes the base model's logits for all running
+answers at once, asks the guide what the candidates are worth, draws one token each, and hands out what was written.
+Answers of different prompts, lengths and weights share the batch; none depends on its neighbours.
 
-Shapes: B rows, G guided rows, V vocabulary, K candidates, M objectives.
+Shapes: B rows, V vocabulary, K candidates, M objectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from mavis_dist.core import noise
 from mavis_dist.core.tilt import candidates, choose, evaluation_order
+from mavis_dist.decode.batch import Batch
 from mavis_dist.decode.guide import Guide, GuideRow
-from mavis_dist.decode.request import Choice, FinishReason, Request, Scorer, Update, prepare
-from mavis_dist.decode.scheduler import Row, Scheduler
-from mavis_dist.decode.scorer import Drafts, Guided, score
+from mavis_dist.decode.request import Choice, FinishReason, Request, Update, prepare
+from mavis_dist.decode.scheduler import Piece, Row, Scheduler
+from mavis_dist.decode.scorer import Drafts, Steering, score
+from mavis_dist.decode.text import StoppedText
+from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.load import BaseModel
+
+# Tokens of new prompts that a step encodes: about what a running answer would not notice.
+PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -35,26 +40,50 @@ class _Drawn:
     divergences: list[float]
     values_BM: torch.Tensor  # V_m(s∘a) of the token, nan where not asked for
     num_candidates: list[int]
-    is_sound: list[bool]  # every value asked for was finite
+    is_guided: list[bool]
+    faults: list[str | None]
 
 
 class Engine:
     """Writes answers with a base model, tilted by a guide.
 
-    >>> engine = Engine(load_base("smollm2-135m-instruct"), LocalGuide({"brief": value_model}))
-    >>> [choice] = engine.generate([Request("1", prompt_ids, weights={"brief": 1.0})])
+    >>> base = load_base("smollm2-135m-instruct")
+    >>> engine = Engine(base, LocalGuide({"brief": value_model}))
+    >>> [[choice]] = engine.generate([Request("1", base.chat("Why is the sky blue?"), weights={"brief": 1.0})])
+    >>> choice.text, choice.divergence, choice.values["brief"][-1]
     """
 
-    def __init__(self, base: BaseModel, guide: Guide | None = None, max_rows: int = 32):
-        self.max_context = base.max_context
+    def __init__(
+        self,
+        base: BaseModel,
+        guide: Guide | None = None,
+        max_rows: int = 32,
+        cache_tokens: int | None = None,
+        prefill_tokens: int | None = None,
+        portable: bool = False,
+    ):
+        """
+        Args:
+            max_rows: answers written at a time; the others wait.
+            cache_tokens: room for the base model's keys and values, in tokens: the number of answers at a time times
+                the longest prompt and answer among them stays within it. None: bounded by `max_rows` and the model's
+                context alone.
+            prefill_tokens: tokens of new prompts that a step encodes beside writing, so that long prompts do not hold
+                up running answers. None: 128 on a CPU, 2048 on a GPU.
+            portable: run the base model through its own forward pass, also where there is a faster one.
+        """
+        self.max_context, self.cache_tokens = base.max_context, cache_tokens
         self._guide = guide
-        self._scheduler = Scheduler(max_rows)
-        model: Any = base.model
-        self._base = SlotModel(lambda **inputs: model(**inputs, logits_to_keep=1).logits, model.base_model)
-        self._device = model.device
+        self._scheduler = Scheduler(max_rows, cache_tokens)
+        self._base = SlotModel(base_decoder(base.model, portable))
+        self._tokenizer = base.tokenizer
+        self._device = base.model.device
+        self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self._device.type, 2048)
         self._eos = torch.tensor(sorted(base.eos_ids), device=self._device)
         self._eos_ids = frozenset(base.eos_ids)
-        self._baseline: dict[int, torch.Tensor] = {}  # row number -> V_m(s) of its last token [M]
+        self._batch: Batch | None = None
+        self._opened: dict[int, torch.Tensor] = {}  # V_m(s) [M] of rows that are in no batch yet, by row number
+        self._unseen: dict[int, list[int]] = {}  # tokens that the guide was not told of, by row number
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -67,15 +96,19 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """Answers being written and answers waiting."""
-        return len(self._scheduler.running), self._scheduler.num_waiting
+        return self._scheduler.num_admitted, self._scheduler.num_waiting
 
-    def submit(self, request: Request, first: bool = False) -> Request:
-        """Queue a request (`first`: before all others); returns it with its seed and normalised weights.
+    def prepare(self, request: Request) -> Request:
+        """The request as `submit` takes it, with a seed and normalised weights; any thread may call this.
 
         Raises:
             RequestError: naming the field, its value and the remedy.
         """
-        request = prepare(request, self.objectives, self.max_context)
+        return prepare(request, self.objectives, self.max_context, self.cache_tokens)
+
+    def submit(self, request: Request, first: bool = False) -> Request:
+        """Queue a request (`first`: before all others); returns it prepared. Raises RequestError."""
+        request = self.prepare(request)
         self._scheduler.submit(request, first)
         return request
 
@@ -83,8 +116,8 @@ class Engine:
         """Stop a request's answers, running or waiting."""
         updates = []
         for row in self._scheduler.cancel(request_id):
-            row.choice.finish = FinishReason.ABORT
-            updates.append(_update(row, ()))
+            self._finish(row, FinishReason.ABORT)
+            updates.append(_update(row))
         if self.is_idle:
             self._release()
         return updates
@@ -96,6 +129,8 @@ class Engine:
         if len(place) < len(requests):
             raise ValueError("two requests have the same id: give every request an id of its own")
         for request in requests:
+            self.prepare(request)  # all are refused before any is begun
+        for request in requests:
             self.submit(request)
         answers: list[list[Choice]] = [[] for _ in requests]
         while not self.is_idle:
@@ -105,159 +140,214 @@ class Engine:
         return [sorted(choices, key=lambda choice: choice.index) for choices in answers]
 
     def stream(self, request: Request) -> Iterator[Update]:
-        """The answer token by token; other requests go on meanwhile, but their updates are dropped."""
+        """The answer piece by piece, as tokens and text; other requests go on meanwhile, their updates are dropped."""
         request = self.submit(request)
+        texts = [self._text_of(request) for _ in range(request.params.n)]
         try:
             while self._scheduler.has(request.id):
-                yield from (update for update in self.step() if update.request_id == request.id)
+                for update in self.step():
+                    if update.request_id == request.id:
+                        text = texts[update.index].add(update.tokens, last=update.finished is not None)
+                        yield replace(update, text=text)
         finally:
             self.cancel(request.id)
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """Write one more token of every running answer."""
-        self._admit()
-        rows = self._scheduler.running
-        if not rows:
+        self._encode()
+        if not self._scheduler.running:
             return []
-        logits_BV = self._base.extend([row.number for row in rows], [row.tokens[-1:] for row in rows])
-        assert logits_BV is not None
-        updates = self._absorb(rows, self._draw(rows, logits_BV.float()))
+        batch = self._assemble()
+        logits_BV = self._base.extend(batch.numbers, [row.tokens[-1:] for row in batch.rows])
+        updates = self._absorb(batch, self._draw(batch, logits_BV))
         if self.is_idle:
             self._release()
         return updates
 
-    def _admit(self) -> None:
-        """Open admitted rows up to their last token, whose logits the step computes."""
-        admissions = self._scheduler.admit()
-        missing: dict[int, list[int]] = {}
-        guided: list[GuideRow] = []
-        for admission in admissions:
-            row, source = admission.row, admission.source.number if admission.source else None
-            present = self._base.open(row.number, source, min(admission.shared, len(row.tokens) - 1))
-            if present < len(row.tokens) - 1:
-                missing[row.number] = row.tokens[present:-1]
-            if row.request.is_guided:
-                used = frozenset(row.request.weights)
-                guided.append(GuideRow(row.number, tuple(row.tokens), used, source, admission.shared))
-        if missing:
-            self._base.extend(list(missing), list(missing.values()), outputs=False)
-        if guided:
-            assert self._guide is not None
-            values_GM = self._guide.open(guided)
-            self._baseline.update(zip((row.row for row in guided), values_GM, strict=True))
+    # --- decide: who is in the batch ------------------------------------------------------------------------------
+
+    def _encode(self) -> None:
+        """Let rows in and encode a limited number of their tokens, the base model's and the guide's caches in step."""
+        self._scheduler.admit()
+        budget = self._prefill_tokens
+        while budget > 0 and (pieces := self._scheduler.pieces(budget)):
+            self._encode_base(pieces)
+            self._encode_guide([piece for piece in pieces if piece.row.request.is_guided])
+            self._scheduler.encoded(pieces)
+            budget -= sum(piece.end - piece.start for piece in pieces)
         self._release()
+
+    def _encode_base(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if piece.is_first:
+                self._base.open(piece.row.number, piece.source.number if piece.source else None, piece.start)
+        new = [piece for piece in pieces if piece.end > piece.start]
+        if new:
+            tokens = [piece.row.tokens[piece.start : piece.end] for piece in new]
+            self._base.extend([piece.row.number for piece in new], tokens, outputs=False)
+
+    def _encode_guide(self, pieces: Sequence[Piece]) -> None:
+        """The last piece brings the last token as well: V(s) is its value."""
+        opening, rows, tokens = [], [], []
+        for piece in pieces:
+            row, end = piece.row, piece.end + piece.is_last
+            if piece.is_first:
+                source, used = piece.source.number if piece.source else None, frozenset(row.request.weights)
+                opening.append(GuideRow(row.number, tuple(row.tokens[: max(end, 1)]), used, source, piece.start))
+            else:
+                rows.append(row.number)
+                tokens.append(row.tokens[piece.start : end])
+        for values_BM, numbers in (
+            (self._guide.open(opening) if self._guide and opening else (), [row.row for row in opening]),
+            (self._guide.extend(rows, tokens) if self._guide and rows else (), rows),
+        ):
+            self._opened.update(zip(numbers, values_BM, strict=True))
+
+    def _assemble(self) -> Batch:
+        """The running rows as tensors, made anew when a row came or went."""
+        rows = self._scheduler.running
+        if self._batch is None or self._batch.rows != rows:
+            known = self._opened | (self._batch.baselines() if self._batch else {})
+            self._batch = Batch(rows, self.objectives, known, self._device)
+            running = set(self._batch.numbers)
+            self._opened = {number: values for number, values in self._opened.items() if number not in running}
+        return self._batch
 
     def _release(self) -> None:
         """Free the rows that finished; nobody shares their first tokens any more."""
-        released = [row.number for row in self._scheduler.release()]
-        for number in released:
-            if number in self._base:
-                self._base.close(number)
-        guided_numbers = [number for number in released if self._baseline.pop(number, None) is not None]
-        if guided_numbers:
-            assert self._guide is not None
-            self._guide.close(guided_numbers)
+        released = self._scheduler.release()
+        for row in released:
+            if row.number in self._base:
+                self._base.close(row.number)
+            self._opened.pop(row.number, None)
+            self._unseen.pop(row.number, None)
+        guided = [row.number for row in released if row.request.is_guided and row.num_encoded is not None]
+        if self._guide and guided:
+            self._guide.close(guided)
+        if self.is_idle:
+            self._batch = None
 
-    def _draw(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> _Drawn:
+    # --- compute: one token for every row -------------------------------------------------------------------------
+
+    def _draw(self, batch: Batch, logits_BV: torch.Tensor) -> _Drawn:
         """One token for every row. Candidates are put in evaluation order first; indices refer to that order."""
-        drafts = self._drafts(rows, logits_BV)
-        scores = score(drafts, self._guided(rows), self._guide, len(self._eos))
+        positions_B = batch.positions_B()
+        drafts = self._drafts(batch, positions_B, logits_BV)
+        steering = batch.steering(positions_B)
+        self._catch_up(batch, steering)
+        scores = score(drafts, steering, self._guide)
         index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
-        every_B = torch.arange(len(rows), device=self._device)
+        every_B = torch.arange(len(index_B), device=self._device)
         divisor_B = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))
+        values_BM = scores.values_BKM[every_B, index_B]
+        batch.baseline_BM = torch.where(steering.is_guided_B[:, None], values_BM, batch.baseline_BM)
         return _Drawn(
             index_B=index_B,
             tokens=drafts.ids_BK[every_B, index_B].tolist(),
             logratios=(scores.delta_BK[every_B, index_B] / divisor_B - scores.log_partition_B).tolist(),
             divergences=scores.divergence_B.tolist(),
-            values_BM=scores.values_BKM[every_B, index_B].cpu(),
+            values_BM=values_BM.cpu(),
             num_candidates=scores.num_evaluated_B.tolist(),
-            is_sound=scores.is_sound_B.tolist(),
+            is_guided=steering.is_guided_B.tolist(),
+            faults=_faults(scores.is_sound_B, drafts.logprobs_BK.amax(-1).isfinite()),
         )
 
-    def _drafts(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> Drafts:
+    def _drafts(self, batch: Batch, positions_B: torch.Tensor, logits_BV: torch.Tensor) -> Drafts:
         """The candidate sets of all rows with their noise."""
-        params = [row.request.params for row in rows]
-        temperature_B = self._per_row([p.temperature for p in params])
-        is_first_B = torch.tensor([row.position == 0 for row in rows], device=self._device)
-        logits_BV[is_first_B.nonzero(), self._eos] = float("-inf")  # an answer has at least one token
-        ids_BK, logprobs_BK = candidates(
-            logits_BV,
-            torch.tensor([p.top_k for p in params], device=self._device),
-            self._per_row([p.top_p for p in params]),
-            self._per_row([p.min_p for p in params]),
-            temperature_B,
-        )
-        noise_BK = noise.gumbel(
-            torch.tensor([row.stream for row in rows], device=self._device),
-            torch.tensor([row.position for row in rows], device=self._device),
-            ids_BK,
-        )
-        phi_BK = logprobs_BK + temperature_B[:, None] * noise_BK
+        logits_BV = logits_BV.float()
+        logits_BV[(positions_B == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
+        ids_BK, logprobs_BK = candidates(logits_BV, batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
+        phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
         is_eos_BK = torch.isin(ids_BK, self._eos)
         order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
         ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
             x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
         )
-        return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, temperature_B)
+        return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B)
 
-    def _guided(self, rows: Sequence[Row]) -> Guided:
-        """What steers the guided ones among the rows."""
-        places = [b for b, row in enumerate(rows) if row.number in self._baseline]
-        requests = [rows[b].request for b in places]
-        weights = [[r.weights.get(m, 0.0) for m in self.objectives] for r in requests]
-        num_objectives = len(self.objectives)
-        baseline = [self._baseline[rows[b].number] for b in places]
-        return Guided(
-            places=places,
-            numbers=[rows[b].number for b in places],
-            is_lazy=[r.scorer is Scorer.LAZY for r in requests],
-            weights_GM=torch.tensor(weights, device=self._device).reshape(len(places), num_objectives),
-            baseline_GM=torch.stack(baseline).to(self._device) if baseline else torch.zeros(0, num_objectives),
-            beta_G=self._per_row([r.beta for r in requests]),
-            cap_G=self._per_row([float("inf") if r.tilt_cap is None else r.tilt_cap for r in requests]),
-        )
+    def _catch_up(self, batch: Batch, steering: Steering) -> None:
+        """Tell the guide about tokens that were written without it, where it is about to be asked again."""
+        if not self._unseen:
+            return
+        behind = [b for b in steering.is_guided_B.nonzero()[:, 0].tolist() if batch.numbers[b] in self._unseen]
+        if behind:
+            assert self._guide is not None
+            numbers = [batch.numbers[b] for b in behind]
+            values_BM = self._guide.extend(numbers, [self._unseen.pop(number) for number in numbers])
+            batch.baseline_BM[behind] = values_BM.to(batch.baseline_BM)
 
-    def _absorb(self, rows: Sequence[Row], drawn: _Drawn) -> list[Update]:
+    # --- absorb: what was written ---------------------------------------------------------------------------------
+
+    def _absorb(self, batch: Batch, drawn: _Drawn) -> list[Update]:
         """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
-        updates, finished, kept = [], [], []
-        for b, row in enumerate(rows):
-            choice, guided = row.choice, row.number in self._baseline
-            if guided and not drawn.is_sound[b]:
-                choice.finish, choice.error = FinishReason.ERROR, "a value model returned a value that is not finite"
-                finished.append(row)
-                updates.append(_update(row, ()))
+        updates, kept = [], []
+        for b, row in enumerate(batch.rows):
+            if drawn.faults[b] is not None:
+                row.choice.error = f"request {row.request.id!r}: {drawn.faults[b]}"
+                self._finish(row, FinishReason.ERROR)
+                updates.append(_update(row))
                 continue
-            start, token = row.position, drawn.tokens[b]
-            row.tokens.append(token)
-            choice.tokens.append(token)
-            choice.logratios.append(drawn.logratios[b])
-            choice.divergence += drawn.divergences[b]
-            if guided:
-                choice.num_scored += drawn.num_candidates[b] * len(row.request.weights)
-                values = dict(zip(self.objectives, drawn.values_BM[b].tolist(), strict=True))
-                choice.values = {name: values[name] for name in row.request.weights}
-                self._baseline[row.number] = drawn.values_BM[b]
-            if token in self._eos_ids:
-                choice.finish = FinishReason.STOP
-            elif row.position == row.request.params.max_tokens:
-                choice.finish = FinishReason.LENGTH
-            if choice.finish is not None:
-                finished.append(row)
-            elif guided:
+            start = row.position
+            self._append(row, b, drawn)
+            if row.choice.finish is None and drawn.is_guided[b]:
                 kept.append(b)
-            updates.append(_update(row, (token,), start))
+            elif row.choice.finish is None and batch.is_guided[b]:
+                self._unseen.setdefault(row.number, []).append(drawn.tokens[b])
+            updates.append(_update(row, start, (drawn.tokens[b],)))
         if kept:
             assert self._guide is not None
-            self._guide.keep([rows[b].number for b in kept], drawn.index_B[kept])
-        self._scheduler.finish(finished)
+            self._guide.keep([batch.numbers[b] for b in kept], drawn.index_B[kept])
+        self._scheduler.finish(row for row in batch.rows if row.choice.finish is not None)
         return updates
 
-    def _per_row(self, numbers: Iterable[float]) -> torch.Tensor:
-        return torch.tensor(list(numbers), dtype=torch.float64, device=self._device)
+    def _append(self, row: Row, b: int, drawn: _Drawn) -> None:
+        choice, token = row.choice, drawn.tokens[b]
+        row.tokens.append(token)
+        row.num_encoded = len(row.tokens) - 1
+        choice.tokens.append(token)
+        choice.logratios.append(drawn.logratios[b])
+        choice.divergences.append(drawn.divergences[b])
+        if row.request.is_guided:
+            choice.num_scored.append(drawn.num_candidates[b])
+            values = drawn.values_BM[b].tolist()
+            for name, value in zip(self.objectives, values, strict=True):
+                if name in row.request.weights:
+                    choice.values.setdefault(name, []).append(value)
+        if token in self._eos_ids or self._is_stopped(row, token):
+            self._finish(row, FinishReason.STOP)
+        elif row.position == row.request.params.max_tokens:
+            self._finish(row, FinishReason.LENGTH)
+
+    def _is_stopped(self, row: Row, token: int) -> bool:
+        if not row.request.params.stop:
+            return False
+        if row.text is None:
+            row.text = self._text_of(row.request)
+        row.text.add((token,))
+        return row.text.is_stopped
+
+    def _finish(self, row: Row, reason: FinishReason) -> None:
+        row.choice.finish = reason
+        text = self._text_of(replace(row.request, answer=()))
+        row.choice.text = text.add(row.tokens[len(row.request.prompt) :], last=True)
+
+    def _text_of(self, request: Request) -> StoppedText:
+        """The text of an answer, with the tokens written before already in it."""
+        text = StoppedText(self._tokenizer, request.params.stop)
+        text.add(request.answer)
+        return text
 
 
-def _update(row: Row, tokens: tuple[int, ...], start: int | None = None) -> Update:
+def _update(row: Row, start: int | None = None, tokens: tuple[int, ...] = ()) -> Update:
     finished = row.choice if row.choice.finish is not None else None
     return Update(row.request.id, row.choice.index, row.position if start is None else start, tokens, finished)
+
+
+def _faults(is_value_fine_B: torch.Tensor, is_logit_fine_B: torch.Tensor) -> list[str | None]:
+    """What is wrong with each row."""
+    not_finite = "the {} returned a number that is not finite"
+    return [
+        not_finite.format("base model") if not logit else not_finite.format("value model") if not value else None
+        for value, logit in zip(is_value_fine_B.tolist(), is_logit_fine_B.tolist(), strict=True)
+    ]

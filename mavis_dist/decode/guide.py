@@ -3,17 +3,18 @@
 A guide keeps key-value caches for the engine's rows, but only as a cache: the engine owns the token ids, and a guide
 that lost its state can be given them again.
 
-Shapes: B rows, K candidates, M objectives in the order of `Guide.objectives`.
+Shapes: B rows, N candidates of all rows side by side, M objectives in the order of `Guide.objectives`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from mavis_dist.models.decoder import value_decoder
 from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.value import ValueModel
 
@@ -23,24 +24,31 @@ class GuideRow:
     """A row that the guide is to follow."""
 
     row: int
-    tokens: tuple[int, ...]  # prompt and answer so far
+    tokens: tuple[int, ...]  # prompt and answer so far, or the first part of them
     objectives: frozenset[str]  # those with a positive weight; the others cost nothing
     source: int | None = None  # a row whose first `shared` tokens are the same
     shared: int = 0
 
 
 class Guide(Protocol):
-    """Calls come in the order open, (score+, keep)*, close; rows are the engine's numbers."""
+    """Calls come in the order open, extend*, (score+, keep, extend*)*, close; rows are the engine's numbers.
+
+    Values of objectives that a row does not use mean nothing.
+    """
 
     @property
     def objectives(self) -> tuple[str, ...]: ...
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
-        """Start following rows; V_m(s) at their last tokens [B, M], nan where a row does not use an objective."""
+        """Start following rows; V_m(s) at their last tokens [B, M]."""
         ...
 
-    def score(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
-        """V_m(s∘a) of alternative next tokens [B, K, M], nan where a row does not use an objective.
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append tokens that were not scored; V_m(s) at the last ones [B, M]."""
+        ...
+
+    def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        """V_m(s∘a) of alternative next tokens [N, M], `counts[b]` of them for row b, those of a row side by side.
 
         A row may be asked about several times before one token is kept.
         """
@@ -56,49 +64,82 @@ class Guide(Protocol):
 
 
 class LocalGuide:
-    """Value models in this process, one forward pass per objective and call."""
+    """Value models in this process, one forward pass per model and call, whatever the number of its objectives."""
 
-    def __init__(self, models: Mapping[str, ValueModel]):
-        """`models` maps each objective to a model whose first head values it."""
-        self._models = {name: SlotModel(model, model.backbone) for name, model in models.items()}
+    def __init__(self, models: Mapping[str, ValueModel | tuple[ValueModel, int]]):
+        """`models` maps each objective to its value model, or to one of several heads of a value model."""
+        heads = {name: model if isinstance(model, tuple) else (model, 0) for name, model in models.items()}
+        self._objectives = tuple(heads)
+        self._device = next((model.heads.weight.device for model, _ in heads.values()), None)
+        self._trunks = [
+            _Trunk(model, {name: head for name, (owner, head) in heads.items() if owner is model}, self._objectives)
+            for model in {id(model): model for model, _ in heads.values()}.values()
+        ]
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        return tuple(self._models)
+        return self._objectives
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
-        values_BM = torch.full((len(rows), len(self._models)), float("nan"))
-        for m, (name, model) in enumerate(self._models.items()):
-            used = [b for b, row in enumerate(rows) if name in row.objectives]
+        values_BM = self._unknown(len(rows))
+        for trunk in self._trunks:
+            used = [b for b, row in enumerate(rows) if trunk.heads.keys() & row.objectives]
             if not used:
                 continue
             missing = []
             for b in used:
                 # The last token is always computed anew: it is the one whose value is asked for.
                 shared = min(rows[b].shared, len(rows[b].tokens) - 1)
-                missing.append(rows[b].tokens[model.open(rows[b].row, rows[b].source, shared) :])
-            out_BO = model.extend([rows[b].row for b in used], missing)
-            assert out_BO is not None
-            values_BM[used, m] = out_BO[:, 0].float().cpu()
+                missing.append(rows[b].tokens[trunk.slots.open(rows[b].row, rows[b].source, shared) :])
+            trunk.fill(values_BM, used, trunk.slots.extend([rows[b].row for b in used], missing))
         return values_BM
 
-    def score(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
-        values_BKM = torch.full((*candidates_BK.shape, len(self._models)), float("nan"))
-        for m, model in enumerate(self._models.values()):
-            used = [b for b, row in enumerate(rows) if row in model]
-            if used:
-                out_BKO = model.branch([rows[b] for b in used], candidates_BK[used])
-                values_BKM[used, :, m] = out_BKO[:, :, 0].float().cpu()
-        return values_BKM
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        values_BM = self._unknown(len(rows))
+        for trunk, used in self._users(rows):
+            out_BO = trunk.slots.extend([rows[b] for b in used], [tokens[b] for b in used])
+            trunk.fill(values_BM, used, out_BO)
+        return values_BM
+
+    def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        values_NM = self._unknown(len(candidates_N))
+        starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+        for trunk, used in self._users(rows):
+            places = [n for b in used for n in range(starts[b], starts[b + 1])]
+            out_NO = trunk.slots.branch([rows[b] for b in used], [counts[b] for b in used], candidates_N[places])
+            trunk.fill(values_NM, places, out_NO)
+        return values_NM
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
-        for model in self._models.values():
-            used = [b for b, row in enumerate(rows) if row in model]
-            if used:
-                model.keep([rows[b] for b in used], index_B[used])
+        for trunk, used in self._users(rows):
+            trunk.slots.keep([rows[b] for b in used], index_B[used])
 
     def close(self, rows: Sequence[int]) -> None:
-        for model in self._models.values():
-            for row in rows:
-                if row in model:
-                    model.close(row)
+        for trunk, used in self._users(rows):
+            for b in used:
+                trunk.slots.close(rows[b])
+
+    def _users(self, rows: Sequence[int]) -> Iterator[tuple[_Trunk, list[int]]]:
+        """Every value model that follows any of the rows, with their places."""
+        for trunk in self._trunks:
+            used = [b for b, row in enumerate(rows) if row in trunk.slots]
+            if used:
+                yield trunk, used
+
+    def _unknown(self, count: int) -> torch.Tensor:
+        return torch.full((count, len(self._objectives)), float("nan"), device=self._device)
+
+
+class _Trunk:
+    """One value model with the rows that it follows."""
+
+    def __init__(self, model: ValueModel, heads: Mapping[str, int], objectives: Sequence[str]):
+        """`heads` are those of the guide's `objectives` that this model values."""
+        self.heads = heads
+        self.slots = SlotModel(value_decoder(model))
+        self._places = torch.tensor([objectives.index(name) for name in heads])
+
+    def fill(self, values_XM: torch.Tensor, places: Sequence[int], out_XO: torch.Tensor) -> None:
+        """Put head outputs where the guide's caller expects them."""
+        rows_X1 = torch.tensor(places)[:, None]
+        values_XM[rows_X1, self._places] = out_XO[:, list(self.heads.values())].to(values_XM)

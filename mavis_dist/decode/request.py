@@ -48,6 +48,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None  # none: drawn at submission
     n: int = 1  # independent answers
+    stop: tuple[str, ...] = ()  # texts that end an answer; they are not part of it
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Request:
     answer: tuple[int, ...] = ()  # tokens written so far, when an answer is continued
     stream: int | None = None  # noise stream; none: derived from the seed and the choice index
     scorer: Scorer = Scorer.FULL
+    guide_every: int = 1  # tilt every so many tokens; the base model writes the others
 
     @property
     def is_guided(self) -> bool:
@@ -77,10 +79,16 @@ class Choice:
     tokens: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
     error: str | None = None
+    text: str = ""  # when finished: the whole answer, without what stopped it
     logratios: list[float] = field(default_factory=list)  # log pi(a) - log pi_ref(a) of the chosen tokens
-    divergence: float = 0.0  # sum over the tokens of KL(pi || pi_ref), nats; nan at temperature 0
-    values: dict[str, float] = field(default_factory=dict)  # objective -> V at the latest token, in sd of its reward
-    num_scored: int = 0  # candidates given to value models
+    divergences: list[float] = field(default_factory=list)  # KL(pi || pi_ref) of the steps, nats; nan at temperature 0
+    values: dict[str, list[float]] = field(default_factory=dict)  # objective -> V after each token, in sd of its reward
+    num_scored: list[int] = field(default_factory=list)  # candidates that value models were asked about
+
+    @property
+    def divergence(self) -> float:
+        """Spent by the whole answer, nats."""
+        return math.fsum(self.divergences)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Update:
     start: int
     tokens: tuple[int, ...]
     finished: Choice | None = None
+    text: str = ""  # what became certain of the answer's text; filled by Engine.stream
 
 
 def normalise_weights(weights: Mapping[str, float], objectives: Collection[str]) -> dict[str, float]:
@@ -110,7 +119,9 @@ def normalise_weights(weights: Mapping[str, float], objectives: Collection[str])
     return {name: weight / total for name, weight in weights.items() if weight > 0}
 
 
-def prepare(request: Request, objectives: Collection[str], max_context: int) -> Request:
+def prepare(
+    request: Request, objectives: Collection[str], max_context: int, cache_tokens: int | None = None
+) -> Request:
     """The request with normalised weights and a seed, or a RequestError that names the field, value and remedy."""
     params = request.params
 
@@ -126,6 +137,8 @@ def prepare(request: Request, objectives: Collection[str], max_context: int) -> 
     refuse_unless(params.n >= 1, "n", "use an integer >= 1")
     refuse_unless(_is_number(request.beta) and request.beta >= 0, "beta", "use a number >= 0")
     refuse_unless(request.tilt_cap is None or request.tilt_cap > 0, "tilt_cap", "use a number > 0, or none")
+    refuse_unless(request.guide_every >= 1, "guide_every", "use an integer >= 1")
+    refuse_unless(all(params.stop), "stop", "use texts that are not empty")
     if not request.prompt:
         raise RequestError("prompt", "is empty; give at least one token")
     longest_answer = max_context - len(request.prompt)
@@ -139,6 +152,12 @@ def prepare(request: Request, objectives: Collection[str], max_context: int) -> 
         f"with a prompt of {len(request.prompt)} tokens use an integer from {len(request.answer) + 1} "
         f"to {longest_answer}",
     )
+    if cache_tokens is not None and len(request.prompt) + params.max_tokens > cache_tokens:
+        raise RequestError(
+            "max_tokens",
+            f"is {params.max_tokens}; with a prompt of {len(request.prompt)} tokens the engine's cache of "
+            f"{cache_tokens} tokens leaves room for {max(0, cache_tokens - len(request.prompt))}",
+        )
     seed = params.seed if params.seed is not None else secrets.randbits(32)
     weights = normalise_weights(request.weights, objectives)
     return replace(request, weights=weights, params=replace(params, seed=seed))

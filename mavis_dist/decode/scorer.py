@@ -2,23 +2,25 @@
 
 `full` evaluates all of C, as published. `lazy` evaluates candidates in the order in which they can win, in growing
 chunks, and stops when the best one so far beats whatever the bound on the tilt leaves to the others: the same token as
-`full` with the same cap, for a fraction of the work. A scorer is a schedule of chunks; everything else is shared.
+`full` with the same cap, for a fraction of the work. Rows of either kind share every call of the value models.
 
-Shapes: B rows, G guided rows, K candidates in evaluation order, M objectives.
+Shapes: B rows, K candidates in evaluation order, N candidates of all rows side by side, M objectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mavis_dist.core.tilt import divergence, estimate_divergence, is_settled, log_partition, tilt
+from mavis_dist.core.tilt import estimate_divergence, tilt
 from mavis_dist.decode.guide import Guide
 
-FIRST_CHUNK = 4  # beside the end-of-answer tokens; the fixed sample that divergence is estimated from
-LATER_CHUNKS = (4, 4, 4, 8, 16)
+SAMPLE_SIZE = 4  # candidates beside the end-of-answer tokens that divergence is estimated from
+CHUNK = 4  # candidates of a row in a call, at least
+# Candidates of all rows in a call, at least: fewer would hardly be cheaper, and there would be more calls.
+CALL_SIZE = {"cpu": 16, "cuda": 512}
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,16 @@ class Drafts:
 
 
 @dataclass(frozen=True)
-class Guided:
-    """What steers the guided rows."""
+class Steering:
+    """What steers the rows."""
 
-    places: list[int]  # b of each
-    numbers: list[int]  # the guide's names for them
-    is_lazy: list[bool]
-    weights_GM: torch.Tensor
-    baseline_GM: torch.Tensor  # V_m(s)
-    beta_G: torch.Tensor
-    cap_G: torch.Tensor
+    numbers: Sequence[int]  # the guide's names for the rows
+    is_guided_B: torch.Tensor  # the others have no tilt
+    is_lazy_B: torch.Tensor
+    weights_BM: torch.Tensor
+    baseline_BM: torch.Tensor  # V_m(s)
+    beta_B: torch.Tensor
+    cap_B: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -50,74 +52,88 @@ class Scores:
     """The tilt of all rows, and what it was computed from."""
 
     delta_BK: torch.Tensor  # -inf where not evaluated: such a candidate cannot win
-    values_BKM: torch.Tensor  # nan where not asked for
+    values_BKM: torch.Tensor  # nan where not evaluated
     num_evaluated_B: torch.Tensor
     is_sound_B: torch.Tensor  # every value asked for was finite
-    divergence_B: torch.Tensor  # KL(pi || p_T), nats; estimated for lazy rows
-    log_partition_B: torch.Tensor  # log Z of the tilt; estimated for lazy rows
+    divergence_B: torch.Tensor  # KL(pi || p_T), nats; estimated where not all candidates were evaluated at once
+    log_partition_B: torch.Tensor  # log Z of the tilt; estimated likewise
 
 
-def score(drafts: Drafts, guided: Guided, guide: Guide | None, num_eos: int) -> Scores:
-    """Ask the guide as each row's scorer wants; rows without guidance have no tilt.
-
-    `num_eos` is the number of end-of-answer tokens that the model has: the first chunk has room for all of them.
-    """
-    num_rows, num_candidates = drafts.ids_BK.shape
-    num_objectives = guided.weights_GM.shape[1]
-    device = drafts.ids_BK.device
-    delta_BK = torch.zeros_like(drafts.phi_BK)
-    values_BKM = torch.full((num_rows, num_candidates, num_objectives), float("nan"), device=device)
-    num_evaluated_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
-    is_sound_B = torch.ones(num_rows, dtype=torch.bool, device=device)
-    divergence_B = torch.zeros_like(drafts.temperature_B).masked_fill(drafts.temperature_B == 0, float("nan"))
-    log_partition_B = torch.zeros_like(divergence_B)
-
-    for lazy, sizes in ((False, (num_candidates,)), (True, (num_eos + FIRST_CHUNK, *LATER_CHUNKS, num_candidates))):
-        group = torch.tensor([g for g, is_lazy in enumerate(guided.is_lazy) if is_lazy == lazy], dtype=torch.int64)
-        if not len(group):
-            continue
+def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
+    """Ask the guide as each row's scorer wants; rows without guidance have no tilt."""
+    search = _Search(drafts, steering)
+    while (is_asked_BK := search.next()) is not None:
         assert guide is not None
-        places = torch.tensor(guided.places)[group]
-        delta_BK[places] = float("-inf")
-        for start, end in _spans(sizes, num_candidates):
-            b = torch.tensor(guided.places)[group]
-            # Where a row has fewer candidates, its first one stands in.
-            present_CK = drafts.logprobs_BK[b, start:end] > float("-inf")
-            ids_CK = torch.where(present_CK, drafts.ids_BK[b, start:end], drafts.ids_BK[b, :1])
-            values_CKM = guide.score([guided.numbers[g] for g in group.tolist()], ids_CK).to(device)
-            delta_CK = tilt(
-                values_CKM,
-                guided.baseline_GM[group],
-                guided.weights_GM[group],
-                guided.beta_G[group],
-                guided.cap_G[group],
-                drafts.is_eos_BK[b, start:end],
-            )
-            values_BKM[b, start:end] = values_CKM
-            delta_BK[b, start:end] = delta_CK
-            num_evaluated_B[b] += present_CK.sum(-1)
-            is_used_CM = (guided.weights_GM[group] != 0)[:, None]
-            # The tilt shows a V(s) that is not finite; an infinite V(s∘a) may hide behind the cap.
-            is_sound_B[b] &= (values_CKM.isfinite() | ~is_used_CM).flatten(1).all(-1) & delta_CK.isfinite().all(-1)
-            group = group[~is_settled(drafts.phi_BK[b], delta_BK[b], end, guided.cap_G[group]) & is_sound_B[b]]
-            if not len(group):
-                break
-        logprobs, temperature = drafts.logprobs_BK[places], drafts.temperature_B[places]
-        if lazy:
-            divergence_B[places], log_partition_B[places] = estimate_divergence(
-                logprobs, drafts.phi_BK[places], delta_BK[places, : sizes[0]], temperature, drafts.is_eos_BK[places]
-            )
-        else:
-            divergence_B[places] = divergence(logprobs, delta_BK[places], temperature)
-            log_partition_B[places] = log_partition(logprobs, delta_BK[places], temperature)
-    return Scores(delta_BK, values_BKM, num_evaluated_B, is_sound_B, divergence_B, log_partition_B)
+        counts_B = is_asked_BK.sum(-1)
+        rows = counts_B.nonzero()[:, 0].tolist()
+        numbers = [steering.numbers[b] for b in rows]
+        values_NM = guide.score(numbers, counts_B[rows].tolist(), drafts.ids_BK[is_asked_BK])
+        search.absorb(is_asked_BK, values_NM)
+    divergence_B, log_partition_B = estimate_divergence(
+        drafts.logprobs_BK, drafts.phi_BK, search.delta_BK, search.sample_BK, drafts.temperature_B, drafts.is_eos_BK
+    )
+    return Scores(
+        search.delta_BK,
+        search.values_BKM,
+        search.is_evaluated_BK.sum(-1),
+        search.is_sound_B,
+        divergence_B,
+        log_partition_B,
+    )
 
 
-def _spans(sizes: Sequence[int], num_candidates: int) -> Iterator[tuple[int, int]]:
-    """Consecutive (start, end) of chunks, up to the last candidate."""
-    start = 0
-    for size in sizes:
-        end = min(start + size, num_candidates)
-        if end > start:
-            yield start, end
-        start = end
+class _Search:
+    """The search for the winners of all rows: what is known of their candidates, and who can still win."""
+
+    def __init__(self, drafts: Drafts, steering: Steering):
+        self._drafts, self._steering = drafts, steering
+        is_guided_B1 = steering.is_guided_B[:, None]
+        # Without a cap nothing may be left out, and it is best to ask for everything at once.
+        self._is_lazy_B1 = (steering.is_lazy_B & (steering.cap_B < float("inf")))[:, None]
+        self._is_used_B1M = (steering.weights_BM != 0)[:, None]
+        self._call_size = CALL_SIZE.get(drafts.phi_BK.device.type, CALL_SIZE["cuda"])
+        self._is_open_BK = (drafts.logprobs_BK > float("-inf")) & is_guided_B1  # not evaluated, and may win
+        # End-of-answer tokens come first: their tilt has no bound.
+        self._num_eos_B1 = (drafts.is_eos_BK & self._is_open_BK).sum(-1, keepdim=True)
+        # Fixed before any tilt is known, whatever else the first call has room for. Where nothing is left out, and
+        # without guidance, whose tilt is known to be 0, it is everything.
+        self.sample_BK = self._first(SAMPLE_SIZE + self._num_eos_B1) | ~is_guided_B1
+        self.delta_BK = torch.zeros_like(drafts.phi_BK).masked_fill(is_guided_B1, float("-inf"))
+        shape = (*drafts.ids_BK.shape, steering.weights_BM.shape[1])
+        self.values_BKM = torch.full(shape, float("nan"), device=drafts.phi_BK.device)
+        self.is_evaluated_BK = torch.zeros_like(self._is_open_BK)
+        self.is_sound_B = torch.ones_like(steering.is_guided_B)
+
+    def next(self) -> torch.Tensor | None:
+        """The candidates [B, K] to ask for now; None when every row is decided."""
+        num_open = int(self._is_open_BK.any(-1).sum())
+        if not num_open:
+            return None
+        return self._first(max(CHUNK, self._call_size // num_open) + self._num_eos_B1)
+
+    def absorb(self, is_asked_BK: torch.Tensor, values_NM: torch.Tensor) -> None:
+        """Take note of the values of the candidates that were asked for, and rule out who cannot win any more."""
+        drafts, steering = self._drafts, self._steering
+        self.values_BKM[is_asked_BK] = values_NM.to(self.values_BKM)
+        tilt_BK = tilt(
+            self.values_BKM,
+            steering.baseline_BM,
+            steering.weights_BM,
+            steering.beta_B,
+            steering.cap_B,
+            drafts.is_eos_BK,
+        )
+        # The tilt shows a V(s) that is not finite; an infinite V(s∘a) may hide behind the cap.
+        is_fine_BK = (self.values_BKM.isfinite() | ~self._is_used_B1M).all(-1) & tilt_BK.isfinite()
+        self.is_sound_B &= (is_fine_BK | ~is_asked_BK).all(-1)
+        self.delta_BK = torch.where(is_asked_BK, tilt_BK, self.delta_BK)
+        self.is_evaluated_BK |= is_asked_BK
+        self._num_eos_B1 = torch.zeros_like(self._num_eos_B1)
+        # Equal counts as reached: where scores are equal the smaller token id wins, and it may be theirs.
+        best_B1 = (drafts.phi_BK + self.delta_BK).amax(-1, keepdim=True)
+        can_win_BK = drafts.phi_BK + steering.cap_B[:, None] >= best_B1
+        self._is_open_BK &= can_win_BK & ~self.is_evaluated_BK & self.is_sound_B[:, None]
+
+    def _first(self, size_B1: torch.Tensor) -> torch.Tensor:
+        """The first open candidates of every row; all of them where the scorer is `full`."""
+        return self._is_open_BK & ((self._is_open_BK.cumsum(-1) <= size_B1) | ~self._is_lazy_B1)

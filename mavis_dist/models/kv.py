@@ -1,106 +1,159 @@
-"""A key-value cache of slots: rows of different lengths in one batch, forked, extended, branched and closed at will.
+"""Rows of different lengths in one batch: opened, forked, extended, branched and closed at will.
 
-The rows in use always fill the first slots, so that a step over all of them reads views and copies nothing.
+`SlotModel` keeps the books: which row sits in which slot of the key-value cache, and how far it has come. A `Decoder`
+does the arithmetic behind one narrow call. The rows in use always fill the first slots, so that a step over all of
+them reads views and copies nothing.
 
-Shapes: B rows, T new tokens of a row, S visible cells, K candidates, O outputs of the model's head.
+Shapes: B rows, N tokens of all rows side by side, T tokens of the longest row, S visible cells, R tokens whose outputs
+are read, O outputs of the model's head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import pairwise
+from typing import Protocol
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-CELLS_PER_GROWTH = 64
+SLOTS_PER_GROWTH, CELLS_PER_GROWTH = 8, 64
 
 
-@dataclass
-class _Window:
-    """Where the forward pass under way writes and reads; shared by all layers."""
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one forward pass, those of a row side by side, rows in the order of their slots.
 
-    slots: slice | torch.Tensor
-    cells_BT: torch.Tensor
+    A token at position p sees the first p cells of its slot and its own cell. That is causal attention when tokens are
+    appended (cell = position), and it keeps alternatives from seeing each other (one position, a cell each).
+    """
+
+    slots: Sequence[int]  # of each row, ascending
+    counts: Sequence[int]  # tokens of each row
+    tokens_N: torch.Tensor
+    positions_N: torch.Tensor
+    cells_N: torch.Tensor
+    read_R: torch.Tensor  # which of the N tokens' outputs are asked for
     num_visible: int
 
+    @cached_property
+    def is_rectangular(self) -> bool:
+        return min(self.counts) == max(self.counts)
 
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer: [slots, heads, cells, head size], made when the first ones arrive."""
+    @cached_property
+    def row_N(self) -> torch.Tensor:
+        """The row of each token: b of its slot."""
+        counts_B = torch.tensor(self.counts, device=self.tokens_N.device)
+        return torch.arange(len(self.counts), device=counts_B.device).repeat_interleave(counts_B)
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    @cached_property
+    def column_N(self) -> torch.Tensor:
+        """The place of each token among those of its row."""
+        counts_B = torch.tensor(self.counts, device=self.tokens_N.device)
+        starts_B = counts_B.cumsum(0) - counts_B
+        return torch.arange(len(self.tokens_N), device=counts_B.device) - starts_B[self.row_N]
 
-    def __init__(self, num_slots: int, num_cells: int):
-        super().__init__()
-        self.num_slots, self.num_cells = num_slots, num_cells
-        self.window: _Window | None = None
+    @cached_property
+    def slot_N(self) -> torch.Tensor:
+        return torch.tensor(self.slots, device=self.tokens_N.device)[self.row_N]
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = (
-            torch.zeros(self.num_slots, x.shape[1], self.num_cells, x.shape[3], dtype=x.dtype, device=x.device)
-            for x in (key_states, value_states)
-        )
-        self.is_initialized = True
+    @cached_property
+    def slot_index(self) -> slice | torch.Tensor:
+        """Selects the rows' slots: a view where they are side by side."""
+        if self.slots[-1] - self.slots[0] + 1 == len(self.slots):
+            return slice(self.slots[0], self.slots[-1] + 1)
+        return torch.tensor(self.slots, device=self.tokens_N.device)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.window is not None
-        slots, cells_BT, num_visible = self.window.slots, self.window.cells_BT, self.window.num_visible
-        if isinstance(slots, slice):
-            rows_B1 = torch.arange(slots.start, slots.stop, device=cells_BT.device)[:, None]
-        else:
-            rows_B1 = slots[:, None]
-        for store, new in ((self.keys, key_states), (self.values, value_states)):
-            store[rows_B1, :, cells_BT] = new.transpose(1, 2)
-        return self.keys[slots, :, :num_visible], self.values[slots, :, :num_visible]
+    @cached_property
+    def mask_BTS(self) -> torch.Tensor:
+        """Which cells each token sees; padding sees the first."""
+        cell_S = torch.arange(self.num_visible, device=self.tokens_N.device)
+        positions_BT, cells_BT = self.pad(self.positions_N), self.pad(self.cells_N)
+        return (cell_S < positions_BT[:, :, None]) | (cell_S == cells_BT[:, :, None])
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ...] -> [B, T, ...] with zeros behind the shorter rows."""
+        shape = (len(self.counts), max(self.counts), *x.shape[1:])
+        if self.is_rectangular:
+            return x.reshape(shape)
+        padded = x.new_zeros(shape)
+        padded[self.row_N, self.column_N] = x
+        return padded
+
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, ...] -> [N, ...]."""
+        return x.flatten(0, 1) if self.is_rectangular else x[self.row_N, self.column_N]
+
+
+class KVLayer:
+    """Keys and values of one layer: [slots, cells, heads, head size], made when the first ones arrive."""
+
+    def __init__(self) -> None:
+        self._num_slots, self._num_cells = 0, 0
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+
+    def write(self, step: Step, keys_NHD: torch.Tensor, values_NHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the step's keys and values; returns all that its rows can see, [B, H, S, D] each."""
+        if self._keys is None or self._values is None:
+            self._keys, self._values = self._empty(keys_NHD), self._empty(values_NHD)
+        place_N = step.slot_N * self._num_cells + step.cells_N
+        seen = []
+        for store, new in ((self._keys, keys_NHD), (self._values, values_NHD)):
+            store.flatten(0, 1).index_copy_(0, place_N, new)
+            seen.append(store[step.slot_index, : step.num_visible].transpose(1, 2))
+        return seen[0], seen[1]
 
     def resize(self, num_slots: int, num_cells: int) -> None:
-        self.num_slots, self.num_cells = num_slots, num_cells
-        if not self.is_initialized:
-            return
-        old_keys, old_values = self.keys, self.values
-        self.lazy_initialization(old_keys, old_values)
-        for store, old in ((self.keys, old_keys), (self.values, old_values)):
-            store[: old.shape[0], :, : old.shape[2]] = old
+        self._num_slots, self._num_cells = num_slots, num_cells
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self._grown(self._keys), self._grown(self._values)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._keys = self._values = None
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give a slot the first cells of another, and nothing else: a masked cell that is nan still spoils the sums."""
-        if self.is_initialized:
-            for store in (self.keys, self.values):
-                store[target, :, :length] = store[source, :, :length]
-                store[target, :, length:] = 0
+        for store in (self._keys, self._values):
+            if store is not None:
+                store[target, :length] = store[source, :length]
+                store[target, length:] = 0
 
     def move_cells(self, slots_B: torch.Tensor, source_B: torch.Tensor, target_B: torch.Tensor) -> None:
-        for store in (self.keys, self.values):
-            store[slots_B, :, target_B] = store[slots_B, :, source_B]
+        for store in (self._keys, self._values):
+            assert store is not None
+            store[slots_B, target_B] = store[slots_B, source_B]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        assert self.window is not None
-        return self.window.num_visible, 0
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(self._num_slots, self._num_cells, *like.shape[-2:])
 
-    def get_seq_length(self) -> int:
-        return 0  # positions and masks are always given explicitly
+    def _grown(self, old: torch.Tensor) -> torch.Tensor:
+        new = self._empty(old)
+        new[: old.shape[0], : old.shape[1]] = old
+        return new
 
-    def get_max_length(self) -> int:
-        return -1
+
+class Decoder(Protocol):
+    """A model with its keys and values, by slots: all that one process, or a group in lockstep, has to do.
+
+    `step` computes the outputs [R, O] of the tokens that are read, in the order of `step.read_R`, and keeps the keys
+    and values of all.
+    """
+
+    layers: list[KVLayer]
+    device: torch.device
+
+    def step(self, step: Step) -> torch.Tensor: ...
 
 
 class SlotModel:
-    """A decoder with its rows. Row names are the caller's; a row's tokens are the caller's to remember.
+    """A decoder with its rows. Row names are the caller's; a row's tokens are the caller's to remember."""
 
-    `forward` is any callable with the interface of a Hugging Face decoder that returns head outputs [B, T, O];
-    `backbone` is the same model without the head, for tokens whose outputs nobody reads.
-    """
-
-    def __init__(self, forward: Callable[..., torch.Tensor], backbone: PreTrainedModel, num_slots: int = 8):
-        self._forward, self._backbone = forward, backbone
-        self._device = backbone.device
-        self._layers = [_SlotLayer(num_slots, CELLS_PER_GROWTH) for _ in range(backbone.config.num_hidden_layers)]
-        self._cache = Cache(layers=list(self._layers))
+    def __init__(self, decoder: Decoder):
+        self._decoder, self._device = decoder, decoder.device
+        self._num_slots, self._num_cells = 0, 0
         self._slot_of: dict[int, int] = {}
         self._rows: list[int] = []  # slot -> row
         self._lengths: list[int] = []  # slot -> tokens in the cache
@@ -118,8 +171,8 @@ class SlotModel:
         """Start a row, with the first `shared` tokens of another row; returns how many it really has."""
         assert row not in self._slot_of
         slot = len(self._rows)
-        if slot == self._layers[0].num_slots:
-            self._resize(2 * slot, self._layers[0].num_cells)
+        if slot == self._num_slots:
+            self._resize(slot + SLOTS_PER_GROWTH, self._num_cells)
         self._slot_of[row] = slot
         self._rows.append(row)
         self._lengths.append(0)
@@ -127,7 +180,7 @@ class SlotModel:
         origin = slot
         if source is not None and source in self._slot_of:
             origin, self._lengths[slot] = self._slot_of[source], min(shared, self.length(source))
-        for layer in self._layers:
+        for layer in self._decoder.layers:
             layer.copy(origin, slot, self._lengths[slot])
         return self._lengths[slot]
 
@@ -136,59 +189,58 @@ class SlotModel:
         """Free a row; the row in the last slot moves into its place."""
         slot, last = self._slot_of.pop(row), len(self._rows) - 1
         if slot != last:
-            for layer in self._layers:
+            for layer in self._decoder.layers:
                 layer.copy(last, slot, self._lengths[last] + self._branched[last])
             for column in (self._rows, self._lengths, self._branched):
                 column[slot] = column[last]
             self._slot_of[self._rows[slot]] = slot
         for column in (self._rows, self._lengths, self._branched):
             column.pop()
+        if not self._rows:
+            self._clear()
 
     @torch.inference_mode()
-    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], outputs: bool = True) -> torch.Tensor | None:
-        """Append tokens to rows; the head's outputs at each row's last new token [B, O], or None if unwanted."""
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], outputs: bool = True) -> torch.Tensor:
+        """Append tokens to rows; the head's outputs at each row's last new token [B, O], or none at all [0, O]."""
         counts = [len(t) for t in tokens]
-        longest = max(counts)
-        tokens_BT = torch.tensor([[*t, *[0] * (longest - len(t))] for t in tokens], device=self._device)
-        lengths_B1 = self._lengths_tensor(rows)[:, None]
-        positions_BT = lengths_B1 + torch.arange(longest, device=self._device)
-        # Padding writes behind its row's end, where nothing is visible until it is overwritten.
-        num_visible = max(self.length(row) for row in rows) + longest
-        mask_BTS = torch.arange(num_visible, device=self._device) <= positions_BT[:, :, None]
-        out_BTO = self._step(rows, tokens_BT, positions_BT, positions_BT, mask_BTS, outputs)
+        flat = [token for row_tokens in tokens for token in row_tokens]
+        positions = [
+            p for row, n in zip(rows, counts, strict=True) for p in range(self.length(row), self.length(row) + n)
+        ]
+        tokens_N, positions_N = (torch.tensor(x, device=self._device) for x in (flat, positions))
+        last_B = torch.tensor(counts, device=self._device).cumsum(0) - 1
+        out_RO = self._step(rows, counts, tokens_N, positions_N, positions_N, last_B if outputs else last_B[:0])
         for row, count in zip(rows, counts, strict=True):
             self._append(row, count)
-        if out_BTO is None:
-            return None
-        return out_BTO[torch.arange(len(rows)), torch.tensor(counts, device=self._device) - 1]
+        return out_RO
 
     @torch.inference_mode()
-    def branch(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
-        """The head's outputs [B, K, O] for K alternative next tokens, which see their row and themselves only.
+    def branch(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        """The head's outputs [N, O] for alternative next tokens, `counts[b]` of row b, those of a row side by side.
 
-        Alternatives of several calls add up until one is kept or the row is extended.
+        An alternative sees its row and itself only. Those of several calls add up until one is kept or the row is
+        extended.
         """
-        num_candidates = candidates_BK.shape[1]
-        lengths_B1 = self._lengths_tensor(rows)[:, None]
-        branched = [self._branched[self._slot_of[row]] for row in rows]
-        first_B1 = lengths_B1 + torch.tensor(branched, device=self._device)[:, None]
-        cells_BK = first_B1 + torch.arange(num_candidates, device=self._device)
-        num_visible = int(first_B1.max()) + num_candidates
-        cell_S = torch.arange(num_visible, device=self._device)
-        mask_BKS = (cell_S < lengths_B1[:, :, None]) | (cell_S == cells_BK[:, :, None])
-        positions_BK = lengths_B1.expand(-1, num_candidates)
-        out_BKO = self._step(rows, candidates_BK.to(self._device), positions_BK, cells_BK, mask_BKS, True)
-        assert out_BKO is not None
-        for row in rows:
-            self._branched[self._slot_of[row]] += num_candidates
-        return out_BKO
+        slots = [self._slot_of[row] for row in rows]
+        counts_B = torch.tensor(counts, device=self._device)
+        starts_B = counts_B.cumsum(0) - counts_B
+        lengths_B = torch.tensor([self._lengths[slot] for slot in slots], device=self._device)
+        branched_B = torch.tensor([self._branched[slot] for slot in slots], device=self._device)
+        every_N = torch.arange(len(candidates_N), device=self._device)
+        positions_N = lengths_B.repeat_interleave(counts_B)
+        cells_N = every_N + (lengths_B + branched_B - starts_B).repeat_interleave(counts_B)
+        out_NO = self._step(rows, counts, candidates_N.to(self._device), positions_N, cells_N, every_N)
+        for slot, count in zip(slots, counts, strict=True):
+            self._branched[slot] += count
+        return out_NO
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
         """Append one alternative, counted over all branches since the row's last token, with its keys and values."""
-        slots_B = torch.tensor([self._slot_of[row] for row in rows], device=self._device)
-        lengths_B = self._lengths_tensor(rows)
-        for layer in self._layers:
+        slots = [self._slot_of[row] for row in rows]
+        slots_B = torch.tensor(slots, device=self._device)
+        lengths_B = torch.tensor([self._lengths[slot] for slot in slots], device=self._device)
+        for layer in self._decoder.layers:
             layer.move_cells(slots_B, lengths_B + index_B.to(self._device), lengths_B)
         for row in rows:
             self._append(row, 1)
@@ -201,38 +253,33 @@ class SlotModel:
     def _step(
         self,
         rows: Sequence[int],
-        tokens_BT: torch.Tensor,
-        positions_BT: torch.Tensor,
-        cells_BT: torch.Tensor,
-        mask_BTS: torch.Tensor,
-        outputs: bool,
-    ) -> torch.Tensor | None:
-        """One forward pass over rows in slot order, so that rows side by side are read in place."""
-        num_visible = mask_BTS.shape[2]
-        if num_visible > self._layers[0].num_cells:
-            self._resize(self._layers[0].num_slots, -(-num_visible // CELLS_PER_GROWTH) * CELLS_PER_GROWTH)
-        slots_B = torch.tensor([self._slot_of[row] for row in rows])
-        order_B = slots_B.argsort()
-        first, last = int(slots_B.min()), int(slots_B.max())
-        side_by_side = last - first + 1 == len(rows)
-        slots = slice(first, last + 1) if side_by_side else slots_B[order_B].to(self._device)
-        order_B = order_B.to(self._device)
-        window = _Window(slots, cells_BT[order_B], num_visible)
-        for layer in self._layers:
-            layer.window = window
-        run = self._forward if outputs else self._backbone
-        out = run(
-            input_ids=tokens_BT[order_B],
-            position_ids=positions_BT[order_B],
-            attention_mask=mask_BTS[order_B][:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        return out[order_B.argsort()] if outputs else None
-
-    def _lengths_tensor(self, rows: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([self.length(row) for row in rows], device=self._device)
+        counts: Sequence[int],
+        tokens_N: torch.Tensor,
+        positions_N: torch.Tensor,
+        cells_N: torch.Tensor,
+        read_R: torch.Tensor,
+    ) -> torch.Tensor:
+        """One forward pass, with the rows brought into the order of their slots."""
+        slots = [self._slot_of[row] for row in rows]
+        if any(first > second for first, second in pairwise(slots)):
+            order = sorted(range(len(rows)), key=slots.__getitem__)
+            spans = torch.arange(len(tokens_N), device=self._device).split(list(counts))
+            moved_N = torch.cat([spans[b] for b in order])
+            slots, counts = [slots[b] for b in order], [counts[b] for b in order]
+            tokens_N, positions_N, cells_N = tokens_N[moved_N], positions_N[moved_N], cells_N[moved_N]
+            read_R = moved_N.argsort()[read_R]
+        num_visible = int(cells_N.max()) + 1
+        if num_visible > self._num_cells:
+            self._resize(self._num_slots, -(-num_visible // CELLS_PER_GROWTH) * CELLS_PER_GROWTH)
+        return self._decoder.step(Step(slots, counts, tokens_N, positions_N, cells_N, read_R, num_visible))
 
     def _resize(self, num_slots: int, num_cells: int) -> None:
-        for layer in self._layers:
+        self._num_slots, self._num_cells = num_slots, num_cells
+        for layer in self._decoder.layers:
             layer.resize(num_slots, num_cells)
+
+    def _clear(self) -> None:
+        """Give the memory back: one long row would keep it for ever."""
+        self._num_slots, self._num_cells = 0, 0
+        for layer in self._decoder.layers:
+            layer.clear()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from mavis_dist.models import kv
+from mavis_dist.models.decoder import value_decoder
 from mavis_dist.models.kv import SlotModel
 from tests.fakes import VOCAB, tiny_value
 
@@ -23,10 +24,17 @@ TOLERANCE = {"atol": 1e-5, "rtol": 0}
 def small_cells(monkeypatch):
     """Caches outgrow their cells several times within a test."""
     monkeypatch.setattr(kv, "CELLS_PER_GROWTH", 4)
+    monkeypatch.setattr(kv, "SLOTS_PER_GROWTH", 1)
 
 
-def slots(model=MODEL):
-    return SlotModel(model, model.backbone, num_slots=1)
+def slots(model=MODEL, portable=False):
+    return SlotModel(value_decoder(model, portable))
+
+
+def branch(cache, rows, candidates):
+    """Outputs of all candidates, those of a row side by side."""
+    flat = torch.tensor([token for own in candidates for token in own])
+    return cache.branch(rows, [len(own) for own in candidates], flat)
 
 
 def plain(tokens, model=MODEL):
@@ -34,29 +42,34 @@ def plain(tokens, model=MODEL):
     return model(input_ids=torch.tensor([tokens]), use_cache=False)[0, -1]
 
 
-def test_candidates_in_one_pass_equal_a_forward_pass_each():
-    """Rows of different lengths, an empty one included, in an order that is not that of their slots."""
-    cache, tokens = slots(), {0: [5, 6, 7, 8, 9], 1: [11], 2: [20, 21, 22], 3: []}
+@pytest.fixture(params=[False, True], ids=["fused", "portable"])
+def portable(request):
+    return request.param
+
+
+def test_candidates_in_one_pass_equal_a_forward_pass_each(portable):
+    """Rows of different lengths, an empty one included, each with its own number of candidates, in any order."""
+    cache, tokens = slots(portable=portable), {0: [5, 6, 7, 8, 9], 1: [11], 2: [20, 21, 22], 3: []}
     for row in tokens:
         cache.open(row)
     cache.extend([0, 1, 2], [tokens[0], tokens[1], tokens[2]])
-    rows, candidates_BK = [2, 0, 3], torch.tensor([[30, 31, 32, 30], [40, 41, 42, 43], [50, 51, 52, 53]])
-    out_BKO = cache.branch(rows, candidates_BK)
-    for row, candidates_K, out_KO in zip(rows, candidates_BK.tolist(), out_BKO, strict=True):
-        for candidate, out_O in zip(candidates_K, out_KO, strict=True):
-            torch.testing.assert_close(out_O, plain([*tokens[row], candidate]), **TOLERANCE)
+    rows, candidates = [2, 0, 3], [[30, 31, 32, 30], [40], [50, 51]]
+    out_NO = branch(cache, rows, candidates)
+    pairs = [(row, candidate) for row, own in zip(rows, candidates, strict=True) for candidate in own]
+    for (row, candidate), out_O in zip(pairs, out_NO, strict=True):
+        torch.testing.assert_close(out_O, plain([*tokens[row], candidate]), **TOLERANCE)
 
 
 @pytest.mark.parametrize("index", [0, 1, 3])
-def test_keeping_a_candidate_equals_computing_it_anew(index):
+def test_keeping_a_candidate_equals_computing_it_anew(index, portable):
     """Its keys and values stand where a fresh computation puts them, and everything after it agrees."""
-    kept, anew = slots(), slots()
+    kept, anew = slots(portable=portable), slots(portable=portable)
     candidates_BK, start = torch.tensor([[30, 31, 32, 33], [40, 41, 42, 43]]), [[5, 6, 7], [8]]
     for cache in (kept, anew):
         for row in (0, 1):
             cache.open(row)
         cache.extend([0, 1], start)
-    kept.branch([0, 1], candidates_BK)
+    branch(kept, [0, 1], candidates_BK.tolist())
     kept.keep([1, 0], torch.tensor([2, index]))
     anew.extend([0, 1], [[int(candidates_BK[0, index])], [int(candidates_BK[1, 2])]])
     assert [kept.length(row) for row in (0, 1)] == [anew.length(row) for row in (0, 1)] == [4, 2]
@@ -65,15 +78,15 @@ def test_keeping_a_candidate_equals_computing_it_anew(index):
     torch.testing.assert_close(after[0][0], plain([5, 6, 7, 30 + index, 60]), **TOLERANCE)
 
 
-def test_a_row_that_is_not_a_number_leaves_nothing_behind():
+def test_a_row_that_is_not_a_number_leaves_nothing_behind(portable):
     """Masked cells still enter the sums of attention, as 0 * nan: a slot must come clean to its next row."""
     model = tiny_value(3, layers=2)
     model.backbone.embed_tokens.weight[9] = float("nan")
-    cache = slots(model)
+    cache = slots(model, portable)
     for row in range(4):
         cache.open(row)
     cache.extend([0, 1, 2, 3], [[5, *[9] * 20], [9] * 20, [20] * 12, [9, 3]])
-    cache.branch([0, 1, 3], torch.tensor([[9, 4, 5]] * 3))
+    branch(cache, [0, 1, 3], [[9, 4, 5], [9], [9, 4]])
     for broken in (0, 1, 3):  # row 2 moves into the slot of row 0
         cache.close(broken)
     for row, source in ((4, None), (5, 2)):
@@ -86,9 +99,11 @@ def test_a_row_that_is_not_a_number_leaves_nothing_behind():
 class CacheMachine(RuleBasedStateMachine):
     """Any sequence of calls; after every one that computes, outputs equal those without a cache."""
 
+    portable = False
+
     def __init__(self):
         super().__init__()
-        self.cache, self.tokens, self.next_row = slots(), {}, 0
+        self.cache, self.tokens, self.next_row = slots(portable=self.portable), {}, 0
         self.branched = {}  # row -> alternatives since its last token
 
     @rule(data=st.data())
@@ -119,7 +134,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.tokens[row] += tokens
             self.branched[row] = []
             assert self.cache.length(row) == len(self.tokens[row])
-        assert (out_BO is None) == (not outputs)
+        assert len(out_BO) == (len(rows) if outputs else 0)
         for b, row in enumerate(rows if outputs else []):
             torch.testing.assert_close(out_BO[b], plain(self.tokens[row]), **TOLERANCE)
 
@@ -128,13 +143,13 @@ class CacheMachine(RuleBasedStateMachine):
     def branch(self, data):
         """Alternatives add up until one is kept or the row is extended, whatever happens to other rows meanwhile."""
         rows = self.some_rows(data)
-        num = data.draw(st.integers(1, 5))
-        candidates = [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=num, max_size=num)) for _ in rows]
-        out_BKO = self.cache.branch(rows, torch.tensor(candidates))
-        for b, row in enumerate(rows):
-            k = data.draw(st.integers(0, num - 1))
-            torch.testing.assert_close(out_BKO[b, k], plain([*self.tokens[row], candidates[b][k]]), **TOLERANCE)
-            self.branched[row] += candidates[b]
+        candidates = [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5)) for _ in rows]
+        outputs = iter(branch(self.cache, rows, candidates))
+        for row, own in zip(rows, candidates, strict=True):
+            out_KO = [next(outputs) for _ in own]
+            k = data.draw(st.integers(0, len(own) - 1))
+            torch.testing.assert_close(out_KO[k], plain([*self.tokens[row], own[k]]), **TOLERANCE)
+            self.branched[row] += own
 
     @precondition(lambda self: any(self.branched[row] for row in self.tokens))
     @rule(data=st.data())
@@ -157,11 +172,17 @@ class CacheMachine(RuleBasedStateMachine):
             torch.testing.assert_close(out_O, plain([*tokens, 1]), **TOLERANCE)
 
 
-CacheMachine.TestCase.settings = settings(
-    max_examples=25,
-    stateful_step_count=20,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # shrinking takes minutes
-)
+class PortableMachine(CacheMachine):
+    portable = True
+
+
+for machine in (CacheMachine, PortableMachine):
+    machine.TestCase.settings = settings(
+        max_examples=20,
+        stateful_step_count=20,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],  # shrinking takes minutes
+    )
 TestAnySequenceOfCalls = CacheMachine.TestCase
+TestAnySequenceOfCallsPortable = PortableMachine.TestCase

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import candidates, choose, divergence, log_ratio, tilt
+from mavis_dist.core.tilt import candidates, choose, tilt
 from mavis_dist.decode import Engine, FinishReason, LocalGuide, Request, SamplingParams
+from mavis_dist.models.value import ValueModel
+from tests.exact import divergence, log_ratio
 from tests.fakes import EOS, VOCAB, tiny_base, tiny_value
 
 BASE = tiny_base(seed=0, eos_boost=2.0)
@@ -62,8 +64,14 @@ def assert_same(choices, others):
     for one, other in zip(choices, others, strict=True):
         np.testing.assert_allclose(one.logratios, other.logratios, atol=1e-4)
         np.testing.assert_allclose(one.divergence, other.divergence, atol=1e-3)
-        assert one.values == pytest.approx(other.values, abs=1e-4)
+        assert_same_values(one.values, other.values)
         assert one.num_scored == other.num_scored
+
+
+def assert_same_values(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name] == pytest.approx(other[name], abs=1e-4)
 
 
 # --- the method, written out -------------------------------------------------------------------------------------
@@ -157,15 +165,17 @@ def test_greedy_decoding_without_weights_is_that_of_transformers():
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
-class NeverAsked(torch.nn.Module):
+class _Forbidden(torch.nn.Linear):
+    def forward(self, *_):
+        raise AssertionError("a value model of weight 0 was run")
+
+
+class NeverAsked(ValueModel):
     """A value model that must not be run."""
 
     def __init__(self):
-        super().__init__()
-        self.backbone = tiny_value(9).backbone
-
-    def forward(self, **_):
-        raise AssertionError("a value model of weight 0 was run")
+        super().__init__(tiny_value(9).backbone, 1)
+        self.heads = _Forbidden(32, 1)
 
 
 def guided(weights, beta=8.0):
@@ -200,7 +210,7 @@ def test_weight_zero_and_beta_zero_are_the_base_model(weights, beta):
     for choices, expected in zip(silent.generate(guided(weights, beta)), plain, strict=True):
         assert_same(choices, expected)
         for choice in choices:
-            assert choice.num_scored == 0
+            assert choice.num_scored == []
             assert set(choice.logratios) == {0.0}
             assert choice.divergence == 0 or np.isnan(choice.divergence)
 
@@ -208,9 +218,9 @@ def test_weight_zero_and_beta_zero_are_the_base_model(weights, beta):
 class EndLover(LocalGuide):
     """Values the end of the answer, and nothing else."""
 
-    def score(self, rows, candidates_BK):
-        super().score(rows, candidates_BK)
-        return 10.0 * (candidates_BK == EOS)[..., None].float()
+    def score(self, rows, counts, candidates_N):
+        super().score(rows, counts, candidates_N)
+        return 10.0 * (candidates_N == EOS)[:, None].float()
 
 
 @pytest.mark.parametrize("cap", [None, 0.01])
@@ -285,7 +295,7 @@ def test_an_answer_resubmitted_with_its_tokens_so_far_goes_on_identically(max_ro
         assert choice.tokens == whole.tokens[cut:]
         assert choice.finish is whole.finish
         np.testing.assert_allclose(choice.logratios, whole.logratios[cut:], atol=1e-4)
-        assert choice.values == pytest.approx(whole.values, abs=1e-4)
+        assert_same_values(choice.values, {name: values[cut:] for name, values in whole.values.items()})
 
 
 def test_candidates_that_only_a_neighbour_has_cannot_harm():
@@ -386,11 +396,11 @@ class BrokenGuide(LocalGuide):
         values_BM = super().open(rows)
         return values_BM * (float("nan") if self.at == "open" else 1.0)
 
-    def score(self, rows, candidates_BK):
-        values_BKM = super().score(rows, candidates_BK)
+    def score(self, rows, counts, candidates_N):
+        values_NM = super().score(rows, counts, candidates_N)
         if self.at == "score":
-            values_BKM[:, 1] = float("inf")
-        return values_BKM
+            values_NM[1] = float("inf")
+        return values_NM
 
 
 @pytest.mark.parametrize("at", ["open", "score"])

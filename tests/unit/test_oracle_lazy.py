@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import choose, divergence, estimate_divergence, evaluation_order, log_partition
+from mavis_dist.core.tilt import choose, estimate_divergence, evaluation_order
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 from mavis_dist.decode.request import Scorer
-from mavis_dist.decode.scorer import Drafts, Guided, Scores, score
+from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
+from tests.exact import divergence, log_partition
 from tests.fakes import EOS, tiny_base, tiny_value
 
 NUM_CANDIDATES, EOS_ID = 40, 7
@@ -25,8 +26,9 @@ class Table:
     def __init__(self, values_BV: torch.Tensor):
         self._values_BV = values_BV
 
-    def score(self, rows: list[int], candidates_BK: torch.Tensor) -> torch.Tensor:
-        return self._values_BV[torch.tensor(rows)].gather(1, candidates_BK)[:, :, None].float()
+    def score(self, rows: list[int], counts: list[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        rows_N = torch.tensor(rows).repeat_interleave(torch.tensor(counts))
+        return self._values_BV[rows_N, candidates_N][:, None].float()
 
 
 def drafts(num_rows: int, seed: int, temperature_B: torch.Tensor, grid: float) -> Drafts:
@@ -50,16 +52,16 @@ def drafts(num_rows: int, seed: int, temperature_B: torch.Tensor, grid: float) -
 
 def scored(drafted: Drafts, values_BV: torch.Tensor, cap_B: torch.Tensor, beta: float, lazy: bool) -> Scores:
     num_rows = len(values_BV)
-    guided = Guided(
-        places=list(range(num_rows)),
+    steering = Steering(
         numbers=list(range(num_rows)),
-        is_lazy=[lazy] * num_rows,
-        weights_GM=torch.ones(num_rows, 1),
-        baseline_GM=torch.zeros(num_rows, 1),
-        beta_G=torch.full((num_rows,), beta, dtype=torch.float64),
-        cap_G=cap_B,
+        is_guided_B=torch.ones(num_rows, dtype=torch.bool),
+        is_lazy_B=torch.full((num_rows,), lazy),
+        weights_BM=torch.ones(num_rows, 1),
+        baseline_BM=torch.zeros(num_rows, 1),
+        beta_B=torch.full((num_rows,), beta, dtype=torch.float64),
+        cap_B=cap_B,
     )
-    return score(drafted, guided, Table(values_BV), num_eos=1)  # type: ignore[arg-type]
+    return score(drafted, steering, Table(values_BV))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("grid", [0.0, 0.5])
@@ -86,6 +88,12 @@ def test_lazy_draws_the_token_of_full(grid: float, temperature: float, cap: floa
         assert torch.equal(lazy.num_evaluated_B, present_B), "nothing bounds the tilt: nothing may be left out"
 
 
+def sample_of(drafted: Drafts, size: int) -> torch.Tensor:
+    """The end-of-answer tokens and the first `size` others, as far as a row has them."""
+    others_BK = ~drafted.is_eos_BK & (drafted.logprobs_BK > float("-inf"))
+    return (others_BK & (others_BK.cumsum(-1) <= size)) | drafted.is_eos_BK
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
 def test_the_divergence_estimate_is_near_when_pooled(temperature: float) -> None:
     """400 cases with 8 sampled candidates and EOS: the pooled mean is within 3 %, that of log Z too.
@@ -98,7 +106,7 @@ def test_the_divergence_estimate_is_near_when_pooled(temperature: float) -> None
     values_BV = torch.randn(num_rows, 60, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     full = scored(drafted, values_BV, torch.full((num_rows,), 2.5, dtype=torch.float64), 0.8, lazy=False)
     estimates, log_z = estimate_divergence(
-        drafted.logprobs_BK, drafted.phi_BK, full.delta_BK[:, :9], temperature_B, drafted.is_eos_BK
+        drafted.logprobs_BK, drafted.phi_BK, full.delta_BK, sample_of(drafted, 8), temperature_B, drafted.is_eos_BK
     )
     exact = divergence(drafted.logprobs_BK, full.delta_BK, temperature_B)
     exact_log_z = log_partition(drafted.logprobs_BK, full.delta_BK, temperature_B)
@@ -110,11 +118,19 @@ def test_the_estimate_is_exact_where_the_sample_is_everything_and_zero_without_a
     temperature_B = torch.ones(50, dtype=torch.float64)
     drafted = drafts(50, 5, temperature_B, 0.0)
     delta_BK = torch.randn(50, NUM_CANDIDATES, dtype=torch.float64)
-    whole, log_z = estimate_divergence(drafted.logprobs_BK, drafted.phi_BK, delta_BK, temperature_B, drafted.is_eos_BK)
+    everything_BK = drafted.logprobs_BK > float("-inf")
+    whole, log_z = estimate_divergence(
+        drafted.logprobs_BK, drafted.phi_BK, delta_BK, everything_BK, temperature_B, drafted.is_eos_BK
+    )
     assert torch.allclose(whole, divergence(drafted.logprobs_BK, delta_BK, temperature_B), atol=1e-12)
     assert torch.allclose(log_z, log_partition(drafted.logprobs_BK, delta_BK, temperature_B), atol=1e-12)
     nothing, _ = estimate_divergence(
-        drafted.logprobs_BK, drafted.phi_BK, torch.zeros(50, 5, dtype=torch.float64), temperature_B, drafted.is_eos_BK
+        drafted.logprobs_BK,
+        drafted.phi_BK,
+        torch.zeros_like(drafted.phi_BK),
+        sample_of(drafted, 4),
+        temperature_B,
+        drafted.is_eos_BK,
     )
     assert (nothing == 0).all()
 
@@ -150,8 +166,10 @@ def test_the_engine_writes_the_same_answers_with_both_scorers(cap: float | None)
     assert [choices[0].tokens for choices in lazy] == tokens
     assert [choices[0].tokens for choices in both] == tokens
     for whole, part in zip(full, lazy, strict=True):
-        assert part[0].values == pytest.approx(whole[0].values, abs=1e-4)
-    scored_full, scored_lazy = (sum(c[0].num_scored for c in answers) for answers in (full, lazy))
+        assert part[0].values.keys() == whole[0].values.keys()
+        for name, values in whole[0].values.items():
+            assert part[0].values[name] == pytest.approx(values, abs=1e-4)
+    scored_full, scored_lazy = (sum(sum(c[0].num_scored) for c in answers) for answers in (full, lazy))
     assert scored_lazy == scored_full if cap is None else scored_lazy < 0.7 * scored_full
 
 
@@ -168,9 +186,9 @@ def test_lazy_keeps_end_of_answer_uncapped() -> None:
         def open(self, rows):  # type: ignore[no-untyped-def]
             return torch.zeros_like(self.inner.open(rows))
 
-        def score(self, rows, candidates_BK):  # type: ignore[no-untyped-def]
-            self.inner.score(rows, candidates_BK)
-            return torch.where(candidates_BK == EOS, 100.0, 0.0)[:, :, None]
+        def score(self, rows, counts, candidates_N):  # type: ignore[no-untyped-def]
+            self.inner.score(rows, counts, candidates_N)
+            return torch.where(candidates_N == EOS, 100.0, 0.0)[:, None]
 
         def keep(self, rows, index_B):  # type: ignore[no-untyped-def]
             self.inner.keep(rows, index_B)

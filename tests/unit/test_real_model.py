@@ -72,4 +72,4 @@ def test_no_weight_and_no_strength_are_the_base_model(base: BaseModel, values: d
         )
         assert choice.tokens == plain.tokens
         assert choice.divergence == 0.0
-        assert choice.num_scored == 0
+        assert choice.num_scored == []

@@ -1,0 +1,70 @@
+"""The running rows as tensors: what stays the same from step to step while the same rows are running.
+
+Shapes: B rows, M objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from mavis_dist.decode.request import Scorer
+from mavis_dist.decode.scheduler import Row
+from mavis_dist.decode.scorer import Steering
+
+
+class Batch:
+    """Built when a row comes or goes; its lists and tensors are in the order of `rows`."""
+
+    def __init__(
+        self, rows: Sequence[Row], objectives: Sequence[str], baseline: Mapping[int, torch.Tensor], device: torch.device
+    ):
+        """`baseline` holds V_m(s) [M] by row number, for guided rows."""
+        self.rows, self._device = list(rows), device
+        self.numbers = [row.number for row in rows]
+        requests = [row.request for row in rows]
+        params = [request.params for request in requests]
+        self.top_k_B = torch.tensor([p.top_k for p in params], device=device)
+        self.top_p_B, self.min_p_B, self.temperature_B, self.beta_B, self.cap_B = (
+            self._numbers(column)
+            for column in (
+                [p.top_p for p in params],
+                [p.min_p for p in params],
+                [p.temperature for p in params],
+                [r.beta for r in requests],
+                [float("inf") if r.tilt_cap is None else r.tilt_cap for r in requests],
+            )
+        )
+        self.stream_B = torch.tensor([row.stream for row in rows], device=device)
+        self.guide_every_B = torch.tensor([r.guide_every for r in requests], device=device)
+        self.is_guided = [r.is_guided for r in requests]
+        self._is_guided_B = torch.tensor(self.is_guided, device=device)
+        self._is_lazy_B = torch.tensor([r.scorer is Scorer.LAZY for r in requests], device=device)
+        self._weights_BM = self._numbers([r.weights.get(m, 0.0) for r in requests for m in objectives])
+        self._weights_BM = self._weights_BM.reshape(len(rows), len(objectives))
+        unknown_M = torch.full((len(objectives),), float("nan"), device=device)
+        self.baseline_BM = torch.stack([baseline.get(number, unknown_M).to(device) for number in self.numbers])
+
+    def positions_B(self) -> torch.Tensor:
+        """Index in the answer of the next token."""
+        return torch.tensor([row.position for row in self.rows], device=self._device)
+
+    def steering(self, positions_B: torch.Tensor) -> Steering:
+        """What steers the next token."""
+        return Steering(
+            self.numbers,
+            self._is_guided_B & (positions_B % self.guide_every_B == 0),
+            self._is_lazy_B,
+            self._weights_BM,
+            self.baseline_BM,
+            self.beta_B,
+            self.cap_B,
+        )
+
+    def baselines(self) -> dict[int, torch.Tensor]:
+        """V_m(s) [M] by row number."""
+        return dict(zip(self.numbers, self.baseline_BM, strict=True))
+
+    def _numbers(self, column: Iterable[float]) -> torch.Tensor:
+        return torch.tensor(list(column), dtype=torch.float64, device=self._device)

@@ -1,0 +1,63 @@
+"""From tokens to text, piece by piece. Knows nothing of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+REPLACEMENT = "\ufffd"
+
+
+class Detokenizer:
+    """Tokens in, text out; characters that are spread over tokens come out whole."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context = 0  # where decoding starts: some tokenizers treat the first token of a text differently
+        self._emitted = 0  # tokens whose text has been handed out
+
+    def add(self, ids: Sequence[int], last: bool = False) -> str:
+        """The text that is certain by now; `last` also hands out what will never become a whole character."""
+        self._ids.extend(ids)
+        before = self._decode(self._ids[self._context : self._emitted])
+        text = self._decode(self._ids[self._context :])
+        if (text.endswith(REPLACEMENT) and not last) or len(text) <= len(before):
+            return ""
+        self._context, self._emitted = self._emitted, len(self._ids)
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+class StoppedText:
+    """The text of an answer that ends before the first of some stop strings.
+
+    What may turn out to be the beginning of a stop string is held back until it is certain.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+        self._detokenizer, self._stop = Detokenizer(tokenizer), tuple(stop)
+        self._held = ""
+        self.is_stopped = False
+
+    def add(self, ids: Sequence[int], last: bool = False) -> str:
+        """The text that is certain by now; `last` also hands out what was held back."""
+        text = self._held + self._detokenizer.add(ids, last)
+        if self.is_stopped:
+            return ""
+        ends = [end for end in (text.find(stop) for stop in self._stop) if end >= 0]
+        if ends:
+            self.is_stopped, self._held = True, ""
+            return text[: min(ends)]
+        keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

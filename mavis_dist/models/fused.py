@@ -1,0 +1,161 @@
+"""A faster forward pass for Llama's family: fewer, larger operations over tokens side by side.
+
+Differs from the model's own forward pass in speed alone: q, k and v are one product, gate and up are one, rows of
+different numbers of tokens need no padding outside attention, queries of one key head share a row of attention instead
+of repeating keys and values, and only tokens that are read meet the head.
+
+Shapes: N tokens of all rows side by side, R read tokens, C channels, H heads, K key-value heads, G = H / K, D head
+size, B rows, T tokens of the longest row, S visible cells, O outputs of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from mavis_dist.models.kv import KVLayer, Step
+
+_PACKED_FOR_ROWS = 64  # a hint to the kernel; any number of rows may come
+FAMILY = ("llama", "mistral", "qwen2")
+
+
+class FusedDecoder:
+    """Llama's forward pass over the slot cache."""
+
+    def __init__(self, backbone: PreTrainedModel, head: Callable[[torch.Tensor], torch.Tensor]):
+        """`head` turns the last hidden states [R, C] into outputs [R, O]."""
+        model: Any = backbone
+        self._embed, self._rotary, self._norm, self._head = (
+            model.embed_tokens,
+            model.rotary_emb,
+            _Norm(model.norm),
+            head,
+        )
+        self._group = backbone.config.num_attention_heads // backbone.config.num_key_value_heads
+        self._blocks = [_Block(layer, backbone.config) for layer in model.layers]
+        self.layers = [KVLayer() for _ in self._blocks]
+        self.device = backbone.device
+
+    @staticmethod
+    def supports(backbone: PreTrainedModel) -> bool:
+        """Whether a model is of the family, without what this forward pass leaves out."""
+        config = backbone.config
+        return (
+            config.model_type in FAMILY
+            and config.hidden_act == "silu"
+            and not getattr(config, "sliding_window", None)
+            and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        )
+
+    def step(self, step: Step) -> torch.Tensor:
+        x_NC = self._embed(step.tokens_N)
+        cos_1ND, sin_1ND = self._rotary(x_NC, step.positions_N[None])
+        cos_N1D, sin_N1D = cos_1ND[0][:, None], sin_1ND[0][:, None]
+        mask_B1QS = step.mask_BTS[:, None].repeat_interleave(self._group, 2)
+        for block, layer in zip(self._blocks, self.layers, strict=True):
+            x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, layer, step)
+        return self._head(self._norm(x_NC[step.read_R]))
+
+
+class _Block:
+    def __init__(self, layer: Any, config: Any):
+        attention, mlp = layer.self_attn, layer.mlp
+        self._num_heads, self._num_kv, self._size = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            attention.head_dim,
+        )
+        self._qkv = Linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = Linear(attention.o_proj)
+        self._gate_up, self._down = Linear(mlp.gate_proj, mlp.up_proj), Linear(mlp.down_proj)
+        self._norm_1, self._norm_2 = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+
+    def __call__(
+        self,
+        x_NC: torch.Tensor,
+        cos_N1D: torch.Tensor,
+        sin_N1D: torch.Tensor,
+        mask_B1QS: torch.Tensor,
+        layer: KVLayer,
+        step: Step,
+    ) -> torch.Tensor:
+        qkv_NHD = self._qkv(self._norm_1(x_NC)).unflatten(-1, (-1, self._size))
+        rotated_NHD = _rotate(qkv_NHD[:, : self._num_heads + self._num_kv], cos_N1D, sin_N1D)
+        keys_BKSD, values_BKSD = layer.write(
+            step, rotated_NHD[:, self._num_heads :], qkv_NHD[:, self._num_heads + self._num_kv :]
+        )
+        mixed_NC = self._attend(rotated_NHD[:, : self._num_heads], keys_BKSD, values_BKSD, mask_B1QS, step)
+        x_NC = x_NC + self._out(mixed_NC)
+        gate_NF, up_NF = self._gate_up(self._norm_2(x_NC)).chunk(2, -1)
+        return x_NC + self._down(F.silu(gate_NF) * up_NF)
+
+    def _attend(
+        self,
+        queries_NHD: torch.Tensor,
+        keys_BKSD: torch.Tensor,
+        values_BKSD: torch.Tensor,
+        mask_B1QS: torch.Tensor,
+        step: Step,
+    ) -> torch.Tensor:
+        """Attention [N, C]; the queries of one key head are rows of one product: [B, K, T * G, D]."""
+        queries_BTKGD = step.pad(queries_NHD).unflatten(2, (self._num_kv, -1))
+        longest, group = queries_BTKGD.shape[1], queries_BTKGD.shape[3]
+        queries_BKQD = queries_BTKGD.transpose(1, 2).flatten(2, 3)
+        mixed_BKQD = F.scaled_dot_product_attention(queries_BKQD, keys_BKSD, values_BKSD, attn_mask=mask_B1QS)
+        mixed_BKTGD = mixed_BKQD.unflatten(2, (longest, group))
+        return step.unpad(mixed_BKTGD.transpose(1, 2).flatten(2))
+
+
+def _rotate(x_NHD: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding, halves convention."""
+    first, second = x_NHD.chunk(2, -1)
+    return x_NHD * cos_N1D + torch.cat((-second, first), -1) * sin_N1D
+
+
+class _Norm:
+    """Root mean square normalisation in one operation."""
+
+    def __init__(self, norm: Any):
+        self._weight, self._epsilon = norm.weight, norm.variance_epsilon
+
+    def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x_NC, self._weight.shape, self._weight, self._epsilon)
+
+
+class Linear:
+    """One linear map made of several of the same input.
+
+    In bfloat16 on a CPU its weight is held once more, in the order that the matrix kernel reads it: oneDNN would
+    reorder it on every call. Elsewhere the parts become views of the whole, so that no memory is held twice.
+    """
+
+    def __init__(self, *parts: nn.Linear):
+        self._weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
+        self._bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        self._packed: torch.Tensor | None = None
+        if _can_pack(self._weight):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach(), _PACKED_FOR_ROWS)
+            del self._weight
+        elif len(parts) > 1:
+            pieces = self._weight.split([part.out_features for part in parts])
+            for part, piece in zip(parts, pieces, strict=True):
+                part.weight.data = piece
+
+    def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
+        if self._packed is None:
+            return F.linear(x_NC, self._weight, self._bias)
+        return torch.ops.mkldnn._linear_pointwise(x_NC, self._packed, self._bias, "none", [], "")
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
