@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticUndefined
 
-from mavis_dist.types import UserError
+from mavis_dist.types import NEUTRAL_SYSTEM, UserError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -38,9 +38,7 @@ class Base(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of base and value models")
     device: str = Field("cpu", description="torch device of every model, such as cpu or cuda")
-    system: str = Field(
-        "You are a helpful assistant.", description="neutral system sentence for prompts that bring none"
-    )
+    system: str = Field(NEUTRAL_SYSTEM, description="neutral system sentence for prompts that bring none")
 
 
 class Prompts(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BASE_POLICY = "base"
+NEUTRAL_SYSTEM = "You are a helpful assistant."  # for conversations that bring no system text
 
 
 class UserError(ValueError):

@@ -19,8 +19,9 @@ from mavis_dist.decode.guide import Guide
 
 SAMPLE_SIZE = 4  # candidates beside the end-of-answer tokens that divergence is estimated from
 CHUNK = 4  # candidates of a row in a call, at least
-# Candidates of all rows in a call, at least: fewer would hardly be cheaper, and there would be more calls.
-CALL_SIZE = {"cpu": 16, "cuda": 512}
+# Candidates of all rows in a step's first call, at least, and twice as many in every later one: fewer would hardly be
+# cheaper, and there would be more calls.
+CALL_SIZE = {"cpu": 8, "cuda": 512}
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class _Search:
         num_open = int(self._is_open_BK.any(-1).sum())
         if not num_open:
             return None
-        return self._first(max(CHUNK, self._call_size // num_open) + self._num_eos_B1)
+        chunk = max(CHUNK, self._call_size // num_open)
+        self._call_size *= 2
+        return self._first(chunk + self._num_eos_B1)
 
     def absorb(self, is_asked_BK: torch.Tensor, values_NM: torch.Tensor) -> None:
         """Take note of the values of the candidates that were asked for, and rule out who cannot win any more."""

@@ -23,6 +23,7 @@ from mavis_dist.models.directory import (
     read_tokenizer,
 )
 from mavis_dist.models.fetch import fetch
+from mavis_dist.types import NEUTRAL_SYSTEM
 
 __all__ = [
     "PLAIN_TEMPLATE",
@@ -57,6 +58,12 @@ class BaseModel:
     tokenizer_fingerprint: str
     eos_ids: tuple[int, ...]  # every id that ends an answer
     max_context: int  # longest sequence, in tokens
+
+    def chat(self, conversation: str | Sequence[Mapping[str, str]], system: str = NEUTRAL_SYSTEM) -> tuple[int, ...]:
+        """Token ids of a question, or of a conversation as in `chat_ids`, for `Request.prompt`."""
+        if isinstance(conversation, str):
+            conversation = [{"role": "user", "content": conversation}]
+        return tuple(chat_ids(self.tokenizer, conversation, system))
 
 
 def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseModel:
