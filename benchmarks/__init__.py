@@ -1,0 +1,1 @@
+"""How fast and how exact the decoder is, measured: `python -m benchmarks.decode --help`."""

@@ -1,0 +1,156 @@
+"""The decoder against Hugging Face generate, against the plain procedure of the paper, and against itself.
+
+    python -m benchmarks.decode [--quick] [--json FILE] [--run runs/quickstart]
+
+Needs the value models of a finished run. Prints tables and, with --json, writes every number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mavis_dist.environment  # noqa: F401  threads wait as they do where the engine is served
+from jobs.arguments import refusing
+
+if TYPE_CHECKING:
+    from benchmarks.speed import Speeds
+
+THREADS = 2
+HEADLINE_SIZES = (1, 16)  # concurrent requests
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    sizes: tuple[int, ...]  # concurrent requests
+    repetitions: int
+    tokens: int  # per answer, where speed is measured
+    caps: tuple[float, ...]  # nats, where quality is measured
+    prompts: int
+    soak: tuple[int, int]  # requests before the first and before the last look at the memory
+
+
+FULL = Scale((1, 4, 16, 32), 5, 32, (1.5, 2.0, 2.5, 3.0, 4.0), 32, (1000, 10000))
+QUICK = Scale((1, 16), 1, 8, (2.5,), 4, (100, 1000))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description="Measure the decoder.")
+    parser.add_argument("--quick", action="store_true", help="rough figures in a minute or two instead of half an hour")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/quickstart"), help="folder of a finished run (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    results = refusing(lambda: measure(arguments.run, QUICK if arguments.quick else FULL))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(run: Path, scale: Scale) -> dict[str, Any]:
+    import torch
+
+    from benchmarks import quality, soak, speed, steps, workload
+    from benchmarks.workload import TILT_CAP
+
+    torch.set_num_threads(THREADS)
+    work = workload.load(run)
+    conditions = {"model": work.base.name, "threads": THREADS, "load_before": os.getloadavg()[0], **asdict(scale)}
+    say(f"{conditions}\nOther load on these cores spoils the figures, and leaves the ratios rough.")
+    memory = soak.measure(scale.soak)
+    speeds = speed.measure(work, scale.sizes, scale.repetitions, scale.tokens)
+    say(speed_table(speeds, scale.sizes))
+    stepping = steps.measure(work, HEADLINE_SIZES, scale.repetitions, scale.tokens)
+    qualities = quality.measure(work, scale.caps, scale.prompts)
+    say(quality_table(qualities))
+    headline = {
+        **speed_headlines(speeds),
+        **quality_headlines([q for q in qualities if q["cap"] == TILT_CAP and q["weights"] in work.objectives]),
+        **step_headlines(stepping),
+        "soak_rss_growth_mb": memory[str(scale.soak[1])] - memory[str(scale.soak[0])],
+    }
+    say(headline_table(headline))
+    details = {
+        "conditions": conditions,
+        "tokens_per_s": speeds,
+        "steps": stepping,
+        "quality": qualities,
+        "soak": memory,
+    }
+    return {**headline, **details}
+
+
+def speed_headlines(speeds: Speeds) -> dict[str, float]:
+    from benchmarks.speed import ratio
+
+    return {
+        "engine_vs_hf_b1": ratio(speeds, "unguided", "hf", 1),
+        "engine_vs_hf_b16": ratio(speeds, "unguided", "hf", 16),
+        "lazy_vs_unguided_b1": ratio(speeds, "lazy_2", "unguided", 1),
+        "lazy_vs_unguided_b16": ratio(speeds, "lazy_2", "unguided", 16),
+        "full_vs_unguided_b16": ratio(speeds, "full_2", "unguided", 16),
+        "guided_vs_reference_16": ratio(speeds, "lazy_2", "reference", 16, 1),
+        "full_vs_reference_16": ratio(speeds, "full_2", "reference", 16, 1),
+    }
+
+
+def quality_headlines(qualities: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Figures of each objective alone under the default cap."""
+    keys = {"lazy_candidates_per_token": "candidates_per_token", "lazy_tv": "tv", "lazy_tv_eos": "tv_eos"}
+    return {key: {q["weights"]: q[figure] for q in qualities} for key, figure in keys.items()}
+
+
+def step_headlines(stepping: dict[str, Any]) -> dict[str, Any]:
+    fractions = {
+        f"roofline_fraction_{size}": least / sum(stepping["unguided_step_ms"][size].values())
+        for size, least in stepping["roofline_ms"].items()
+    }
+    return {**fractions, "step_ms": stepping["step_ms"]}
+
+
+def speed_table(speeds: Speeds, sizes: Sequence[int]) -> str:
+    from benchmarks.speed import median
+
+    head = f"{'tokens/s with concurrent requests':<36}" + "".join(f"{size:>9}" for size in sizes)
+    lines = [head, "-" * len(head)]
+    for name, by_size in speeds.items():
+        lines.append(f"{name:<36}" + "".join(f"{median(speeds, name, size):>9.1f}" for size in by_size))
+    lines.append("names end in the number of objectives; reference (2 objectives) answers one request after the other")
+    return "\n".join(lines)
+
+
+def quality_table(qualities: list[dict[str, Any]]) -> str:
+    head = f"{'lazy scorer, weights':<28}{'cap':>6}{'candidates/token':>18}{'TV':>9}{'TV of end':>11}{'steps':>8}"
+    lines = [head, "-" * len(head)]
+    lines += [
+        f"{q['weights']:<28}{q['cap']:>6}{q['candidates_per_token']:>18.2f}{q['tv']:>9.4f}{q['tv_eos']:>11.4f}"
+        f"{q['steps']:>8}"
+        for q in qualities
+    ]
+    return "\n".join(lines)
+
+
+def headline_table(headline: dict[str, Any]) -> str:
+    return "\n".join(f"{key:<28}{_plain(figure)}" for key, figure in headline.items())
+
+
+def _plain(figure: Any) -> str:
+    if isinstance(figure, dict):
+        return ", ".join(f"{key} {_plain(part)}" for key, part in figure.items())
+    return f"{figure:.4g}"
+
+
+def say(text: str) -> None:
+    print(f"{text}\n", file=sys.stdout, flush=True)
+
+
+if __name__ == "__main__":
+    main()

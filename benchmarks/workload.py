@@ -1,0 +1,93 @@
+"""What the benchmarks run on: the models of a finished run, and requests for prompts that it never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import yaml
+
+from mavis_dist import config as config_module
+from mavis_dist.config import Config
+from mavis_dist.decode import Request, SamplingParams, Scorer
+from mavis_dist.models import value
+from mavis_dist.models.load import BaseModel, chat_ids, load_base
+from mavis_dist.models.value import ValueModel
+from mavis_dist.prompts import load_prompts
+from mavis_dist.store import values
+from mavis_dist.store.files import Store
+from mavis_dist.types import UserError
+
+DTYPE = "bfloat16"
+TILT_CAP = 2.5  # nats; of the lazy scorer, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Models and questions."""
+
+    config: Config
+    base: BaseModel
+    objectives: tuple[str, ...]  # the two trained ones
+    models: dict[str, ValueModel]  # four: each of the two is loaded twice, as four models would be
+    prompts: list[tuple[int, ...]]  # token ids of the evaluation prompts
+
+    @cached_property
+    def endless(self) -> BaseModel:
+        """The base model with an end-of-answer token that it never writes: every answer has max_tokens tokens."""
+        unused = max(self.base.tokenizer.added_tokens_decoder)
+        assert unused not in self.base.eos_ids
+        return replace(self.base, eos_ids=(unused,))
+
+    def mixtures(self, num_objectives: int) -> list[dict[str, float]]:
+        """Four different weights of the first so many value models."""
+        return [{name: 1.0 + (i + m) % 4 for m, name in enumerate([*self.models][:num_objectives])} for i in range(4)]
+
+    def requests(
+        self,
+        count: int,
+        weights: Sequence[dict[str, float]],
+        max_tokens: int,
+        scorer: Scorer = Scorer.FULL,
+        cap: float | None = None,
+    ) -> list[Request]:
+        """One request per prompt, each with a seed of its own; `weights` are taken in turn."""
+        return [
+            Request(
+                id=str(i),
+                prompt=prompt,
+                weights=weights[i % len(weights)],
+                beta=self.config.steer.beta,
+                tilt_cap=cap,
+                params=SamplingParams(max_tokens, seed=i),
+                scorer=scorer,
+            )
+            for i, prompt in enumerate(self.prompts[:count])
+        ]
+
+
+def load(run: Path) -> Workload:
+    """Raises UserError if the run is missing or not finished."""
+    store = Store(str(run.parent), run.name)
+    published = values.published(store)
+    if not store.exists("run.yaml") or len(published) < 2:
+        raise UserError(f"{run} is no finished run with two objectives: run `make quickstart` first")
+    config = config_module.parse(yaml.safe_load(store.read_bytes("run.yaml")))
+    base = load_base(config.base.model, DTYPE)
+    objectives = tuple(name for name in config.objectives if name in published)[:2]
+    models = {}
+    for copy in ("", "_again"):
+        for name in objectives:
+            model, card = value.load(values.fetch(store, name, published[name]), getattr(torch, DTYPE))
+            card.check(base.fingerprint, base.tokenizer_fingerprint)
+            models[name + copy] = model
+    return Workload(config, base, objectives, models, _evaluation_prompts(config, base))
+
+
+def _evaluation_prompts(config: Config, base: BaseModel) -> list[tuple[int, ...]]:
+    _, prompts = load_prompts(config.prompts, config.seed)
+    messages = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+    return [tuple(chat_ids(base.tokenizer, turns, config.base.system)) for turns in messages]

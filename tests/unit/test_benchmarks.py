@@ -1,0 +1,61 @@
+"""The benchmarks compare like with like: their plain reference and their oracle follow the engine's policy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import decode, quality, reference, steps
+from benchmarks.steps import Stopwatch
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
+from tests.fakes import tiny_base, tiny_value
+
+BASE = tiny_base(seed=1, eos_boost=1.0)  # some answers end, some are cut
+MODELS = {"a": tiny_value(1), "b": tiny_value(2)}
+PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12), (13,), (14, 15)]
+
+
+def requests(temperature: float, cap: float | None = None) -> list[Request]:
+    params = [SamplingParams(max_tokens=24, temperature=temperature, seed=i) for i in range(len(PROMPTS))]
+    return [
+        Request(str(i), prompt, weights={"a": 0.25, "b": 0.75}, beta=4.0, tilt_cap=cap, params=params[i])
+        for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+def test_the_plain_reference_is_the_full_scorer() -> None:
+    ours = [choices[0].tokens for choices in Engine(BASE, LocalGuide(MODELS)).generate(requests(0.0))]
+    unsteered = [Request(r.id, r.prompt, params=r.params) for r in requests(0.0)]
+    plain = [choices[0].tokens for choices in Engine(BASE).generate(unsteered)]
+    assert [reference.answer(BASE, MODELS, request) for request in requests(0.0)] == ours
+    assert ours != plain, "the values steer"
+
+
+@pytest.mark.parametrize("cap", [0.5, float("inf")])
+def test_the_oracle_has_the_law_of_the_engine(cap: float) -> None:
+    """log pi(a) - log pi_ref(a) of every token that the engine wrote."""
+    asked = requests(1.0, None if cap == float("inf") else cap)
+    answers = Engine(BASE, LocalGuide(MODELS)).generate(asked)
+    for request, [choice] in zip(asked, answers, strict=True):
+        seen = quality.look(BASE, MODELS, request, choice.tokens)
+        is_written_TK = seen.ids_TK == torch.tensor(choice.tokens)[:, None]
+        logratios = (seen.law(cap).log() - seen.logprobs_TK)[is_written_TK]
+        assert logratios.tolist() == pytest.approx(choice.logratios, abs=1e-4)
+
+
+def test_a_part_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 5.0, 7.0])  # outer starts, inner starts, inner ends, outer ends
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: next(times))
+    watch = Stopwatch()
+    inner = watch.timed("inner", lambda: None)
+    watch.timed("outer", inner)()
+    assert (watch.seconds["outer"], watch.seconds["inner"]) == (3.0, 4.0)
+
+
+def test_a_missing_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        decode.main(["--run", "runs/no-such-run"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: runs/no-such-run is no finished run with two objectives: run `make quickstart` first\n"
+    )
