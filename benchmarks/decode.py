@@ -97,6 +97,7 @@ def speed_headlines(speeds: Speeds) -> dict[str, float]:
         "lazy_vs_unguided_b1": ratio(speeds, "lazy_2", "unguided", 1),
         "lazy_vs_unguided_b16": ratio(speeds, "lazy_2", "unguided", 16),
         "full_vs_unguided_b16": ratio(speeds, "full_2", "unguided", 16),
+        "lazy_heads_vs_unguided_b16": ratio(speeds, "lazy_2_heads", "unguided", 16),
         "guided_vs_reference_16": ratio(speeds, "lazy_2", "reference", 16, 1),
         "full_vs_reference_16": ratio(speeds, "full_2", "reference", 16, 1),
     }
@@ -123,7 +124,8 @@ def speed_table(speeds: Speeds, sizes: Sequence[int]) -> str:
     lines = [head, "-" * len(head)]
     for name, by_size in speeds.items():
         lines.append(f"{name:<36}" + "".join(f"{median(speeds, name, size):>9.1f}" for size in by_size))
-    lines.append("names end in the number of objectives; reference (2 objectives) answers one request after the other")
+    lines.append("names end in the number of objectives, each with a value model of its own; heads share one model")
+    lines.append("reference (2 objectives) answers one request after the other")
     return "\n".join(lines)
 
 

@@ -121,7 +121,7 @@ def _measure(workload: Workload, engine: Engine, cap: float, requests: Sequence[
     return {
         "candidates_per_token": statistics.fmean(n for choice in choices for n in choice.num_scored),
         "tv": statistics.fmean(variation),
-        "tv_eos": statistics.fmean(eos) if eos else float("nan"),
+        "tv_eos": statistics.fmean(eos) if eos else 0.0,
         "steps": len(variation),
         "eos_steps": len(eos),
     }

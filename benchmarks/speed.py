@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks import reference
-from benchmarks.workload import TILT_CAP, Workload
+from benchmarks.workload import TILT_CAP, Workload, mixtures
 from mavis_dist.decode import Engine, LocalGuide, Scorer
 
 NUM_OBJECTIVES = (1, 2, 4)
@@ -49,19 +49,22 @@ def ratio(speeds: Speeds, name: str, other: str, size: int, other_size: int | No
 
 def make_variants(workload: Workload, max_rows: int) -> dict[str, Decode]:
     """The engine's variants are requests to one engine: a value model that a request gives no weight costs nothing."""
-    engine = Engine(workload.endless, LocalGuide(workload.models), max_rows=max_rows)
-    variants = {"hf": _hugging_face(workload), "unguided": _engine(workload, engine, 0, Scorer.FULL)}
+    model = next(iter(workload.models.values()))
+    heads = {"first head": (model, 0), "second head": (model, 0)}
+    engine = Engine(workload.endless, LocalGuide({**workload.models, **heads}), max_rows=max_rows)
+    variants = {"hf": _hugging_face(workload), "unguided": _engine(workload, engine, (), Scorer.FULL)}
     for scorer in (Scorer.FULL, Scorer.LAZY):
         for count in NUM_OBJECTIVES:
-            variants[f"{scorer.value}_{count}"] = _engine(workload, engine, count, scorer)
+            variants[f"{scorer.value}_{count}"] = _engine(workload, engine, [*workload.models][:count], scorer)
+        variants[f"{scorer.value}_2_heads"] = _engine(workload, engine, [*heads], scorer)
     return {**variants, "reference": _reference(workload)}
 
 
-def _engine(workload: Workload, engine: Engine, num_objectives: int, scorer: Scorer) -> Decode:
+def _engine(workload: Workload, engine: Engine, objectives: Sequence[str], scorer: Scorer) -> Decode:
     cap = TILT_CAP if scorer is Scorer.LAZY else None
 
     def decode(size: int, tokens: int, repetition: int) -> int:
-        requests = workload.requests(size, workload.mixtures(num_objectives), tokens, scorer, cap)
+        requests = workload.requests(size, mixtures(objectives), tokens, scorer, cap)
         return sum(len(choice.tokens) for choices in engine.generate(requests) for choice in choices)
 
     return decode
@@ -92,7 +95,7 @@ def _hugging_face(workload: Workload) -> Decode:
 
 def _reference(workload: Workload) -> Decode:
     def decode(size: int, tokens: int, repetition: int) -> int:
-        requests = workload.requests(len(workload.prompts), workload.mixtures(2), tokens)
+        requests = workload.requests(len(workload.prompts), mixtures([*workload.models][:2]), tokens)
         return len(reference.answer(workload.endless, workload.models, requests[repetition % len(requests)]))
 
     return decode

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.workload import TILT_CAP, Workload
+from benchmarks.workload import TILT_CAP, Workload, mixtures
 from mavis_dist.decode import Engine, LocalGuide, Scorer
 
 PARTS = ("base", "guide", "sampling", "bookkeeping")
@@ -77,7 +77,7 @@ class StepClock:
 
     def measure(self, size: int, num_objectives: int, num_steps: int) -> Parts:
         """ms per step of each part, from where all prompts are read and all answers are being written."""
-        weights = self._workload.mixtures(num_objectives)
+        weights = mixtures([*self._workload.models][:num_objectives])
         requests = self._workload.requests(size, weights, LONGEST_ANSWER, Scorer.LAZY, TILT_CAP)
         for request in requests:
             self._engine.submit(request)

@@ -42,10 +42,6 @@ class Workload:
         assert unused not in self.base.eos_ids
         return replace(self.base, eos_ids=(unused,))
 
-    def mixtures(self, num_objectives: int) -> list[dict[str, float]]:
-        """Four different weights of the first so many value models."""
-        return [{name: 1.0 + (i + m) % 4 for m, name in enumerate([*self.models][:num_objectives])} for i in range(4)]
-
     def requests(
         self,
         count: int,
@@ -67,6 +63,11 @@ class Workload:
             )
             for i, prompt in enumerate(self.prompts[:count])
         ]
+
+
+def mixtures(objectives: Sequence[str]) -> list[dict[str, float]]:
+    """Four different weights of the objectives."""
+    return [{name: 1.0 + (i + m) % 4 for m, name in enumerate(objectives)} for i in range(4)]
 
 
 def load(run: Path) -> Workload:
