@@ -88,14 +88,6 @@ def choose(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) -
     return torch.where(is_best_BK, ids_BK, torch.iinfo(ids_BK.dtype).max).argmin(-1)
 
 
-def evaluation_order(logprobs_BK: torch.Tensor, phi_BK: torch.Tensor, uncapped_BK: torch.Tensor) -> torch.Tensor:
-    """Indices [B, K] of the candidates, the most promising before any tilt is known first: end-of-answer tokens, whose
-    tilt has no bound, then by phi = log p + T * G.
-    """
-    first_BK = uncapped_BK & (logprobs_BK > float("-inf"))
-    return torch.where(first_BK, float("inf"), phi_BK).argsort(dim=-1, descending=True, stable=True)
-
-
 def estimate_divergence(
     logprobs_BK: torch.Tensor,
     phi_BK: torch.Tensor,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import candidates, choose, evaluation_order
+from mavis_dist.core.tilt import candidates, choose
 from mavis_dist.decode.batch import Batch
 from mavis_dist.decode.guide import Guide, GuideRow
 from mavis_dist.decode.request import Choice, FinishReason, Request, Update, prepare
@@ -231,7 +231,7 @@ class Engine:
     # --- compute: one token for every row -------------------------------------------------------------------------
 
     def _draw(self, batch: Batch, logits_BV: torch.Tensor) -> _Drawn:
-        """One token for every row. Candidates are put in evaluation order first; indices refer to that order."""
+        """One token for every row."""
         positions_B = batch.positions_B()
         drafts = self._drafts(batch, positions_B, logits_BV)
         steering = batch.steering(positions_B)
@@ -254,17 +254,14 @@ class Engine:
         )
 
     def _drafts(self, batch: Batch, positions_B: torch.Tensor, logits_BV: torch.Tensor) -> Drafts:
-        """The candidate sets of all rows with their noise."""
+        """The candidate sets of all rows with their noise, by falling phi."""
         logits_BV = logits_BV.float()
         logits_BV[(positions_B == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
         ids_BK, logprobs_BK = candidates(logits_BV, batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
         phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
-        is_eos_BK = torch.isin(ids_BK, self._eos)
-        order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
-        ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
-            x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
-        )
-        return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B)
+        phi_BK, order_BK = phi_BK.sort(-1, descending=True, stable=True)
+        ids_BK, logprobs_BK = ids_BK.gather(-1, order_BK), logprobs_BK.gather(-1, order_BK)
+        return Drafts(ids_BK, logprobs_BK, phi_BK, torch.isin(ids_BK, self._eos), batch.temperature_B)
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
         """Tell the guide about tokens that were written without it, where it is about to be asked again."""

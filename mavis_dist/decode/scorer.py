@@ -1,15 +1,15 @@
 """Scorers: which candidates are given to the value models before a token is chosen.
 
-`full` evaluates all of C, as published. `lazy` evaluates candidates in the order in which they can win, in growing
-chunks, and stops when the best one so far beats whatever the bound on the tilt leaves to the others: the same token as
-`full` with the same cap, for a fraction of the work. Rows of either kind share every call of the value models.
+`full` evaluates all of C, as published. `lazy` evaluates the few that are most likely to win, and then those that can
+still win: who, with all the tilt that the cap allows, reaches the best so far. That gives the token of `full` with the
+same cap, for a fraction of the work. Rows of either kind share every call of the value models, two in a step at most.
 
-Shapes: B rows, K candidates in evaluation order, N candidates of all rows side by side, M objectives.
+Shapes: B rows, K candidates by falling phi, N candidates of all rows side by side, M objectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +18,13 @@ from mavis_dist.core.tilt import estimate_divergence, tilt
 from mavis_dist.decode.guide import Guide
 
 SAMPLE_SIZE = 4  # candidates beside the end-of-answer tokens that divergence is estimated from
-CHUNK = 4  # candidates of a row in a call, at least
-# Candidates of all rows in a step's first call, at least, and twice as many in every later one: fewer would hardly be
-# cheaper, and there would be more calls.
-CALL_SIZE = {"cpu": 8, "cuda": 512}
+# Candidates of a row in a step's first call, and of all rows together, at least: fewer would hardly be cheaper.
+FIRST_CHUNK, FIRST_CALL = 4, {"cpu": 8, "cuda": 512}
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """The candidates of all rows, in evaluation order."""
+    """The candidates of all rows, by falling phi: those that are likely to win come first."""
 
     ids_BK: torch.Tensor
     logprobs_BK: torch.Tensor  # -inf where a row has no such candidate
@@ -63,7 +61,7 @@ class Scores:
 def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
     """Ask the guide as each row's scorer wants; rows without guidance have no tilt."""
     search = _Search(drafts, steering)
-    while (is_asked_BK := search.next()) is not None:
+    for is_asked_BK in search.questions():
         assert guide is not None
         counts_B = is_asked_BK.sum(-1)
         rows = counts_B.nonzero()[:, 0].tolist()
@@ -92,27 +90,24 @@ class _Search:
         # Without a cap nothing may be left out, and it is best to ask for everything at once.
         self._is_lazy_B1 = (steering.is_lazy_B & (steering.cap_B < float("inf")))[:, None]
         self._is_used_B1M = (steering.weights_BM != 0)[:, None]
-        self._call_size = CALL_SIZE.get(drafts.phi_BK.device.type, CALL_SIZE["cuda"])
         self._is_open_BK = (drafts.logprobs_BK > float("-inf")) & is_guided_B1  # not evaluated, and may win
-        # End-of-answer tokens come first: their tilt has no bound.
-        self._num_eos_B1 = (drafts.is_eos_BK & self._is_open_BK).sum(-1, keepdim=True)
         # Fixed before any tilt is known, whatever else the first call has room for. Where nothing is left out, and
         # without guidance, whose tilt is known to be 0, it is everything.
-        self.sample_BK = self._first(SAMPLE_SIZE + self._num_eos_B1) | ~is_guided_B1
+        self.sample_BK = self._first(SAMPLE_SIZE) | ~is_guided_B1
         self.delta_BK = torch.zeros_like(drafts.phi_BK).masked_fill(is_guided_B1, float("-inf"))
         shape = (*drafts.ids_BK.shape, steering.weights_BM.shape[1])
         self.values_BKM = torch.full(shape, float("nan"), device=drafts.phi_BK.device)
         self.is_evaluated_BK = torch.zeros_like(self._is_open_BK)
         self.is_sound_B = torch.ones_like(steering.is_guided_B)
 
-    def next(self) -> torch.Tensor | None:
-        """The candidates [B, K] to ask for now; None when every row is decided."""
+    def questions(self) -> Iterator[torch.Tensor]:
+        """The candidates [B, K] to ask for; what is learned in between decides about the second time."""
         num_open = int(self._is_open_BK.any(-1).sum())
-        if not num_open:
-            return None
-        chunk = max(CHUNK, self._call_size // num_open)
-        self._call_size *= 2
-        return self._first(chunk + self._num_eos_B1)
+        if num_open:
+            call = FIRST_CALL.get(self._is_open_BK.device.type, FIRST_CALL["cuda"])
+            yield self._first(max(FIRST_CHUNK, call // num_open))
+        if self._is_open_BK.any():
+            yield self._is_open_BK
 
     def absorb(self, is_asked_BK: torch.Tensor, values_NM: torch.Tensor) -> None:
         """Take note of the values of the candidates that were asked for, and rule out who cannot win any more."""
@@ -130,13 +125,13 @@ class _Search:
         is_fine_BK = (self.values_BKM.isfinite() | ~self._is_used_B1M).all(-1) & tilt_BK.isfinite()
         self.is_sound_B &= (is_fine_BK | ~is_asked_BK).all(-1)
         self.delta_BK = torch.where(is_asked_BK, tilt_BK, self.delta_BK)
-        self.is_evaluated_BK |= is_asked_BK
-        self._num_eos_B1 = torch.zeros_like(self._num_eos_B1)
+        self.is_evaluated_BK = self.is_evaluated_BK | is_asked_BK
         # Equal counts as reached: where scores are equal the smaller token id wins, and it may be theirs.
         best_B1 = (drafts.phi_BK + self.delta_BK).amax(-1, keepdim=True)
         can_win_BK = drafts.phi_BK + steering.cap_B[:, None] >= best_B1
-        self._is_open_BK &= can_win_BK & ~self.is_evaluated_BK & self.is_sound_B[:, None]
+        self._is_open_BK = self._is_open_BK & can_win_BK & ~self.is_evaluated_BK & self.is_sound_B[:, None]
 
-    def _first(self, size_B1: torch.Tensor) -> torch.Tensor:
-        """The first open candidates of every row; all of them where the scorer is `full`."""
-        return self._is_open_BK & ((self._is_open_BK.cumsum(-1) <= size_B1) | ~self._is_lazy_B1)
+    def _first(self, size: int) -> torch.Tensor:
+        """End-of-answer tokens, whose tilt has no bound, and the first others; all where the scorer is `full`."""
+        others_BK = self._is_open_BK & ~self._drafts.is_eos_BK
+        return self._is_open_BK & (self._drafts.is_eos_BK | (others_BK.cumsum(-1) <= size) | ~self._is_lazy_B1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import choose, estimate_divergence, evaluation_order
+from mavis_dist.core.tilt import choose, estimate_divergence
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 from mavis_dist.decode.request import Scorer
 from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
@@ -44,10 +44,9 @@ def drafts(num_rows: int, seed: int, temperature_B: torch.Tensor, grid: float) -
     streams_B = torch.tensor([noise.stream(seed, b) for b in range(num_rows)])
     gumbel_BK = noise.gumbel(streams_B, torch.zeros(num_rows, dtype=torch.int64), ids_BK)
     phi_BK = logprobs_BK + temperature_B[:, None] * gumbel_BK
-    is_eos_BK = ids_BK == EOS_ID
-    order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
-    ordered = [x.gather(1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)]
-    return Drafts(*ordered, temperature_B)
+    phi_BK, order_BK = phi_BK.sort(-1, descending=True, stable=True)
+    ids_BK, logprobs_BK = ids_BK.gather(1, order_BK), logprobs_BK.gather(1, order_BK)
+    return Drafts(ids_BK, logprobs_BK, phi_BK, ids_BK == EOS_ID, temperature_B)
 
 
 def scored(drafted: Drafts, values_BV: torch.Tensor, cap_B: torch.Tensor, beta: float, lazy: bool) -> Scores:
