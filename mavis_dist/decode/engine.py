@@ -259,7 +259,7 @@ class Engine:
         logits_BV[(positions_B == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
         ids_BK, logprobs_BK = candidates(logits_BV, batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
         phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
-        phi_BK, order_BK = phi_BK.sort(-1, descending=True, stable=True)
+        phi_BK, order_BK = phi_BK.sort(dim=-1, descending=True, stable=True)
         ids_BK, logprobs_BK = ids_BK.gather(-1, order_BK), logprobs_BK.gather(-1, order_BK)
         return Drafts(ids_BK, logprobs_BK, phi_BK, torch.isin(ids_BK, self._eos), batch.temperature_B)
 

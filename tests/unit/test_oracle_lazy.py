@@ -44,7 +44,7 @@ def drafts(num_rows: int, seed: int, temperature_B: torch.Tensor, grid: float) -
     streams_B = torch.tensor([noise.stream(seed, b) for b in range(num_rows)])
     gumbel_BK = noise.gumbel(streams_B, torch.zeros(num_rows, dtype=torch.int64), ids_BK)
     phi_BK = logprobs_BK + temperature_B[:, None] * gumbel_BK
-    phi_BK, order_BK = phi_BK.sort(-1, descending=True, stable=True)
+    phi_BK, order_BK = phi_BK.sort(dim=-1, descending=True, stable=True)
     ids_BK, logprobs_BK = ids_BK.gather(1, order_BK), logprobs_BK.gather(1, order_BK)
     return Drafts(ids_BK, logprobs_BK, phi_BK, ids_BK == EOS_ID, temperature_B)
 
