@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from mavis_dist.models.fused import FusedDecoder, Linear
+from mavis_dist.models.fused import FusedDecoder, linear_head
 from mavis_dist.models.kv import Decoder, KVLayer, Step
 from mavis_dist.models.value import ValueModel
 
@@ -21,7 +21,7 @@ from mavis_dist.models.value import ValueModel
 def base_decoder(model: Any, portable: bool = False) -> Decoder:
     """Logits [R, V] of a causal language model, by the fastest path that its architecture has."""
     if not portable and FusedDecoder.supports(model.base_model):
-        return FusedDecoder(model.base_model, Linear(model.lm_head))
+        return FusedDecoder(model.base_model, linear_head(model.lm_head))
     return PortableDecoder(model.base_model, lambda **inputs: model(**inputs).logits)
 
 

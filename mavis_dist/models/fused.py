@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class FusedDecoder:
             head,
         )
         self._group = backbone.config.num_attention_heads // backbone.config.num_key_value_heads
-        self._blocks = [_Block(layer, backbone.config) for layer in model.layers]
+        self._blocks = _shared(backbone, lambda: [_Block(layer, backbone.config) for layer in model.layers])
         self.layers = [KVLayer() for _ in self._blocks]
         self.device = backbone.device
 
@@ -60,6 +61,23 @@ class FusedDecoder:
         for block, layer in zip(self._blocks, self.layers, strict=True):
             x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, layer, step)
         return self._head(self._norm(x_NC[step.read_R]))
+
+
+# What the decoders of one model have in common, by the module that it was made of.
+_SHARED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _shared(module: nn.Module, make: Callable[[], Any]) -> Any:
+    """Make it once for a module: weights in another order take memory."""
+    if module not in _SHARED:
+        _SHARED[module] = make()
+    return _SHARED[module]
+
+
+def linear_head(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear head that several decoders of one model share."""
+    head: Linear = _shared(module, lambda: Linear(module))
+    return head
 
 
 class _Block:
