@@ -4,12 +4,13 @@ BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart serve test lint types clean
+.PHONY: help install quickstart serve test benchmark lint types clean
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
 	@echo "make serve        serve what a run has published (CONFIG=$(CONFIG))"
 	@echo "make test         all tests"
+	@echo "make benchmark    measure the decoder on a finished quickstart run"
 	@echo "make lint types   ruff, mypy"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
@@ -30,6 +31,9 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+benchmark: $(INSTALLED)
+	$(BIN)/python -m benchmarks.decode
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
