@@ -88,6 +88,15 @@ def choose(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) -
     return torch.where(is_best_BK, ids_BK, torch.iinfo(ids_BK.dtype).max).argmin(-1)
 
 
+def ranking(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
+    """Indices [B, K], the choice of `choose` first: the first q are q draws without replacement, in order, or the q
+    most likely where T = 0 (Gumbel-top-k, arXiv 1903.06059).
+    """
+    by_id_BK = ids_BK.argsort(dim=-1)
+    total_BK = (phi_BK + delta_BK).gather(-1, by_id_BK)
+    return by_id_BK.gather(-1, total_BK.argsort(dim=-1, descending=True, stable=True))
+
+
 def estimate_divergence(
     logprobs_BK: torch.Tensor,
     phi_BK: torch.Tensor,

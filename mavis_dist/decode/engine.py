@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import candidates, choose
+from mavis_dist.core.tilt import candidates, choose, ranking
 from mavis_dist.decode.batch import Batch
 from mavis_dist.decode.guide import Guide, GuideRow
-from mavis_dist.decode.request import Choice, FinishReason, Request, Update, prepare
+from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Update, prepare
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
-from mavis_dist.decode.scorer import Drafts, Steering, score
+from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
 from mavis_dist.decode.text import StoppedText
 from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.kv import SlotModel
@@ -42,6 +42,7 @@ class _Drawn:
     num_candidates: list[int]
     is_guided: list[bool]
     faults: list[str | None]
+    alternatives: list[list[Alternative]]  # empty where a row does not ask for them
 
 
 class Engine:
@@ -76,11 +77,10 @@ class Engine:
         self._guide = guide
         self._scheduler = Scheduler(max_rows, cache_tokens)
         self._base = SlotModel(base_decoder(base.model, portable))
-        self._tokenizer = base.tokenizer
+        self.tokenizer, self.eos_ids = base.tokenizer, frozenset(base.eos_ids)
         self._device = base.model.device
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self._device.type, 2048)
         self._eos = torch.tensor(sorted(base.eos_ids), device=self._device)
-        self._eos_ids = frozenset(base.eos_ids)
         self._batch: Batch | None = None
         self._opened: dict[int, torch.Tensor] = {}  # V_m(s) [M] of rows that are in no batch yet, by row number
         self._unseen: dict[int, list[int]] = {}  # tokens that the guide was not told of, by row number
@@ -161,7 +161,8 @@ class Engine:
         batch = self._assemble()
         logits_BV = self._base.extend(batch.numbers, [row.tokens[-1:] for row in batch.rows])
         updates = self._absorb(batch, self._draw(batch, logits_BV))
-        if self.is_idle:
+        # Draws are made to be continued: their keys and values stay for the requests that come next.
+        if self.is_idle and all(row.request.draws is None for row in batch.rows):
             self._release()
         return updates
 
@@ -251,7 +252,27 @@ class Engine:
             num_candidates=scores.num_evaluated_B.tolist(),
             is_guided=steering.is_guided_B.tolist(),
             faults=_faults(scores.is_sound_B, drafts.logprobs_BK.amax(-1).isfinite()),
+            alternatives=self._alternatives(batch, drafts, scores),
         )
+
+    def _alternatives(self, batch: Batch, drafts: Drafts, scores: Scores) -> list[list[Alternative]]:
+        """For every row as many distinct draws as it asks for, in order; fewer where it has fewer candidates."""
+        alternatives: list[list[Alternative]] = [[] for _ in batch.rows]
+        asking = [b for b, row in enumerate(batch.rows) if row.request.draws is not None]
+        if not asking:
+            return alternatives
+        order_BK = ranking(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
+        for b in asking:
+            request, temperature = batch.rows[b].request, float(drafts.temperature_B[b])
+            num_drawn = min(request.draws or 0, int(drafts.logprobs_BK[b].isfinite().sum()))
+            drawn_Q, divergence = order_BK[b, :num_drawn], float(scores.divergence_B[b])
+            divisor = temperature if temperature > 0 else float("inf")
+            logratios = (scores.delta_BK[b, drawn_Q] / divisor - scores.log_partition_B[b]).tolist()
+            values = [dict(zip(self.objectives, v, strict=True)) for v in scores.values_BKM[b, drawn_Q].tolist()]
+            for token, logratio, value in zip(drafts.ids_BK[b, drawn_Q].tolist(), logratios, values, strict=True):
+                used = {name: value[name] for name in request.weights}
+                alternatives[b].append(Alternative(token, logratio, used, divergence))
+        return alternatives
 
     def _drafts(self, batch: Batch, positions_B: torch.Tensor, logits_BV: torch.Tensor) -> Drafts:
         """The candidate sets of all rows with their noise, by falling phi."""
@@ -303,6 +324,7 @@ class Engine:
         row.tokens.append(token)
         row.num_encoded = len(row.tokens) - 1
         choice.tokens.append(token)
+        choice.alternatives = drawn.alternatives[b]
         choice.logratios.append(drawn.logratios[b])
         choice.divergences.append(drawn.divergences[b])
         if row.request.is_guided:
@@ -311,7 +333,7 @@ class Engine:
             for name, value in zip(self.objectives, values, strict=True):
                 if name in row.request.weights:
                     choice.values.setdefault(name, []).append(value)
-        if token in self._eos_ids or self._is_stopped(row, token):
+        if token in self.eos_ids or self._is_stopped(row, token):
             self._finish(row, FinishReason.STOP)
         elif row.position == row.request.params.max_tokens:
             self._finish(row, FinishReason.LENGTH)
@@ -331,7 +353,7 @@ class Engine:
 
     def _text_of(self, request: Request) -> StoppedText:
         """The text of an answer, with the tokens written before already in it."""
-        text = StoppedText(self._tokenizer, request.params.stop)
+        text = StoppedText(self.tokenizer, request.params.stop)
         text.add(request.answer)
         return text
 

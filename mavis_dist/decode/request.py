@@ -65,10 +65,21 @@ class Request:
     stream: int | None = None  # noise stream; none: derived from the seed and the choice index
     scorer: Scorer = Scorer.FULL
     guide_every: int = 1  # tilt every so many tokens; the base model writes the others
+    draws: int | None = None  # write one token, and report so many distinct draws of it as Choice.alternatives
 
     @property
     def is_guided(self) -> bool:
         return self.beta > 0 and any(weight > 0 for weight in self.weights.values())
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One of several draws of the same token."""
+
+    token: int
+    logratio: float  # log pi(a) - log pi_ref(a)
+    values: dict[str, float]  # objective -> V after the token
+    divergence: float  # KL(pi || pi_ref) of the step, the same for all draws
 
 
 @dataclass
@@ -84,6 +95,7 @@ class Choice:
     divergences: list[float] = field(default_factory=list)  # KL(pi || pi_ref) of the steps, nats; nan at temperature 0
     values: dict[str, list[float]] = field(default_factory=dict)  # objective -> V after each token, in sd of its reward
     num_scored: list[int] = field(default_factory=list)  # candidates that value models were asked about
+    alternatives: list[Alternative] = field(default_factory=list)  # in the order drawn; where Request.draws asks
 
     @property
     def divergence(self) -> float:
@@ -158,8 +170,19 @@ def prepare(
             f"is {params.max_tokens}; with a prompt of {len(request.prompt)} tokens the engine's cache of "
             f"{cache_tokens} tokens leaves room for {max(0, cache_tokens - len(request.prompt))}",
         )
-    seed = params.seed if params.seed is not None else secrets.randbits(32)
     weights = normalise_weights(request.weights, objectives)
+    if request.draws is not None:
+        refuse_unless(request.draws >= 1, "draws", "use an integer >= 1, or none")
+        refuse_unless(request.is_guided, "draws", "draws are told apart by value: use a weight > 0 and beta > 0")
+        # The lazy scorer knows the best candidate, not the second.
+        refuse_unless(request.scorer is Scorer.FULL, "scorer", "several draws of a token need Scorer.FULL")
+        refuse_unless(request.guide_every == 1, "guide_every", "several draws of a token need 1")
+        refuse_unless(
+            params.max_tokens == len(request.answer) + 1,
+            "max_tokens",
+            f"a request with draws writes one token: use {len(request.answer) + 1}",
+        )
+    seed = params.seed if params.seed is not None else secrets.randbits(32)
     return replace(request, weights=weights, params=replace(params, seed=seed))
 
 
