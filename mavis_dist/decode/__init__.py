@@ -5,9 +5,20 @@
 
 from mavis_dist.decode.engine import Engine
 from mavis_dist.decode.guide import Guide, GuideRow, LocalGuide
-from mavis_dist.decode.request import Choice, FinishReason, Request, RequestError, SamplingParams, Scorer, Update
+from mavis_dist.decode.request import (
+    Alternative,
+    Choice,
+    FinishReason,
+    Request,
+    RequestError,
+    SamplingParams,
+    Scorer,
+    Update,
+)
+from mavis_dist.decode.search import beam_search, best_of
 
 __all__ = [
+    "Alternative",
     "Choice",
     "Engine",
     "FinishReason",
@@ -19,4 +30,6 @@ __all__ = [
     "SamplingParams",
     "Scorer",
     "Update",
+    "beam_search",
+    "best_of",
 ]
