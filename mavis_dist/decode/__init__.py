@@ -5,6 +5,7 @@
 
 from mavis_dist.decode.engine import Engine
 from mavis_dist.decode.guide import Guide, GuideRow, LocalGuide
+from mavis_dist.decode.processor import TiltProcessor
 from mavis_dist.decode.request import (
     Alternative,
     Choice,
@@ -29,6 +30,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "Scorer",
+    "TiltProcessor",
     "Update",
     "beam_search",
     "best_of",

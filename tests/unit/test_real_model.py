@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, TiltProcessor
 from mavis_dist.models.fetch import fetch
 from mavis_dist.models.load import BaseModel, chat_ids, load_base
 from mavis_dist.models.value import ValueModel, from_base
@@ -73,3 +75,26 @@ def test_no_weight_and_no_strength_are_the_base_model(base: BaseModel, values: d
         assert choice.tokens == plain.tokens
         assert choice.divergence == 0.0
         assert choice.num_scored == []
+
+
+def test_greedy_generation_with_the_processor_is_the_engine(base: BaseModel, values: dict[str, ValueModel]) -> None:
+    """In one left-padded batch; the model's pad token is the one that ends its turns."""
+    asked, weights = prompts(base)[:2], {"a": 0.3, "b": 0.7}
+    params = SamplingParams(max_tokens=12, temperature=0)
+    requests = [Request(str(i), prompt, weights=weights, beta=3.0, params=params) for i, prompt in enumerate(asked)]
+    ours = [choices[0].tokens for choices in Engine(base, LocalGuide(values)).generate(requests)]
+    assert ours != [choices[0].tokens for choices in Engine(base).generate([replace(r, weights={}) for r in requests])]
+    base.tokenizer.padding_side = "left"
+    batch = base.tokenizer.pad({"input_ids": [list(prompt) for prompt in asked]}, return_tensors="pt")
+    pad_id = base.tokenizer.pad_token_id
+    processor = TiltProcessor(LocalGuide(values), weights, 3.0, eos_ids=base.eos_ids, pad_id=pad_id)
+    theirs = base.model.generate(  # type: ignore[operator]
+        **batch,
+        logits_processor=[processor],
+        max_new_tokens=12,
+        min_new_tokens=1,
+        do_sample=False,
+        pad_token_id=pad_id,
+    )
+    answers = theirs[:, batch["input_ids"].shape[1] :].tolist()
+    assert [row[: len(tokens)] for row, tokens in zip(answers, ours, strict=True)] == ours
