@@ -10,7 +10,7 @@ size, B rows, T tokens of the longest row, S visible cells, O outputs of the hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,11 +131,12 @@ class Linear:
     """One linear map made of several of the same input.
 
     In bfloat16 on a CPU its weight is held once more, in the order that the matrix kernel reads it: oneDNN would
-    reorder it on every call. Elsewhere the parts become views of the whole, so that no memory is held twice.
+    reorder it on every call. Elsewhere the parts become views of the whole, so that no memory is held twice, however
+    many decoders one model has.
     """
 
     def __init__(self, *parts: nn.Linear):
-        self._weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
+        self._weight = _joined([part.weight.detach() for part in parts]) if len(parts) > 1 else parts[0].weight
         self._bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         self._packed: torch.Tensor | None = None
         if _can_pack(self._weight):
@@ -150,6 +151,17 @@ class Linear:
         if self._packed is None:
             return F.linear(x_NC, self._weight, self._bias)
         return torch.ops.mkldnn._linear_pointwise(x_NC, self._packed, self._bias, "none", [], "")
+
+
+def _joined(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weights below each other: as they lie in memory if that is how they lie there, else copied."""
+    first, offset = weights[0], weights[0].storage_offset()
+    for weight in weights:
+        is_next = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (is_next and weight.storage_offset() == offset and weight.is_contiguous()):
+            return torch.cat(list(weights))
+        offset += weight.numel()
+    return first.as_strided((sum(len(weight) for weight in weights), *first.shape[1:]), first.stride())
 
 
 def _can_pack(weight: torch.Tensor) -> bool:
