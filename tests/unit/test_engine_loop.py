@@ -77,6 +77,13 @@ def test_a_bad_request_is_refused_at_once(loop):
     assert isinstance(asyncio.run(first()), Refused)
 
 
+def test_a_request_that_never_fits_the_cache_is_refused_at_once():
+    loop = EngineLoop(Engine(tiny_base(), cache_tokens=20))
+    with pytest.raises(RequestError, match="cache of 20 tokens"):
+        loop.submit(Request("r", (5, 6, 7), params=SamplingParams(max_tokens=18)), print)
+    loop.stop()
+
+
 def test_leaving_a_stream_frees_its_row(loop):
     async def leave():
         async with aclosing(stream(loop, make_request(max_tokens=250))) as messages:
