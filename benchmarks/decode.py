@@ -130,11 +130,12 @@ def speed_table(speeds: Speeds, sizes: Sequence[int]) -> str:
 
 
 def quality_table(qualities: list[dict[str, Any]]) -> str:
-    head = f"{'lazy scorer, weights':<28}{'cap':>6}{'candidates/token':>18}{'TV':>9}{'TV of end':>11}{'steps':>8}"
+    columns = (("cap", 6), ("candidates/token", 18), ("TV", 9), ("TV of end", 11), ("KL / exact", 12), ("steps", 8))
+    head = f"{'lazy scorer, weights':<28}" + "".join(f"{name:>{width}}" for name, width in columns)
     lines = [head, "-" * len(head)]
     lines += [
         f"{q['weights']:<28}{q['cap']:>6}{q['candidates_per_token']:>18.2f}{q['tv']:>9.4f}{q['tv_eos']:>11.4f}"
-        f"{q['steps']:>8}"
+        f"{q['divergence_ratio']:>12.3f}{q['steps']:>8}"
         for q in qualities
     ]
     return "\n".join(lines)

@@ -50,6 +50,13 @@ class Steps:
         )
         return torch.softmax(self.logprobs_TK + delta_TK, -1)
 
+    def divergence(self, cap: float) -> float:
+        """KL of the law to the candidates' base law, over all steps; nats."""
+        law_TK = self.law(cap)
+        return float(
+            (torch.special.xlogy(law_TK, law_TK) - torch.where(law_TK > 0, law_TK * self.logprobs_TK, 0.0)).sum()
+        )
+
 
 @torch.inference_mode()
 def look(base: BaseModel, models: Mapping[str, ValueModel], request: Request, tokens: Sequence[int]) -> Steps:
@@ -122,6 +129,7 @@ def _measure(workload: Workload, engine: Engine, cap: float, requests: Sequence[
         "candidates_per_token": statistics.fmean(n for choice in choices for n in choice.num_scored),
         "tv": statistics.fmean(variation),
         "tv_eos": statistics.fmean(eos) if eos else 0.0,
+        "divergence_ratio": sum(choice.divergence for choice in choices) / sum(s.divergence(cap) for s in steps),
         "steps": len(variation),
         "eos_steps": len(eos),
     }

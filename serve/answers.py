@@ -1,7 +1,4 @@
-"""From engine updates to text: an answer is followed across base replicas and turned into text piece by piece.
-
-Knows nothing of Ray or HTTP.
-"""
+"""An answer is followed across base replicas, from its acceptance to its end. Knows nothing of Ray or HTTP."""
 
 from __future__ import annotations
 
@@ -12,14 +9,11 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedTokenizerBase
-
 from mavis_dist.decode import Choice, FinishReason, Request, RequestError, Update
 from serve.engine_loop import Refused
 
 logger = logging.getLogger(__name__)
 
-REPLACEMENT = "\ufffd"
 RETRY_PAUSE_S = 0.2
 
 Message = Request | Refused | list[Update]
@@ -40,31 +34,6 @@ class Limits:
 
     stall_s: float = 60.0
     deadline_s: float = 600.0
-
-
-class Detokenizer:
-    """Tokens in, text out; characters that are spread over tokens come out whole."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._context = 0  # where decoding starts: some tokenizers treat the first token of a text differently
-        self._emitted = 0  # tokens whose text has been handed out
-
-    def add(self, ids: tuple[int, ...], last: bool = False) -> str:
-        """The text that is certain by now; `last` also hands out what will never become a whole character."""
-        self._ids.extend(ids)
-        before = self._decode(self._ids[self._context : self._emitted])
-        text = self._decode(self._ids[self._context :])
-        if (text.endswith(REPLACEMENT) and not last) or len(text) <= len(before):
-            return ""
-        self._context, self._emitted = self._emitted, len(self._ids)
-        return text[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
 
 
 @dataclass(frozen=True)

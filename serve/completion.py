@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mavis_dist.decode import Choice, Request
 from mavis_dist.decode.request import stream_of
-from serve.answers import AnswerFailed, Detokenizer, Limits, OpenStream, Piece, follow
+from mavis_dist.decode.text import StoppedText
+from serve.answers import AnswerFailed, Limits, OpenStream, Piece, follow
 from serve.schema import DONE, ApiError, GenerationRequest, Json, Shape, event, usage
 
 
@@ -21,7 +22,7 @@ from serve.schema import DONE, ApiError, GenerationRequest, Json, Shape, event, 
 class _Answer:
     """One choice while it is written."""
 
-    text: Detokenizer
+    text: StoppedText
     pieces: list[str] = field(default_factory=list)
     num_tokens: int = 0
     last: Piece | None = None
@@ -48,11 +49,11 @@ class _Answer:
         assert self.last is not None
         # A base replica counts only what it wrote itself.
         divergence = None if self.last.resumed or not math.isfinite(choice.divergence) else choice.divergence
-        num_own = len(choice.logratios)
+        num_scored = [count for count in choice.num_scored if count]  # none at tokens written without guidance
         return {
             "divergence": divergence,
-            "values": choice.values,
-            "candidates_per_token": choice.num_scored / num_own if num_own else 0.0,
+            "values": {name: _last_finite(values) for name, values in choice.values.items()},
+            "candidates_per_token": sum(num_scored) / len(num_scored) if num_scored else 0.0,
         }
 
     @property
@@ -60,6 +61,10 @@ class _Answer:
         assert self.last is not None
         assert self.last.finished is not None
         return self.last.finished
+
+
+def _last_finite(numbers: Sequence[float]) -> float | None:
+    return next((number for number in reversed(numbers) if math.isfinite(number)), None)
 
 
 class Completion:
@@ -75,7 +80,8 @@ class Completion:
         tokenizer: PreTrainedTokenizerBase,
     ):
         self._body, self._shape, self._request, self._limits = body, shape, request, limits
-        self._answers = [_Answer(Detokenizer(tokenizer)) for _ in range(request.params.n)]
+        params = request.params
+        self._answers = [_Answer(StoppedText(tokenizer, params.stop)) for _ in range(params.n)]
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._head: Json = {
@@ -91,6 +97,7 @@ class Completion:
             "objective_weights": dict(request.weights),
             "beta": request.beta,
             "tilt_cap": request.tilt_cap,
+            "guide_every": request.guide_every,
             "seed": request.params.seed,
         }
 

@@ -88,6 +88,7 @@ class Completions:
             min_p=default.min_p if body.min_p is None else body.min_p,
             seed=body.seed,
             n=body.n or 1,
+            stop=body.stops,
         )
         return Request(
             id=uuid.uuid4().hex,
@@ -97,6 +98,7 @@ class Completions:
             tilt_cap=settings.tilt_cap if body.tilt_cap is None else body.tilt_cap,
             params=params,
             scorer=Scorer(body.scorer or "full"),
+            guide_every=body.guide_every or 1,
         )
 
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from mavis_dist.decode import Engine, FinishReason, Request, RequestError, Update
-from mavis_dist.decode.request import prepare
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class EngineLoop:
             EngineStopped: if no thread is there to serve it.
         """
         self.check()
-        request = prepare(request, self._engine.objectives, self._engine.max_context)
+        request = self._engine.prepare(request)
         self._post(lambda: self._start(request, on_update))
         return request
 

@@ -3,7 +3,7 @@
 All objectives are asked at once, and kept and closed rows travel with the next call, so that an engine step costs one
 round trip. Replicas may die, hang, restart or lose rows at any time: rows are opened again from their token ids.
 
-Shapes: B rows, K candidates, M objectives.
+Shapes: B rows, N candidates of all rows side by side, M objectives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mavis_dist.decode import GuideRow
-from serve.sessions import Call, Kept, Reply
+from serve.sessions import Call, Kept, Question, Reply, RowTokens
 
 logger = logging.getLogger(__name__)
 
@@ -67,36 +67,15 @@ class _Line:
     def close(self, row: int) -> None:
         self._close.append(row)
 
-    def send(self, question: _Question) -> Pending:
+    def send(self, question: Question) -> Pending:
         session = f"{self._name}-{self._generation}"
-        call = Call(
-            session,
-            tuple(self._keep),
-            tuple(self._close),
-            tuple(question.opening),
-            tuple(question.rows),
-            tuple(question.lengths),
-            tuple(question.offsets),
-            question.candidates_BK,
-        )
+        call = Call(session, tuple(self._keep), tuple(self._close), question)
         self._keep, self._close = [], []
         return self._transport(self.objective, session, call)
 
     def move(self) -> None:
         """Ask under a new session, which another replica may serve; nothing of the old one counts any more."""
         self._generation += 1
-
-
-@dataclass
-class _Question:
-    """What one line is asked in one round trip. Without candidates, the rows are asked for as they are opened."""
-
-    places: list[int]  # b of each row
-    rows: list[int]
-    lengths: list[int]
-    offsets: list[int]
-    opening: list[GuideRow]
-    candidates_BK: np.ndarray | None
 
 
 class RemoteGuide:
@@ -130,20 +109,28 @@ class RemoteGuide:
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
         self._rows.update({row.row: _Row(list(row.tokens), row.objectives) for row in rows})
-        return self._ask([row.row for row in rows], None, rows)
+        return self._ask(Question(open=tuple(rows)))
 
-    def score(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
-        candidates = candidates_BK.cpu().numpy()
-        values = self._ask(rows, candidates, ())
-        for row, ids_K in zip(rows, candidates.tolist(), strict=True):
-            self._rows[row].candidates += ids_K
-        return values
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        new = self._row_tokens(rows, [len(ids) for ids in tokens], [id for ids in tokens for id in ids])
+        for number, ids in zip(rows, tokens, strict=True):
+            row = self._rows[number]
+            row.tokens += ids
+            row.candidates = []
+        return self._ask(Question(extend=new))
+
+    def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        asked = self._row_tokens(rows, counts, candidates_N.cpu())
+        values_NM = self._ask(Question(score=asked))
+        for number, ids in zip(rows, asked.by_row(), strict=True):
+            self._rows[number].candidates += ids
+        return values_NM
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
         for number, index in zip(rows, index_B.tolist(), strict=True):
             row = self._rows[number]
             for name in row.objectives:
-                self._line(name, number).keep(Kept(number, index, len(row.tokens)))
+                self._line(name, number).keep(Kept(number, len(row.tokens), row.candidates[index]))
             row.tokens.append(row.candidates[index])
             row.candidates = []
 
@@ -156,34 +143,29 @@ class RemoteGuide:
     def _line(self, objective: str, row: int) -> _Line:
         return self._lines[objective][row % self._num_sessions]
 
-    def _ask(self, rows: Sequence[int], candidates_BK: np.ndarray | None, opening: Sequence[GuideRow]) -> torch.Tensor:
-        """Values [B, M] of opened rows or [B, K, M] of candidates; every line is asked before any is waited for."""
-        shape = (len(rows),) if candidates_BK is None else candidates_BK.shape
-        values = np.full((*shape, len(self._objectives)), np.nan, dtype=np.float32)
+    def _row_tokens(self, rows: Sequence[int], counts: Sequence[int], ids_N: Sequence[int] | torch.Tensor) -> RowTokens:
+        lengths = tuple(len(self._rows[row].tokens) for row in rows)
+        return RowTokens(tuple(rows), lengths, tuple(counts), np.asarray(ids_N, dtype=np.int32))
+
+    def _ask(self, question: Question) -> torch.Tensor:
+        """The values [B or N, M] asked for; every line is asked before any is waited for."""
+        values = np.full((question.num_values, len(self._objectives)), np.nan, dtype=np.float32)
         asked = []
         for m, name in enumerate(self._objectives):
-            used = [b for b, row in enumerate(rows) if name in self._rows[row].objectives]
+            used = [b for b, row in enumerate(question.rows) if name in self._rows[row].objectives]
             for line in self._lines[name]:
-                places = [b for b in used if self._line(name, rows[b]) is line]
-                if places:
-                    question = self._question(places, rows, candidates_BK, opening)
-                    asked.append((m, line, question, line.send(question)))
-        for m, line, question, pending in asked:
-            self._settle(line, question, pending, values[..., m])
+                chosen = [b for b in used if self._line(name, question.rows[b]) is line]
+                if chosen:
+                    part = question.part(chosen)
+                    asked.append((line, part, line.send(part), question.places(chosen), m))
+        for line, part, pending, places, m in asked:
+            values[places, m] = self._settle(line, part, pending)
         return torch.from_numpy(values)
 
-    def _question(
-        self, places: list[int], rows: Sequence[int], candidates_BK: np.ndarray | None, opening: Sequence[GuideRow]
-    ) -> _Question:
-        numbers = [rows[b] for b in places]
-        lengths = [len(self._rows[row].tokens) for row in numbers]
-        offsets = [len(self._rows[row].candidates) for row in numbers]
-        opened = [opening[b] for b in places] if opening else []
-        candidates = None if candidates_BK is None else candidates_BK[places]
-        return _Question(places, numbers, lengths, offsets, opened, candidates)
-
-    def _settle(self, line: _Line, question: _Question, pending: Pending, values: np.ndarray) -> None:
+    def _settle(self, line: _Line, question: Question, pending: Pending) -> np.ndarray:
         """Wait for a line's values, opening rows again that its replicas do not know, until all are there."""
+        values = np.full(question.num_values, np.nan, dtype=np.float32)
+        places = np.arange(question.num_values)  # of what is still asked for
         deadline = time.monotonic() + (0 if line.objective in self._out_of_reach else self._limit_s)
         while True:
             try:
@@ -193,30 +175,24 @@ class RemoteGuide:
                     logger.error("objective %r is out of reach: %s", line.objective, error or "no answer")
                     self._out_of_reach.add(line.objective)
                     line.move()
-                    return
+                    return values
                 logger.warning("objective %r: %s; its rows are opened again", line.objective, error or "no answer")
                 line.move()
                 time.sleep(RETRY_PAUSE_S)
-                missing = question.rows
+                missing = list(range(len(question.rows)))
             else:
                 self._out_of_reach.discard(line.objective)
-                values[question.places] = reply.values
-                missing = list(reply.unknown)
+                values[places] = reply.values
+                missing = [b for b, row in enumerate(question.rows) if row in reply.unknown]
                 if not missing:
-                    return
+                    return values
+            places = places[question.places(missing)]
             question = self._reopening(line, question, missing)
             pending = line.send(question)
 
-    def _reopening(self, line: _Line, question: _Question, missing: list[int]) -> _Question:
+    def _reopening(self, line: _Line, question: Question, missing: Sequence[int]) -> Question:
         """The part of a question that concerns `missing` rows, with the rows opened from their token ids."""
-        part = [i for i, row in enumerate(question.rows) if row in missing]
-        tokens = [tuple(self._rows[question.rows[i]].tokens) for i in part]
         wanted = frozenset({line.objective})
-        return _Question(
-            [question.places[i] for i in part],
-            [question.rows[i] for i in part],
-            [question.lengths[i] for i in part],
-            [question.offsets[i] for i in part],
-            [GuideRow(question.rows[i], ids, wanted) for i, ids in zip(part, tokens, strict=True)],
-            None if question.candidates_BK is None else question.candidates_BK[part],
-        )
+        rows = [question.rows[b] for b in missing]
+        opening = tuple(GuideRow(row, tuple(self._rows[row].tokens), wanted) for row in rows)
+        return Question(opening, score=question.score.part(missing) if question.score else None)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Json = dict[str, Any]
 
@@ -46,6 +46,16 @@ class FlatArgs(Body):
     objective_weights: str
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+# The engine computes with 64 bits.
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+# One or several. As a list in either case, so that a refusal names the text at fault.
+Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)]
+
+
 class GenerationRequest(Body):
     """What both endpoints take. None means: the server's default."""
 
@@ -53,10 +63,11 @@ class GenerationRequest(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Count | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -64,11 +75,16 @@ class GenerationRequest(Body):
     beta: Annotated[float, Field(ge=0)] | None = None
     tilt_cap: Annotated[float, Field(gt=0)] | None = None
     scorer: Literal["full", "lazy"] | None = None
+    guide_every: Count | None = None
     vllm_xargs: FlatArgs | None = None
 
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return tuple(self.stop or ())
 
     @property
     def wants_usage(self) -> bool:

@@ -1,15 +1,18 @@
 """The value replica's side of remote guidance: rows of many engines, each engine's kept apart. Knows nothing of Ray.
 
-What is held here is a cache. A row whose state is not exactly what the caller expects is dropped and reported as
-unknown, and the caller opens it again from its token ids: a lost, repeated or misdirected call changes no value.
+What is held here is a cache, a function of the caller's token ids. Every call says how long it believes a row to be; a
+row that is not held at this length is reported as unknown, and the caller opens it again from its token ids. So a
+lost, repeated or misdirected call changes no value.
 
-Shapes: B rows, K candidates.
+Shapes: B rows, N tokens of all rows side by side.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,92 +21,153 @@ from mavis_dist.decode import GuideRow, LocalGuide
 from mavis_dist.models.value import ValueModel
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """A candidate becomes the row's next token."""
 
     row: int
-    index: int  # over all candidates since the row's last token
     length: int  # tokens of the row before
+    token: int
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """Token ids of several rows, those of a row side by side."""
+
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each row before them
+    counts: tuple[int, ...]  # ids of each row
+    ids_N: np.ndarray  # int32
+
+    def by_row(self) -> list[list[int]]:
+        """The ids of each row."""
+        return [ids.tolist() for ids in np.split(self.ids_N, np.cumsum(self.counts)[:-1])]
+
+    def places(self, chosen: Sequence[int]) -> np.ndarray:
+        """n of the ids of some rows, which are given by ascending b."""
+        is_chosen_B = np.zeros(len(self.rows), dtype=bool)
+        is_chosen_B[chosen] = True
+        return np.repeat(is_chosen_B, self.counts).nonzero()[0]
+
+    def part(self, chosen: Sequence[int]) -> RowTokens:
+        """Some rows, given by ascending b."""
+        rows, lengths, counts = (tuple(column[b] for b in chosen) for column in (self.rows, self.lengths, self.counts))
+        return RowTokens(rows, lengths, counts, self.ids_N[self.places(chosen)])
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be valued: opened rows, extended rows, or candidates of rows that may have to be opened for it."""
+
+    open: tuple[GuideRow, ...] = ()  # none, or all rows of the question
+    extend: RowTokens | None = None  # appended; valued at each row's last one
+    score: RowTokens | None = None  # alternative next tokens; all of them valued
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        tokens = self.score or self.extend
+        return tokens.rows if tokens else tuple(row.row for row in self.open)
+
+    @property
+    def num_values(self) -> int:
+        return len(self.score.ids_N) if self.score else len(self.rows)
+
+    def places(self, chosen: Sequence[int]) -> np.ndarray:
+        """Where the values of some rows, given by ascending b, are among those of all."""
+        return self.score.places(chosen) if self.score else np.array(chosen)
+
+    def part(self, chosen: Sequence[int]) -> Question:
+        """Some rows, given by ascending b."""
+        return Question(
+            tuple(self.open[b] for b in chosen) if self.open else (),
+            self.extend.part(chosen) if self.extend else None,
+            self.score.part(chosen) if self.score else None,
+        )
 
 
 @dataclass(frozen=True)
 class Call:
-    """One round trip: keep, close, open, then value. `session` names one engine's rows."""
+    """One round trip: keep, close, then value. `session` names one engine's rows."""
 
     session: str
     keep: tuple[Kept, ...] = ()
     close: tuple[int, ...] = ()
-    open: tuple[GuideRow, ...] = ()
-    # Rows whose candidates are asked for; none: the values at the opened rows' last tokens.
-    rows: tuple[int, ...] = ()
-    lengths: tuple[int, ...] = ()  # tokens of each row
-    offsets: tuple[int, ...] = ()  # candidates of each row that were asked for before, since its last token
-    candidates_BK: np.ndarray | None = None
+    question: Question = Question()
 
 
 @dataclass(frozen=True)
 class Reply:
-    values: np.ndarray  # [B, K] for candidates, [B] for opened rows; nan for unknown rows
+    """Values [N] of candidates, or [B] of rows; nan for unknown rows."""
+
+    values: np.ndarray  # float32
     unknown: tuple[int, ...] = ()
 
 
 @dataclass
 class _Held:
     length: int
-    first: int = 0  # index of the first candidate held here: those before it went with another replica
-    end: int = 0  # index behind the last one
+    candidates: list[int] = field(default_factory=list)  # in the cache as alternatives, in this order
 
 
 class _Session:
     def __init__(self, objective: str, model: ValueModel):
-        # A guide of its own: closing a row moves others, and must not do so between a branch and its keep.
-        self.guide = LocalGuide({objective: model})
-        self.held: dict[int, _Held] = {}
+        self._guide = LocalGuide({objective: model})
+        self._held: dict[int, _Held] = {}
         self.used_at = 0.0
 
-    def close(self, rows: list[int]) -> None:
-        present = [row for row in rows if self.held.pop(row, None) is not None]
-        self.guide.close(present)
+    def keep(self, kept: Sequence[Kept]) -> None:
+        rows, indices = [], []
+        for row, length, token in kept:
+            held = self._held.get(row)
+            # Otherwise the row's length will not be what the next question about it says.
+            if held and held.length == length and token in held.candidates:
+                rows.append(row)
+                indices.append(held.candidates.index(token))
+                self._held[row] = _Held(length + 1)
+        if rows:
+            self._guide.keep(rows, torch.tensor(indices))
 
-    def keep(self, kept: tuple[Kept, ...]) -> None:
-        valid: list[Kept] = []
-        for item in kept:
-            held = self.held.get(item.row)
-            if held and held.length == item.length and held.first <= item.index < held.end:
-                valid.append(replace(item, index=item.index - held.first))
-                self.held[item.row] = _Held(held.length + 1)
-            else:
-                self.close([item.row])
-        if valid:
-            self.guide.keep([item.row for item in valid], torch.tensor([item.index for item in valid]))
+    def close(self, rows: Sequence[int]) -> None:
+        self._guide.close([row for row in rows if self._held.pop(row, None)])
 
-    def open(self, rows: tuple[GuideRow, ...]) -> np.ndarray:
+    def answer(self, question: Question) -> Reply:
+        opened_B = self._open(question.open)
+        if question.score:
+            return self._score(question.score)
+        if question.extend:
+            return self._extend(question.extend)
+        return Reply(opened_B)
+
+    def _open(self, rows: Sequence[GuideRow]) -> np.ndarray:
         self.close([row.row for row in rows])
-        values_B1 = self.guide.open(rows)
-        self.held.update({row.row: _Held(len(row.tokens)) for row in rows})
-        return values_B1[:, 0].numpy()
+        self._held.update({row.row: _Held(len(row.tokens)) for row in rows})
+        return _column(self._guide.open(rows))
 
-    def score(self, call: Call, candidates_BK: np.ndarray) -> Reply:
-        rows = call.rows
-        known = [b for b, row in enumerate(rows) if self._continues(row, call.lengths[b], call.offsets[b])]
-        unknown = [row for b, row in enumerate(rows) if b not in known]
-        self.close(unknown)
-        values_BK = np.full(candidates_BK.shape, np.nan, dtype=np.float32)
+    def _extend(self, new: RowTokens) -> Reply:
+        known, unknown = self._known(new)
+        values_B = np.full(len(new.rows), np.nan, dtype=np.float32)
         if known:
-            values_BK1 = self.guide.score([rows[b] for b in known], torch.from_numpy(candidates_BK[known]))
-            values_BK[known] = values_BK1[:, :, 0].numpy()
-        for b in known:
-            held = self.held[rows[b]]
-            if held.first == held.end:
-                held.first = held.end = call.offsets[b]
-            held.end += candidates_BK.shape[1]
-        return Reply(values_BK, tuple(unknown))
+            part = new.part(known)
+            values_B[known] = _column(self._guide.extend(part.rows, part.by_row()))
+            for row, length, count in zip(part.rows, part.lengths, part.counts, strict=True):
+                self._held[row] = _Held(length + count)
+        return Reply(values_B, unknown)
 
-    def _continues(self, row: int, length: int, offset: int) -> bool:
-        """Whether the state held for a row is the one that the caller asks about."""
-        held = self.held.get(row)
-        return held is not None and held.length == length and (held.first == held.end or held.end == offset)
+    def _score(self, asked: RowTokens) -> Reply:
+        known, unknown = self._known(asked)
+        values_N = np.full(len(asked.ids_N), np.nan, dtype=np.float32)
+        if known:
+            part = asked.part(known)
+            candidates_N = torch.from_numpy(part.ids_N.astype(np.int64))
+            values_N[asked.places(known)] = _column(self._guide.score(part.rows, part.counts, candidates_N))
+            for row, ids in zip(part.rows, part.by_row(), strict=True):
+                self._held[row].candidates += ids
+        return Reply(values_N, unknown)
+
+    def _known(self, tokens: RowTokens) -> tuple[list[int], tuple[int, ...]]:
+        """The rows that are held as the caller believes, by b; the numbers of the others."""
+        held = [self._held.get(row) for row in tokens.rows]
+        known = [b for b, length in enumerate(tokens.lengths) if (row := held[b]) and row.length == length]
+        return known, tuple(row for b, row in enumerate(tokens.rows) if b not in known)
 
 
 class Sessions:
@@ -123,22 +187,20 @@ class Sessions:
         session = self._sessions[call.session]
         self._forget_idle(time.monotonic(), session)
         try:
-            return self._carry_out(session, call)
+            session.keep(call.keep)
+            session.close(call.close)
+            return session.answer(call.question)
         except BaseException:
             del self._sessions[call.session]  # half done: nothing in it can be relied on
             raise
-
-    @staticmethod
-    def _carry_out(session: _Session, call: Call) -> Reply:
-        session.keep(call.keep)
-        session.close(list(call.close))
-        opened_B = session.open(call.open) if call.open else np.empty(0, dtype=np.float32)
-        if call.candidates_BK is None:
-            return Reply(opened_B)
-        return session.score(call, call.candidates_BK)
 
     def _forget_idle(self, now: float, current: _Session) -> None:
         """Drop engines that have gone: their rows are a cache, so a wrong guess costs time only."""
         current.used_at = now
         for name in [name for name, s in self._sessions.items() if now - s.used_at > self._idle_limit_s]:
             del self._sessions[name]
+
+
+def _column(values_X1: torch.Tensor) -> np.ndarray:
+    """The values of a guide with one objective."""
+    return values_X1[:, 0].float().cpu().numpy()

@@ -14,7 +14,7 @@ BASE, SERVE, STEER = Base(), Serve(), Steer()
 
 
 class Arguments(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     storage: str = Field(
         str(ROOT / "runs"), description="folder or fsspec URI of all runs; a relative one is below this checkout"

@@ -20,9 +20,9 @@ class Letters:
         return "".join(chr(ord(" ") + token) for token in ids if token != EOS)
 
 
-def tiny_config(layers: int = 2) -> LlamaConfig:
+def tiny_config(layers: int = 2, vocab: int = VOCAB) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
@@ -52,8 +52,11 @@ def tiny_base(seed: int = 0, eos_boost: float = 0.0) -> BaseModel:
     )
 
 
-def tiny_value(seed: int, num_objectives: int = 1, layers: int = 1, scale: float = 0.5) -> ValueModel:
+def tiny_value(
+    seed: int, num_objectives: int = 1, layers: int = 1, scale: float = 0.5, vocab: int = VOCAB
+) -> ValueModel:
     torch.manual_seed(seed)
-    model = ValueModel(LlamaModel._from_config(tiny_config(layers), attn_implementation="sdpa"), num_objectives)
+    backbone = LlamaModel._from_config(tiny_config(layers, vocab), attn_implementation="sdpa")
+    model = ValueModel(backbone, num_objectives)
     torch.nn.init.normal_(model.heads.weight, std=scale)
     return model.eval().requires_grad_(False)

@@ -97,6 +97,14 @@ def ranking(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) 
     return by_id_BK.gather(-1, total_BK.argsort(dim=-1, descending=True, stable=True))
 
 
+def evaluation_order(logprobs_BK: torch.Tensor, phi_BK: torch.Tensor, uncapped_BK: torch.Tensor) -> torch.Tensor:
+    """Indices [B, K] of the candidates, the most promising before any tilt is known first: end-of-answer tokens, whose
+    tilt has no bound, then by phi = log p + T * G.
+    """
+    first_BK = uncapped_BK & (logprobs_BK > float("-inf"))
+    return torch.where(first_BK, float("inf"), phi_BK).argsort(dim=-1, descending=True, stable=True)
+
+
 def estimate_divergence(
     logprobs_BK: torch.Tensor,
     phi_BK: torch.Tensor,
@@ -107,9 +115,10 @@ def estimate_divergence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimates of KL(pi || p_T) of one step [B] and of log Z [B], in nats, from the tilts of a sample of candidates.
 
-    The sample is fixed before any tilt is known: the end-of-answer tokens (weight p) and those with the largest phi,
-    which are a sample without replacement. Its weights are p / q with q = 1 - exp(-p exp(-kappa)) and kappa the next
-    phi (Gumbel-top-k, arXiv 1903.06059), self-normalised. Exact where the sample is all of C. nan and 0 where T = 0.
+    The sample is made of end-of-answer tokens (weight p) and of the candidates with the largest phi, which are a sample
+    without replacement. Its weights are p / q with q = 1 - exp(-p exp(-kappa)) and kappa the next phi (Gumbel-top-k,
+    arXiv 1903.06059), self-normalised. Exact where the sample is all of C; on the low side for small samples. nan and 0
+    where T = 0.
     """
     temperature_B1 = temperature_B.double()[:, None]
     is_drawn_B1 = temperature_B1 > 0

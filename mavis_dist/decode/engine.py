@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import candidates, choose, ranking
+from mavis_dist.core.tilt import candidates, choose, evaluation_order, ranking
 from mavis_dist.decode.batch import Batch
 from mavis_dist.decode.guide import Guide, GuideRow
 from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Update, prepare
@@ -275,14 +275,17 @@ class Engine:
         return alternatives
 
     def _drafts(self, batch: Batch, positions_B: torch.Tensor, logits_BV: torch.Tensor) -> Drafts:
-        """The candidate sets of all rows with their noise, by falling phi."""
+        """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
         logits_BV = logits_BV.float()
         logits_BV[(positions_B == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
         ids_BK, logprobs_BK = candidates(logits_BV, batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
         phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
-        phi_BK, order_BK = phi_BK.sort(dim=-1, descending=True, stable=True)
-        ids_BK, logprobs_BK = ids_BK.gather(-1, order_BK), logprobs_BK.gather(-1, order_BK)
-        return Drafts(ids_BK, logprobs_BK, phi_BK, torch.isin(ids_BK, self._eos), batch.temperature_B)
+        is_eos_BK = torch.isin(ids_BK, self._eos)
+        order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
+        ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
+            x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
+        )
+        return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B)
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
         """Tell the guide about tokens that were written without it, where it is about to be asked again."""

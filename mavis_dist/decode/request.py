@@ -128,6 +128,8 @@ def normalise_weights(weights: Mapping[str, float], objectives: Collection[str])
         if not (math.isfinite(weight) and weight >= 0):
             raise RequestError("objective_weights", f"the weight of {name!r} is {weight}; use a finite number >= 0")
     total = sum(weights.values())
+    if not math.isfinite(total):
+        raise RequestError("objective_weights", f"{dict(weights)} sum to more than a float holds; use smaller numbers")
     return {name: weight / total for name, weight in weights.items() if weight > 0}
 
 
@@ -143,13 +145,13 @@ def prepare(
             raise RequestError(name, f"is {value!r}; {remedy}")
 
     refuse_unless(_is_number(params.temperature) and params.temperature >= 0, "temperature", "use a number >= 0")
-    refuse_unless(params.top_k >= 1, "top_k", "use an integer >= 1")
+    refuse_unless(1 <= params.top_k < 2**31, "top_k", "use an integer from 1 to 2^31 - 1")
     refuse_unless(_is_number(params.top_p) and 0 < params.top_p <= 1, "top_p", "use a number in (0, 1]")
     refuse_unless(_is_number(params.min_p) and 0 <= params.min_p < 1, "min_p", "use a number in [0, 1)")
     refuse_unless(params.n >= 1, "n", "use an integer >= 1")
     refuse_unless(_is_number(request.beta) and request.beta >= 0, "beta", "use a number >= 0")
     refuse_unless(request.tilt_cap is None or request.tilt_cap > 0, "tilt_cap", "use a number > 0, or none")
-    refuse_unless(request.guide_every >= 1, "guide_every", "use an integer >= 1")
+    refuse_unless(1 <= request.guide_every < 2**31, "guide_every", "use an integer from 1 to 2^31 - 1")
     refuse_unless(all(params.stop), "stop", "use texts that are not empty")
     if not request.prompt:
         raise RequestError("prompt", "is empty; give at least one token")

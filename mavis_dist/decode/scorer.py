@@ -4,7 +4,7 @@
 still win: who, with all the tilt that the cap allows, reaches the best so far. That gives the token of `full` with the
 same cap, for a fraction of the work. Rows of either kind share every call of the value models, two in a step at most.
 
-Shapes: B rows, K candidates by falling phi, N candidates of all rows side by side, M objectives.
+Shapes: B rows, K candidates in evaluation order, N candidates of all rows side by side, M objectives.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import torch
 from mavis_dist.core.tilt import estimate_divergence, tilt
 from mavis_dist.decode.guide import Guide
 
-SAMPLE_SIZE = 4  # candidates beside the end-of-answer tokens that divergence is estimated from
-# Candidates of a row in a step's first call, and of all rows together, at least: fewer would hardly be cheaper.
-FIRST_CHUNK, FIRST_CALL = 4, {"cpu": 8, "cuda": 512}
+# Candidates of a row in a step's first call, beside the end-of-answer tokens. A GPU hardly notices a few more.
+FIRST_CHUNK = {"cpu": 3, "cuda": 16}
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """The candidates of all rows, by falling phi: those that are likely to win come first."""
+    """The candidates of all rows in evaluation order, so that an index is also the place among those asked about."""
 
     ids_BK: torch.Tensor
     logprobs_BK: torch.Tensor  # -inf where a row has no such candidate
@@ -54,7 +53,7 @@ class Scores:
     values_BKM: torch.Tensor  # nan where not evaluated
     num_evaluated_B: torch.Tensor
     is_sound_B: torch.Tensor  # every value asked for was finite
-    divergence_B: torch.Tensor  # KL(pi || p_T), nats; estimated where not all candidates were evaluated at once
+    divergence_B: torch.Tensor  # KL(pi || p_T), nats; estimated where not all candidates were evaluated
     log_partition_B: torch.Tensor  # log Z of the tilt; estimated likewise
 
 
@@ -68,8 +67,10 @@ def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
         numbers = [steering.numbers[b] for b in rows]
         values_NM = guide.score(numbers, counts_B[rows].tolist(), drafts.ids_BK[is_asked_BK])
         search.absorb(is_asked_BK, values_NM)
+    # Without guidance the tilt is known to be 0 for all.
+    is_known_BK = search.is_evaluated_BK | ~steering.is_guided_B[:, None]
     divergence_B, log_partition_B = estimate_divergence(
-        drafts.logprobs_BK, drafts.phi_BK, search.delta_BK, search.sample_BK, drafts.temperature_B, drafts.is_eos_BK
+        drafts.logprobs_BK, drafts.phi_BK, search.delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
     )
     return Scores(
         search.delta_BK,
@@ -91,9 +92,6 @@ class _Search:
         self._is_lazy_B1 = (steering.is_lazy_B & (steering.cap_B < float("inf")))[:, None]
         self._is_used_B1M = (steering.weights_BM != 0)[:, None]
         self._is_open_BK = (drafts.logprobs_BK > float("-inf")) & is_guided_B1  # not evaluated, and may win
-        # Fixed before any tilt is known, whatever else the first call has room for. Where nothing is left out, and
-        # without guidance, whose tilt is known to be 0, it is everything.
-        self.sample_BK = self._first(SAMPLE_SIZE) | ~is_guided_B1
         self.delta_BK = torch.zeros_like(drafts.phi_BK).masked_fill(is_guided_B1, float("-inf"))
         shape = (*drafts.ids_BK.shape, steering.weights_BM.shape[1])
         self.values_BKM = torch.full(shape, float("nan"), device=drafts.phi_BK.device)
@@ -102,10 +100,8 @@ class _Search:
 
     def questions(self) -> Iterator[torch.Tensor]:
         """The candidates [B, K] to ask for; what is learned in between decides about the second time."""
-        num_open = int(self._is_open_BK.any(-1).sum())
-        if num_open:
-            call = FIRST_CALL.get(self._is_open_BK.device.type, FIRST_CALL["cuda"])
-            yield self._first(max(FIRST_CHUNK, call // num_open))
+        if self._is_open_BK.any():
+            yield self._first(FIRST_CHUNK.get(self._is_open_BK.device.type, FIRST_CHUNK["cuda"]))
         if self._is_open_BK.any():
             yield self._is_open_BK
 

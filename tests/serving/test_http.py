@@ -11,8 +11,9 @@ import httpx
 import openai
 import pytest
 
-from mavis_dist.models.load import load_tokenizer
-from serve.base import Base
+from mavis_dist.decode import Engine, Request, SamplingParams
+from mavis_dist.models.load import chat_ids, load_base, load_tokenizer
+from serve.base import Base, make_guide
 from serve.completions import Completions
 from serve.gateway import settings_of
 from serve.schema import ChatRequest
@@ -67,11 +68,12 @@ def test_an_answer_reports_what_steered_it(http, url, body):
         "objective_weights": {"positive": 0.25, "brief": 0.75},
         "beta": 1.0,
         "tilt_cap": None,
+        "guide_every": 1,
         "seed": 7,
     }
     assert choice["mavis"]["divergence"] > 0
     assert set(choice["mavis"]["values"]) == {"positive", "brief"}
-    assert choice["mavis"]["candidates_per_token"] == 40
+    assert choice["mavis"]["candidates_per_token"] == 20
 
 
 def test_a_stream_says_what_the_whole_answer_says(http, url, body):
@@ -100,6 +102,32 @@ def test_both_placements_write_the_same(http, url, served_config, body):
         remote = ask(http, url, {**body, "seed": seed})["choices"][0]
         assert remote["message"] == local["message"]
         assert remote["mavis"]["values"] == pytest.approx(local["mavis"]["values"], abs=1e-3)
+
+
+@pytest.mark.parametrize("guide_every", [1, 3])
+def test_answers_are_those_of_the_engine_in_this_process(http, url, served_config, body, guide_every):
+    args = main_args(served_config).model_copy(update={"placement": "colocated"})
+    base = load_base(args.base)
+    params = SamplingParams(body["max_tokens"], top_k=body["top_k"], seed=body["seed"])
+    prompt = tuple(chat_ids(base.tokenizer, HELLO, args.system))
+    request = Request("r", prompt, BOTH, beta=1.0, params=params, guide_every=guide_every)
+    [[choice]] = Engine(base, make_guide(args, base)).generate([request])
+    answer = ask(http, url, {**body, "guide_every": guide_every})
+    assert text_of(answer) == choice.text
+    report = answer["choices"][0]["mavis"]
+    assert report["divergence"] == pytest.approx(choice.divergence, abs=1e-3)
+    assert report["candidates_per_token"] == 20
+
+
+def test_answers_end_before_a_stop_string(http, url, body):
+    text = text_of(ask(http, url, body))
+    stop = text[10:14]
+    expected = text[: text.find(stop)]
+    answer = ask(http, url, {**body, "stop": stop})
+    assert (text_of(answer), answer["choices"][0]["finish_reason"]) == (expected, "stop")
+    events = events_of(http, url, {**body, "stop": [stop, "never"]})
+    assert streamed_text(events) == expected
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_weights_change_the_answer_and_zero_weights_are_the_base_model(http, url, body):
@@ -162,6 +190,8 @@ def test_lists(http, url, model):
         ({"max_tokens": 401}, 400, "max_tokens"),
         ({"max_tokens": None, "max_completion_tokens": 401}, 400, "max_completion_tokens"),
         ({"temperature": -0.5}, 400, "temperature"),
+        ({"stop": [""]}, 400, "stop.0"),
+        ({"guide_every": 0}, 400, "guide_every"),
         ({"model": "other"}, 404, "model"),
     ],
 )

@@ -10,10 +10,9 @@ from contextlib import aclosing
 import pytest
 
 from mavis_dist.decode import Engine, FinishReason, LocalGuide, Request, RequestError, SamplingParams, Update
-from serve.answers import AnswerFailed, BaseLost, Detokenizer, Limits, Piece, follow
+from serve.answers import AnswerFailed, BaseLost, Limits, Piece, follow
 from serve.engine_loop import EngineLoop, EngineStopped, Refused, stream
 from tests.fakes import tiny_base, tiny_value
-from tests.tiny import make_tokenizer
 
 LIMITS = Limits(stall_s=5, deadline_s=20)
 
@@ -75,6 +74,13 @@ def test_a_bad_request_is_refused_at_once(loop):
         return await anext(stream(loop, make_request(max_tokens=10_000)))
 
     assert isinstance(asyncio.run(first()), Refused)
+
+
+def test_a_request_that_never_fits_the_cache_is_refused_at_once():
+    loop = EngineLoop(Engine(tiny_base(), cache_tokens=20))
+    with pytest.raises(RequestError, match="cache of 20 tokens"):
+        loop.submit(Request("r", (5, 6, 7), params=SamplingParams(max_tokens=18)), print)
+    loop.stop()
 
 
 def test_leaving_a_stream_frees_its_row(loop):
@@ -194,20 +200,3 @@ def test_an_answer_that_no_replica_completes_fails_and_says_why(loop):
     replicas = Flaky(loop, ["early"] * 1000)
     with pytest.raises(AnswerFailed, match="stream ended early"):
         asyncio.run(tokens_of(make_request(max_tokens=200), replicas, Limits(stall_s=1, deadline_s=1)))
-
-
-def test_characters_spread_over_tokens_come_out_whole():
-    tokenizer = make_tokenizer()
-    ids = tokenizer("a é éb")["input_ids"]
-    assert len(ids) == 8  # two tokens for each é
-    text = Detokenizer(tokenizer)
-    pieces = [text.add((id,), last=place == len(ids) - 1) for place, id in enumerate(ids)]
-    assert pieces == ["a", " ", "", "é", " ", "", "é", "b"]
-
-
-def test_half_a_character_at_the_end_is_not_lost():
-    tokenizer = make_tokenizer()
-    ids = tokenizer("aé")["input_ids"][:-1]
-    text = Detokenizer(tokenizer)
-    assert text.add(tuple(ids)) == ""
-    assert text.add((), last=True) == "a\ufffd"

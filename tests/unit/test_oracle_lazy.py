@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import choose, estimate_divergence
+from mavis_dist.core.tilt import choose, estimate_divergence, evaluation_order
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 from mavis_dist.decode.request import Scorer
 from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
@@ -44,8 +44,8 @@ def drafts(num_rows: int, seed: int, temperature_B: torch.Tensor, grid: float) -
     streams_B = torch.tensor([noise.stream(seed, b) for b in range(num_rows)])
     gumbel_BK = noise.gumbel(streams_B, torch.zeros(num_rows, dtype=torch.int64), ids_BK)
     phi_BK = logprobs_BK + temperature_B[:, None] * gumbel_BK
-    phi_BK, order_BK = phi_BK.sort(dim=-1, descending=True, stable=True)
-    ids_BK, logprobs_BK = ids_BK.gather(1, order_BK), logprobs_BK.gather(1, order_BK)
+    order_BK = evaluation_order(logprobs_BK, phi_BK, ids_BK == EOS_ID)
+    ids_BK, logprobs_BK, phi_BK = (x.gather(1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK))
     return Drafts(ids_BK, logprobs_BK, phi_BK, ids_BK == EOS_ID, temperature_B)
 
 
@@ -169,7 +169,7 @@ def test_the_engine_writes_the_same_answers_with_both_scorers(cap: float | None)
         for name, values in whole[0].values.items():
             assert part[0].values[name] == pytest.approx(values, abs=1e-4)
     scored_full, scored_lazy = (sum(sum(c[0].num_scored) for c in answers) for answers in (full, lazy))
-    assert scored_lazy == scored_full if cap is None else scored_lazy < 0.7 * scored_full
+    assert scored_lazy == scored_full if cap is None else scored_lazy < 0.8 * scored_full
 
 
 def test_lazy_keeps_end_of_answer_uncapped() -> None:

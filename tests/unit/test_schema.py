@@ -22,7 +22,7 @@ def refused(**fields) -> ApiError:
     return refusal(caught.value.errors())
 
 
-@pytest.mark.parametrize("name", ["tools", "response_format", "stop", "logprobs", "logit_bias", "presence_penalty"])
+@pytest.mark.parametrize("name", ["tools", "response_format", "logprobs", "logit_bias", "presence_penalty"])
 def test_a_field_that_is_not_served_is_refused_by_its_name(name):
     error = refused(**{name: None})
     assert (error.status, error.param, error.code) == (400, name, "unsupported_field")
@@ -49,6 +49,14 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(name):
         ({"beta": -1.0}, "beta"),
         ({"tilt_cap": 0.0}, "tilt_cap"),
         ({"scorer": "fastest"}, "scorer"),
+        ({"guide_every": 0}, "guide_every"),
+        ({"guide_every": 1.5}, "guide_every"),
+        ({"guide_every": 2**63}, "guide_every"),
+        ({"top_k": 2**63}, "top_k"),
+        ({"stop": 5}, "stop"),
+        ({"stop": list("abcde")}, "stop"),
+        ({"stop": ["a", ""]}, "stop.1"),
+        ({"stop": ""}, "stop.0"),
         ({"vllm_xargs": {"beta": 1}}, "vllm_xargs.objective_weights"),
     ],
 )
@@ -66,6 +74,12 @@ def test_an_unknown_field_is_named_before_any_other_trouble():
 def test_two_limits_and_stream_options_without_a_stream_are_refused():
     assert "not both" in refused(max_tokens=1, max_completion_tokens=2).message
     assert "stream: true" in refused(stream_options={"include_usage": True}).message
+
+
+def test_one_stop_string_or_several():
+    assert chat().stops == chat(stop=[]).stops == ()
+    assert chat(stop="END").stops == ("END",)
+    assert chat(stop=["a", "b", "c", "d"]).stops == ("a", "b", "c", "d")
 
 
 def test_weights_come_from_the_nested_or_the_flat_field():

@@ -60,3 +60,10 @@ def test_a_misspelt_argument_is_refused():
 def test_relative_storage_is_below_the_checkout():
     assert Path(MainArgs(run="r").storage) == ROOT / "runs"
     assert MainArgs(run="r", storage="s3://bucket/runs").storage == "s3://bucket/runs"
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_steering_that_json_could_not_tell_is_refused(number):
+    for name in ("beta", "tilt_cap"):
+        with pytest.raises(ValidationError, match=name):
+            MainArgs(run="r", **{name: number})

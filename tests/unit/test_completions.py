@@ -1,0 +1,174 @@
+"""Bodies in, responses and events out, over a real engine in this process: what a client sees, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Iterator
+from contextlib import aclosing
+
+import pytest
+
+from mavis_dist.decode import Choice, Engine, LocalGuide, Request, SamplingParams
+from mavis_dist.models.load import BaseModel, load_base
+from serve import answers
+from serve.answers import BaseLost, Limits
+from serve.completions import Completions, Settings
+from serve.engine_loop import EngineLoop, stream
+from serve.schema import TextRequest
+from tests.fakes import tiny_value
+from tests.tiny import write_base
+
+PROMPT = "Once upon a time"
+LIMITS = Limits(stall_s=5, deadline_s=20)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr(answers, "RETRY_PAUSE_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> BaseModel:
+    return load_base(str(write_base(tmp_path_factory.mktemp("base"))))
+
+
+@pytest.fixture(scope="module")
+def loop(base) -> Iterator[EngineLoop]:
+    loop = EngineLoop(make_engine(base))
+    yield loop
+    loop.stop()
+
+
+def make_engine(base: BaseModel) -> Engine:
+    vocabulary = base.model.config.vocab_size
+    return Engine(base, LocalGuide({name: tiny_value(seed, vocab=vocabulary) for seed, name in enumerate(("a", "b"))}))
+
+
+class Service:
+    """Completions whose base replica dies after some messages, as often as asked."""
+
+    def __init__(self, base: BaseModel, loop: EngineLoop, num_deaths: int = 0, num_messages: int = 4):
+        settings = Settings("tiny", "", 1024, 400, 1.0, None, LIMITS)
+        self._completions = Completions(base.tokenizer, settings, self._open)
+        self._loop, self._deaths_left, self._num_messages = loop, num_deaths, num_messages
+
+    async def _open(self, request: Request):
+        dies, self._deaths_left = self._deaths_left > 0, self._deaths_left - 1
+        num_left = self._num_messages
+        async with aclosing(stream(self._loop, request)) as messages:
+            async for message in messages:
+                yield message
+                num_left -= 1
+                if dies and not num_left:
+                    raise BaseLost("killed")
+
+    def whole(self, **fields) -> dict:
+        async def run():
+            return await (await self._completions.start(body(**fields), {"a": 0, "b": 0})).whole()
+
+        answer = asyncio.run(run())
+        json.dumps(answer, allow_nan=False)
+        return answer
+
+    def events(self, **fields) -> list[dict]:
+        async def run():
+            completion = await self._completions.start(body(stream=True, **fields), {"a": 0, "b": 0})
+            return [line.removeprefix("data: ").strip() async for line in completion.events()]
+
+        *lines, done = asyncio.run(run())
+        assert done == "[DONE]"
+        return [json.loads(line) for line in lines]
+
+
+def body(**fields) -> TextRequest:
+    steering = {"objective_weights": {"a": 1.0, "b": 1.0}, "top_k": 20}
+    params = {"model": "tiny", "prompt": PROMPT, "max_tokens": 30, "seed": 3}
+    return TextRequest.model_validate({**params, **steering, **fields})
+
+
+@pytest.fixture
+def service(base, loop) -> Service:
+    return Service(base, loop)
+
+
+def choice_of(answer: dict) -> dict:
+    [choice] = answer["choices"]
+    return choice
+
+
+def in_process(base: BaseModel, **fields) -> Choice:
+    """The engine's own answer."""
+    params = SamplingParams(30, top_k=20, seed=3)
+    prompt = tuple(base.tokenizer(PROMPT)["input_ids"])
+    [[choice]] = make_engine(base).generate([Request("r", prompt, {"a": 1.0, "b": 1.0}, 1.0, params=params, **fields)])
+    return choice
+
+
+def test_the_report_of_a_guided_answer(service, base):
+    report, choice = choice_of(service.whole())["mavis"], in_process(base)
+    assert report["divergence"] == pytest.approx(choice.divergence, abs=1e-3)
+    assert report["values"] == {name: pytest.approx(choice.values[name][-1], abs=1e-4) for name in ("a", "b")}
+    assert report["candidates_per_token"] == 20
+
+
+def test_the_report_of_an_answer_without_guidance(service):
+    report = choice_of(service.whole(objective_weights=None))["mavis"]
+    assert report == {"divergence": 0.0, "values": {}, "candidates_per_token": 0.0}
+
+
+def test_guiding_some_tokens_only(service, base):
+    choice = choice_of(service.whole(guide_every=4))
+    expected = in_process(base, guide_every=4)
+    assert choice["text"] == expected.text != in_process(base).text
+    assert choice["mavis"]["candidates_per_token"] == 20  # of the tokens that are guided
+    assert math.isnan(expected.values["a"][-1])
+    assert choice["mavis"]["values"]["a"] == pytest.approx(expected.values["a"][28], abs=1e-4)
+
+
+def test_what_is_not_known_is_null(base, loop, service):
+    assert choice_of(service.whole(temperature=0))["mavis"]["divergence"] is None
+    # The replica that ends the answer guides none of its last tokens.
+    moved = Service(base, loop, num_deaths=1).whole(guide_every=1000, max_tokens=60)
+    assert choice_of(moved)["mavis"] == {
+        "divergence": None,
+        "values": {"a": None, "b": None},
+        "candidates_per_token": 0.0,
+    }
+
+
+def test_the_response_tells_what_steered_it(service):
+    assert service.whole(guide_every=2, beta=2)["mavis"] == {
+        "objective_weights": {"a": 0.5, "b": 0.5},
+        "beta": 2.0,
+        "tilt_cap": None,
+        "guide_every": 2,
+        "seed": 3,
+    }
+
+
+@pytest.mark.parametrize("num_deaths", [0, 1, 3])
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (5, 1), (5, 3), (9, 12)])
+def test_an_answer_ends_before_its_stop_string(base, loop, start, length, num_deaths):
+    text = in_process(base).text
+    stop = text[start : start + length]
+    expected = text[: text.find(stop)]
+    whole = Service(base, loop, num_deaths).whole(stop=stop)
+    assert (choice_of(whole)["text"], choice_of(whole)["finish_reason"]) == (expected, "stop")
+    assert whole["usage"]["completion_tokens"] == len(expected) + length  # one character per token
+    sent = ""
+    events = Service(base, loop, num_deaths).events(stop=["never", stop])
+    for event in events:
+        sent += choice_of(event)["text"]
+        assert expected.startswith(sent)
+    assert sent == expected
+    assert [choice_of(event)["finish_reason"] for event in events if choice_of(event)["finish_reason"]] == ["stop"]
+
+
+def test_what_only_begins_like_a_stop_string_is_sent_in_the_end(service, base):
+    text = in_process(base).text
+    stop = text[-3:] + "!?"
+    choice = choice_of(service.whole(stop=stop))
+    assert (choice["text"], choice["finish_reason"]) == (text, "length")
+    assert "".join(choice_of(event)["text"] for event in service.events(stop=stop)) == text

@@ -1,0 +1,51 @@
+"""Tokens become text piece by piece: whole characters, and nothing of what ends an answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from mavis_dist.decode.text import Detokenizer, StoppedText
+from tests.tiny import make_tokenizer
+
+TOKENIZER = make_tokenizer()  # a token for each byte
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER(text)["input_ids"]
+
+
+def test_characters_spread_over_tokens_come_out_whole():
+    ids = ids_of("a é éb")
+    assert len(ids) == 8  # two tokens for each é
+    text = Detokenizer(TOKENIZER)
+    pieces = [text.add((id,), last=place == len(ids) - 1) for place, id in enumerate(ids)]
+    assert pieces == ["a", " ", "", "é", " ", "", "é", "b"]
+
+
+def test_half_a_character_at_the_end_is_not_lost():
+    text = Detokenizer(TOKENIZER)
+    assert text.add(ids_of("aé")[:-1]) == ""
+    assert text.add((), last=True) == "a\ufffd"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one. two. three.", [". t"], "one"),
+        ("abababcab", ["ababc"], "ab"),
+        ("aé éé b", ["éé"], "aé "),
+        ("say END now", ["now", "END"], "say "),
+        ("almost EN", ["END"], "almost EN"),
+        ("END", ["END"], ""),
+        ("nothing", [], "nothing"),
+    ],
+)
+def test_no_part_of_a_stop_string_comes_out(text, stop, expected, size):
+    ids = ids_of(text)
+    stopped, out = StoppedText(TOKENIZER, stop), ""
+    for start in range(0, len(ids), size):
+        out += stopped.add(ids[start : start + size], last=start + size >= len(ids))
+        assert expected.startswith(out)
+    assert out == expected
+    assert stopped.is_stopped == (expected != text)
