@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks import reference
-from benchmarks.workload import TILT_CAP, Workload, mixtures
+from benchmarks.workload import Workload, mixtures
 from mavis_dist.decode import Engine, LocalGuide, Scorer
+from mavis_dist.types import TILT_CAP
 
 NUM_OBJECTIVES = (1, 2, 4)
 WARMUP_TOKENS = 3

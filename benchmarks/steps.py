@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.workload import TILT_CAP, Workload, mixtures
+from benchmarks.workload import Workload, mixtures
 from mavis_dist.decode import Engine, LocalGuide, Scorer
+from mavis_dist.types import TILT_CAP
 
 PARTS = ("base", "guide", "sampling", "bookkeeping")
 NUM_OBJECTIVES = 2

@@ -22,7 +22,6 @@ from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
 
 DTYPE = "bfloat16"
-TILT_CAP = 2.5  # nats; of the lazy scorer, where nothing else is said
 
 
 @dataclass(frozen=True)

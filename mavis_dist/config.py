@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticUndefined
 
-from mavis_dist.types import NEUTRAL_SYSTEM, UserError
+from mavis_dist.types import NEUTRAL_SYSTEM, TILT_CAP, UserError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -141,7 +141,7 @@ class Steer(Section):
 
     beta: NonNegative = Field(8.0, description="strength: nats of tilt per standard deviation of reward")
     tilt_cap: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="upper bound of the tilt of one token, in nats; none: unbounded, as published"
+        TILT_CAP, description="upper bound of the tilt of one token, in nats; null: unbounded, as published"
     )
 
 

@@ -97,7 +97,7 @@ class Completions:
             beta=settings.beta if body.beta is None else body.beta,
             tilt_cap=settings.tilt_cap if body.tilt_cap is None else body.tilt_cap,
             params=params,
-            scorer=Scorer(body.scorer or "full"),
+            scorer=Scorer(body.scorer or "lazy"),
             guide_every=body.guide_every or 1,
         )
 

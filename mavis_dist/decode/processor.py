@@ -17,6 +17,7 @@ from mavis_dist.core.tilt import candidates, tilt
 from mavis_dist.decode.guide import Guide, GuideRow
 from mavis_dist.decode.request import RequestError, normalise_weights
 from mavis_dist.models.value import ValueModelError
+from mavis_dist.types import TILT_CAP
 
 Ids = tuple[int, ...]  # input ids of a row, padding included
 
@@ -54,7 +55,7 @@ class TiltProcessor(LogitsProcessor):
         guide: Guide,
         weights: Mapping[str, float],
         beta: float = 8.0,
-        tilt_cap: float | None = None,
+        tilt_cap: float | None = TILT_CAP,
         top_k: int = 40,
         *,
         eos_ids: Collection[int],

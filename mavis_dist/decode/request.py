@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from mavis_dist.core import noise
-from mavis_dist.types import UserError
+from mavis_dist.types import TILT_CAP, UserError
 
 
 class RequestError(UserError):
@@ -59,11 +59,11 @@ class Request:
     prompt: tuple[int, ...]  # token ids, chat template applied
     weights: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
     beta: float = 8.0  # nats of tilt per standard deviation of reward
-    tilt_cap: float | None = None  # nats; none: unbounded
+    tilt_cap: float | None = TILT_CAP  # nats; none: unbounded
     params: SamplingParams = SamplingParams()
     answer: tuple[int, ...] = ()  # tokens written so far, when an answer is continued
     stream: int | None = None  # noise stream; none: derived from the seed and the choice index
-    scorer: Scorer = Scorer.FULL
+    scorer: Scorer = Scorer.LAZY
     guide_every: int = 1  # tilt every so many tokens; the base model writes the others
     draws: int | None = None  # write one token, and report so many distinct draws of it as Choice.alternatives
 

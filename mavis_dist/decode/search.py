@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from mavis_dist.core import noise
 from mavis_dist.decode.engine import Engine
-from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, RequestError
+from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, RequestError, Scorer
 from mavis_dist.decode.text import StoppedText
 
 Score = Callable[[Request, Choice], float]
@@ -98,7 +98,8 @@ class _Search:
 
     def __init__(self, engine: Engine, request: Request, width: int):
         self._eos_ids, self._tokenizer, self._width = engine.eos_ids, engine.tokenizer, width
-        self._request = engine.prepare(request)
+        # The lazy scorer knows the best candidate, not the second.
+        self._request = engine.prepare(replace(request, scorer=Scorer.FULL))
         seed = self._request.params.seed
         assert seed is not None
         self._root = seed if request.stream is None else request.stream

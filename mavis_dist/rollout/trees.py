@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from mavis_dist.core import noise
 from mavis_dist.core.tree import ROOT, Finish, Shape, Tree, TreeBuilder, cut_point, segment_length
-from mavis_dist.decode import Engine, FinishReason, Request, SamplingParams
+from mavis_dist.decode import Engine, FinishReason, Request, SamplingParams, Scorer
 from mavis_dist.decode.request import Choice
 from mavis_dist.types import Policy, Prompt
 
@@ -112,6 +112,7 @@ class TreeGrower:
                 weights=self._weights,
                 beta=self._sampling.beta,
                 tilt_cap=self._sampling.tilt_cap,
+                scorer=Scorer.FULL,  # targets need exact log-ratios
                 params=SamplingParams(
                     max_tokens=len(answer) + length,
                     top_k=self._sampling.top_k,

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import decode, quality, reference, steps
 from benchmarks.steps import Stopwatch
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from tests.fakes import tiny_base, tiny_value
 
 BASE = tiny_base(seed=1, eos_boost=1.0)  # some answers end, some are cut
@@ -18,7 +18,7 @@ PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12), (13,), (14, 15)]
 def requests(temperature: float, cap: float | None = None) -> list[Request]:
     params = [SamplingParams(max_tokens=24, temperature=temperature, seed=i) for i in range(len(PROMPTS))]
     return [
-        Request(str(i), prompt, weights={"a": 0.25, "b": 0.75}, beta=4.0, tilt_cap=cap, params=params[i])
+        Request(str(i), prompt, {"a": 0.25, "b": 0.75}, 4.0, cap, params[i], scorer=Scorer.FULL)
         for i, prompt in enumerate(PROMPTS)
     ]
 

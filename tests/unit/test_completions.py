@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import aclosing
 
@@ -50,7 +51,7 @@ class Service:
     """Completions whose base replica dies after some messages, as often as asked."""
 
     def __init__(self, base: BaseModel, loop: EngineLoop, num_deaths: int = 0, num_messages: int = 4):
-        settings = Settings("tiny", "", 1024, 400, 1.0, None, LIMITS)
+        settings = Settings("tiny", "", 1024, 400, 1.0, 3.0, LIMITS)
         self._completions = Completions(base.tokenizer, settings, self._open)
         self._loop, self._deaths_left, self._num_messages = loop, num_deaths, num_messages
 
@@ -110,7 +111,7 @@ def test_the_report_of_a_guided_answer(service, base):
     report, choice = choice_of(service.whole())["mavis"], in_process(base)
     assert report["divergence"] == pytest.approx(choice.divergence, abs=1e-3)
     assert report["values"] == {name: pytest.approx(choice.values[name][-1], abs=1e-4) for name in ("a", "b")}
-    assert report["candidates_per_token"] == 20
+    assert report["candidates_per_token"] == pytest.approx(statistics.mean(choice.num_scored))
 
 
 def test_the_report_of_an_answer_without_guidance(service):
@@ -122,7 +123,8 @@ def test_guiding_some_tokens_only(service, base):
     choice = choice_of(service.whole(guide_every=4))
     expected = in_process(base, guide_every=4)
     assert choice["text"] == expected.text != in_process(base).text
-    assert choice["mavis"]["candidates_per_token"] == 20  # of the tokens that are guided
+    of_guided = statistics.mean(filter(None, expected.num_scored))
+    assert choice["mavis"]["candidates_per_token"] == pytest.approx(of_guided)
     assert math.isnan(expected.values["a"][-1])
     assert choice["mavis"]["values"]["a"] == pytest.approx(expected.values["a"][28], abs=1e-4)
 
@@ -142,7 +144,7 @@ def test_the_response_tells_what_steered_it(service):
     assert service.whole(guide_every=2, beta=2)["mavis"] == {
         "objective_weights": {"a": 0.5, "b": 0.5},
         "beta": 2.0,
-        "tilt_cap": None,
+        "tilt_cap": 3.0,
         "guide_every": 2,
         "seed": 3,
     }

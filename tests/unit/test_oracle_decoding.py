@@ -14,7 +14,7 @@ import torch
 
 from mavis_dist.core import noise
 from mavis_dist.core.tilt import candidates, choose, tilt
-from mavis_dist.decode import Engine, FinishReason, LocalGuide, Request, SamplingParams
+from mavis_dist.decode import Engine, FinishReason, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.models.value import ValueModel
 from tests.exact import divergence, log_ratio
 from tests.fakes import EOS, VOCAB, tiny_base, tiny_value
@@ -33,6 +33,7 @@ def some_requests():
             weights=WEIGHTS[i % 4],
             beta=[3.0, 8.0, 0.0][i % 3],
             tilt_cap=[None, 0.8][i % 2],
+            scorer=Scorer.FULL,
             params=SamplingParams(
                 max_tokens=[1, 12, 9, 15, 6][i % 5],
                 temperature=[1.0, 0.0, 0.7, 1.6][i // 4],

@@ -11,7 +11,7 @@ import torch
 
 from mavis_dist.core import noise, packing, tree
 from mavis_dist.core.tree import ROOT, Finish, Shape, Tree, cut_point, depth_weights, segment_length
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store.shards import Labels
 from mavis_dist.train import engine as train_engine
@@ -329,6 +329,7 @@ def test_every_segment_is_what_the_policy_writes_at_its_state(trees, policy):
                     params=params,
                     answer=tuple(answer[: len(answer) - length]),
                     stream=noise.stream(one.seed, *child_path(one, node)),
+                    scorer=Scorer.FULL,
                 )
             )
             segments.append((answer[-length:], one.token_logratio[one.node_start[node] : one.node_start[node + 1]]))

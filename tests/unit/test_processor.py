@@ -45,7 +45,8 @@ class Counting(LocalGuide):
 
 
 def processor(guide=None, weights=WEIGHTS, beta=2.0, **fields):
-    return TiltProcessor(guide or LocalGuide(MODELS), weights, beta, eos_ids=(EOS,), pad_id=PAD, **fields)
+    fields = {"tilt_cap": None, "eos_ids": (EOS,), "pad_id": PAD, **fields}
+    return TiltProcessor(guide or LocalGuide(MODELS), weights, beta, **fields)
 
 
 def padded(prompts):

@@ -144,7 +144,8 @@ def test_an_engine_step_costs_one_call_per_objective():
     replicas = Replicas()
     guide = RemoteGuide(tuple(MODELS), replicas)
     engine = Engine(tiny_base(), guide)
-    engine.submit(Request("r", (5, 6, 7), {"good": 1, "short": 1}, beta=1.0, params=SamplingParams(30, seed=0)))
+    weights, params = {"good": 1, "short": 1}, SamplingParams(30, seed=0)
+    engine.submit(Request("r", (5, 6, 7), weights, beta=1.0, params=params, scorer=Scorer.FULL))
     engine.step()  # opens the row, too
     num_steps = 0
     while not engine.is_idle:

@@ -165,7 +165,12 @@ def test_a_finished_beam_keeps_the_value_after_its_last_token():
 def test_a_beam_of_width_one_is_an_ordinary_answer_with_its_stream():
     requests = [replace(request, stream=None) for request in some_requests()]
     plain = [
-        replace(request, stream=noise.stream(request.params.seed, "beam", 0), params=replace(request.params, stop=()))
+        replace(
+            request,
+            stream=noise.stream(request.params.seed, "beam", 0),
+            params=replace(request.params, stop=()),
+            scorer=Scorer.FULL,
+        )
         for request in requests
     ]
     for [beam], [choice] in zip(beam_search(engine(), requests, 1), engine().generate(plain), strict=True):
@@ -199,7 +204,7 @@ def test_stop_strings_end_a_beam():
 
 def one_token(draws, seed=0, temperature=1.0, top_k=4, **fields):
     params = SamplingParams(max_tokens=1, temperature=temperature, top_k=top_k, seed=seed)
-    return Request(f"d{seed}", (1, 9, 10), {"brief": 1.0}, beta=0.5, params=params, draws=draws, **fields)
+    return Request(f"d{seed}", (1, 9, 10), {"brief": 1.0}, 0.5, None, params, draws=draws, scorer=Scorer.FULL, **fields)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -358,7 +363,6 @@ def test_values_that_are_not_numbers_fail_their_own_request_only():
         ("objective_weights", {"beta": 0.0}),
         ("objective_weights", {"weights": {"wise": 1.0}}),
         ("guide_every", {"guide_every": 2}),
-        ("scorer", {"scorer": Scorer.LAZY}),
         ("n", {"params": SamplingParams(n=2)}),
         ("max_tokens", {"params": SamplingParams(max_tokens=1000)}),
     ],
