@@ -19,36 +19,38 @@ from mavis_dist.decode.request import stream_of
 from mavis_dist.models import kv
 from tests.fakes import VOCAB, tiny_base, tiny_value
 
-BASE = tiny_base(seed=0, eos_boost=2.0)
+BASE = tiny_base(seed=0, eos_boost=1.0)
 MODELS = {"brief": tiny_value(1, layers=2), "kind": tiny_value(2)}
 STEM = tuple(range(10, 60))  # what prompts share
 STEPS_TO_IDLE = 1000  # more than any of these queues needs
 
-PARAMS = st.builds(
-    SamplingParams,
-    max_tokens=st.integers(1, 10),
-    temperature=st.sampled_from([0.0, 0.7, 1.0, 1.5]),
-    top_k=st.sampled_from([1, 5, 40, VOCAB]),
-    top_p=st.sampled_from([1.0, 0.8]),
-    min_p=st.sampled_from([0.0, 0.02]),
-    seed=st.integers(0, 99),
-    n=st.sampled_from([1, 1, 2, 3]),
-    stop=st.sampled_from([(), (), ("a",), ("G", "7m"), tuple("bdfhjlnprtvxz|")]),
-)
-PROMPTS = st.builds(
-    lambda stem, own: (1, *STEM[:stem], *own),
-    st.sampled_from([0, 3, 33, 50]),
-    st.lists(st.integers(3, VOCAB - 1), max_size=12),
-)
-REQUESTS = st.builds(
-    lambda kind, **fields: Request("", scorer=kind[0], tilt_cap=kind[1], **fields),
-    kind=st.sampled_from([(Scorer.FULL, None), (Scorer.FULL, 0.8), (Scorer.LAZY, 0.8), (Scorer.LAZY, 2.5)]),
-    prompt=PROMPTS,
-    weights=st.sampled_from([{}, {"brief": 1.0}, {"kind": 1.0, "brief": 0.0}, {"kind": 0.7, "brief": 1.3}]),
-    beta=st.sampled_from([0.0, 3.0, 8.0]),
-    params=PARAMS,
-    guide_every=st.integers(1, 3),
-)
+# Hypothesis prefers small numbers, and small requests have little to get wrong: it draws the seed of a plain generator.
+CHANCES = st.integers(0, 2**32 - 1).map(random.Random)
+
+
+def any_request(chance: random.Random) -> Request:
+    """Any prompt, weights, scorer, filters, number of choices and stop strings."""
+    pick = chance.choice
+    scorer, tilt_cap = pick([(Scorer.FULL, None), (Scorer.FULL, 0.8), (Scorer.LAZY, 0.8), (Scorer.LAZY, 2.5)])
+    return Request(
+        id="",
+        prompt=(1, *STEM[: pick([0, 3, 33, 50])], *chance.choices(range(3, VOCAB), k=pick([0, 1, 4, 12]))),
+        weights=pick([{}, {"brief": 1.0}, {"kind": 1.0, "brief": 0.0}, {"kind": 0.7, "brief": 1.3}]),
+        beta=pick([0.0, 3.0, 8.0]),
+        tilt_cap=tilt_cap,
+        scorer=scorer,
+        guide_every=pick([1, 1, 2, 3]),
+        params=SamplingParams(
+            max_tokens=pick([1, 4, 7, 12]),
+            temperature=pick([0.0, 0.7, 1.0, 1.5]),
+            top_k=pick([1, 5, 40, VOCAB]),
+            top_p=pick([1.0, 0.8]),
+            min_p=pick([0.0, 0.02]),
+            seed=chance.randrange(1000),
+            n=pick([1, 1, 2, 3]),
+            stop=pick([(), (), ("a",), ("G", "7m"), tuple("bdfhjlnprtvxz|")]),
+        ),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -87,10 +89,10 @@ def assert_holds_nothing(engine: Engine, guide: LocalGuide) -> None:
     assert engine.is_idle
     assert engine.load == (0, 0)
     scheduler = engine._scheduler
-    assert not (scheduler.running or scheduler._waiting or scheduler._opening or scheduler._finished)
-    assert not (engine._opened or engine._unseen or engine._batch)
+    assert not any((scheduler.running, scheduler._waiting, scheduler._opening, scheduler._finished))
+    assert not any((engine._opened, engine._unseen, engine._batch))
     for slots in (engine._base, *(trunk.slots for trunk in guide._trunks)):
-        assert not (slots._slot_of or slots._rows or slots._lengths or slots._branched)
+        assert not any((slots._slot_of, slots._rows, slots._lengths, slots._branched))
         assert (slots._num_slots, slots._num_cells) == (0, 0)
         assert all(layer._keys is None and layer._values is None for layer in slots._decoder.layers)
 
@@ -117,6 +119,11 @@ class Traffic:
         params = replace(request.params, n=1)
         rest = replace(request, answer=answer, params=params, stream=stream_of(request, index))
         self._submit(rest, first, [choices[index]], start + cut)
+
+    def longest_fork(self, request_id: str, index: int) -> int:
+        """The tokens of an answer so far, all but the whole answer's last."""
+        choices, start = self.whole[request_id]
+        return min(len(self.written[request_id, index]), len(choices[index].tokens) - start - 1)
 
     def step(self) -> None:
         self._absorb(self.engine.step())
@@ -174,9 +181,9 @@ class TrafficMachine(RuleBasedStateMachine):
     def start(self, **limits):
         self.traffic = Traffic(**limits)
 
-    @rule(request=REQUESTS, first=st.booleans())
-    def submit(self, request, first):
-        self.traffic.submit(request, first)
+    @rule(chance=CHANCES)
+    def submit(self, chance):
+        self.traffic.submit(any_request(chance), first=chance.random() < 0.3)
 
     @rule(count=st.integers(1, 6))
     def step(self, count):
@@ -184,18 +191,18 @@ class TrafficMachine(RuleBasedStateMachine):
             self.traffic.step()
 
     @precondition(lambda self: any(self.traffic.written.values()))
-    @rule(data=st.data(), first=st.booleans())
-    def fork(self, data, first):
-        """From any token that an answer went on from."""
-        key = data.draw(st.sampled_from(sorted(key for key, written in self.traffic.written.items() if written)))
-        choices, start = self.traffic.whole[key[0]]
-        longest = min(len(self.traffic.written[key]), len(choices[key[1]].tokens) - start - 1)
-        self.traffic.fork(*key, data.draw(st.integers(0, longest)), first)
+    @rule(chance=CHANCES)
+    def fork(self, chance):
+        """Continue answers, running, finished or cancelled; from their newest token, more often than not."""
+        written = [key for key, tokens in self.traffic.written.items() if tokens]
+        for key in chance.choices(written, k=3):
+            longest = self.traffic.longest_fork(*key)
+            self.traffic.fork(*key, chance.choice([longest, longest, longest // 2]), first=chance.random() < 0.3)
 
-    @precondition(lambda self: self.traffic.open)
-    @rule(data=st.data())
-    def cancel(self, data):
-        self.traffic.cancel(data.draw(st.sampled_from(sorted({name for name, _ in self.traffic.open}))))
+    @precondition(lambda self: len(self.traffic.open) > 2)
+    @rule(chance=CHANCES)
+    def cancel(self, chance):
+        self.traffic.cancel(chance.choice(sorted(self.traffic.open))[0])
 
     def teardown(self):
         if hasattr(self, "traffic"):
@@ -203,8 +210,8 @@ class TrafficMachine(RuleBasedStateMachine):
 
 
 TrafficMachine.TestCase.settings = settings(
-    max_examples=80,
-    stateful_step_count=25,
+    max_examples=30,
+    stateful_step_count=30,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # shrinking takes minutes
