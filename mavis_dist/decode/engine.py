@@ -78,6 +78,7 @@ class Engine:
         self._scheduler = Scheduler(max_rows, cache_tokens)
         self._base = SlotModel(base_decoder(base.model, portable))
         self.tokenizer, self.eos_ids = base.tokenizer, frozenset(base.eos_ids)
+        self._vocabulary = base.model.config.get_text_config().vocab_size
         self._device = base.model.device
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self._device.type, 2048)
         self._eos = torch.tensor(sorted(base.eos_ids), device=self._device)
@@ -104,7 +105,7 @@ class Engine:
         Raises:
             RequestError: naming the field, its value and the remedy.
         """
-        return prepare(request, self.objectives, self.max_context, self.cache_tokens)
+        return prepare(request, self.objectives, self.max_context, self.cache_tokens, self._vocabulary)
 
     def submit(self, request: Request, first: bool = False) -> Request:
         """Queue a request (`first`: before all others); returns it prepared. Raises RequestError."""
@@ -223,7 +224,8 @@ class Engine:
                 self._base.close(row.number)
             self._opened.pop(row.number, None)
             self._unseen.pop(row.number, None)
-        guided = [row.number for row in released if row.request.is_guided and row.num_encoded is not None]
+        # A step that failed may have opened a row without taking note of it.
+        guided = [row.number for row in released if row.request.is_guided]
         if self._guide and guided:
             self._guide.close(guided)
         if self.is_idle:

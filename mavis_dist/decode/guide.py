@@ -59,7 +59,7 @@ class Guide(Protocol):
         ...
 
     def close(self, rows: Sequence[int]) -> None:
-        """Forget rows."""
+        """Forget rows, as far as they are followed."""
         ...
 
 

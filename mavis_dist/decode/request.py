@@ -127,14 +127,18 @@ def normalise_weights(weights: Mapping[str, float], objectives: Collection[str])
             raise RequestError("objective_weights", f"there is no objective {name!r}; available: {known}")
         if not (math.isfinite(weight) and weight >= 0):
             raise RequestError("objective_weights", f"the weight of {name!r} is {weight}; use a finite number >= 0")
-    total = sum(weights.values())
-    if not math.isfinite(total):
-        raise RequestError("objective_weights", f"{dict(weights)} sum to more than a float holds; use smaller numbers")
-    return {name: weight / total for name, weight in weights.items() if weight > 0}
+    largest = max(weights.values(), default=0.0)
+    shares = {name: weight / largest for name, weight in weights.items() if weight > 0}  # their sum is finite
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}
 
 
 def prepare(
-    request: Request, objectives: Collection[str], max_context: int, cache_tokens: int | None = None
+    request: Request,
+    objectives: Collection[str],
+    max_context: int,
+    cache_tokens: int | None = None,
+    vocabulary: int | None = None,
 ) -> Request:
     """The request with normalised weights and a seed, or a RequestError that names the field, value and remedy."""
     params = request.params
@@ -155,6 +159,10 @@ def prepare(
     refuse_unless(all(params.stop), "stop", "use texts that are not empty")
     if not request.prompt:
         raise RequestError("prompt", "is empty; give at least one token")
+    for name, tokens in (("prompt", request.prompt), ("answer", request.answer)):
+        unknown = [token for token in tokens if vocabulary is not None and not 0 <= token < vocabulary]
+        if unknown:
+            raise RequestError(name, f"has the token {unknown[0]}; the model has {vocabulary} tokens, from 0 on")
     longest_answer = max_context - len(request.prompt)
     if longest_answer < 1:
         raise RequestError(

@@ -49,10 +49,10 @@ class StoppedText:
         text = self._held + self._detokenizer.add(ids, last)
         if self.is_stopped:
             return ""
-        ends = [end for end in (text.find(stop) for stop in self._stop) if end >= 0]
-        if ends:
+        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if found:  # the one that is complete first, in whatever pieces the text comes
             self.is_stopped, self._held = True, ""
-            return text[: min(ends)]
+            return text[: min(found)[1]]
         keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -7,15 +7,19 @@ S visible cells, O outputs of the head, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mavis_dist.models.directory import ModelError
 from mavis_dist.models.fused import FusedDecoder, linear_head
 from mavis_dist.models.kv import Decoder, KVLayer, Step
 from mavis_dist.models.value import ValueModel
+
+FULL, WINDOWED = "full_attention", "sliding_attention"  # types of layers, in the words of transformers
 
 
 def base_decoder(model: Any, portable: bool = False) -> Decoder:
@@ -38,8 +42,11 @@ class PortableDecoder:
     def __init__(self, backbone: PreTrainedModel, forward: Callable[..., torch.Tensor]):
         """`forward` has the interface of a Hugging Face decoder and returns head outputs [B, T, O]; `backbone` is the
         same model without the head, for tokens whose outputs nobody reads.
+
+        Raises:
+            ModelError: a model whose layers or positions the slot cache cannot serve.
         """
-        self._backbone, self._forward = backbone, forward
+        self._backbone, self._forward, self._layer_types = backbone, forward, _layer_types(backbone)
         self.device = backbone.device
         self.layers = [KVLayer() for _ in range(backbone.config.num_hidden_layers)]
         self._cached = [_PortableLayer(layer) for layer in self.layers]
@@ -53,11 +60,38 @@ class PortableDecoder:
         out_BTO = run(
             input_ids=step.pad(step.tokens_N),
             position_ids=step.pad(step.positions_N),
-            attention_mask=step.mask_BTS[:, None],
+            attention_mask=self._masks(step),
             past_key_values=self._cache,
             use_cache=True,
         )
         return step.unpad(out_BTO)[step.read_R] if is_read else torch.empty(0, 0, device=self.device)
+
+    def _masks(self, step: Step) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What tokens see, [B, 1, T, S]; by type of layer where a model has several."""
+        masks = {
+            kind: step.mask_BTS if kind == FULL else step.windowed_mask_BTS(self._backbone.config.sliding_window)
+            for kind in self._layer_types
+        }
+        masks = {kind: self._as_added(mask_BTS)[:, None] for kind, mask_BTS in masks.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _as_added(self, mask_BTS: torch.Tensor) -> torch.Tensor:
+        """The mask as attention takes it: transformers' eager one adds it to the scores, the others read it."""
+        if self._backbone.config._attn_implementation != "eager":
+            return mask_BTS
+        dtype = self._backbone.dtype
+        return torch.zeros_like(mask_BTS, dtype=dtype).masked_fill(~mask_BTS, torch.finfo(dtype).min)
+
+
+def _layer_types(backbone: PreTrainedModel) -> set[str]:
+    config = backbone.config
+    kinds = set(getattr(config, "layer_types", None) or [WINDOWED if getattr(config, "sliding_window", None) else FULL])
+    if "position_ids" not in signature(backbone.forward).parameters or kinds - {FULL, WINDOWED}:
+        raise ModelError(
+            f"a model of type {config.model_type!r} cannot be decoded here: use one whose layers have full or "
+            f"sliding-window attention and whose positions can be given"
+        )
+    return kinds
 
 
 class _PortableLayer(CacheLayerMixin):

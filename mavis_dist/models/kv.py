@@ -72,6 +72,11 @@ class Step:
         positions_BT, cells_BT = self.pad(self.positions_N), self.pad(self.cells_N)
         return (cell_S < positions_BT[:, :, None]) | (cell_S == cells_BT[:, :, None])
 
+    def windowed_mask_BTS(self, window: int) -> torch.Tensor:
+        """Which cells each token sees where it sees the last `window` tokens only, itself included."""
+        cell_S = torch.arange(self.num_visible, device=self.tokens_N.device)
+        return self.mask_BTS & (cell_S > self.pad(self.positions_N)[:, :, None] - window)
+
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """[N, ...] -> [B, T, ...] with zeros behind the shorter rows."""
         shape = (len(self.counts), max(self.counts), *x.shape[1:])

@@ -34,6 +34,7 @@ def some_requests():
             beta=[3.0, 8.0, 0.0][i % 3],
             tilt_cap=[None, 0.8][i % 2],
             scorer=Scorer.FULL,
+            guide_every=[1, 1, 1, 2, 3][i % 5],
             params=SamplingParams(
                 max_tokens=[1, 12, 9, 15, 6][i % 5],
                 temperature=[1.0, 0.0, 0.7, 1.6][i // 4],
@@ -72,7 +73,7 @@ def assert_same(choices, others):
 def assert_same_values(one, other):
     assert one.keys() == other.keys()
     for name in one:
-        assert one[name] == pytest.approx(other[name], abs=1e-4)
+        assert one[name] == pytest.approx(other[name], abs=1e-4, nan_ok=True)
 
 
 # --- the method, written out -------------------------------------------------------------------------------------
@@ -80,9 +81,9 @@ def assert_same_values(one, other):
 
 @torch.inference_mode()
 def written_out(request, index):
-    """One answer by whole forward passes: tokens, log-ratios, divergence."""
+    """One answer by whole forward passes: tokens, log-ratios, divergence, values by objective."""
     weights = {m: w / sum(request.weights.values()) for m, w in request.weights.items() if w > 0}
-    params, tokens, ratios, kl = request.params, list(request.prompt), [], 0.0
+    params, tokens, ratios, kl, values = request.params, list(request.prompt), [], 0.0, {}
     one = torch.ones(1)
     stream_B = torch.tensor([noise.stream(params.seed, index)])
     for position in range(params.max_tokens):
@@ -94,9 +95,11 @@ def written_out(request, index):
             logits_1V, torch.tensor([params.top_k]), one * params.top_p, one * params.min_p, temperature_B
         )
         delta_1K = torch.zeros_like(logprobs_1K)
-        if weights and request.beta > 0:
+        values_KM = torch.full((ids_1K.shape[1], len(weights)), float("nan"))
+        if weights and request.beta > 0 and position % request.guide_every == 0:
+            values_KM = value_of(weights, [[*tokens, a] for a in ids_1K[0].tolist()])
             delta_1K = tilt(
-                value_of(weights, [[*tokens, a] for a in ids_1K[0].tolist()])[None],
+                values_KM[None],
                 value_of(weights, [tokens]),
                 torch.tensor([list(weights.values())]),
                 one * request.beta,
@@ -107,10 +110,12 @@ def written_out(request, index):
         chosen = int(choose(logprobs_1K + temperature_B[:, None] * gumbel_1K, delta_1K, ids_1K))
         ratios.append(float(log_ratio(logprobs_1K, delta_1K, temperature_B)[0, chosen]))
         kl += float(divergence(logprobs_1K, delta_1K, temperature_B))
+        for m, value in zip(weights if request.beta > 0 else (), values_KM[chosen].tolist(), strict=False):
+            values.setdefault(m, []).append(value)
         tokens.append(int(ids_1K[0, chosen]))
         if tokens[-1] == EOS:
             break
-    return tokens[len(request.prompt) :], ratios, kl
+    return tokens[len(request.prompt) :], ratios, kl, values
 
 
 def value_of(weights, sequences):
@@ -120,12 +125,13 @@ def value_of(weights, sequences):
 
 @pytest.mark.parametrize("request_", some_requests(), ids=lambda request: request.id)
 def test_answers_are_those_of_the_method_written_out(request_):
-    """Tokens, log-ratios and divergence spent, for all temperatures, filters, caps and weights at hand."""
+    """Tokens, log-ratios, divergence and values, for all temperatures, filters, caps, weights and `guide_every`."""
     for choice in alone()[request_.id]:
-        tokens, ratios, kl = written_out(request_, choice.index)
+        tokens, ratios, kl, values = written_out(request_, choice.index)
         assert choice.tokens == tokens
         np.testing.assert_allclose(choice.logratios, ratios, atol=1e-4)
         np.testing.assert_allclose(choice.divergence, kl, atol=1e-3)
+        assert_same_values(choice.values, values)
         assert choice.finish is (FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH)
 
 
@@ -235,6 +241,71 @@ def test_the_cap_never_keeps_an_answer_from_ending(cap):
     [[steered]] = Engine(base, EndLover({"brief": MODELS["brief"]})).generate([request])
     assert plain.finish is FinishReason.LENGTH
     assert steered.tokens == [steered.tokens[0], EOS]
+
+
+# --- every so many tokens ---------------------------------------------------------------------------------------
+
+
+class Following(LocalGuide):
+    """Notes what it has been told of each row whenever it is asked about it."""
+
+    def __init__(self, models):
+        super().__init__(models)
+        self.tokens, self.asked, self.known = {}, {}, {}  # known: what it had been told, at every question
+
+    def open(self, rows):
+        self.tokens |= {row.row: list(row.tokens) for row in rows}
+        return super().open(rows)
+
+    def extend(self, rows, tokens):
+        for row, new in zip(rows, tokens, strict=True):
+            self.tokens[row] += new
+        return super().extend(rows, tokens)
+
+    def score(self, rows, counts, candidates_N):
+        for row, own in zip(rows, candidates_N.split(counts), strict=True):
+            self.known.setdefault(row, []).append(tuple(self.tokens[row]))
+            self.asked.setdefault(row, []).extend(own.tolist())
+        return super().score(rows, counts, candidates_N)
+
+    def keep(self, rows, index_B):
+        for row, index in zip(rows, index_B.tolist(), strict=True):
+            self.tokens[row].append(self.asked.pop(row)[index])
+        super().keep(rows, index_B)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 20])
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_every_so_many_tokens_are_tilted_and_the_guide_is_told_of_the_others(every, written):
+    """It knows the whole answer whenever it is asked, also where one is taken up between two tilted tokens."""
+    params = SamplingParams(max_tokens=14, seed=3)
+    request = Request("r", (1, 5, 9), {"brief": 1.0}, 4.0, None, params, guide_every=every)
+    base, guide = tiny_base(seed=0), Following(MODELS)
+    [[plain]] = Engine(base).generate([replace(request, weights={})])
+    answer = tuple(plain.tokens[:written])
+    [[choice]] = Engine(base, guide, max_rows=1).generate([replace(request, answer=answer)])
+    whole = (*request.prompt, *answer, *choice.tokens)
+    positions = range(written, written + len(choice.tokens))
+    tilted = [position for position in positions if position % every == 0]
+    assert guide.known.get(0, []) == [whole[: 3 + position] for position in tilted]
+    for position, ratio, kl, value, num_scored in zip(
+        positions, choice.logratios, choice.divergences, choice.values["brief"], choice.num_scored, strict=True
+    ):
+        if position in tilted:
+            assert (kl > 0, np.isfinite(value), num_scored) == (True, True, 40)
+        else:
+            assert (ratio, kl, np.isnan(value), num_scored) == (0, 0, True, 0)
+
+
+def test_tokens_between_tilted_ones_are_those_of_the_base_model():
+    """With the noise of their stream and position, after whatever was written before."""
+    request = replace(guided({"brief": 1.0})[13], guide_every=4)
+    for choice in engine().generate([request])[0]:
+        stream = noise.stream(request.params.seed, choice.index)
+        for position in (p for p in range(1, len(choice.tokens)) if p % 4):
+            rest = replace(request, weights={}, answer=tuple(choice.tokens[:position]), stream=stream)
+            rest = replace(rest, params=replace(request.params, max_tokens=position + 1, n=1))
+            assert engine().generate([rest])[0][0].tokens == [choice.tokens[position]]
 
 
 # --- neighbours --------------------------------------------------------------------------------------------------

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, TiltProcessor
+from mavis_dist.config import Prompts
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer, TiltProcessor
 from mavis_dist.models.fetch import fetch
 from mavis_dist.models.load import BaseModel, chat_ids, load_base
 from mavis_dist.models.value import ValueModel, from_base
+from mavis_dist.prompts import load_prompts
 
 pytestmark = pytest.mark.real_model
 
@@ -36,9 +39,22 @@ def values() -> dict[str, ValueModel]:
     return models
 
 
-def prompts(base: BaseModel) -> list[tuple[int, ...]]:
+def prompts(base: BaseModel, questions: Sequence[str] = QUESTIONS) -> list[tuple[int, ...]]:
     system = "You are a helpful assistant."
-    return [tuple(chat_ids(base.tokenizer, [{"role": "user", "content": q}], system)) for q in QUESTIONS]
+    return [tuple(chat_ids(base.tokenizer, [{"role": "user", "content": q}], system)) for q in questions]
+
+
+def builtin(count: int) -> list[str]:
+    return [prompt.text for prompt in load_prompts(Prompts(train=count, validation=0), seed=0)[0]]
+
+
+def generated(base: BaseModel, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+    """What transformers writes."""
+    ids = torch.tensor([prompt])
+    out = base.model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, min_new_tokens=1, do_sample=False
+    )
+    return out[0, len(prompt) :].tolist()
 
 
 def test_greedy_decoding_is_that_of_transformers(base: BaseModel) -> None:
@@ -46,11 +62,37 @@ def test_greedy_decoding_is_that_of_transformers(base: BaseModel) -> None:
     requests = [Request(str(i), prompt, params=params) for i, prompt in enumerate(prompts(base))]
     ours = [choices[0].tokens for choices in Engine(base).generate(requests)]
     for prompt, tokens in zip(prompts(base), ours, strict=True):
-        ids = torch.tensor([prompt])
-        theirs = base.model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, min_new_tokens=1, do_sample=False
+        assert tokens == generated(base, prompt, MAX_TOKENS)
+
+
+def test_greedy_decoding_of_many_questions_is_that_of_transformers(base: BaseModel) -> None:
+    """Fifty questions in one batch, 16 rows at a time, with a long common beginning; not one token differs."""
+    params = SamplingParams(max_tokens=8, temperature=0)
+    requests = [Request(str(i), prompt, params=params) for i, prompt in enumerate(prompts(base, builtin(50)))]
+    ours = Engine(base, max_rows=16).generate(requests)
+    for request, [choice] in zip(requests, ours, strict=True):
+        assert choice.tokens == generated(base, request.prompt, 8)
+
+
+def test_lazy_writes_what_full_writes_on_real_logits(base: BaseModel, values: dict[str, ValueModel]) -> None:
+    """From far fewer candidates."""
+    full = [
+        Request(
+            str(i),
+            prompt,
+            {"a": 1.0},
+            beta=3.0,
+            tilt_cap=2.5,
+            scorer=Scorer.FULL,
+            params=SamplingParams(max_tokens=16, seed=i, temperature=[1.0, 0.0, 0.7][i % 3]),
         )
-        assert tokens == theirs[0, len(prompt) :].tolist()
+        for i, prompt in enumerate(prompts(base, builtin(8)))
+    ]
+    lazy = [replace(request, scorer=Scorer.LAZY) for request in full]
+    ours, theirs = (Engine(base, LocalGuide(values)).generate(requests) for requests in (lazy, full))
+    assert [choice.tokens for [choice] in ours] == [choice.tokens for [choice] in theirs]
+    num_lazy, num_full = (sum(sum(choice.num_scored) for [choice] in answers) for answers in (ours, theirs))
+    assert num_lazy < 0.7 * num_full
 
 
 def test_a_guided_batch_is_its_requests_one_by_one(base: BaseModel, values: dict[str, ValueModel]) -> None:
