@@ -220,6 +220,29 @@ TrafficMachine.TestCase.settings = settings(
 TestAnyTraffic = TrafficMachine.TestCase
 
 
+@pytest.mark.parametrize("prefill_tokens", [1, 5, 16])
+def test_a_step_encodes_no_more_tokens_of_prompts_than_its_budget(prefill_tokens, monkeypatch):
+    """Every token of every prompt but the last, a limited number of them at a time."""
+    engine, encoded = Engine(BASE, max_rows=4, prefill_tokens=prefill_tokens), []
+    extend = engine._base.extend
+
+    def counted(rows, tokens, outputs=True):
+        if not outputs:
+            encoded.append(sum(map(len, tokens)))
+        return extend(rows, tokens, outputs)
+
+    monkeypatch.setattr(engine._base, "extend", counted)
+    prompts = [tuple(range(10 * i, 11 * i + 20)) for i in range(1, 4)]  # of different lengths, nothing in common
+    for i, prompt in enumerate(prompts):
+        engine.submit(Request(str(i), prompt, params=SamplingParams(max_tokens=5, seed=0)))
+    total = 0
+    while not engine.is_idle:
+        engine.step()
+        assert sum(encoded) <= prefill_tokens
+        total, encoded[:] = total + sum(encoded), []
+    assert total == sum(len(prompt) - 1 for prompt in prompts)
+
+
 def some_request(chance: random.Random) -> Request:
     return Request(
         "",

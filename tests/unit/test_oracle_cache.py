@@ -78,6 +78,18 @@ def test_keeping_a_candidate_equals_computing_it_anew(index, portable):
     torch.testing.assert_close(after[0][0], plain([5, 6, 7, 30 + index, 60]), **TOLERANCE)
 
 
+def test_alternatives_move_with_their_row(portable):
+    """A row whose slot changes while it has alternatives can still keep any of them."""
+    cache = slots(portable=portable)
+    for row in (0, 1):
+        cache.open(row)
+    cache.extend([0, 1], [[5, 6, 7, 8, 9], [11, 12]])
+    branch(cache, [1], [[30, 31, 32]])
+    cache.close(0)
+    cache.keep([1], torch.tensor([2]))
+    torch.testing.assert_close(cache.extend([1], [[60]])[0], plain([11, 12, 32, 60]), **TOLERANCE)
+
+
 def test_a_row_that_is_not_a_number_leaves_nothing_behind(portable):
     """Masked cells still enter the sums of attention, as 0 * nan: a slot must come clean to its next row."""
     model = tiny_value(3, layers=2)

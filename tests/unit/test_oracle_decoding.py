@@ -40,7 +40,7 @@ def some_requests():
                 temperature=[1.0, 0.0, 0.7, 1.6][i // 4],
                 top_k=[40, 5, 200][i % 3],
                 top_p=[1.0, 0.8][i // 2 % 2],
-                min_p=[0.0, 0.02][i // 3 % 2],
+                min_p=[0.0, 0.1][i // 3 % 2],
                 seed=i,
                 n=1 + i % 2,
             ),
@@ -81,9 +81,9 @@ def assert_same_values(one, other):
 
 @torch.inference_mode()
 def written_out(request, index):
-    """One answer by whole forward passes: tokens, log-ratios, divergence, values by objective."""
+    """One answer by whole forward passes: tokens, log-ratios, divergence, values by objective, candidates looked at."""
     weights = {m: w / sum(request.weights.values()) for m, w in request.weights.items() if w > 0}
-    params, tokens, ratios, kl, values = request.params, list(request.prompt), [], 0.0, {}
+    params, tokens, ratios, kl, values, counts = request.params, list(request.prompt), [], 0.0, {}, []
     one = torch.ones(1)
     stream_B = torch.tensor([noise.stream(params.seed, index)])
     for position in range(params.max_tokens):
@@ -96,7 +96,9 @@ def written_out(request, index):
         )
         delta_1K = torch.zeros_like(logprobs_1K)
         values_KM = torch.full((ids_1K.shape[1], len(weights)), float("nan"))
-        if weights and request.beta > 0 and position % request.guide_every == 0:
+        is_tilted = weights and request.beta > 0 and position % request.guide_every == 0
+        counts.append(int((logprobs_1K > float("-inf")).sum()) if is_tilted else 0)
+        if is_tilted:
             values_KM = value_of(weights, [[*tokens, a] for a in ids_1K[0].tolist()])
             delta_1K = tilt(
                 values_KM[None],
@@ -115,7 +117,7 @@ def written_out(request, index):
         tokens.append(int(ids_1K[0, chosen]))
         if tokens[-1] == EOS:
             break
-    return tokens[len(request.prompt) :], ratios, kl, values
+    return tokens[len(request.prompt) :], ratios, kl, values, counts
 
 
 def value_of(weights, sequences):
@@ -127,11 +129,12 @@ def value_of(weights, sequences):
 def test_answers_are_those_of_the_method_written_out(request_):
     """Tokens, log-ratios, divergence and values, for all temperatures, filters, caps, weights and `guide_every`."""
     for choice in alone()[request_.id]:
-        tokens, ratios, kl, values = written_out(request_, choice.index)
+        tokens, ratios, kl, values, counts = written_out(request_, choice.index)
         assert choice.tokens == tokens
         np.testing.assert_allclose(choice.logratios, ratios, atol=1e-4)
         np.testing.assert_allclose(choice.divergence, kl, atol=1e-3)
         assert_same_values(choice.values, values)
+        assert choice.num_scored == (counts if any(counts) else [])
         assert choice.finish is (FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH)
 
 
