@@ -71,7 +71,7 @@ def alone(request: Request) -> list[Choice]:
     return ALONE[key]
 
 
-def assert_is(choice: Choice, whole: Choice, start: int, scorer: Scorer) -> None:
+def assert_is(choice: Choice, whole: Choice, start: int) -> None:
     """A choice is the rest of a whole answer; numbers to rounding, which depends on the shape of the batch."""
     assert (choice.finish, choice.error) == (whole.finish, None)
     assert (choice.tokens, choice.text) == (whole.tokens[start:], whole.text)
@@ -80,8 +80,7 @@ def assert_is(choice: Choice, whole: Choice, start: int, scorer: Scorer) -> None
     assert choice.values.keys() == whole.values.keys()
     for name, values in choice.values.items():
         np.testing.assert_allclose(values, whole.values[name][start:], atol=1e-4)
-    if scorer is Scorer.FULL:  # how far `lazy` looks at a time depends on the others
-        assert choice.num_scored == whole.num_scored[start:]
+    assert choice.num_scored == whole.num_scored[start:]
 
 
 def assert_holds_nothing(engine: Engine, guide: LocalGuide) -> None:
@@ -166,7 +165,7 @@ class Traffic:
             if finish is FinishReason.ABORT:
                 assert (update.finished.finish, len(update.finished.logratios)) == (finish, len(written))
             else:
-                assert_is(update.finished, whole, start, self.requests[update.request_id].scorer)
+                assert_is(update.finished, whole, start)
 
 
 class TrafficMachine(RuleBasedStateMachine):
