@@ -37,8 +37,6 @@ def best_of(engine: Engine, requests: Sequence[Request], n: int, score: Score | 
     prepared = []
     for request in requests:
         request = engine.prepare(replace(request, params=replace(request.params, n=n)))
-        if request.stream is not None and n > 1:
-            raise RequestError("stream", f"is {request.stream}; {n} answers need noise of their own: use a seed")
         if score is None:
             _need_values(request, "guide every token, or give a score")
         prepared.append(request)

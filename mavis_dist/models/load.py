@@ -152,7 +152,12 @@ def _eos_ids(model: PreTrainedModel, name: str) -> tuple[int, ...]:
 
 
 def _max_context(model: PreTrainedModel, name: str) -> int:
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
     if not length:
         raise ModelError(f"model {name!r} states no max_position_embeddings: add the key to its config.json")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # Beyond this length positions turn by what is longest in the batch: answers would depend on their neighbours.
+        length = min(length, rope.get("original_max_position_embeddings") or length)
     return int(length)

@@ -117,6 +117,21 @@ def test_an_unknown_device_is_named(model_dir):
         load_base(str(model_dir), device="nonsense")
 
 
+def test_positions_that_turn_by_the_longest_row_are_not_used(model_dir):
+    """Beyond its original length such a model would write an answer that depends on the neighbours."""
+    config = json.loads((model_dir / "config.json").read_text())
+    factors = [1.0] * (config["head_dim"] // 2)
+    config["rope_parameters"] = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": factors,
+        "long_factor": [4.0 * factor for factor in factors],
+        "original_max_position_embeddings": 16,
+    }
+    (model_dir / "config.json").write_text(json.dumps(config))
+    assert load_base(str(model_dir)).max_context == 16
+
+
 def test_a_model_without_end_of_text_is_refused(model_dir):
     for name in ("config.json", "generation_config.json"):
         file = model_dir / name

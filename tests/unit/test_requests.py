@@ -51,6 +51,11 @@ def test_steering_out_of_range_is_refused_with_its_name_and_value(field, values)
         assert repr(value) in str(caught.value)
 
 
+def test_one_noise_stream_is_for_one_answer():
+    with pytest.raises(RequestError, match="stream: is 7; .*use n = 1"):
+        prepare(replace(with_params(n=2), stream=7), ["a"], CONTEXT)
+
+
 @pytest.mark.parametrize("weights", [{"a": NAN}, {"a": INF}, {"a": -0.1}, {"a": 1.0, "b": -1.0}, {"c": 1.0}])
 def test_weights_that_mean_nothing_are_refused_by_objective(weights):
     with pytest.raises(RequestError) as caught:
