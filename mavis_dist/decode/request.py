@@ -156,7 +156,9 @@ def prepare(
     refuse_unless(_is_number(request.beta) and request.beta >= 0, "beta", "use a number >= 0")
     refuse_unless(request.tilt_cap is None or request.tilt_cap > 0, "tilt_cap", "use a number > 0, or none")
     refuse_unless(1 <= request.guide_every < 2**31, "guide_every", "use an integer from 1 to 2^31 - 1")
-    refuse_unless(request.stream is None or params.n == 1, "stream", "several answers need noise of their own: use n = 1")
+    refuse_unless(
+        request.stream is None or params.n == 1, "stream", "several answers need noise of their own: use n = 1"
+    )
     refuse_unless(all(params.stop), "stop", "use texts that are not empty")
     if not request.prompt:
         raise RequestError("prompt", "is empty; give at least one token")

@@ -1,6 +1,7 @@
 """Loading models: one name, one complete directory, one sentence when something is wrong."""
 
 import hashlib
+import json
 import multiprocessing
 import shutil
 import zipfile

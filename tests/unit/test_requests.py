@@ -52,7 +52,7 @@ def test_steering_out_of_range_is_refused_with_its_name_and_value(field, values)
 
 
 def test_one_noise_stream_is_for_one_answer():
-    with pytest.raises(RequestError, match="stream: is 7; .*use n = 1"):
+    with pytest.raises(RequestError, match=r"stream: is 7; .*use n = 1"):
         prepare(replace(with_params(n=2), stream=7), ["a"], CONTEXT)
 
 
