@@ -14,7 +14,7 @@ from mavis_dist import config as config_module
 from mavis_dist.config import Config
 from mavis_dist.decode import Request, SamplingParams, Scorer
 from mavis_dist.models import value
-from mavis_dist.models.load import BaseModel, chat_ids, load_base
+from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.models.value import ValueModel
 from mavis_dist.prompts import load_prompts
 from mavis_dist.store import values
@@ -89,5 +89,4 @@ def load(run: Path) -> Workload:
 
 def _evaluation_prompts(config: Config, base: BaseModel) -> list[tuple[int, ...]]:
     _, prompts = load_prompts(config.prompts, config.seed)
-    messages = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
-    return [tuple(chat_ids(base.tokenizer, turns, config.base.system)) for turns in messages]
+    return [base.chat(prompt.text, config.base.system) for prompt in prompts]

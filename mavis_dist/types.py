@@ -10,6 +10,7 @@ NEUTRAL_SYSTEM = "You are a helpful assistant."  # for conversations that bring 
 # Upper bound of one token's tilt, in nats. At 3 the next-token distribution differs from the unbounded one by less than
 # 0.01 in total variation, for every objective measured, and most candidates need not be evaluated.
 TILT_CAP = 3.0
+MAX_COUNT = 2**31 - 1  # largest top_k and guide_every: far beyond use, and safe in any integer tensor
 
 
 class UserError(ValueError):

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from mavis_dist.types import MAX_COUNT
+
 Json = dict[str, Any]
 
 
@@ -50,8 +52,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-# The engine computes with 64 bits.
-Count = Annotated[int, Field(ge=1, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 # One or several. As a list in either case, so that a refusal names the text at fault.
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)]
 

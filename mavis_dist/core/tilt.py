@@ -6,8 +6,8 @@
 p is the base model's distribution at temperature 1 on the candidate set C(s). Subtracting V(s) changes no probability
 as long as the cap U is infinite.
 
-Shapes: B rows, V vocabulary, K candidates, M objectives. Candidates that a row does not
-have carry log p = -inf; they stand behind those it has, which are sorted by logit (descending), then token id.
+Shapes: B rows, V vocabulary, K candidates, M objectives. Candidates that a row does not have carry log p = -inf;
+they stand behind those it has, which are sorted by logit (descending), then token id.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Batch:
         requests = [row.request for row in rows]
         params = [request.params for request in requests]
         self.top_k_B = torch.tensor([p.top_k for p in params], device=device)
-        self.top_p_B, self.min_p_B, self.temperature_B, self.beta_B, self.cap_B = (
+        self.top_p_B, self.min_p_B, self.temperature_B, self._beta_B, self._cap_B = (
             self._numbers(column)
             for column in (
                 [p.top_p for p in params],
@@ -37,7 +37,7 @@ class Batch:
             )
         )
         self.stream_B = torch.tensor([row.stream for row in rows], device=device)
-        self.guide_every_B = torch.tensor([r.guide_every for r in requests], device=device)
+        self._guide_every_B = torch.tensor([r.guide_every for r in requests], device=device)
         self.is_guided = [r.is_guided for r in requests]
         self._is_guided_B = torch.tensor(self.is_guided, device=device)
         self._is_lazy_B = torch.tensor([r.scorer is Scorer.LAZY for r in requests], device=device)
@@ -54,12 +54,12 @@ class Batch:
         """What steers the next token."""
         return Steering(
             self.numbers,
-            self._is_guided_B & (positions_B % self.guide_every_B == 0),
+            self._is_guided_B & (positions_B % self._guide_every_B == 0),
             self._is_lazy_B,
             self._weights_BM,
             self.baseline_BM,
-            self.beta_B,
-            self.cap_B,
+            self._beta_B,
+            self._cap_B,
         )
 
     def baselines(self) -> dict[int, torch.Tensor]:

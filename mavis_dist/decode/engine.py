@@ -129,10 +129,8 @@ class Engine:
         place = {request.id: i for i, request in enumerate(requests)}
         if len(place) < len(requests):
             raise ValueError("two requests have the same id: give every request an id of its own")
-        for request in requests:
-            self.prepare(request)  # all are refused before any is begun
-        for request in requests:
-            self.submit(request)
+        for request in [self.prepare(request) for request in requests]:  # all are refused before any is begun
+            self._scheduler.submit(request)
         answers: list[list[Choice]] = [[] for _ in requests]
         while not self.is_idle:
             for update in self.step():
@@ -196,15 +194,14 @@ class Engine:
             row, end = piece.row, piece.end + piece.is_last
             if piece.is_first:
                 source, used = piece.source.number if piece.source else None, frozenset(row.request.weights)
-                opening.append(GuideRow(row.number, tuple(row.tokens[: max(end, 1)]), used, source, piece.start))
+                opening.append(GuideRow(row.number, tuple(row.tokens[:end]), used, source, piece.start))
             else:
                 rows.append(row.number)
                 tokens.append(row.tokens[piece.start : end])
-        for values_BM, numbers in (
-            (self._guide.open(opening) if self._guide and opening else (), [row.row for row in opening]),
-            (self._guide.extend(rows, tokens) if self._guide and rows else (), rows),
-        ):
-            self._opened.update(zip(numbers, values_BM, strict=True))
+        if self._guide and opening:
+            self._opened.update(zip([row.row for row in opening], self._guide.open(opening), strict=True))
+        if self._guide and rows:
+            self._opened.update(zip(rows, self._guide.extend(rows, tokens), strict=True))
 
     def _assemble(self) -> Batch:
         """The running rows as tensors, made anew when a row came or went."""
@@ -242,13 +239,12 @@ class Engine:
         scores = score(drafts, steering, self._guide)
         index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
         every_B = torch.arange(len(index_B), device=self._device)
-        divisor_B = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))
         values_BM = scores.values_BKM[every_B, index_B]
         batch.baseline_BM = torch.where(steering.is_guided_B[:, None], values_BM, batch.baseline_BM)
         return _Drawn(
             index_B=index_B,
             tokens=drafts.ids_BK[every_B, index_B].tolist(),
-            logratios=(scores.delta_BK[every_B, index_B] / divisor_B - scores.log_partition_B).tolist(),
+            logratios=scores.logratio_BK[every_B, index_B].tolist(),
             divergences=scores.divergence_B.tolist(),
             values_BM=values_BM.cpu(),
             num_candidates=scores.num_evaluated_B.tolist(),
@@ -265,11 +261,10 @@ class Engine:
             return alternatives
         order_BK = ranking(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
         for b in asking:
-            request, temperature = batch.rows[b].request, float(drafts.temperature_B[b])
+            request = batch.rows[b].request
             num_drawn = min(request.draws or 0, int(drafts.logprobs_BK[b].isfinite().sum()))
             drawn_Q, divergence = order_BK[b, :num_drawn], float(scores.divergence_B[b])
-            divisor = temperature if temperature > 0 else float("inf")
-            logratios = (scores.delta_BK[b, drawn_Q] / divisor - scores.log_partition_B[b]).tolist()
+            logratios = scores.logratio_BK[b, drawn_Q].tolist()
             values = [dict(zip(self.objectives, v, strict=True)) for v in scores.values_BKM[b, drawn_Q].tolist()]
             for token, logratio, value in zip(drafts.ids_BK[b, drawn_Q].tolist(), logratios, values, strict=True):
                 used = {name: value[name] for name in request.weights}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from mavis_dist.core import noise
-from mavis_dist.types import TILT_CAP, UserError
+from mavis_dist.types import MAX_COUNT, TILT_CAP, UserError
 
 
 class RequestError(UserError):
@@ -149,13 +149,13 @@ def prepare(
             raise RequestError(name, f"is {value!r}; {remedy}")
 
     refuse_unless(_is_number(params.temperature) and params.temperature >= 0, "temperature", "use a number >= 0")
-    refuse_unless(1 <= params.top_k < 2**31, "top_k", "use an integer from 1 to 2^31 - 1")
+    refuse_unless(1 <= params.top_k <= MAX_COUNT, "top_k", f"use an integer from 1 to {MAX_COUNT}")
     refuse_unless(_is_number(params.top_p) and 0 < params.top_p <= 1, "top_p", "use a number in (0, 1]")
     refuse_unless(_is_number(params.min_p) and 0 <= params.min_p < 1, "min_p", "use a number in [0, 1)")
     refuse_unless(params.n >= 1, "n", "use an integer >= 1")
     refuse_unless(_is_number(request.beta) and request.beta >= 0, "beta", "use a number >= 0")
     refuse_unless(request.tilt_cap is None or request.tilt_cap > 0, "tilt_cap", "use a number > 0, or none")
-    refuse_unless(1 <= request.guide_every < 2**31, "guide_every", "use an integer from 1 to 2^31 - 1")
+    refuse_unless(1 <= request.guide_every <= MAX_COUNT, "guide_every", f"use an integer from 1 to {MAX_COUNT}")
     refuse_unless(
         request.stream is None or params.n == 1, "stream", "several answers need noise of their own: use n = 1"
     )

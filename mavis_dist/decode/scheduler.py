@@ -111,7 +111,7 @@ class Scheduler:
         """What to encode next, at most `budget` tokens, first come first served. The caller reports it as `encoded`."""
         pieces: list[Piece] = []
         for row in self._opening:
-            if budget < 0 or (budget == 0 and pieces):
+            if budget == 0:
                 break
             if row.num_encoded is not None:
                 piece = Piece(row, row.num_encoded, min(row.num_encoded + budget, len(row.tokens) - 1), False)

@@ -54,7 +54,7 @@ class Scores:
     num_evaluated_B: torch.Tensor
     is_sound_B: torch.Tensor  # every value asked for was finite
     divergence_B: torch.Tensor  # KL(pi || p_T), nats; estimated where not all candidates were evaluated
-    log_partition_B: torch.Tensor  # log Z of the tilt; estimated likewise
+    logratio_BK: torch.Tensor  # log pi(a) - log p_T(a), 0 at T = 0; estimated likewise, and only where evaluated
 
 
 def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
@@ -72,13 +72,14 @@ def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
     divergence_B, log_partition_B = estimate_divergence(
         drafts.logprobs_BK, drafts.phi_BK, search.delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
     )
+    divisor_B1 = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))[:, None]
     return Scores(
         search.delta_BK,
         search.values_BKM,
         search.is_evaluated_BK.sum(-1),
         search.is_sound_B,
         divergence_B,
-        log_partition_B,
+        search.delta_BK / divisor_B1 - log_partition_B[:, None],
     )
 
 

@@ -15,11 +15,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mavis_dist.models.directory import ModelError
-from mavis_dist.models.fused import FusedDecoder, linear_head
+from mavis_dist.models.fused import FULL, WINDOWED, FusedDecoder, layer_types, linear_head
 from mavis_dist.models.kv import Decoder, KVLayer, Step
 from mavis_dist.models.value import ValueModel
-
-FULL, WINDOWED = "full_attention", "sliding_attention"  # types of layers, in the words of transformers
 
 
 def base_decoder(model: Any, portable: bool = False) -> Decoder:
@@ -46,7 +44,7 @@ class PortableDecoder:
         Raises:
             ModelError: a model whose layers or positions the slot cache cannot serve.
         """
-        self._backbone, self._forward, self._layer_types = backbone, forward, _layer_types(backbone)
+        self._backbone, self._forward, self._layer_types = backbone, forward, _supported_layer_types(backbone)
         self.device = backbone.device
         self.layers = [KVLayer() for _ in range(backbone.config.num_hidden_layers)]
         self._cached = [_PortableLayer(layer) for layer in self.layers]
@@ -83,9 +81,9 @@ class PortableDecoder:
         return torch.zeros_like(mask_BTS, dtype=dtype).masked_fill(~mask_BTS, torch.finfo(dtype).min)
 
 
-def _layer_types(backbone: PreTrainedModel) -> set[str]:
+def _supported_layer_types(backbone: PreTrainedModel) -> set[str]:
     config = backbone.config
-    kinds = set(getattr(config, "layer_types", None) or [WINDOWED if getattr(config, "sliding_window", None) else FULL])
+    kinds = layer_types(config)
     if "position_ids" not in signature(backbone.forward).parameters or kinds - {FULL, WINDOWED}:
         raise ModelError(
             f"a model of type {config.model_type!r} cannot be decoded here: use one whose layers have full or "

@@ -23,6 +23,12 @@ from mavis_dist.models.kv import KVLayer, Step
 
 _PACKED_FOR_ROWS = 64  # a hint to the kernel; any number of rows may come
 FAMILY = ("llama", "mistral", "qwen2")
+FULL, WINDOWED = "full_attention", "sliding_attention"  # types of layers, in the words of transformers
+
+
+def layer_types(config: Any) -> set[str]:
+    """What kinds of attention a model has; where it does not say, one window means that all layers have it."""
+    return set(getattr(config, "layer_types", None) or [WINDOWED if getattr(config, "sliding_window", None) else FULL])
 
 
 class FusedDecoder:
@@ -46,12 +52,7 @@ class FusedDecoder:
     def supports(backbone: PreTrainedModel) -> bool:
         """Whether a model is of the family, without what this forward pass leaves out."""
         config = backbone.config
-        return (
-            config.model_type in FAMILY
-            and config.hidden_act == "silu"
-            and not getattr(config, "sliding_window", None)
-            and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        )
+        return config.model_type in FAMILY and config.hidden_act == "silu" and layer_types(config) == {FULL}
 
     def step(self, step: Step) -> torch.Tensor:
         x_NC = self._embed(step.tokens_N)

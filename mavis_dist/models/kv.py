@@ -36,6 +36,7 @@ class Step:
     cells_N: torch.Tensor
     read_R: torch.Tensor  # which of the N tokens' outputs are asked for
     num_visible: int
+    num_cells: int  # of a slot
 
     @cached_property
     def is_rectangular(self) -> bool:
@@ -55,8 +56,10 @@ class Step:
         return torch.arange(len(self.tokens_N), device=counts_B.device) - starts_B[self.row_N]
 
     @cached_property
-    def slot_N(self) -> torch.Tensor:
-        return torch.tensor(self.slots, device=self.tokens_N.device)[self.row_N]
+    def place_N(self) -> torch.Tensor:
+        """The cell of each token, counted over all slots."""
+        slot_N = torch.tensor(self.slots, device=self.tokens_N.device)[self.row_N]
+        return slot_N * self.num_cells + self.cells_N
 
     @cached_property
     def slot_index(self) -> slice | torch.Tensor:
@@ -103,10 +106,9 @@ class KVLayer:
         """Store the step's keys and values; returns all that its rows can see, [B, H, S, D] each."""
         if self._keys is None or self._values is None:
             self._keys, self._values = self._empty(keys_NHD), self._empty(values_NHD)
-        place_N = step.slot_N * self._num_cells + step.cells_N
         seen = []
         for store, new in ((self._keys, keys_NHD), (self._values, values_NHD)):
-            store.flatten(0, 1).index_copy_(0, place_N, new)
+            store.flatten(0, 1).index_copy_(0, step.place_N, new)
             seen.append(store[step.slot_index, : step.num_visible].transpose(1, 2))
         return seen[0], seen[1]
 
@@ -276,7 +278,9 @@ class SlotModel:
         num_visible = int(cells_N.max()) + 1
         if num_visible > self._num_cells:
             self._resize(self._num_slots, -(-num_visible // CELLS_PER_GROWTH) * CELLS_PER_GROWTH)
-        return self._decoder.step(Step(slots, counts, tokens_N, positions_N, cells_N, read_R, num_visible))
+        return self._decoder.step(
+            Step(slots, counts, tokens_N, positions_N, cells_N, read_R, num_visible, self._num_cells)
+        )
 
     def _resize(self, num_slots: int, num_cells: int) -> None:
         self._num_slots, self._num_cells = num_slots, num_cells

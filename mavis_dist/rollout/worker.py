@@ -12,7 +12,7 @@ import torch
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Shape
 from mavis_dist.decode import Choice, Engine, LocalGuide, Request
-from mavis_dist.models.load import chat_ids, load_base
+from mavis_dist.models.load import load_base
 from mavis_dist.models.value import load
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store import values
@@ -66,8 +66,7 @@ class Worker:
         return str(self._base.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        messages = [{"role": "user", "content": prompt.text}]
-        return tuple(chat_ids(self._base.tokenizer, messages, self._config.base.system))
+        return self._base.chat(prompt.text, self._config.base.system)
 
 
 def start_workers(config: Config, count: int, value_iterations: Mapping[str, int], board: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,14 @@ def generated(model: PreTrainedModel, prompt: tuple[int, ...]) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+def written(kind: str, fields: dict[str, Any]) -> tuple[PreTrainedModel, list[list[int]]]:
+    """A tiny model, and what transformers writes with it: not the same token all the time."""
+    model = tiny(kind, **fields)
+    expected = [generated(model, prompt) for prompt in PROMPTS]
+    assert len({token for tokens in expected for token in tokens}) > 5
+    return model, expected
+
+
 def decoded(model: PreTrainedModel, portable: bool) -> list[list[int]]:
     """All prompts in one batch, in small pieces, so that rows of different lengths meet in every kind of pass."""
     engine = Engine(replace(tiny_base(), model=model), prefill_tokens=7, portable=portable)
@@ -98,10 +107,7 @@ def decoded(model: PreTrainedModel, portable: bool) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", list(FUSED))
 def test_the_fused_path_and_the_portable_one_write_what_transformers_writes(name):
-    kind, fields = FUSED[name]
-    model = tiny(kind, **fields)
-    expected = [generated(model, prompt) for prompt in PROMPTS]
-    assert len({token for tokens in expected for token in tokens}) > 5
+    model, expected = written(*FUSED[name])
     assert isinstance(base_decoder(model), FusedDecoder)
     assert decoded(model, portable=True) == expected
     assert decoded(model, portable=False) == expected
@@ -110,10 +116,7 @@ def test_the_fused_path_and_the_portable_one_write_what_transformers_writes(name
 @pytest.mark.parametrize("name", list(OTHER))
 def test_other_models_take_the_portable_path_and_write_what_transformers_writes(name):
     """Prompts and answers are several times as long as the windows."""
-    kind, fields = OTHER[name]
-    model = tiny(kind, **fields)
-    expected = [generated(model, prompt) for prompt in PROMPTS]
-    assert len({token for tokens in expected for token in tokens}) > 5
+    model, expected = written(*OTHER[name])
     assert not FusedDecoder.supports(model.base_model)
     assert decoded(model, portable=False) == expected
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -18,6 +18,7 @@ from mavis_dist.decode import Choice, Engine, FinishReason, LocalGuide, Request,
 from mavis_dist.decode.request import stream_of
 from mavis_dist.models import kv
 from tests.fakes import VOCAB, tiny_base, tiny_value
+from tests.machines import MACHINE
 
 BASE = tiny_base(seed=0, eos_boost=1.0)
 MODELS = {"brief": tiny_value(1, layers=2), "kind": tiny_value(2)}
@@ -209,11 +210,9 @@ class TrafficMachine(RuleBasedStateMachine):
 
 
 TrafficMachine.TestCase.settings = settings(
+    MACHINE,
     max_examples=30,
     stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # shrinking takes minutes
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestAnyTraffic = TrafficMachine.TestCase

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
@@ -15,6 +15,7 @@ from mavis_dist.models import kv
 from mavis_dist.models.decoder import value_decoder
 from mavis_dist.models.kv import SlotModel
 from tests.fakes import VOCAB, tiny_value
+from tests.machines import MACHINE
 
 MODEL = tiny_value(3, num_objectives=2, layers=2)
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -189,12 +190,6 @@ class PortableMachine(CacheMachine):
 
 
 for machine in (CacheMachine, PortableMachine):
-    machine.TestCase.settings = settings(
-        max_examples=20,
-        stateful_step_count=20,
-        deadline=None,
-        derandomize=True,
-        phases=[Phase.generate],  # shrinking takes minutes
-    )
+    machine.TestCase.settings = settings(MACHINE, max_examples=20, stateful_step_count=20)
 TestAnySequenceOfCalls = CacheMachine.TestCase
 TestAnySequenceOfCallsPortable = PortableMachine.TestCase

@@ -11,7 +11,7 @@ import torch
 from mavis_dist.config import Prompts
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer, TiltProcessor
 from mavis_dist.models.fetch import fetch
-from mavis_dist.models.load import BaseModel, chat_ids, load_base
+from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.models.value import ValueModel, from_base
 from mavis_dist.prompts import load_prompts
 
@@ -41,7 +41,7 @@ def values() -> dict[str, ValueModel]:
 
 def prompts(base: BaseModel, questions: Sequence[str] = QUESTIONS) -> list[tuple[int, ...]]:
     system = "You are a helpful assistant."
-    return [tuple(chat_ids(base.tokenizer, [{"role": "user", "content": q}], system)) for q in questions]
+    return [base.chat(q, system) for q in questions]
 
 
 def builtin(count: int) -> list[str]:
