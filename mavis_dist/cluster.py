@@ -148,22 +148,25 @@ class Crew:
     Everything in the queue must give the same result whoever works on it, and however often it is begun.
     """
 
-    def __init__(self, stage: str, start: Callable[[], Any], count: int):
-        """`start` makes an actor whose `work(items)` returns (what is finished, how many more items it can use)."""
-        self._stage, self._start = stage, start
+    def __init__(self, start: Callable[[], Any], count: int):
+        """`start` makes an actor whose `work(settings, items)` takes up items, which have a `key` of their own, and
+        returns ((key, result) of all that is finished, how many more items it can use).
+        """
+        self._start = start
         self._held: dict[Any, dict[Any, Any]] = {start(): {} for _ in range(count)}  # actor -> key -> item
         self._calls: dict[Any, Any] = {}  # under way -> actor
         self._num_deaths = 0  # since anything was finished
+        self._stage, self._settings = "", None
 
-    def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """(key, result) of every item, in the order in which they come; items have a `key` of their own.
+    def run(self, stage: str, settings: Any, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """(key, result) of every item, in the order in which they come.
 
         Raises:
             CrewError: actors die again and again, and nothing gets finished.
         """
-        queue = deque(items)
+        self._stage, self._settings = stage, settings
+        queue, silence = deque(items), Silence(stage)
         self._rouse()
-        silence = Silence(self._stage)
         while queue or any(self._held.values()):
             check_stop()
             ready, _ = ray.wait(list(self._calls), timeout=POLL_S)
@@ -192,14 +195,14 @@ class Crew:
     def _call(self, actor: Any, items: Sequence[Any]) -> None:
         self._held[actor].update((item.key, item) for item in items)
         if self._held[actor]:
-            self._calls[actor.work.remote(items)] = actor
+            self._calls[actor.work.remote(self._settings, items)] = actor
 
     def _rouse(self) -> None:
         """Ask actors that have nothing to do how much they can take."""
         busy = set(self._calls.values())
         for actor in self._held:
             if actor not in busy:
-                self._calls[actor.work.remote([])] = actor
+                self._calls[actor.work.remote(self._settings, [])] = actor
 
     def _replace(self, actor: Any, error: ray.exceptions.RayActorError) -> None:
         self._num_deaths += 1

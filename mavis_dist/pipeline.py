@@ -19,7 +19,7 @@ from mavis_dist.evaluate.collect import write_report
 from mavis_dist.evaluate.sweep import Sweep
 from mavis_dist.rollout.labels import label_shards
 from mavis_dist.rollout.worker import Ask, Grow
-from mavis_dist.run import Run, answer_params, ask, current, finished, open_run, scale_of, score_all, timed, working
+from mavis_dist.run import Run, answer_params, ask, current, finished, open_run, scale_of, score_all, timed, work
 from mavis_dist.store import values
 from mavis_dist.store.tree_folder import TreeFolder
 from mavis_dist.train.data import label_folder, rollout_folder, shard_names
@@ -31,13 +31,16 @@ from mavis_dist.types import Policy
 def run(config: Config) -> Sweep:
     """Everything, from prompts to published value models; returns the sweep over weights on unseen prompts."""
     state = open_run(config)
-    for iteration in range(config.iterations):
-        policies = policies_of(config, iteration)
-        grow(state, iteration, policies)
-        label(state, iteration, policies)
-        fit(state, iteration)
-        compare(state, iteration)
-    sweep = evaluate(state)
+    try:
+        for iteration in range(config.iterations):
+            policies = policies_of(config, iteration)
+            grow(state, iteration, policies)
+            label(state, iteration, policies)
+            fit(state, iteration)
+            compare(state, iteration)
+        sweep = evaluate(state)
+    finally:
+        state.rest()
     publish(state)
     page = write_report(state.store, config, config_module.flatten(config), sweep)
     say("report", page)
@@ -63,10 +66,10 @@ def grow(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
     items = [Grow(policy, prompts[id_]) for policy, folder in folders.items() for id_ in folder.missing]
     models = {p.objective: current(state, p.objective, iteration) for p in folders if p.objective}
     num_tokens = 0
-    with timed(state, stage, f"{len(items)} trees", bool(items)), working(state, stage, items, models) as results:
+    with timed(state, stage, f"{len(items)} trees", bool(items)):
         meter, started = cluster.Meter(stage, "trees"), time.monotonic()
         try:
-            for number, ((policy, _), tree) in enumerate(results, 1):
+            for number, ((policy, _), tree) in enumerate(work(state, stage, items, models), 1):
                 folders[policy].add(tree)
                 num_tokens += len(tree.tokens)
                 speed = f"{num_tokens / (time.monotonic() - started):.0f} tokens/s"
@@ -114,6 +117,7 @@ def fit(state: Run, iteration: int) -> None:
     ]
     if not fits:
         return
+    state.rest()
     with timed(state, stage, f"{len(fits)} value models, {state.plan.fits_at_once} at a time"):
         fit_all(fits, state.config, state.plan.fits_at_once, state.board)
 

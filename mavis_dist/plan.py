@@ -31,7 +31,6 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    rollout_actors: int  # as configured, or as many as fit
     fits_at_once: int  # objectives that train at the same time
     notes: tuple[str, ...]  # what does not fit at once, and what happens instead
 
@@ -55,11 +54,11 @@ def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
         )
     notes = []
     if actors < rollout.actors:
-        notes.append(f"rollout.actors is {rollout.actors}, {actors} fit: the rest is left out")
+        notes.append(f"rollout.actors is {rollout.actors}, {actors} fit: the others join as soon as there is room")
     fits_at_once = min(workers // train.workers, len(config.objectives))
     if fits_at_once < len(config.objectives):
         notes.append(f"{fits_at_once} of {len(config.objectives)} objectives train at the same time, the others wait")
-    return Plan(min(actors, rollout.actors), fits_at_once, tuple(notes))
+    return Plan(fits_at_once, tuple(notes))
 
 
 def check_serving(config: Config, nodes: Sequence[Node]) -> None:

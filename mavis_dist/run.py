@@ -29,7 +29,7 @@ from mavis_dist.train.data import label_folder, shard_names
 from mavis_dist.types import Policy, Prompt, RewardScale
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """What every stage needs."""
 
@@ -39,6 +39,19 @@ class Run:
     board: Any
     train: list[Prompt]
     evaluation: list[Prompt]
+    _crew: cluster.Crew | None = None
+
+    def crew(self) -> cluster.Crew:
+        """The actors that write, started when they are first needed."""
+        if self._crew is None:
+            self._crew = cluster.Crew(worker_factory(self.config), self.config.rollout.actors)
+        return self._crew
+
+    def rest(self) -> None:
+        """End the actors that write, so that their cores are free."""
+        if self._crew is not None:
+            self._crew.release()
+            self._crew = None
 
     @property
     def validation_ids(self) -> frozenset[str]:
@@ -104,34 +117,26 @@ def ask(
 ) -> dict[str, list[tuple[Choice, str]]]:
     """Answers with their texts by request id."""
     meter, answers = cluster.Meter(stage, "prompts"), {}
-    with working(state, stage, items, value_iterations) as results:
-        for request_id, choices in results:
-            answers[request_id] = choices
-            meter.show(len(answers), len(items), final=len(answers) == len(items))
+    for request_id, choices in work(state, stage, items, value_iterations):
+        answers[request_id] = choices
+        meter.show(len(answers), len(items), final=len(answers) == len(items))
     return answers
 
 
-@contextmanager
-def working(
+def work(
     state: Run, stage: str, items: Sequence[Grow | Ask], value_iterations: Mapping[str, int]
-) -> Iterator[Iterator[tuple[Any, Any]]]:
-    """Results of all items by actors with these value models; models of another base are refused here, not in an actor.
+) -> Iterator[tuple[Any, Any]]:
+    """(key, result) of all items under these value models; those of another base are refused here, not in an actor.
 
     Nothing is started where there is nothing to do.
     """
     if not items:
-        yield iter(())
         return
     model = state.config.base.model
     base, tokenizer = fingerprint_model(fetch(model)), fingerprint_tokenizer(load_tokenizer(model))
     for name, iteration in value_iterations.items():
         load_card(values.fetch(state.store, name, iteration)).check(base, tokenizer)
-    count = min(state.config.rollout.actors, len(items))
-    crew = cluster.Crew(stage, worker_factory(state.config, value_iterations), count)
-    try:
-        yield crew.run(items)
-    finally:
-        crew.release()
+    yield from state.crew().run(stage, value_iterations, items)
 
 
 def score_all(

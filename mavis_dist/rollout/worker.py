@@ -51,22 +51,25 @@ class Ask:
 class Worker:
     """Works on any mixture of trees and requests, all in one batch. All it is told, and makes, fits in a message."""
 
-    def __init__(self, config: Config, value_iterations: Mapping[str, int]):
-        """`value_iterations` names the value models to load: objective -> iteration."""
+    def __init__(self, config: Config):
         torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
         self._config = config
         self._base = load_base(config.base.model, config.base.dtype, config.base.device)
-        guides = _load_guides(config, value_iterations, self._base.fingerprint, self._base.tokenizer_fingerprint)
-        self._engine = Engine(self._base, LocalGuide(guides) if guides else None, config.rollout.rows)
         self._growers: dict[Policy, TreeGrower] = {}
         self._answers: dict[str, list[Answer | None]] = {}  # by request id, until all n are there
+        self._load({})
 
-    def work(self, items: Sequence[Grow | Ask]) -> tuple[list[tuple[Any, Any]], int]:
+    def work(
+        self, value_iterations: Mapping[str, int], items: Sequence[Grow | Ask]
+    ) -> tuple[list[tuple[Any, Any]], int]:
         """Begin `items` and write until anything is finished.
 
+        `value_iterations` are the value models that guide: objective -> iteration. They change between items only.
         Returns what is finished, as (key of the item, a tree or a list of answers), and how many more items keep the
         rows busy.
         """
+        if self._value_iterations != value_iterations:
+            self._load(value_iterations)
         for item in items:
             self._begin(item)
         done: list[tuple[Any, Any]] = []
@@ -75,6 +78,17 @@ class Worker:
                 done += self._absorb(update)
         # Waiting rows hold no keys and values: one for every running one keeps the batch full.
         return done, max(0, 2 * self._config.rollout.rows - sum(self._engine.load))
+
+    def _load(self, value_iterations: Mapping[str, int]) -> None:
+        """A new engine with these value models around the same base model."""
+        store, guides = Store(self._config.storage, self._config.run), {}
+        for objective, iteration in value_iterations.items():
+            folder = values.fetch(store, objective, iteration)
+            guides[objective], card = load(folder, getattr(torch, self._config.base.dtype), self._config.base.device)
+            card.check(self._base.fingerprint, self._base.tokenizer_fingerprint)
+        self._engine = Engine(self._base, LocalGuide(guides) if guides else None, self._config.rollout.rows)
+        self._value_iterations = dict(value_iterations)
+        self._growers.clear()
 
     def _begin(self, item: Grow | Ask) -> None:
         prompt_tokens = self._base.chat(item.prompt.text, self._config.base.system)
@@ -108,20 +122,9 @@ def make_grower(config: Config, engine: Engine, policy: Policy) -> TreeGrower:
     return TreeGrower(engine, shape, policy, sampling, config.seed)
 
 
-def _load_guides(config: Config, value_iterations: Mapping[str, int], base: str, tokenizer: str) -> dict[str, Any]:
-    store, guides = Store(config.storage, config.run), {}
-    for objective, iteration in value_iterations.items():
-        model, card = load(
-            values.fetch(store, objective, iteration), getattr(torch, config.base.dtype), config.base.device
-        )
-        card.check(base, tokenizer)
-        guides[objective] = model
-    return guides
-
-
-def worker_factory(config: Config, value_iterations: Mapping[str, int]) -> Callable[[], Any]:
+def worker_factory(config: Config) -> Callable[[], Any]:
     """Starts an actor as `rollout.cpus_per_actor` and `rollout.gpus_per_actor` say."""
     options = Worker.options(  # type: ignore[attr-defined]
         num_cpus=config.rollout.cpus_per_actor, num_gpus=config.rollout.gpus_per_actor
     )
-    return lambda: options.remote(config, dict(value_iterations))
+    return lambda: options.remote(config)

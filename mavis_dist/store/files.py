@@ -125,7 +125,7 @@ class Store:
         """Bytes of every file in a folder but its marker."""
         infos = self._fs.ls(self._full(folder), detail=True) if self.exists(folder) else []
         sizes = {info["name"].rpartition("/")[2]: info["size"] for info in infos if info["type"] == "file"}
-        return {name: size for name, size in sizes.items() if name != MARKER and not name.startswith(".")}
+        return {name: sizes[name] for name in sorted(sizes) if name != MARKER and not name.startswith(".")}
 
     def upload(self, source: Path, folder: str, facts: dict[str, Any]) -> None:
         """Copy the files of a local folder, then write the marker."""

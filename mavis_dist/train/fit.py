@@ -71,6 +71,7 @@ def train(fit: Fit, config: Config, store: Store, team: Team) -> bool:
         for epoch in range(settings.epochs)
         for indices in steps(training.lengths, settings.trees_per_step, epoch, config.seed)
     ]
+    torch.manual_seed(config.seed)  # adapters start at random
     model = trainable_model(fit, config, store).to(device)
     trees_per_pass = settings.trees_per_step // (team.size * settings.accumulation)
     engine = make_engine(model, settings.model_dump(), len(schedule), trees_per_pass)

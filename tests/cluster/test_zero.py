@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO stages and adapters train the same kind of model: real DeepSpeed, one worker, no Ray."""
+"""ZeRO stages, workers, passes, interruptions: one training, by real DeepSpeed, without Ray."""
 
 from __future__ import annotations
 
-import os
+import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,18 +33,18 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     base = load_base(str(write_base(folder, eos_weight=1.0)))
     settings = {
-        "run": "zero",
+        "run": "trees",
         "storage": str(folder / "runs"),
         "objectives": {"vowels": {"reward": "function", "path": "tests.tiny:count_vowels"}},
         "base": {"model": str(folder / "tiny-llama"), "dtype": "float32"},
         "rollout": {"first": {"root": 2, "children": 2, "layers": 2}, "max_tokens": 12},
         "value": {"layers": 1, "lora_rank": 0, "lora_alpha": 8, "lora_dropout": 0.0},
-        "train": {"epochs": 2, "trees_per_step": 2, "learning_rate": 1e-2},
+        "train": {"epochs": 2, "trees_per_step": 4, "learning_rate": 1e-2},
     }
-    store = Store(settings["storage"], "zero")
-    prompts = [Prompt(f"p{i}", "") for i in range(6)]
+    store = Store(settings["storage"], "trees")
+    prompts = [Prompt(f"p{i}", "") for i in range(8)]
     grower = TreeGrower(Engine(base), Shape(2, 2, 2, 12), Policy(), Sampling(), 0)
-    trees = sorted(grower.grow(prompts, [[5 + i, 6, 7] for i in range(6)]), key=lambda tree: tree.prompt_id)
+    trees = sorted(grower.grow(prompts, [[5 + i, 6, 7] for i in range(8)]), key=lambda tree: tree.prompt_id)
     write_trees(store, f"{rollout_folder(Policy())}/part-00000.parquet", trees)
     labels = [
         Labels(t.prompt_id, t.leaves(), np.array([float(t.answer(n).sum() % 7) for n in t.leaves()])) for t in trees
@@ -54,32 +55,111 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def trained(config_file: Path, output: Path, *overrides: str) -> dict[str, torch.Tensor]:
-    command = [sys.executable, "-m", "tests.cluster.zero_worker", str(config_file), str(output), *overrides]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(output)
+ALONE = {
+    "plain": [],
+    "passes": ["train.accumulation=2"],
+    "stage-1": ["train.zero_stage=1"],
+    "stage-2": ["train.zero_stage=2"],
+    "stage-3": ["train.zero_stage=3"],
+    "offloaded": ["train.zero_stage=2", "train.offload=true"],
+    "lora": ["value.lora_rank=4"],
+    "stopped": ["stop=1", "stop=2"],
+    "stopped-stage-2": ["train.zero_stage=2", "stop=3"],
+    "stopped-stage-3": ["train.zero_stage=3", "stop=3"],
+    "stopped-lora": ["value.lora_rank=4", "value.lora_dropout=0.2", "stop=2"],
+    "lora-dropout": ["value.lora_rank=4", "value.lora_dropout=0.2"],
+}
+TOGETHER = {"two": [], "two-stage-2": ["train.zero_stage=2"], "two-stopped-stage-2": ["train.zero_stage=2", "stop=3"]}
 
 
-def test_zero_stages_agree_and_embeddings_stay(config_file: Path, tmp_path: Path) -> None:
-    plain = trained(config_file, tmp_path / "0")
+@pytest.fixture(scope="module")
+def runs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run for every variant."""
+    output = tmp_path_factory.mktemp("runs")
+    groups = []
+    for variants, size in ((ALONE, 1), (TOGETHER, 2)):
+        port = free_port()
+        for rank in range(size):
+            arguments = [str(config_file), str(output), str(rank), str(size), str(port)]
+            log = (output / f"{size}-{rank}.log").open("w+")
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "tests.cluster.zero_worker", *arguments],
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
+            )  # fmt: skip
+            assert worker.stdin is not None
+            worker.stdin.write(json.dumps(variants))
+            worker.stdin.close()
+            groups.append((worker, log))
+    for worker, log in groups:
+        code = worker.wait(timeout=300)
+        log.seek(0)
+        assert code == 0, log.read()[-3000:]
+    return output
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def weights(runs: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(runs / name / "values/vowels/i0/model.safetensors")
+
+
+def losses(runs: Path, name: str) -> list[float]:
+    lines = (runs / name / "values/vowels/i0/metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def test_training_changes_all_but_the_embeddings(runs: Path, config_file: Path) -> None:
+    plain = weights(runs, "plain")
     base = load_base(yaml.safe_load(config_file.read_text())["base"]["model"]).model.state_dict()
     assert torch.equal(plain["backbone.embed_tokens.weight"], base["model.embed_tokens.weight"])
     projection = "layers.0.self_attn.q_proj.weight"
     assert not torch.equal(plain[f"backbone.{projection}"], base[f"model.{projection}"])
     assert plain["heads.weight"].abs().sum() > 0
-    for stage in (1, 2, 3):
-        sharded = trained(config_file, tmp_path / str(stage), f"train.zero_stage={stage}")
-        assert set(sharded) == set(plain)
-        for name, tensor in plain.items():
-            assert torch.allclose(sharded[name], tensor, atol=1e-5), (stage, name)
+    assert len(losses(runs, "plain")) == 4
 
 
-def test_adapters_are_merged_into_a_plain_model(config_file: Path, tmp_path: Path) -> None:
-    plain = trained(config_file, tmp_path / "plain", "run=zero")
-    adapted = trained(config_file, tmp_path / "lora", "value.lora_rank=4")
+@pytest.mark.parametrize("name", ["passes", "stage-1", "stage-2", "stage-3", "offloaded", "two", "two-stage-2"])
+def test_loss_and_model_do_not_depend_on_how_the_work_is_cut_up(runs: Path, name: str) -> None:
+    np.testing.assert_allclose(losses(runs, name), losses(runs, "plain"), rtol=1e-5)
+    plain, other = weights(runs, "plain"), weights(runs, name)
+    assert set(other) == set(plain)
+    for key, tensor in plain.items():
+        assert torch.allclose(other[key], tensor, atol=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("stopped", "undisturbed"),
+    [
+        ("stopped", "plain"),
+        ("stopped-stage-2", "stage-2"),
+        ("stopped-stage-3", "stage-3"),
+        ("stopped-lora", "lora-dropout"),
+        ("two-stopped-stage-2", "two-stage-2"),
+    ],
+)
+def test_interrupted_training_ends_with_the_same_bits(runs: Path, stopped: str, undisturbed: str) -> None:
+    assert losses(runs, stopped) == losses(runs, undisturbed)
+    one, other = weights(runs, stopped), weights(runs, undisturbed)
+    assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_adapters_are_merged_into_a_plain_model(runs: Path, config_file: Path) -> None:
+    plain, adapted = weights(runs, "plain"), weights(runs, "lora")
     assert set(adapted) == set(plain)
     base = load_base(yaml.safe_load(config_file.read_text())["base"]["model"]).model.state_dict()
     projection = "layers.0.mlp.down_proj.weight"
     change = adapted[f"backbone.{projection}"] - base[f"model.{projection}"]
     assert 0 < torch.linalg.matrix_rank(change, atol=1e-6) <= 4
+
+
+def test_nothing_is_left_behind(runs: Path) -> None:
+    """Neither checkpoints of finished training, nor DeepSpeed's buffers in shared memory."""
+    assert not list(runs.glob("*/train/**/step-*"))
+    owners = {path.name.split("_127.0.0.1_")[-1] for path in Path("/dev/shm").glob("deepspeed_*_127.0.0.1_*")}
+    assert not owners
+    events = list((runs / "stopped").glob("train/vowels/i0/tensorboard/events*"))
+    assert len(events) == 3  # one file of every attempt

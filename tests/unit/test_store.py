@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from mavis_dist.core.tree import Finish, Tree, TreeBuilder
 from mavis_dist.store import values
 from mavis_dist.store.files import MARKER, Store, StoreError
 from mavis_dist.store.shards import Labels, read_labels, read_trees, write_labels, write_trees
+from mavis_dist.store.tree_folder import TreeFolder
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -62,7 +65,7 @@ def test_a_failing_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StoreError, match="No space left"):
         store.write_bytes("f", b"new")
     assert store.read_bytes("f") == b"old"
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["f"]
@@ -119,3 +122,84 @@ def test_a_folder_can_be_fetched_from_anywhere(store: Store, tmp_path: Path) -> 
     assert (values.fetch(store, "a", 0) / "config.json").read_text() == "{}"
     with pytest.raises(StoreError, match="no finished value model"):
         values.fetch(store, "a", 1)
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_a_folder_that_lost_something_is_not_finished(store: Store, damage: str) -> None:
+    for name in ("a", "b"):
+        store.write_bytes(f"stage/{name}", b"1234")
+    store.finish("stage", {"n": 1})
+    store.write_bytes("stage/later", b"more does no harm")
+    assert store.facts("stage") == {"n": 1}
+    store.write_bytes("stage/a", b"12") if damage == "truncate" else store.delete("stage/a")
+    assert store.facts("stage") is None
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_good_state(tmp_path: Path) -> None:
+    """A real file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        store = Store(str(disk), "run")
+        store.write_bytes("stage/file", b"good")
+        with pytest.raises(StoreError, match=r"stage/file cannot be written \(No space left on device\): free some"):
+            store.write_bytes("stage/file", b"x" * 2**21)
+        assert store.read_bytes("stage/file") == b"good"
+        assert [path.name for path in (disk / "run/stage").iterdir()] == ["file"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- trees that come in any order ---------------------------------------------------------------------------------
+
+IDS = ["p0", "p1", "p2", "p3", "p4"]
+
+
+def folder(store: Store) -> TreeFolder:
+    return TreeFolder(store, "rollouts/base", IDS, 2)
+
+
+def named(prompt_id: str) -> Tree:
+    return replace(tree(), prompt_id=prompt_id)
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    return {name: store.read_bytes(f"rollouts/base/{name}") for name in store.list("rollouts/base")}
+
+
+def test_shards_do_not_depend_on_the_order_of_the_trees(store: Store) -> None:
+    expected = None
+    for order in (IDS, IDS[::-1], ["p3", "p0", "p4", "p2", "p1"]):
+        store.delete("rollouts")
+        trees = folder(store)
+        for number, prompt_id in enumerate(order):
+            assert set(trees.missing) == set(order[number:])
+            trees.add(named(prompt_id))
+        trees.finish()
+        expected = expected or contents(store)
+        assert contents(store) == expected
+    assert sorted(expected) == [MARKER, "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+
+
+def test_finished_trees_survive_and_damaged_ones_are_asked_for_again(store: Store) -> None:
+    trees = folder(store)
+    for prompt_id in ("p0", "p1", "p2", "p4"):
+        trees.add(named(prompt_id))
+    trees.save()
+    again = folder(store)
+    assert again.missing == ["p3"]
+    again.add(named("p3"))
+    again.finish()
+    whole = contents(store)
+
+    store.write_bytes("rollouts/base/part-00001.parquet", whole["part-00001.parquet"][:-9])
+    store.write_bytes("rollouts/base/loose.parquet", b"torn")
+    assert store.facts("rollouts/base") is None
+    mended = folder(store)
+    assert mended.missing == ["p2", "p3"]
+    for prompt_id in mended.missing:
+        mended.add(named(prompt_id))
+    mended.finish()
+    assert contents(store) == whole

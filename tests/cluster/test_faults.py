@@ -1,0 +1,150 @@
+"""What is killed, stopped, torn or lost on the way changes nothing in the end."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from mavis_dist.store.files import MARKER, Store, StoreError
+from tests.cluster.jobs import LIMIT_S, finish, hashes, start
+
+
+@pytest.fixture
+def machines() -> Iterator[Cluster]:
+    """Two machines of one core each; the second one may be lost."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def wait(job: subprocess.Popen[str], condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert job.poll() is None, f"the job ended before {what}: {job.communicate()[1][-3000:]}"
+        assert time.monotonic() < deadline, f"{what} took too long"
+        time.sleep(0.02)
+
+
+def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
+    """Processes of a cluster's actors."""
+    raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]
+    children = [child for pid in raylets for child in psutil.Process(pid).children(recursive=True)]
+    return [process for process in children if title in " ".join(process.cmdline())]
+
+
+def test_kills_of_actors_workers_machines_and_drivers_end_in_the_same_bytes(
+    undisturbed: Store, config_file: Path, machines: Cluster
+) -> None:
+    store = Store(undisturbed.storage, "disturbed")
+    root = Path(store.root)
+    arguments = ("run=disturbed", "rollout.actors=2")
+
+    def checkpoints(iteration: int) -> int:
+        """How many objectives have one that is whole."""
+        return len({path.parts[-5] for path in root.glob(f"train/*/i{iteration}/checkpoints/step-*/{MARKER}")})
+
+    job = start(config_file, machines.address, *arguments)
+    wait(job, lambda: workers(machines, "ray::Worker"), "the first actor")
+    workers(machines, "ray::Worker")[0].kill()
+    wait(job, lambda: checkpoints(0) == 2, "checkpoints of both objectives")
+    machines.remove_node(next(iter(machines.worker_nodes)), allow_graceful=False)
+    wait(job, lambda: store.exists(f"labels/brief-i1/brief/{MARKER}"), "labels of the second iteration")
+    job.kill()
+    _, err = job.communicate()
+    assert "an actor died" in err
+    assert "a worker died; going on from the newest checkpoint" in err
+
+    job = start(config_file, machines.address, *arguments)
+    wait(job, lambda: checkpoints(1), "a checkpoint of the second iteration")
+    job.send_signal(signal.SIGTERM)
+    _, err = finish(job, code=143)
+    assert "stopped: what is finished is saved" in err
+    assert checkpoints(1)
+
+    job = start(config_file, machines.address, *arguments)
+    wait(job, lambda: workers(machines, "ray::RayTrainWorker"), "a training worker")
+    before = checkpoints(1)
+    wait(job, lambda: checkpoints(1) != before or store.exists(f"values/brief/i1/{MARKER}"), "the next checkpoint")
+    for worker in workers(machines, "ray::RayTrainWorker"):
+        worker.kill()
+    _, err = finish(job)
+    assert hashes(store) == hashes(undisturbed)
+
+
+UNMARKED = {"run.yaml", "stages.json", "report.html", "values/vowels/published.json", "values/brief/published.json"}
+
+
+def files(root: Path) -> list[str]:
+    return [str(path.relative_to(root)) for path in sorted(root.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_whatever_file_is_damaged_its_folder_is_not_finished(undisturbed: Store, tmp_path: Path, damage: str) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(undisturbed.root, root)
+    store, unmarked = Store(str(tmp_path), "run"), set()
+    for name in files(root):
+        path = root / name
+        if not (path.parent / MARKER).exists():
+            unmarked.add(name)
+            continue
+        content = path.read_bytes()
+        folder = str(Path(name).parent)
+        assert store.facts(folder) is not None
+        path.write_bytes(content[:-1]) if damage == "truncate" else path.unlink()
+        assert store.facts(folder) is None, name
+        path.write_bytes(content)
+    events = {name for name in unmarked if "/tensorboard/" in name}
+    assert unmarked - events == UNMARKED
+
+
+def test_one_damaged_file_in_every_stage_is_mended_to_the_same_bytes(
+    undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "undisturbed"
+    shutil.copytree(undisturbed.root, root)
+    torn = [
+        "rollouts/base/part-00001.parquet",
+        f"rollouts/brief-i1/{MARKER}",
+        "values/vowels/i0/model.safetensors",
+        f"gate/vowels/i1/{MARKER}",
+        "eval/sweep/sweep.json",
+        "values/brief/published.json",
+        "stages.json",
+    ]
+    lost = [
+        "rollouts/vowels-i1/part-00000.parquet",
+        "labels/brief-i1/brief/part-00000.parquet",
+        "values/brief/i1/metrics.jsonl",
+        "report.html",
+        "values/vowels/published.json",
+    ]
+    for name in torn:
+        (root / name).write_bytes((root / name).read_bytes()[:-7])
+    for name in lost:
+        (root / name).unlink()
+    finish(start(config_file, ray_address, f"storage={tmp_path}"))
+    assert hashes(Store(str(tmp_path), "undisturbed")) == hashes(undisturbed)
+    assert files(root) == files(Path(undisturbed.root))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_a_damaged_config_of_a_run_is_named(undisturbed: Store, config_file: Path, tmp_path: Path, damage: str) -> None:
+    from mavis_dist.config import load
+    from mavis_dist.run import check_same_run
+
+    root = tmp_path / "undisturbed"
+    (root / "rollouts").mkdir(parents=True)
+    if damage == "truncate":
+        (root / "run.yaml").write_bytes(undisturbed.read_bytes("run.yaml")[:200])
+    with pytest.raises(StoreError, match=r"run\.yaml"):
+        check_same_run(Store(str(tmp_path), "undisturbed"), load(config_file))
