@@ -9,9 +9,10 @@ from typing import NoReturn, TypeVar
 
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
-from mavis_dist.types import UserError
+from mavis_dist.types import Stopped, UserError
 
 T = TypeVar("T")
+STOPPED = 128 + 15  # as a shell reports a process that SIGTERM has ended
 
 
 def parse(job: str, purpose: str, argv: Sequence[str] | None = None) -> Config:
@@ -29,11 +30,14 @@ def parse(job: str, purpose: str, argv: Sequence[str] | None = None) -> Config:
 
 
 def refusing(function: Callable[[], T]) -> T:
-    """Run a job; input that cannot be used (UserError) ends it with one line and exit code 2."""
+    """Run a job; input that cannot be used (UserError) ends it with one line and exit code 2, a signal with 143."""
     try:
         return function()
     except UserError as error:
         fail(error)
+    except Stopped:
+        print("stopped: what is finished is saved, the same command goes on from there", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
 
 
 def fail(error: Exception) -> NoReturn:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 from mavis_dist.environment import ENVIRONMENT  # isort: split
 
 import ray
-from ray.util.actor_pool import ActorPool
 
 from mavis_dist.plan import Node
+from mavis_dist.types import Stopped, UserError
 
 POLL_S = 1.0
+DEATHS_WITHOUT_RESULT = 5
+
+
+class CrewError(UserError):
+    """Actors that cannot do their work."""
+
+
+_is_stopping = threading.Event()
 
 
 def connect() -> None:
@@ -30,7 +40,27 @@ def connect() -> None:
     if "RAY_ADDRESS" not in os.environ:
         options["dashboard_host"] = "127.0.0.1"
     ray.init(runtime_env={"env_vars": forwarded}, **options)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _stop(number: int, frame: Any) -> None:
+    """Ask the stages to save what they have; a second signal ends the process as usual."""
+    _is_stopping.set()
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def check_stop() -> None:
+    """Raises Stopped once a signal has asked for it."""
+    if _is_stopping.is_set():
+        raise Stopped
+
+
+def say(stage: str, text: str) -> None:
+    """One line of progress."""
+    print(f"{stage:<24} {text}", file=sys.stderr, flush=True)
 
 
 def nodes() -> list[Node]:
@@ -53,8 +83,7 @@ class Meter:
         elapsed = now - self._started
         rate = done / elapsed if elapsed > 0 else 0.0
         time_left = f"{(total - done) / rate:.0f} s left" if rate > 0 and not final else f"{elapsed:.0f} s"
-        line = f"{self._stage:<24} {done}/{total} {self._unit}, {rate:.2f}/s, {time_left}"
-        print(f"{line}  {text}".rstrip(), file=sys.stderr, flush=True)
+        say(self._stage, f"{done}/{total} {self._unit}, {rate:.2f}/s, {time_left}  {text}".rstrip())
 
 
 @ray.remote(num_cpus=0)
@@ -63,6 +92,14 @@ class Board:
 
     def __init__(self) -> None:
         self._parts: dict[str, dict[str, tuple[int, int, str]]] = {}
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Tell all who look that the driver wants them to save and to stop."""
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        return self._is_stopping
 
     def post(self, stage: str, part: str, done: int, total: int, text: str = "") -> None:
         self._parts.setdefault(stage, {})[part] = (done, total, text)
@@ -76,34 +113,107 @@ def make_board() -> Any:
 
 
 class Watch:
-    """Shows the progress that workers post for one stage; `total` defaults to the sum of what they say."""
+    """Shows the progress that workers post for one stage."""
 
-    def __init__(self, board: Any, stage: str, unit: str, total: int | None = None):
-        self._board, self._stage, self._total = board, stage, total
+    def __init__(self, board: Any, stage: str, unit: str):
+        self.board, self._stage = board, stage
         self._meter = Meter(stage, unit)
 
     def look(self, final: bool = False) -> None:
-        parts = ray.get(self._board.read.remote(self._stage), timeout=60)
-        total = self._total or sum(part[1] for part in parts.values())
-        if total:
+        parts = ray.get(self.board.read.remote(self._stage), timeout=60)
+        if total := sum(part[1] for part in parts.values()):
             text = ", ".join(f"{name} {part[2]}" for name, part in parts.items() if part[2])
             self._meter.show(sum(part[0] for part in parts.values()), total, text, final)
 
 
-def map_on_actors(
-    actors: Sequence[Any], call: Callable[[Any, Any], Any], items: Iterable[Any], watch: Watch
-) -> list[Any]:
-    """`call(actor, item)` for every item on whichever actor is free; results in the order in which they come."""
-    pool = ActorPool(list(actors))
-    for item in items:
-        pool.submit(call, item)
-    results = []
-    while pool.has_next():
-        with suppress(TimeoutError):
-            results.append(pool.get_next_unordered(timeout=POLL_S))
-        watch.look()
-    watch.look(final=True)
-    return results
+class Silence:
+    """Speaks up when nothing has been heard for a while."""
+
+    def __init__(self, stage: str, after_s: float = 60.0):
+        self._stage, self._after_s = stage, after_s
+        self._since = self._spoken = time.monotonic()
+
+    def heard(self, anything: bool, explanation: str) -> None:
+        now = time.monotonic()
+        if anything:
+            self._since = self._spoken = now
+        elif now - self._spoken >= self._after_s:
+            self._spoken = now
+            say(self._stage, f"nothing finished for {now - self._since:.0f} s: {explanation}")
+
+
+class Crew:
+    """Actors that work on one queue. They may come late, and die: what a dead one held is done again by the others.
+
+    Everything in the queue must give the same result whoever works on it, and however often it is begun.
+    """
+
+    def __init__(self, stage: str, start: Callable[[], Any], count: int):
+        """`start` makes an actor whose `work(items)` returns (what is finished, how many more items it can use)."""
+        self._stage, self._start = stage, start
+        self._held: dict[Any, dict[Any, Any]] = {start(): {} for _ in range(count)}  # actor -> key -> item
+        self._calls: dict[Any, Any] = {}  # under way -> actor
+        self._num_deaths = 0  # since anything was finished
+
+    def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """(key, result) of every item, in the order in which they come; items have a `key` of their own.
+
+        Raises:
+            CrewError: actors die again and again, and nothing gets finished.
+        """
+        queue = deque(items)
+        self._rouse()
+        silence = Silence(self._stage)
+        while queue or any(self._held.values()):
+            check_stop()
+            ready, _ = ray.wait(list(self._calls), timeout=POLL_S)
+            silence.heard(bool(ready), f"{len(self._held)} actors are at work or wait for a machine with room")
+            for ref in ready:
+                actor = self._calls.pop(ref)
+                try:
+                    done, room = ray.get(ref)
+                except ray.exceptions.RayActorError as error:
+                    queue.extendleft(reversed(self._held.pop(actor).values()))
+                    self._replace(actor, error)
+                    continue
+                for key, result in done:
+                    del self._held[actor][key]
+                    self._num_deaths = 0
+                    yield key, result
+                # A part of what is left: the others shall have something to do as well.
+                share = min(room, -(-len(queue) // (2 * len(self._held))))
+                self._call(actor, [queue.popleft() for _ in range(share)])
+
+    def release(self) -> None:
+        """End the actors, so that the next stage finds their cores free."""
+        for actor in self._held:
+            ray.kill(actor)
+
+    def _call(self, actor: Any, items: Sequence[Any]) -> None:
+        self._held[actor].update((item.key, item) for item in items)
+        if self._held[actor]:
+            self._calls[actor.work.remote(items)] = actor
+
+    def _rouse(self) -> None:
+        """Ask actors that have nothing to do how much they can take."""
+        busy = set(self._calls.values())
+        for actor in self._held:
+            if actor not in busy:
+                self._calls[actor.work.remote([])] = actor
+
+    def _replace(self, actor: Any, error: ray.exceptions.RayActorError) -> None:
+        self._num_deaths += 1
+        ray.kill(actor)  # one that cannot be reached may still be alive
+        if error.actor_init_failed:
+            raise error
+        if self._num_deaths > DEATHS_WITHOUT_RESULT:
+            raise CrewError(
+                f"{self._stage}: {self._num_deaths} actors died one after the other and finished nothing "
+                f"({' '.join(str(error).split())[:300]}): give them more memory, or lower rollout.rows"
+            ) from error
+        say(self._stage, "an actor died; its unfinished work goes to another")
+        self._held[self._start()] = {}
+        self._rouse()
 
 
 def map_tasks(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], stage: str, unit: str) -> list[Any]:
@@ -113,6 +223,7 @@ def map_tasks(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], st
     refs = [task.options(num_cpus=1).remote(*item) for item in items]
     left = refs
     while left:
+        check_stop()
         _, left = ray.wait(left, num_returns=len(left), timeout=POLL_S)
         meter.show(len(refs) - len(left), len(refs))
     meter.show(len(refs), len(refs), final=True)
@@ -120,16 +231,18 @@ def map_tasks(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], st
 
 
 def wait_for(futures: Sequence[Future[Any]], watch: Watch) -> None:
-    """Wait for threads of the driver; the first failure is raised once all have ended."""
+    """Wait for threads of the driver; the first failure is raised once all have ended.
+
+    When the job is to stop, the board says so, and those who read it end early.
+    """
+    is_told = False
     while not all(future.done() for future in futures):
         time.sleep(POLL_S)
         watch.look()
+        if _is_stopping.is_set() and not is_told:
+            is_told = True
+            ray.get(watch.board.stop.remote(), timeout=60)
     for future in futures:
         future.result()
+    check_stop()
     watch.look(final=True)
-
-
-def release(actors: Iterable[Any]) -> None:
-    """End actors, so that the next stage finds their cores free."""
-    for actor in actors:
-        ray.kill(actor)

@@ -163,19 +163,37 @@ class Train(Section):
     weight_decay: NonNegative = Field(0.01, description="decoupled weight decay")
     warmup: float = Field(0.05, ge=0, lt=1, description="part of the steps with a rising learning rate")
     trees_per_step: Count = Field(4, description="whole trees per optimiser step, over all workers")
+    accumulation: Count = Field(1, description="forward passes that a worker's trees of a step are spread over")
+    patience: Count | None = Field(None, description="epochs without a better validation before it stops; null: never")
     targets: Literal["token", "node"] = Field("token", description="targets at every token, or at segment ends only")
+    split_backup: Literal["fresh", "paper"] = Field(
+        "fresh", description="value of a cut: of its fresh children alone, or the finished answer among them (biased)"
+    )
     depth_balance: bool = Field(True, description="give every layer of the trees the same total weight in the loss")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of training")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    offload: bool = Field(False, description="keep optimiser states in CPU memory; needs zero_stage 1 or more")
     workers: Count = Field(1, description="data-parallel workers per objective")
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPU cores per training worker")
     gpus_per_worker: NonNegative = Field(0, description="GPUs per training worker")
 
     @model_validator(mode="after")
     def _workers_share_the_trees(self) -> Train:
-        if self.trees_per_step % self.workers:
-            raise ValueError(f"trees_per_step ({self.trees_per_step}) must be a multiple of workers ({self.workers})")
+        if self.trees_per_step % (self.workers * self.accumulation):
+            raise ValueError(
+                f"trees_per_step ({self.trees_per_step}) must be a multiple of "
+                f"workers ({self.workers}) times accumulation ({self.accumulation})"
+            )
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload needs DeepSpeed's own optimiser states: set zero_stage to 1, 2 or 3")
         return self
+
+
+class Gate(Section):
+    """Whether an iteration takes the place of the one before it."""
+
+    samples: Count = Field(4, description="answers per validation prompt that compare two iterations")
+    margin: NonNegative = Field(0.05, description="loss of soft value, in sd, that the 95 % bound may still hold")
 
 
 class Evaluate(Section):
@@ -215,6 +233,7 @@ class Config(Section):
     steer: Steer = Field(Steer(), description="the tilt")
     value: Value = Field(Value(), description="the value models")
     train: Train = Field(Train(), description="their training")
+    gate: Gate = Field(Gate(), description="which iterations are published")
     evaluate: Evaluate = Field(Evaluate(), description="the sweep over weights")
     serve: Serve = Field(Serve(), description="the HTTP endpoint")
 
@@ -239,6 +258,7 @@ FREE_KEYS = frozenset(
         "rollout.rows",
         "train.cpus_per_worker",
         "train.gpus_per_worker",
+        "train.offload",
         "train.workers",
         "train.zero_stage",
     }

@@ -6,53 +6,26 @@ when the marker is there: a run that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
-import yaml
+from collections.abc import Sequence
 
 from mavis_dist import cluster
 from mavis_dist import config as config_module
+from mavis_dist.cluster import say
 from mavis_dist.config import Config
-from mavis_dist.decode import SamplingParams
+from mavis_dist.evaluate import gate
 from mavis_dist.evaluate import sweep as sweeping
-from mavis_dist.evaluate.collect import record_stage, write_report
+from mavis_dist.evaluate.collect import write_report
 from mavis_dist.evaluate.sweep import Sweep
-from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
-from mavis_dist.models.value import load_card
-from mavis_dist.plan import Plan, make_plan
-from mavis_dist.prompts import load_prompts
-from mavis_dist.rewards import build
-from mavis_dist.rollout.labels import label_shards, reward_scale
-from mavis_dist.rollout.worker import start_workers
+from mavis_dist.rollout.labels import label_shards
+from mavis_dist.rollout.worker import Ask, Grow
+from mavis_dist.run import Run, answer_params, ask, current, finished, open_run, scale_of, score_all, timed, working
 from mavis_dist.store import values
-from mavis_dist.store.files import Store
+from mavis_dist.store.tree_folder import TreeFolder
 from mavis_dist.train.data import label_folder, rollout_folder, shard_names
 from mavis_dist.train.fit import Fit
 from mavis_dist.train.parallel import fit_all
-from mavis_dist.types import Policy, Prompt, RewardScale
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every stage needs."""
-
-    config: Config
-    store: Store
-    plan: Plan
-    board: Any
-    train: list[Prompt]
-    evaluation: list[Prompt]
-
-    @property
-    def validation_ids(self) -> frozenset[str]:
-        """The prompts that measure the value models: the last ones of the training set."""
-        count = self.config.prompts.validation
-        return frozenset(prompt.id for prompt in self.train[len(self.train) - count :])
+from mavis_dist.types import Policy
 
 
 def run(config: Config) -> Sweep:
@@ -63,30 +36,12 @@ def run(config: Config) -> Sweep:
         grow(state, iteration, policies)
         label(state, iteration, policies)
         fit(state, iteration)
+        compare(state, iteration)
     sweep = evaluate(state)
     publish(state)
     page = write_report(state.store, config, config_module.flatten(config), sweep)
     say("report", page)
     return sweep
-
-
-def open_run(config: Config) -> Run:
-    """Refuse what cannot work before anything is written; needs a connected cluster."""
-    store = Store(config.storage, config.run)
-    plan = make_plan(config, cluster.nodes())
-    train, evaluation = load_prompts(config.prompts, config.seed)
-    fetch(config.base.model)
-    for objective in config.objectives.values():
-        build(objective)
-    store.check_writable()
-    if store.exists("run.yaml"):
-        started = config_module.parse(yaml.safe_load(store.read_bytes("run.yaml")))
-        if conflicts := config_module.conflicts(started, config):
-            raise config_module.ConfigError(conflicts[0])
-    store.write_bytes("run.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-    for note in plan.notes:
-        say("plan", note)
-    return Run(config, store, plan, cluster.make_board(), train, evaluation)
 
 
 def policies_of(config: Config, iteration: int) -> list[Policy]:
@@ -95,26 +50,32 @@ def policies_of(config: Config, iteration: int) -> list[Policy]:
 
 
 def grow(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
-    """Trees of every policy on all training prompts, shard by shard."""
+    """Trees of every policy on all training prompts, in the order in which they are complete."""
     stage, size = f"rollouts i{iteration}", state.config.rollout.prompts_per_shard
-    todo = [policy for policy in policies if not finished(state, rollout_folder(policy), stage)]
-    shards = []
-    for policy in todo:
-        for start in range(0, len(state.train), size):
-            path = f"{rollout_folder(policy)}/part-{start // size:05d}.parquet"
-            if not state.store.exists(path):
-                shards.append((stage, policy, state.train[start : start + size], path))
-    if shards:
-        iterations = {policy.objective: iteration - 1 for policy in todo if policy.objective}
-        count = min(state.plan.rollout_actors, len(shards))
-        workers = workers_with(state, count, iterations)
-        num_trees = sum(len(prompts) for _, _, prompts, _ in shards)
-        watch = cluster.Watch(state.board, stage, "trees", num_trees)
-        with timed(state, stage, f"{num_trees} trees"):
-            cluster.map_on_actors(workers, lambda worker, shard: worker.grow.remote(*shard), shards, watch)
-        cluster.release(workers)
-    for policy in todo:
-        state.store.finish(rollout_folder(policy), {"trees": len(state.train)})
+    prompts = {prompt.id: prompt for prompt in state.train}
+    folders = {
+        policy: TreeFolder(state.store, rollout_folder(policy), list(prompts), size)
+        for policy in policies
+        if not finished(state, rollout_folder(policy), stage)
+    }
+    for policy in folders:
+        state.store.delete(f"labels/{policy.name}")  # trees that are grown again need not be the same in bfloat16
+    items = [Grow(policy, prompts[id_]) for policy, folder in folders.items() for id_ in folder.missing]
+    models = {p.objective: current(state, p.objective, iteration) for p in folders if p.objective}
+    num_tokens = 0
+    with timed(state, stage, f"{len(items)} trees", bool(items)), working(state, stage, items, models) as results:
+        meter, started = cluster.Meter(stage, "trees"), time.monotonic()
+        try:
+            for number, ((policy, _), tree) in enumerate(results, 1):
+                folders[policy].add(tree)
+                num_tokens += len(tree.tokens)
+                speed = f"{num_tokens / (time.monotonic() - started):.0f} tokens/s"
+                meter.show(number, len(items), speed, final=number == len(items))
+        finally:
+            for folder in folders.values():
+                folder.save()
+    for folder in folders.values():
+        folder.finish()
 
 
 def label(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
@@ -141,7 +102,13 @@ def fit(state: Run, iteration: int) -> None:
     """One value model per objective, all objectives at the same time."""
     stage = f"train i{iteration}"
     fits = [
-        Fit(name, iteration, scale_of(state, name), state.validation_ids)
+        Fit(
+            name,
+            iteration,
+            current(state, name, iteration) if iteration > 0 else None,
+            scale_of(state, name),
+            state.validation_ids,
+        )
         for name in state.config.objectives
         if not finished(state, values.folder(name, iteration), stage)
     ]
@@ -151,89 +118,62 @@ def fit(state: Run, iteration: int) -> None:
         fit_all(fits, state.config, state.plan.fits_at_once, state.board)
 
 
-def scale_of(state: Run, objective: str) -> RewardScale:
-    """The unit of an objective: its mean and spread over the base model's answers to the training prompts."""
-    folder = label_folder(Policy(), objective)
-    paths = [f"{folder}/{name}" for name in shard_names(state.store, folder)]
-    training = {prompt.id for prompt in state.train} - state.validation_ids
-    return reward_scale(state.store, objective, paths, training)
+def compare(state: Run, iteration: int) -> None:
+    """Soft value of every new policy on the validation prompts, and whether it takes the place of the current one."""
+    stage, config = f"gate i{iteration}", state.config
+    names = [name for name in config.objectives if not finished(state, gate.folder(name, iteration), stage)]
+    prompts = [prompt for prompt in state.train if prompt.id in state.validation_ids]
+    params = answer_params(config, config.gate.samples)
+    items = [
+        Ask(prompt, request)
+        for name in names
+        for prompt, request in gate.requests(name, prompts, config.steer.beta, config.steer.tilt_cap, params)
+    ]
+    with timed(state, stage, f"{len(items) * config.gate.samples} answers", bool(items)):
+        answers = ask(state, stage, items, dict.fromkeys(names, iteration))
+    for name in names:
+        rows = [answers[gate.request_id(name, prompt)] for prompt in prompts]
+        scale, (scores,) = scale_of(state, name), score_all(config, [name], prompts, rows).values()
+        soft_values = gate.soft_values(rows, scores, scale, config.steer.beta)
+        decision = gate.decide(state.store, name, iteration, soft_values, config.gate.margin)
+        say(stage, decision.sentence())
 
 
 def evaluate(state: Run) -> Sweep:
-    """Answers to unseen prompts under every weight of the grid, with the newest value models."""
+    """Answers to unseen prompts under every weight of the grid, with the current value models."""
     config, folder, stage = state.config, "eval/sweep", "evaluate"
-    newest = dict.fromkeys(config.objectives, config.iterations - 1)
+    newest = {name: current(state, name, config.iterations) for name in config.objectives}
     inputs = {"values": newest, "evaluate": config.evaluate.model_dump(mode="json")}
     if state.store.facts(folder) == inputs:
         say(stage, "finished before, skipped")
         return sweeping.sweep_from_json(state.store.read_json(f"{folder}/sweep.json"))
 
     points = sweeping.grid(list(config.objectives), config.evaluate.grid)
-    params = SamplingParams(
-        config.rollout.max_tokens,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        min_p=config.rollout.min_p,
-        n=config.evaluate.samples,
-    )
-    steer = config.steer
-    workers = workers_with(state, min(state.plan.rollout_actors, len(points)), newest)
-    num_answers = len(points) * len(state.evaluation) * config.evaluate.samples
-    batches = [
-        (point.name, sweeping.requests(point, state.evaluation, steer.beta, steer.tilt_cap, params)) for point in points
+    params = answer_params(config, config.evaluate.samples)
+    items = [
+        Ask(prompt, request)
+        for point in points
+        for prompt, request in sweeping.requests(
+            point, state.evaluation, config.steer.beta, config.steer.tilt_cap, params
+        )
     ]
-    watch = cluster.Watch(state.board, stage, "prompts", len(points) * len(state.evaluation))
-
-    def ask(worker: Any, batch: tuple[str, Any]) -> Any:
-        return worker.answer.remote(stage, *batch)
-
-    with timed(state, stage, f"{num_answers} answers"):
-        answers = dict(cluster.map_on_actors(workers, ask, batches, watch))
-    cluster.release(workers)
-    scores = {point.name: score_all(state, answers[point.name]) for point in points}
+    with timed(state, stage, f"{len(items) * config.evaluate.samples} answers"):
+        answers_by_id = ask(state, stage, items, newest)
+    answers = {
+        point.name: [answers_by_id[sweeping.request_id(point, prompt)] for prompt in state.evaluation]
+        for point in points
+    }
+    scores = {
+        point.name: score_all(config, config.objectives, state.evaluation, answers[point.name]) for point in points
+    }
     scales = {name: scale_of(state, name) for name in config.objectives}
-    result = sweeping.summarise(points, answers, scores, scales, state.evaluation, steer.beta)
+    result = sweeping.summarise(points, answers, scores, scales, state.evaluation, config.steer.beta)
     state.store.write_json(f"{folder}/sweep.json", result.to_json())
     state.store.finish(folder, inputs)
     return result
 
 
-def workers_with(state: Run, count: int, value_iterations: Mapping[str, int]) -> list[Any]:
-    """Workers with these value models; models that were trained for another base are refused here, not in an actor."""
-    model = state.config.base.model
-    base, tokenizer = fingerprint_model(fetch(model)), fingerprint_tokenizer(load_tokenizer(model))
-    for name, iteration in value_iterations.items():
-        load_card(values.fetch(state.store, name, iteration)).check(base, tokenizer)
-    return start_workers(state.config, count, value_iterations, state.board)
-
-
-def score_all(state: Run, answers: Sequence[Sequence[tuple[Any, str]]]) -> dict[str, list[float]]:
-    """Raw rewards of all answers by objective, prompt by prompt."""
-    prompts = [prompt.text for prompt, row in zip(state.evaluation, answers, strict=True) for _ in row]
-    texts = [text for row in answers for _, text in row]
-    return {name: build(spec).score(prompts, texts) for name, spec in state.config.objectives.items()}
-
-
 def publish(state: Run) -> None:
-    """Make the newest value models the ones that are served."""
+    """Make the current value models the ones that are served."""
     for name in state.config.objectives:
-        values.publish(state.store, name, state.config.iterations - 1)
-
-
-@contextmanager
-def timed(state: Run, stage: str, detail: str) -> Iterator[None]:
-    """Remember how long the work of a stage took, for the report."""
-    started = time.monotonic()
-    yield
-    record_stage(state.store, stage, time.monotonic() - started, detail)
-
-
-def finished(state: Run, folder: str, stage: str) -> bool:
-    if state.store.facts(folder) is None:
-        return False
-    say(stage, f"{folder} finished before, skipped")
-    return True
-
-
-def say(stage: str, text: str) -> None:
-    print(f"{stage:<24} {text}", file=sys.stderr, flush=True)
+        values.publish(state.store, name, current(state, name, state.config.iterations))

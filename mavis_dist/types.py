@@ -13,6 +13,10 @@ TILT_CAP = 3.0
 MAX_COUNT = 2**31 - 1  # largest top_k and guide_every: far beyond use, and safe in any integer tensor
 
 
+class Stopped(Exception):
+    """The user, or whoever runs the job, wants it to stop; what is finished is saved."""
+
+
 class UserError(ValueError):
     """Input that cannot be used; the message is one sentence with the thing, its value and the remedy."""
 
@@ -44,7 +48,7 @@ class Policy:
     """Who wrote a tree: the base model, or the base model tilted by one objective's value model."""
 
     objective: str | None = None
-    iteration: int = 0  # of the trees this policy writes; the value model behind it is iteration - 1
+    iteration: int = 0  # of the trees this policy writes
 
     @property
     def name(self) -> str:

@@ -82,6 +82,9 @@ class Tree:
     def segment(self, node: int) -> np.ndarray:
         return self.tokens[self.node_start[node] : self.node_start[node + 1]]
 
+    def logratios(self, node: int) -> np.ndarray:
+        return self.token_logratio[self.node_start[node] : self.node_start[node + 1]]
+
     def is_split(self, node: int) -> bool:
         """Whether this node continues an inner point of a finished answer."""
         parent = int(self.node_parent[node])
@@ -153,14 +156,15 @@ class Backup:
     reward_N: np.ndarray  # Rbar, float64
     logratio_N: np.ndarray  # mean log-ratio of what follows the node, float64
     root: tuple[float, float]  # the same pair for the prompt
-    cuts: dict[tuple[int, int], tuple[float, float]]  # (node, cut) -> the same pair for the fresh children there
+    cuts: dict[tuple[int, int], tuple[float, float]]  # (node, cut) -> the same pair for the state at the cut
+    is_split_averaged: bool  # whether a cut's pair also holds for the tokens before it
 
 
-def backup(tree: Tree, rewards: Mapping[int, float]) -> Backup:
+def backup(tree: Tree, rewards: Mapping[int, float], average_split: bool = False) -> Backup:
     """Mean rewards and suffix log-ratios, from the leaves up. `rewards` holds one (standardised) score per leaf.
 
     An answer that was split keeps its own reward, and its fresh children only inform the cut. The answer was chosen for
-    having finished: averaging it with them, as published, biases the cut and everything above it.
+    having finished: averaging it with them (`average_split`, as published) biases the cut and everything above it.
     """
     reward_N = np.zeros(tree.num_nodes)
     logratio_N = np.zeros(tree.num_nodes)
@@ -182,7 +186,21 @@ def backup(tree: Tree, rewards: Mapping[int, float]) -> Backup:
         for cut in range(1, length):
             if fresh := children.get((node, cut)):
                 cuts[node, cut] = mean(fresh)
-    return Backup(reward_N, logratio_N, mean(children[ROOT, 0]), cuts)
+    if not average_split:
+        return Backup(reward_N, logratio_N, mean(children[ROOT, 0]), cuts, False)
+    # As published, what was written after the cut is one more child of the cut, and the cut stands for the answer.
+    pairs = {node: (reward_N[node], total_N[node] + logratio_N[node]) for node in children[ROOT, 0]}
+    for (node, cut), (reward, logratio) in cuts.items():
+        before, after = np.split(tree.logratios(node).astype(np.float64), [cut])
+        count = len(children[node, cut])
+        averaged = (
+            (count * reward + reward_N[node]) / (count + 1),
+            (count * logratio + float(after.sum())) / (count + 1),
+        )
+        cuts[node, cut] = averaged
+        pairs[node] = (averaged[0], float(before.sum()) + averaged[1])
+    root = np.mean([pairs[node] for node in children[ROOT, 0]], axis=0)
+    return Backup(reward_N, logratio_N, (float(root[0]), float(root[1])), cuts, True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,12 +224,16 @@ def targets(tree: Tree, means: Backup, zeta: float, every_token: bool = True) ->
     up_to_T = np.cumsum(tree.token_logratio.astype(np.float64))
     later_in_segment_T = up_to_T[tree.node_start[1:] - 1][node_of_T] - up_to_T
     value_T = means.reward_N[node_of_T] - zeta * (later_in_segment_T + means.logratio_N[node_of_T])
+    for (node, cut), (reward, logratio) in means.cuts.items() if means.is_split_averaged else ():
+        before = slice(tree.node_start[node], tree.node_start[node] + cut)
+        value_T[before] = reward - zeta * (up_to_T[before][-1] - up_to_T[before] + logratio)
     kept_T = np.arange(len(tree.tokens)) if every_token else tree.node_start[1:] - 1
 
     index = [np.array([num_prompt - 1]), num_prompt + kept_T]
     value = [np.array([means.root[0] - zeta * means.root[1]]), value_T[kept_T]]
     depth = [np.array([0]), depth_N[node_of_T[kept_T]]]
-    for (node, cut), (reward, logratio) in means.cuts.items():
+    # A cut is no segment's end: it is a target of its own, unless the token before it carries the same already.
+    for (node, cut), (reward, logratio) in ({} if every_token and means.is_split_averaged else means.cuts).items():
         index.append(np.array([num_prompt + tree.node_start[node] + cut - 1]))
         value.append(np.array([reward - zeta * logratio]))
         depth.append(np.array([depth_N[node]]))

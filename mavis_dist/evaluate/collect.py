@@ -9,7 +9,7 @@ from mavis_dist.config import Config
 from mavis_dist.evaluate.report import ModelFacts, StageFacts, render
 from mavis_dist.evaluate.sweep import Sweep
 from mavis_dist.store import values
-from mavis_dist.store.files import Store
+from mavis_dist.store.files import Store, StoreError
 
 STAGES_FILE = "stages.json"
 REPORT_FILE = "report.html"
@@ -36,11 +36,14 @@ def write_report(store: Store, config: Config, settings: dict[str, object], swee
 
 def _model_facts(store: Store, config: Config, objective: str, iteration: int) -> ModelFacts:
     facts = store.facts(values.folder(objective, iteration)) or {}
-    lines = store.read_bytes(f"train/{objective}/i{iteration}/metrics.jsonl").decode().splitlines()
+    lines = store.read_bytes(f"{values.folder(objective, iteration)}/{values.METRICS_FILE}").decode().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     reward = config.objectives[objective].reward
     return ModelFacts(objective, iteration, facts.get("explained_variance"), losses, reward)
 
 
 def _stages(store: Store) -> list[dict[str, Any]]:
-    return store.read_json(STAGES_FILE) if store.exists(STAGES_FILE) else []
+    try:
+        return store.read_json(STAGES_FILE) if store.exists(STAGES_FILE) else []
+    except StoreError:
+        return []  # times of stages that nobody can tell any more

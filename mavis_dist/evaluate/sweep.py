@@ -74,6 +74,10 @@ def grid(objectives: Sequence[str], steps: int) -> list[Point]:
     return points
 
 
+def request_id(point: Point, prompt: Prompt) -> str:
+    return f"{point.name}/{prompt.id}"
+
+
 def requests(
     point: Point, prompts: Sequence[Prompt], beta: float, tilt_cap: float | None, params: SamplingParams
 ) -> list[tuple[Prompt, Request]]:
@@ -82,7 +86,7 @@ def requests(
         (
             prompt,
             Request(
-                id=prompt.id,
+                id=request_id(point, prompt),
                 prompt=(),
                 weights=point.weights,
                 beta=beta,

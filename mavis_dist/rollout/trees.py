@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from mavis_dist.core import noise
 from mavis_dist.core.tree import ROOT, Finish, Shape, Tree, TreeBuilder, cut_point, segment_length
 from mavis_dist.decode import Engine, FinishReason, Request, SamplingParams, Scorer
-from mavis_dist.decode.request import Choice
+from mavis_dist.decode.request import Choice, Update
 from mavis_dist.types import Policy, Prompt
 
 Path = tuple[int, ...]  # child numbers from the prompt down
@@ -83,17 +83,26 @@ class TreeGrower:
         """The trees of all prompts, in the order in which they are complete; needs an idle engine."""
         assert self._engine.is_idle
         for prompt, tokens in zip(prompts, prompt_tokens, strict=True):
-            seed = noise.stream(self._seed, self._policy.name, prompt.id)
-            tree = _Growing(prompt, tuple(tokens), seed)
-            self._branch(tree, (), 0, self._shape.root)
+            self.plant(prompt, tokens)
         while not self._engine.is_idle:
             for update in self._engine.step():
-                self.num_tokens += len(update.tokens)
-                if update.finished is None:
-                    continue
-                tree = self._absorb(update.request_id, update.finished)
-                if tree.num_open == 0:
-                    yield tree.build(self._policy)
+                if (tree := self.absorb(update)) is not None:
+                    yield tree
+
+    def plant(self, prompt: Prompt, prompt_tokens: Sequence[int]) -> None:
+        """Submit the first segments of one more tree; whoever steps the engine tells `absorb` of its updates."""
+        seed = noise.stream(self._seed, self._policy.name, prompt.id)
+        self._branch(_Growing(prompt, tuple(prompt_tokens), seed), (), 0, self._shape.root)
+
+    def absorb(self, update: Update) -> Tree | None:
+        """Take note of what the engine wrote; the tree, if this completes one. Other requests' updates are ignored."""
+        if update.request_id not in self._origin:
+            return None
+        self.num_tokens += len(update.tokens)
+        if update.finished is None:
+            return None
+        tree = self._extend(update.request_id, update.finished)
+        return tree.build(self._policy) if tree.num_open == 0 else None
 
     def _branch(self, tree: _Growing, path: Path, cut: int, count: int) -> None:
         """Start `count` segments after the first `cut` tokens of the segment at `path`."""
@@ -102,7 +111,7 @@ class TreeGrower:
         length = segment_length(self._shape, layer, self._shape.max_tokens - len(answer), uniform)
         for child in range(count):
             child_path = (*path, child)
-            request_id = f"{tree.prompt.id}/{'.'.join(map(str, child_path))}"
+            request_id = f"{self._policy.name}/{tree.prompt.id}/{'.'.join(map(str, child_path))}"
             self._origin[request_id] = (tree, child_path, cut)
             tree.num_open += 1
             request = Request(
@@ -123,7 +132,8 @@ class TreeGrower:
             )
             self._engine.submit(request, first=layer > 0)  # begun trees before new ones: fewer rows wait
 
-    def _absorb(self, request_id: str, choice: Choice) -> _Growing:
+    def _extend(self, request_id: str, choice: Choice) -> _Growing:
+        """Append a finished segment to its tree, and start its children if the answer goes on."""
         tree, path, cut = self._origin.pop(request_id)
         tree.num_open -= 1
         if choice.finish not in (FinishReason.STOP, FinishReason.LENGTH):

@@ -6,6 +6,7 @@ written last and holds facts about the folder.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -83,9 +84,12 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, full)
-        except OSError:
+        except OSError as error:
             Path(temporary).unlink(missing_ok=True)
-            raise
+            remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the storage"
+            raise StoreError(
+                f"{full} cannot be written ({error.strerror}): {remedy} and run again, what is finished stays"
+            ) from error
         _sync_folder(Path(full).parent)
 
     def read_json(self, path: str) -> Any:
@@ -100,18 +104,28 @@ class Store:
         self.write_bytes(path, json.dumps(value, indent=1).encode())
 
     def finish(self, folder: str, facts: dict[str, Any]) -> None:
-        """Write the marker: everything else in the folder must be there already."""
-        self.write_json(f"{folder}/{MARKER}", facts)
+        """Write the marker: everything else in the folder must be there already, and stays as it is."""
+        self.write_json(f"{folder}/{MARKER}", {"facts": facts, "files": self._sizes(folder)})
 
     def facts(self, folder: str) -> dict[str, Any] | None:
-        """What the marker of a finished folder says; None if the folder is not finished."""
+        """What the marker of a finished folder says; None if the folder is not finished.
+
+        A folder that lost a file, or part of one, is not finished either: its work is redone.
+        """
         path = f"{folder}/{MARKER}"
         if not self.exists(path):
             return None
         try:
-            return self.read_json(path)
-        except StoreError:
-            return None  # a marker that is not whole was never written by us: the work is redone
+            marker = self.read_json(path)
+            return marker["facts"] if marker["files"].items() <= self._sizes(folder).items() else None
+        except (StoreError, KeyError, TypeError, AttributeError):
+            return None  # a marker that is not whole was never written by us
+
+    def _sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file in a folder but its marker."""
+        infos = self._fs.ls(self._full(folder), detail=True) if self.exists(folder) else []
+        sizes = {info["name"].rpartition("/")[2]: info["size"] for info in infos if info["type"] == "file"}
+        return {name: size for name, size in sizes.items() if name != MARKER and not name.startswith(".")}
 
     def upload(self, source: Path, folder: str, facts: dict[str, Any]) -> None:
         """Copy the files of a local folder, then write the marker."""
@@ -130,6 +144,10 @@ class Store:
             shutil.rmtree(target, ignore_errors=True)
             raise
         return target
+
+    def uri(self, path: str) -> str:
+        """Where a path lies, for libraries that write by themselves."""
+        return f"{self.storage.rstrip('/')}/{self.run}/{path}"
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root

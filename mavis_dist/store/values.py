@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mavis_dist.store.files import Store, StoreError
 
+METRICS_FILE = "metrics.jsonl"  # what was measured while a value model was trained, in its folder
+
 
 def folder(objective: str, iteration: int) -> str:
     return f"values/{objective}/i{iteration}"

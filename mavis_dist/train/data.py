@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mavis_dist.config import Config
 from mavis_dist.core.packing import PackedBatch, pack
 from mavis_dist.core.tree import Targets, Tree, backup, depth_weights, targets
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.shards import Labels, read_labels, read_trees
 from mavis_dist.types import Policy, RewardScale
+
+STEPS_PER_BUCKET = 8
 
 
 def rollout_folder(policy: Policy) -> str:
@@ -38,6 +41,21 @@ def load_trees(store: Store, policy: Policy, objective: str) -> list[tuple[Tree,
     return pairs
 
 
+@dataclass(frozen=True)
+class Fit:
+    """One value model to be trained."""
+
+    objective: str
+    iteration: int  # of the policy whose trees it learns from
+    parent: int | None  # iteration of the value model behind that policy, where training starts; None: the base model
+    scale: RewardScale
+    validation_ids: frozenset[str]  # prompts whose trees measure and do not train
+
+    @property
+    def policy(self) -> Policy:
+        return Policy() if self.iteration == 0 else Policy(self.objective, self.iteration)
+
+
 @dataclass(frozen=True, eq=False)
 class TreeSet:
     """Trees with their targets and the weight of each depth in the loss."""
@@ -48,6 +66,11 @@ class TreeSet:
 
     def __len__(self) -> int:
         return len(self.trees)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Packed tokens of every tree."""
+        return [len(tree.prompt_tokens) + len(tree.tokens) for tree in self.trees]
 
     def total_weight(self, indices: list[int]) -> float:
         """Sum of the target weights of some trees: what their squared errors are divided by."""
@@ -64,19 +87,63 @@ def tree_set(
     layers: int,
     every_token: bool = True,
     depth_balance: bool = True,
+    average_split: bool = False,
 ) -> TreeSet:
     """Back up the standardised rewards through every tree and derive its targets."""
     trees, all_targets = [], []
     for tree, labels in pairs:
         rewards = {int(node): scale.standardise(score) for node, score in zip(labels.node, labels.score, strict=True)}
         trees.append(tree)
-        all_targets.append(targets(tree, backup(tree, rewards), zeta, every_token))
+        all_targets.append(targets(tree, backup(tree, rewards, average_split), zeta, every_token))
     weights = depth_weights(all_targets, layers) if depth_balance else np.ones(layers + 1)
     return TreeSet(trees, all_targets, weights)
 
 
-def steps(num_trees: int, trees_per_step: int, epoch: int, seed: int) -> Iterator[list[int]]:
-    """Indices of the trees of every optimiser step of an epoch: a seeded shuffle, the same on all workers."""
-    order = np.random.default_rng([seed, epoch]).permutation(num_trees).tolist()
-    for start in range(0, num_trees, trees_per_step):
-        yield order[start : start + trees_per_step]
+def zeta(config: Config, iteration: int) -> float:
+    """Price of one nat of divergence in standard deviations of reward: 1 / beta, and nothing before any tilt."""
+    return 1.0 / config.steer.beta if iteration > 0 and config.steer.beta > 0 else 0.0
+
+
+def data_of(fit: Fit, config: Config, store: Store) -> tuple[TreeSet, TreeSet]:
+    """Training and validation trees of a fit."""
+    shape = config.rollout.first if fit.iteration == 0 else config.rollout.later
+    pairs = load_trees(store, fit.policy, fit.objective)
+    parts = []
+    for validation in (False, True):
+        chosen = [pair for pair in pairs if (pair[0].prompt_id in fit.validation_ids) == validation]
+        parts.append(
+            tree_set(
+                chosen,
+                fit.scale,
+                zeta(config, fit.iteration),
+                shape.layers,
+                every_token=config.train.targets == "token",
+                depth_balance=config.train.depth_balance,
+                average_split=config.train.split_backup == "paper",
+            )
+            if chosen
+            else TreeSet([], [], np.ones(shape.layers + 1))
+        )
+    return parts[0], parts[1]
+
+
+def steps(lengths: Sequence[int], trees_per_step: int, epoch: int, seed: int) -> list[list[int]]:
+    """Indices of the trees of every optimiser step of an epoch, the same on all workers.
+
+    A seeded shuffle; then trees of similar length, in packed tokens, are brought together within groups of some steps,
+    so that little is padded, and the steps are shuffled. Indices of a step are sorted by length.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths)).tolist()
+    chosen = []
+    for start in range(0, len(order), trees_per_step * STEPS_PER_BUCKET):
+        bucket = order[start : start + trees_per_step * STEPS_PER_BUCKET]
+        bucket.sort(key=lambda index: lengths[index])
+        chosen += [bucket[i : i + trees_per_step] for i in range(0, len(bucket), trees_per_step)]
+    return [chosen[i] for i in random.permutation(len(chosen))]
+
+
+def passes(indices: Sequence[int], rank: int, num_workers: int, accumulation: int) -> list[list[int]]:
+    """A worker's share of a step, cut into forward passes of trees of similar length; some may be empty."""
+    mine = list(indices[rank::num_workers])
+    return [part.tolist() for part in np.array_split(np.array(mine, dtype=np.int64), accumulation)]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, trees_per_worker: int) -> Any:
+def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, trees_per_pass: int) -> Any:
     """A DeepSpeed engine around `model`, with AdamW, linear warm-up and linear decay.
 
     `settings` is the `train` section of the config. Needs an initialised process group (Ray Train makes one).
@@ -34,17 +34,25 @@ def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, tree
         model_parameters=trained,
         dist_init_required=False,
         config={
-            "train_micro_batch_size_per_gpu": trees_per_worker,
+            "train_micro_batch_size_per_gpu": trees_per_pass,
+            "gradient_accumulation_steps": settings["accumulation"],
             "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": settings["zero_stage"]},
+            "zero_optimization": _zero(settings),
             # ZeRO shards the states of any torch optimizer; DeepSpeed wants that said.
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             "torch_autocast": {"enabled": settings["dtype"] == "bfloat16", "dtype": "bfloat16"},
             "steps_per_print": 1_000_000_000,
             "wall_clock_breakdown": False,
         },
     )
+    _unlink_shared_memory()
     return engine
+
+
+def _zero(settings: dict[str, Any]) -> dict[str, Any]:
+    offload = {"offload_optimizer": {"device": "cpu"}} if settings["offload"] else {}
+    return {"stage": settings["zero_stage"], **offload}
 
 
 def _prepare_compiler() -> None:
@@ -54,6 +62,16 @@ def _prepare_compiler() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+
+def _unlink_shared_memory() -> None:
+    """Take the names off DeepSpeed's buffers once all workers have opened them, 64 MiB each: they live on while they
+    are mapped, and go with the processes. DeepSpeed leaves them in memory until the machine restarts.
+    """
+    torch.distributed.barrier()
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{torch.distributed.get_rank()}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 def trained_state(engine: Any) -> dict[str, torch.Tensor]:
@@ -73,5 +91,5 @@ def warm_up() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0, "zero_stage": 0, "dtype": "float32"}
-    make_engine(nn.Linear(2, 2), settings, num_steps=1, trees_per_worker=1)
+    make_engine(nn.Linear(2, 2), {**settings, "accumulation": 1, "offload": False}, num_steps=1, trees_per_pass=1)
     torch.distributed.destroy_process_group()

@@ -2,189 +2,164 @@
 
 from __future__ import annotations
 
-import json
-import math
 import tempfile
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from mavis_dist import config as config_module
-from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
-from mavis_dist.models.value import Card, ValueModel, from_base, load, save
+from mavis_dist.config import Config
+from mavis_dist.core import noise
+from mavis_dist.core.packing import PackedBatch
+from mavis_dist.models.value import save
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
-from mavis_dist.train.data import TreeSet, load_trees, steps, tree_set
-from mavis_dist.types import Policy, RewardScale
+from mavis_dist.train.checkpoints import Checkpoints, State
+from mavis_dist.train.data import Fit, TreeSet, data_of, passes, steps
+from mavis_dist.train.engine import make_engine, trained_state
+from mavis_dist.train.journal import Journal, json_lines
+from mavis_dist.train.metrics import Predictions, summary
+from mavis_dist.train.model import make_card, merge_adapters, trainable_model
+from mavis_dist.train.team import Team
+
+CHECKPOINT_EVERY_S = 60.0  # and at the end of every epoch
 
 
-@dataclass(frozen=True)
-class Fit:
-    """One value model to be trained."""
-
-    objective: str
-    iteration: int  # of the policy whose trees it learns from
-    scale: RewardScale
-    validation_ids: frozenset[str]  # prompts whose trees measure and do not train
-
-    @property
-    def policy(self) -> Policy:
-        return Policy() if self.iteration == 0 else Policy(self.objective, self.iteration)
-
-
-def zeta(config: config_module.Config, iteration: int) -> float:
-    """Price of one nat of divergence in standard deviations of reward: 1 / beta, and nothing before any tilt."""
-    return 1.0 / config.steer.beta if iteration > 0 and config.steer.beta > 0 else 0.0
-
-
-def data_of(fit: Fit, config: config_module.Config, store: Store) -> tuple[TreeSet, TreeSet]:
-    """Training and validation trees of a fit."""
-    shape = config.rollout.first if fit.iteration == 0 else config.rollout.later
-    pairs = load_trees(store, fit.policy, fit.objective)
-    parts = []
-    for validation in (False, True):
-        chosen = [pair for pair in pairs if (pair[0].prompt_id in fit.validation_ids) == validation]
-        every_token, balance = config.train.targets == "token", config.train.depth_balance
-        parts.append(
-            tree_set(chosen, fit.scale, zeta(config, fit.iteration), shape.layers, every_token, balance)
-            if chosen
-            else TreeSet([], [], torch.ones(shape.layers + 1).numpy())
-        )
-    return parts[0], parts[1]
-
-
-def start_model(fit: Fit, config: config_module.Config, store: Store) -> ValueModel:
-    """The value model of the iteration before, or the truncated base model with heads that say 0."""
-    if fit.iteration > 0:
-        model, _ = load(values.fetch(store, fit.objective, fit.iteration - 1))
-        return model.requires_grad_(True)
-    backbone = config.base.model if config.value.backbone == "base" else config.value.backbone
-    return from_base(fetch(backbone), config.value.layers)
-
-
-def trainable_model(fit: Fit, config: config_module.Config, store: Store) -> ValueModel:
-    """The model that training starts from. Token embeddings stay as they are: they are half of a small model's
-    parameters, and few of them occur in the trees. With `value.lora_rank`, low-rank adapters on every linear layer are
-    trained in place of the backbone (arXiv 2508.13415, appendix).
-    """
-    model = start_model(fit, config, store)
-    if config.value.lora_rank == 0:
-        model.backbone.get_input_embeddings().requires_grad_(False)
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=config.value.lora_rank,
-        lora_alpha=config.value.lora_alpha,
-        lora_dropout=config.value.lora_dropout,
-        target_modules="all-linear",
-    )
-    model.backbone = get_peft_model(model.backbone, lora)  # type: ignore[assignment]
-    return model
-
-
-def merge_adapters(model: ValueModel) -> ValueModel:
-    """The same function without adapters."""
-    merge = getattr(model.backbone, "merge_and_unload", None)
-    if merge is not None:
-        model.backbone = merge()
-    return model
-
-
-def squared_error(model: Any, tree_set_: TreeSet, indices: list[int], device: str) -> torch.Tensor:
-    """Sum over the targets of some trees of weight * (V - target)^2; a scalar."""
-    batch = tree_set_.batch(indices)
+def target_values(model: Any, batch: PackedBatch, device: str) -> torch.Tensor:
+    """What the model says of every target of packed trees, [B, X]."""
     values_BSM = model(
         input_ids=batch.tokens_BS.to(device),
         position_ids=batch.positions_BS.to(device),
         attention_mask=batch.mask_B1SS.to(device),
         use_cache=False,
     )
-    said_BX = values_BSM[..., 0].gather(1, batch.index_BX.to(device))
-    error_BX = said_BX - batch.value_BX.to(device)
+    return values_BSM[..., 0].gather(1, batch.index_BX.to(device))
+
+
+def squared_error(model: Any, tree_set_: TreeSet, indices: list[int], device: str) -> torch.Tensor:
+    """Sum over the targets of some trees of weight * (V - target)^2; a scalar."""
+    batch = tree_set_.batch(indices)
+    error_BX = target_values(model, batch, device) - batch.value_BX.to(device)
     return (batch.weight_BX.to(device) * error_BX**2).sum()
 
 
 @torch.no_grad()
-def explained_variance(model: Any, validation: TreeSet, device: str) -> float | None:
-    """1 - weighted squared error / weighted variance of the targets; None without validation trees."""
-    if len(validation) == 0:
-        return None
-    error = sum(float(squared_error(model, validation, [i], device)) for i in range(len(validation)))
-    batch = validation.batch(list(range(len(validation))))
-    weight, value = batch.weight_BX.double(), batch.value_BX.double()
-    mean = (weight * value).sum() / weight.sum()
-    return 1.0 - error / max(float((weight * (value - mean) ** 2).sum()), 1e-12)
+def predict(model: Any, tree_set_: TreeSet, device: str) -> Predictions:
+    """What the model says of all targets, tree by tree."""
+    parts = []
+    for i in range(len(tree_set_)):
+        batch = tree_set_.batch([i])
+        said_1X = target_values(model, batch, device)
+        columns = (said_1X, batch.value_BX, batch.weight_BX)
+        parts.append([*(x[0].double().cpu().numpy() for x in columns), tree_set_.targets[i].depth_X])
+    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def train(fit: Fit, config: config_module.Config, store: Store, rank: int, world_size: int, progress: Any) -> None:
-    """Fit, keep the epoch that explains the validation trees best, and store it (rank 0).
+def train(fit: Fit, config: Config, store: Store, team: Team) -> bool:
+    """Fit, keep the epoch that explains the validation trees best, and store it.
 
-    `progress(done, total, text)` is called after every step. The loss of a step is the mean over all targets of its
-    trees, however they are spread over the workers.
+    Goes on from the newest checkpoint of an earlier attempt. Returns False if it was asked to stop: it has saved a
+    checkpoint then. The loss of a step is the mean over all targets of its trees, however they are spread over workers
+    and passes.
     """
-    from mavis_dist.train.engine import make_engine, trained_state
-
-    torch.manual_seed(config.seed)
-    device = config.base.device
+    device, settings = config.base.device, config.train
     training, validation = data_of(fit, config, store)
+    schedule = [
+        (epoch, indices)
+        for epoch in range(settings.epochs)
+        for indices in steps(training.lengths, settings.trees_per_step, epoch, config.seed)
+    ]
     model = trainable_model(fit, config, store).to(device)
-    per_step, per_worker = config.train.trees_per_step, config.train.trees_per_step // world_size
-    num_steps = config.train.epochs * math.ceil(len(training) / per_step)
-    engine = make_engine(model, config.train.model_dump(), num_steps, per_worker)
+    trees_per_pass = settings.trees_per_step // (team.size * settings.accumulation)
+    engine = make_engine(model, settings.model_dump(), len(schedule), trees_per_pass)
+    layout = {"workers": team.size, "zero_stage": settings.zero_stage, "offload": settings.offload}
+    work = f"train/{fit.objective}/i{fit.iteration}"
+    checkpoints = Checkpoints(store, f"{work}/checkpoints", team, layout)
+    state = checkpoints.load(engine)
+    journal = Journal(store.uri(f"{work}/tensorboard"), state.step) if team.rank == 0 else None
 
-    metrics: list[dict[str, Any]] = []
-    best: tuple[float, dict[str, torch.Tensor]] | None = None
-    done = 0
-    for epoch in range(config.train.epochs):
-        engine.train()
-        for indices in steps(len(training), per_step, epoch, config.seed):
-            mine = indices[rank::world_size]
-            # Workers average their gradients, hence the factor; a worker without a tree adds a zero of the right shape.
-            share = world_size / training.total_weight(indices)
-            loss = squared_error(engine, training, mine or indices[:1], device) * (share if mine else 0.0)
-            engine.backward(loss)
-            engine.step()
-            done += 1
-            metrics.append({"step": done, "epoch": epoch, "loss": loss.item()})
-            progress(done, num_steps, f"loss {loss.item():.3f}")
-        engine.eval()
-        explained = explained_variance(engine, validation, device)
-        metrics.append({"step": done, "epoch": epoch, "explained_variance": explained})
-        score = epoch if explained is None else explained
-        if best is None or score > best[0]:
-            best = (score, trained_state(engine))
-    assert best is not None
-    if rank == 0:
-        # A fresh copy: ZeRO 3 has cut the parameters of the one that was trained into pieces.
-        model = trainable_model(fit, config, store)
-        unknown = model.load_state_dict(best[1], strict=False).unexpected_keys
-        assert not unknown, unknown
-        card = make_card(fit, config, None if len(validation) == 0 else best[0])
-        _store(merge_adapters(model), card, metrics, fit, store)
+    saved_at = time.monotonic()
+    while state.step < len(schedule) and not is_enough(state, schedule[state.step][0], settings.patience):
+        epoch, indices = schedule[state.step]
+        torch.manual_seed(noise.stream(config.seed, state.step, team.rank))  # dropout
+        loss = take_step(engine, training, indices, team, settings.accumulation, device)
+        state.step += 1
+        note({"step": state.step, "epoch": epoch, "loss": loss, "learning_rate": engine.get_lr()[0]}, state, journal)
+        team.progress(state.step, len(schedule), f"loss {loss:.3f}")
+        ends_epoch = state.step % (len(schedule) // settings.epochs) == 0
+        if ends_epoch:
+            end_epoch(engine, validation, epoch, state, journal, device, team)
+        is_stopping, is_due = team.say((team.wants_stop(), time.monotonic() - saved_at > CHECKPOINT_EVERY_S))
+        if is_stopping or is_due or ends_epoch:
+            checkpoints.save(engine, state)
+            saved_at = time.monotonic()
+        if is_stopping:
+            return False
+    team.progress(len(schedule), len(schedule), "done")
+    if team.rank == 0:
+        store_best(fit, config, store, state)
+        checkpoints.delete()
+    team.wait()
+    return True
 
 
-def make_card(fit: Fit, config: config_module.Config, explained: float | None) -> Card:
-    return Card(
-        objectives=(fit.objective,),
-        scales=(fit.scale,),
-        rewards=(config.objectives[fit.objective].model_dump(mode="json"),),
-        iteration=fit.iteration,
-        parent=values.folder(fit.objective, fit.iteration - 1) if fit.iteration > 0 else None,
-        base_fingerprint=fingerprint_model(fetch(config.base.model)),
-        tokenizer_fingerprint=fingerprint_tokenizer(load_tokenizer(config.base.model)),
-        max_tokens=config.rollout.max_tokens,
-        beta=config.steer.beta if fit.iteration > 0 else 0.0,
-        explained_variance=explained,
-    )
+def take_step(engine: Any, training: TreeSet, indices: list[int], team: Team, accumulation: int, device: str) -> float:
+    """One optimiser step on some trees; returns the loss over all workers."""
+    total_weight, mine = training.total_weight(indices), 0.0
+    for part in passes(indices, team.rank, team.size, accumulation):
+        # Workers make the same number of passes: one without a tree adds a zero of the right shape.
+        error = squared_error(engine, training, part or indices[:1], device) * (1.0 if part else 0.0)
+        # DeepSpeed averages over workers and passes.
+        engine.backward(error / total_weight * (team.size * accumulation))
+        engine.step()
+        mine += error.item() / total_weight
+    return team.total(mine)
 
 
-def _store(model: ValueModel, card: Card, metrics: list[dict[str, Any]], fit: Fit, store: Store) -> None:
-    lines = "".join(json.dumps(line) + "\n" for line in metrics)
-    store.write_bytes(f"train/{fit.objective}/i{fit.iteration}/metrics.jsonl", lines.encode())
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, card, Path(folder))
-        facts = {"explained_variance": card.explained_variance, "steps": metrics[-1]["step"]}
-        store.upload(Path(folder), values.folder(fit.objective, fit.iteration), facts)
+def end_epoch(
+    engine: Any,
+    validation: TreeSet,
+    epoch: int,
+    state: State,
+    journal: Journal | None,
+    device: str,
+    team: Team,
+) -> None:
+    """Measure on the validation trees, and remember the parameters if none were better."""
+    engine.eval()
+    figures = summary(predict(engine, validation, device)) if len(validation) else {}
+    engine.train()
+    if figures:
+        note({"step": state.step, "epoch": epoch, **figures}, state, journal)
+    score = figures.get("explained_variance", float(epoch))  # without validation the last epoch counts as best
+    if state.best_score is None or score > state.best_score:
+        weights = trained_state(engine)
+        state.best_score, state.best_epoch, state.best_figures = score, epoch, figures
+        state.best = weights if team.rank == 0 else {}
+
+
+def is_enough(state: State, epochs_so_far: int, patience: int | None) -> bool:
+    """Whether validation has not become better for `patience` epochs."""
+    return patience is not None and epochs_so_far - state.best_epoch > patience
+
+
+def note(entry: dict[str, Any], state: State, journal: Journal | None) -> None:
+    state.metrics.append(entry)
+    if journal is not None:
+        journal.write(entry)
+
+
+def store_best(fit: Fit, config: Config, store: Store, state: State) -> None:
+    """Write the value model of the best epoch with its card and all figures."""
+    # A fresh copy: ZeRO 3 has cut the parameters of the one that was trained into pieces.
+    model = trainable_model(fit, config, store)
+    unknown = model.load_state_dict(state.best, strict=False).unexpected_keys
+    assert not unknown, unknown
+    explained = state.best_figures.get("explained_variance")
+    with tempfile.TemporaryDirectory() as local:
+        save(merge_adapters(model), make_card(fit, config, explained), Path(local))
+        (Path(local) / values.METRICS_FILE).write_text(json_lines(state.metrics))
+        facts = {"steps": state.step, "epoch": state.best_epoch, **state.best_figures}
+        store.upload(Path(local), values.folder(fit.objective, fit.iteration), facts)

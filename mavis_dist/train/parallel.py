@@ -3,70 +3,100 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ray
 import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+from mavis_dist import cluster
 from mavis_dist.cluster import Watch, wait_for
 from mavis_dist.config import Config
-from mavis_dist.train.fit import Fit
+from mavis_dist.store.files import Store
+from mavis_dist.train.data import Fit
 from mavis_dist.types import UserError
+
+DEATHS = 3  # of workers, from which one training recovers
 
 
 def fit_all(fits: Sequence[Fit], config: Config, at_once: int, board: Any) -> None:
     """Train every value model, `at_once` at a time; the first failure is raised when all have ended."""
     stage = f"train i{fits[0].iteration}"
+
+    def fit(item: Fit) -> None:
+        arguments = {"fit": item, "config": config, "stage": stage, "board": board}
+        run(_fit, arguments, f"{stage} {item.objective}", config)
+
     with ThreadPoolExecutor(at_once, thread_name_prefix="fit") as pool:
-        wait_for([pool.submit(_fit, fit, config, stage, board) for fit in fits], Watch(board, stage, "steps"))
+        wait_for([pool.submit(fit, item) for item in fits], Watch(board, stage, "steps"))
 
 
-def _fit(fit: Fit, config: Config, stage: str, board: Any) -> None:
+def run(function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], name: str, config: Config) -> None:
+    """`function(arguments)` on `train.workers` workers in a process group; again if one of them dies.
+
+    What is done again must go on by itself from what it has stored. Input that cannot be used is raised at once.
+    """
+    for deaths in range(DEATHS + 1):
+        cluster.check_stop()
+        try:
+            _run_once(function, arguments, config)
+            return
+        except TrainingFailedError as error:
+            failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+            if refused := next((failure for failure in failures if isinstance(failure, UserError)), None):
+                raise refused from None
+            if deaths == DEATHS:
+                raise
+            cluster.say(name, "a worker died; going on from the newest checkpoint")
+
+
+def _run_once(function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], config: Config) -> None:
+    # Checkpoints go to the project's own store. Ray Train's folder holds bookkeeping only, in a new place every time:
+    # it is not written atomically, and a torn file would stop the next attempt.
+    folder, name = "train/.ray", uuid.uuid4().hex
+    store, train = Store(config.storage, config.run), config.train
     trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"fit": fit, "config": config, "stage": stage, "board": board},
+        function,
+        train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=config.train.workers,
-            use_gpu=config.train.gpus_per_worker > 0,
-            resources_per_worker={"CPU": config.train.cpus_per_worker, "GPU": config.train.gpus_per_worker},
+            num_workers=train.workers,
+            use_gpu=train.gpus_per_worker > 0,
+            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
         ),
-        torch_config=TorchConfig(backend="nccl" if config.train.gpus_per_worker > 0 else "gloo"),
-        # Checkpoints of this project go to its own store: Ray Train's own folder holds bookkeeping only.
-        run_config=RunConfig(
-            name=f"{config.run}-{fit.objective}-i{fit.iteration}", storage_path=_bookkeeping_folder(config)
-        ),
+        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker > 0 else "gloo"),
+        run_config=RunConfig(name=name, storage_path=store.uri(folder)),
     )
     try:
         trainer.fit()
-    except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            if isinstance(failure, UserError):
-                raise failure from None
-        raise
+    finally:
+        store.delete(f"{folder}/{name}")
 
 
-def _bookkeeping_folder(config: Config) -> str:
-    return f"{config.storage.rstrip('/')}/{config.run}/train/.ray"
-
-
-def _worker(arguments: dict[str, Any]) -> None:
+def _fit(arguments: dict[str, Any]) -> None:
     import torch
 
-    from mavis_dist.store.files import Store
     from mavis_dist.train.fit import train
 
-    fit, config, board = arguments["fit"], arguments["config"], arguments["board"]
+    fit, config, board, stage = (arguments[key] for key in ("fit", "config", "board", "stage"))
+    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+    train(fit, config, Store(config.storage, config.run), make_team(board, stage, fit.objective))
+
+
+def make_team(board: Any, stage: str, part: str) -> Any:
+    """This Ray Train worker's place among the others, with the board as its voice and ear."""
+    from mavis_dist.train.team import Team
+
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     os.environ.setdefault("LOCAL_SIZE", str(context.get_local_world_size()))
 
     def progress(done: int, total: int, text: str) -> None:
         if rank == 0:
-            board.post.remote(arguments["stage"], fit.objective, done, total, text)
+            board.post.remote(stage, part, done, total, text)
 
-    train(fit, config, Store(config.storage, config.run), rank, context.get_world_size(), progress)
+    return Team(rank, context.get_world_size(), progress, lambda: ray.get(board.is_stopping.remote(), timeout=60))

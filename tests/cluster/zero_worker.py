@@ -13,7 +13,9 @@ from mavis_dist.config import load
 from mavis_dist.models import value
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
-from mavis_dist.train.fit import Fit, train
+from mavis_dist.train.data import Fit
+from mavis_dist.train.fit import train
+from mavis_dist.train.team import Team
 from mavis_dist.types import RewardScale
 
 
@@ -22,8 +24,8 @@ def main(config_file: str, output: str, *overrides: str) -> None:
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     config = load(config_file, overrides)
     store = Store(config.storage, config.run)
-    fit = Fit("vowels", 0, RewardScale(3.0, 2.0), frozenset({"p0"}))
-    train(fit, config, store, 0, 1, lambda done, total, text: None)
+    fit = Fit("vowels", 0, None, RewardScale(3.0, 2.0), frozenset({"p0"}))
+    assert train(fit, config, store, Team())
     model, _ = value.load(values.fetch(store, "vowels", 0))
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, Path(output))
 

@@ -21,10 +21,11 @@ FLOORS = [
     {"decode"},
     {"cluster"},
     {"rollout", "train", "evaluate"},
+    {"run"},
     {"pipeline"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-RAY = {"cluster.py", "rollout/worker.py", "train/parallel.py", "train/fit.py", "models/sharded.py"}
+RAY = {"cluster.py", "rollout/worker.py", "train/parallel.py"}
 SERVE_MAY_USE = {"environment", "models", "decode", "store", "config", "types", "plan", "cluster", "core"}
 
 

@@ -14,9 +14,9 @@ from mavis_dist.core.tree import ROOT, Finish, Shape, Tree, cut_point, depth_wei
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store.shards import Labels
-from mavis_dist.train import engine as train_engine
 from mavis_dist.train import fit
-from mavis_dist.train.data import TreeSet, tree_set
+from mavis_dist.train.data import steps, tree_set
+from mavis_dist.train.team import Team
 from mavis_dist.types import Policy, Prompt, RewardScale
 from tests.fakes import EOS, tiny_base, tiny_value
 from tests.toy import ToyEngine, ToyMDP
@@ -409,60 +409,65 @@ def labelled(chosen):
 
 
 class RecordingEngine:
-    """Stands in for DeepSpeed: keeps the gradients of every step instead of using them."""
+    """Stands in for DeepSpeed: keeps the gradients of every step, averaged over its passes, instead of using them."""
 
-    def __init__(self, model):
-        self.model, self.gradients = model, []
+    def __init__(self, model, accumulation):
+        self.model, self.gradients, self.accumulation, self.num_passes = model, [], accumulation, 0
 
     def __call__(self, **inputs):
         return self.model(**inputs)
 
-    def train(self):
-        pass
-
-    def eval(self):
-        pass
-
     def backward(self, loss):
-        loss.backward()
+        (loss / self.accumulation).backward()
 
     def step(self):
+        self.num_passes += 1
+        if self.num_passes % self.accumulation:
+            return
         self.gradients.append(torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]))
         self.model.zero_grad()
 
 
-def gradients(world_size, training, monkeypatch):
-    """Gradients of every step of train.fit.train, averaged over the workers as DeepSpeed does."""
-    engines = []
+class Alone(Team):
+    """A worker of several, whose sums are its own part."""
 
-    def make_engine(model, *_):
-        engines.append(RecordingEngine(model))
-        return engines[-1]
-
-    monkeypatch.setattr(train_engine, "make_engine", make_engine)
-    monkeypatch.setattr(train_engine, "trained_state", lambda engine: {})
-    monkeypatch.setattr(fit, "data_of", lambda *_: (training, TreeSet([], [], training.weight_by_depth)))
-    monkeypatch.setattr(fit, "start_model", lambda *_: tiny_value(6).requires_grad_(True))
-    monkeypatch.setattr(fit, "make_card", lambda *_: None)
-    monkeypatch.setattr(fit, "_store", lambda *_: None)
-    train = SimpleNamespace(trees_per_step=4, epochs=2, model_dump=dict)
-    config = SimpleNamespace(
-        seed=0, base=SimpleNamespace(device="cpu"), train=train, value=SimpleNamespace(lora_rank=0)
-    )
-    for rank in range(world_size):
-        fit.train(None, config, None, rank, world_size, lambda *_: None)
-    return [torch.stack(step).mean(0) for step in zip(*(engine.gradients for engine in engines), strict=True)]
+    def total(self, number):
+        return number
 
 
-def test_the_gradient_does_not_depend_on_how_many_workers_share_the_trees(monkeypatch):
-    """1, 2 and 4 workers, trees of different sizes, a last step with fewer trees than workers; 2 epochs of 3 steps."""
-    trees = list(grow().values())[:9]
-    training = tree_set(labelled(trees), RewardScale(0.0, 1.0), zeta=0.0, layers=SHAPE.layers)
-    alone = gradients(1, training, monkeypatch)
+def gradients(training, num_workers, accumulation):
+    """Gradients of every step of two epochs, averaged over the workers as DeepSpeed does; and the losses."""
+    chosen = [indices for epoch in range(2) for indices in steps(training.lengths, 4, epoch, seed=0)]
+    engines, losses = [], np.zeros(len(chosen))
+    for rank in range(num_workers):
+        engine, team = RecordingEngine(tiny_value(6).requires_grad_(True), accumulation), Alone(rank, num_workers)
+        losses += [fit.take_step(engine, training, indices, team, accumulation, "cpu") for indices in chosen]
+        engines.append(engine)
+    return [torch.stack(step).mean(0) for step in zip(*(engine.gradients for engine in engines), strict=True)], losses
+
+
+def test_gradient_and_loss_do_not_depend_on_how_workers_and_passes_share_the_trees():
+    """1, 2 and 4 workers, 1 to 4 passes, trees of different sizes, a last step with fewer trees than workers."""
+    training = tree_set(labelled(list(grow().values())[:9]), RewardScale(0.0, 1.0), zeta=0.0, layers=SHAPE.layers)
+    alone, losses = gradients(training, 1, 1)
     assert len(alone) == 6
-    for world_size in (2, 4):
-        for one, several in zip(alone, gradients(world_size, training, monkeypatch), strict=True):
-            torch.testing.assert_close(several, one, atol=1e-5 * float(one.abs().max()), rtol=1e-4)
+    for num_workers, accumulation in ((1, 4), (2, 1), (2, 2), (4, 1)):
+        several, their_losses = gradients(training, num_workers, accumulation)
+        np.testing.assert_allclose(their_losses, losses, rtol=1e-5)
+        for one, other in zip(alone, several, strict=True):
+            torch.testing.assert_close(other, one, atol=1e-5 * float(one.abs().max()), rtol=1e-4)
+
+
+def test_an_epoch_uses_every_tree_once_and_brings_similar_lengths_together():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(50, 500, size=203).tolist()
+    first, second = (steps(lengths, 4, epoch, seed=3) for epoch in (0, 1))
+    for chosen in (first, second):
+        assert sorted(i for indices in chosen for i in indices) == list(range(203))
+    assert first == steps(lengths, 4, 0, seed=3) != second
+    padding = [sum(max(lengths[i] for i in s) - lengths[i] for i in s) for s in first]
+    unsorted = rng.permutation(203)[:200].reshape(-1, 4)
+    assert sum(padding) < 0.3 * sum(max(lengths[i] for i in s) * 4 - sum(lengths[i] for i in s) for s in unsorted)
 
 
 def test_the_loss_of_a_step_is_the_weighted_mean_over_all_its_targets():

@@ -1,0 +1,101 @@
+"""The gate: whether a new iteration of a value model takes the place of the current one. No Ray.
+
+The soft value of a policy is what its answers earn, less what they cost: E[R - KL(pi || pi_ref) / beta], in standard
+deviations of the reward. Regression errors can make an iteration worse than the one before; the difference is measured
+on the same prompts and seeds, and a new iteration is refused where it may be worse by more than a margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from mavis_dist.decode import Choice, Request, SamplingParams, Scorer
+from mavis_dist.evaluate.sweep import bootstrap
+from mavis_dist.store.files import Store
+from mavis_dist.types import Prompt, RewardScale
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One iteration against the one that is current; a first iteration, or one without validation, is accepted."""
+
+    objective: str
+    iteration: int
+    accepted: bool
+    current: int | None  # what it was compared with
+    soft_values: list[float]  # by validation prompt
+    difference: float | None = None  # in soft value, sd; the new one less the current
+    low: float | None = None  # 95 % bootstrap interval over prompts
+    high: float | None = None
+
+    def sentence(self) -> str:
+        verdict = "accepted" if self.accepted else f"refused, iteration {self.current} stays"
+        if self.difference is None:
+            return f"{self.objective} iteration {self.iteration} {verdict}, there is none to compare with"
+        interval = f"{self.difference:+.2f} [{self.low:+.2f}, {self.high:+.2f}] sd"
+        return (
+            f"{self.objective} iteration {self.iteration} {verdict}: soft value {interval} to iteration {self.current}"
+        )
+
+
+def folder(objective: str, iteration: int) -> str:
+    return f"gate/{objective}/i{iteration}"
+
+
+def request_id(objective: str, prompt: Prompt) -> str:
+    return f"gate/{objective}/{prompt.id}"
+
+
+def requests(
+    objective: str, prompts: Sequence[Prompt], beta: float, tilt_cap: float | None, params: SamplingParams
+) -> list[tuple[Prompt, Request]]:
+    """Every prompt under an objective's own tilted policy; a prompt has the same seed in every iteration."""
+    return [
+        (
+            prompt,
+            Request(
+                id=request_id(objective, prompt),
+                prompt=(),
+                weights={objective: 1.0},
+                beta=beta,
+                tilt_cap=tilt_cap,
+                scorer=Scorer.FULL,  # the divergence is part of the result: no estimates
+                params=SamplingParams(**{**asdict(params), "seed": number}),
+            ),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def soft_values(
+    answers: Sequence[Sequence[tuple[Choice, str]]], scores: Sequence[float], scale: RewardScale, beta: float
+) -> list[float]:
+    """Mean of R - KL / beta over the answers to each prompt, in standard deviations; `scores` are raw, side by side."""
+    price, score = 1.0 / beta if beta > 0 else 0.0, iter(scores)
+    return [
+        float(np.mean([scale.standardise(next(score)) - price * choice.divergence for choice, _ in row]))
+        for row in answers
+    ]
+
+
+def decide(store: Store, objective: str, iteration: int, soft_values: list[float], margin: float) -> Decision:
+    """Compare with the current iteration by a paired bootstrap over prompts, and store the decision."""
+    before = current(store, objective, iteration)
+    if before is None or not soft_values:
+        decision = Decision(objective, iteration, True, before, soft_values)
+    else:
+        facts = store.facts(folder(objective, before)) or {}
+        gain = bootstrap(np.array(soft_values) - np.array(facts["soft_values"]))
+        accepted = gain.low > -margin
+        decision = Decision(objective, iteration, accepted, before, soft_values, gain.mean, gain.low, gain.high)
+    store.finish(folder(objective, iteration), asdict(decision))
+    return decision
+
+
+def current(store: Store, objective: str, before: int) -> int | None:
+    """The newest accepted iteration below `before`; None if there is none."""
+    accepted = ((store.facts(folder(objective, i)) or {}).get("accepted") for i in range(before))
+    return max((i for i, is_accepted in enumerate(accepted) if is_accepted), default=None)

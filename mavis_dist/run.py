@@ -1,0 +1,159 @@
+"""What the stages of a run share: the opened run, actors at work, answers and their scores, times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from mavis_dist import cluster
+from mavis_dist import config as config_module
+from mavis_dist.config import Config
+from mavis_dist.decode import Choice, SamplingParams
+from mavis_dist.evaluate import gate
+from mavis_dist.evaluate.collect import record_stage
+from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
+from mavis_dist.models.value import load_card
+from mavis_dist.plan import Plan, make_plan
+from mavis_dist.prompts import load_prompts
+from mavis_dist.rewards import build
+from mavis_dist.rollout.labels import reward_scale
+from mavis_dist.rollout.worker import Ask, Grow, worker_factory
+from mavis_dist.store import values
+from mavis_dist.store.files import Store, StoreError
+from mavis_dist.train.data import label_folder, shard_names
+from mavis_dist.types import Policy, Prompt, RewardScale
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage needs."""
+
+    config: Config
+    store: Store
+    plan: Plan
+    board: Any
+    train: list[Prompt]
+    evaluation: list[Prompt]
+
+    @property
+    def validation_ids(self) -> frozenset[str]:
+        """The prompts that measure the value models: the last ones of the training set."""
+        count = self.config.prompts.validation
+        return frozenset(prompt.id for prompt in self.train[len(self.train) - count :])
+
+
+def open_run(config: Config) -> Run:
+    """Refuse what cannot work before anything is written; needs a connected cluster."""
+    store = Store(config.storage, config.run)
+    plan = make_plan(config, cluster.nodes())
+    train, evaluation = load_prompts(config.prompts, config.seed)
+    fetch(config.base.model)
+    for objective in config.objectives.values():
+        build(objective)
+    store.check_writable()
+    check_same_run(store, config)
+    store.write_bytes("run.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    for note in plan.notes:
+        cluster.say("plan", note)
+    return Run(config, store, plan, cluster.make_board(), train, evaluation)
+
+
+def check_same_run(store: Store, config: Config) -> None:
+    """Refuse a config that would mix its results with those of another."""
+    remedy = f"restore {store.root}/run.yaml, or choose another name with run=NAME"
+    if not store.exists("run.yaml"):
+        if store.exists("rollouts"):
+            raise StoreError(f"the run has results but its config run.yaml is missing: {remedy}")
+        return
+    try:
+        started = config_module.parse(yaml.safe_load(store.read_bytes("run.yaml")))
+    except (yaml.YAMLError, config_module.ConfigError) as error:
+        raise StoreError(f"the config of the run is damaged ({' '.join(str(error).split())}): {remedy}") from None
+    if conflicts := config_module.conflicts(started, config):
+        raise config_module.ConfigError(conflicts[0])
+
+
+def scale_of(state: Run, objective: str) -> RewardScale:
+    """The unit of an objective: its mean and spread over the base model's answers to the training prompts."""
+    folder = label_folder(Policy(), objective)
+    paths = [f"{folder}/{name}" for name in shard_names(state.store, folder)]
+    training = {prompt.id for prompt in state.train} - state.validation_ids
+    return reward_scale(state.store, objective, paths, training)
+
+
+def current(state: Run, objective: str, before: int) -> int:
+    """The newest accepted iteration of an objective's value model among those before `before`, which is at least 1."""
+    iteration = gate.current(state.store, objective, before)
+    assert iteration is not None  # the first one is always accepted
+    return iteration
+
+
+def answer_params(config: Config, samples: int) -> SamplingParams:
+    """Answers under the reference policy of the rollouts."""
+    rollout = config.rollout
+    return SamplingParams(rollout.max_tokens, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p, n=samples)
+
+
+def ask(
+    state: Run, stage: str, items: Sequence[Ask], value_iterations: Mapping[str, int]
+) -> dict[str, list[tuple[Choice, str]]]:
+    """Answers with their texts by request id."""
+    meter, answers = cluster.Meter(stage, "prompts"), {}
+    with working(state, stage, items, value_iterations) as results:
+        for request_id, choices in results:
+            answers[request_id] = choices
+            meter.show(len(answers), len(items), final=len(answers) == len(items))
+    return answers
+
+
+@contextmanager
+def working(
+    state: Run, stage: str, items: Sequence[Grow | Ask], value_iterations: Mapping[str, int]
+) -> Iterator[Iterator[tuple[Any, Any]]]:
+    """Results of all items by actors with these value models; models of another base are refused here, not in an actor.
+
+    Nothing is started where there is nothing to do.
+    """
+    if not items:
+        yield iter(())
+        return
+    model = state.config.base.model
+    base, tokenizer = fingerprint_model(fetch(model)), fingerprint_tokenizer(load_tokenizer(model))
+    for name, iteration in value_iterations.items():
+        load_card(values.fetch(state.store, name, iteration)).check(base, tokenizer)
+    count = min(state.config.rollout.actors, len(items))
+    crew = cluster.Crew(stage, worker_factory(state.config, value_iterations), count)
+    try:
+        yield crew.run(items)
+    finally:
+        crew.release()
+
+
+def score_all(
+    config: Config, objectives: Iterable[str], prompts: Sequence[Prompt], answers: Sequence[Sequence[tuple[Any, str]]]
+) -> dict[str, list[float]]:
+    """Raw rewards of all answers by objective, prompt by prompt."""
+    questions = [prompt.text for prompt, row in zip(prompts, answers, strict=True) for _ in row]
+    texts = [text for row in answers for _, text in row]
+    return {name: build(config.objectives[name]).score(questions, texts) for name in objectives}
+
+
+@contextmanager
+def timed(state: Run, stage: str, detail: str, is_needed: bool = True) -> Iterator[None]:
+    """Remember how long the work of a stage took, for the report."""
+    started = time.monotonic()
+    yield
+    if is_needed:
+        record_stage(state.store, stage, time.monotonic() - started, detail)
+
+
+def finished(state: Run, folder: str, stage: str) -> bool:
+    if state.store.facts(folder) is None:
+        return False
+    cluster.say(stage, f"{folder} finished before, skipped")
+    return True

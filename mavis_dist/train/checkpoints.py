@@ -1,0 +1,91 @@
+"""Checkpoints of unfinished training: whole or not there, and the newest whole one wins.
+
+Every worker writes its own files, the first worker the marker, once all files are there. Which of them are whole is
+decided by their marker and sizes, so a file that was torn or lost costs the steps since the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mavis_dist.store.files import Store
+from mavis_dist.train.team import Team
+
+KEPT = 2  # the newest may be unreadable
+ENGINE, STATE_FILE, BEST_FILE = "engine", "state.json", "best.safetensors"
+
+
+@dataclass
+class State:
+    """How far training is, beside the weights and the optimiser's state."""
+
+    step: int = 0
+    best_score: float | None = None
+    best_epoch: int = -1
+    best_figures: dict[str, float] = field(default_factory=dict)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # trained parameters of the best epoch; on worker 0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Checkpoints:
+    """The checkpoints of one value model's training."""
+
+    def __init__(self, store: Store, folder: str, team: Team, layout: dict[str, Any]):
+        """`layout` is what a checkpoint must have been written under: states are cut up by workers and ZeRO stage."""
+        self._store, self._folder, self._team, self._layout = store, folder, team, layout
+
+    def save(self, engine: Any, state: State) -> None:
+        """Needs all workers."""
+        name = f"step-{state.step:08d}"
+        target = f"{self._folder}/{name}"
+        if self._team.rank == 0:
+            self._store.delete(target)  # what an attempt left that died while saving
+        self._team.wait()
+        with tempfile.TemporaryDirectory() as local:
+            engine.save_checkpoint(local, tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+            folder = Path(local) / ENGINE
+            folder.mkdir(exist_ok=True)
+            if self._team.rank == 0:
+                _write_state(folder, state)
+            for file in sorted(folder.iterdir()):
+                self._store.write_bytes(f"{target}/{file.name}", file.read_bytes())
+        self._team.wait()
+        if self._team.rank == 0:
+            self._store.finish(target, self._layout)
+            for old in self._store.list(self._folder)[:-KEPT]:
+                self._store.delete(f"{self._folder}/{old}")
+
+    def load(self, engine: Any) -> State:
+        """Put the newest whole checkpoint into the engine; a fresh state if there is none. Needs all workers."""
+        name = self._team.say(self._newest() if self._team.rank == 0 else None)
+        if name is None:
+            return State()
+        folder = self._store.download(f"{self._folder}/{name}")
+        engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+        return _read_state(folder)
+
+    def delete(self) -> None:
+        self._store.delete(self._folder)
+
+    def _newest(self) -> str | None:
+        names = reversed(self._store.list(self._folder))
+        return next((name for name in names if self._store.facts(f"{self._folder}/{name}") == self._layout), None)
+
+
+def _write_state(folder: Path, state: State) -> None:
+    facts = {name: value for name, value in vars(state).items() if name != "best"}
+    (folder / STATE_FILE).write_text(json.dumps(facts))
+    if state.best:
+        save_file(state.best, folder / BEST_FILE)
+
+
+def _read_state(folder: Path) -> State:
+    best = load_file(folder / BEST_FILE) if (folder / BEST_FILE).exists() else {}
+    return State(**json.loads((folder / STATE_FILE).read_text()), best=best)

@@ -1,0 +1,73 @@
+"""How well a value model predicts held-out targets. Numpy only.
+
+Shapes: X targets. Errors are in squared standard deviations of the reward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CALIBRATION_BINS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model says of targets, and what they are."""
+
+    said_X: np.ndarray
+    target_X: np.ndarray
+    weight_X: np.ndarray  # in the loss
+    depth_X: np.ndarray  # layer of the tree, 0 for the prompt
+
+    def __len__(self) -> int:
+        return len(self.said_X)
+
+    def part(self, is_chosen_X: np.ndarray) -> Predictions:
+        return Predictions(*(x[is_chosen_X] for x in (self.said_X, self.target_X, self.weight_X, self.depth_X)))
+
+
+def squared_error(p: Predictions) -> float:
+    """Weighted mean of (V - target)^2."""
+    return float(np.average((p.said_X - p.target_X) ** 2, weights=p.weight_X))
+
+
+def explained_variance(p: Predictions) -> float:
+    """1 - squared error / variance of the targets: 1 is perfect, 0 is as good as saying their mean."""
+    mean = np.average(p.target_X, weights=p.weight_X)
+    variance = float(np.average((p.target_X - mean) ** 2, weights=p.weight_X))
+    return 1.0 - squared_error(p) / max(variance, 1e-12)
+
+
+def calibration(p: Predictions) -> dict[str, float]:
+    """Whether values can be taken at their word.
+
+    `slope` and `intercept` of the weighted regression of targets on values (1 and 0 are ideal), and `gap`: the mean
+    distance between values and targets within ten equally large groups of similar values.
+    """
+    mean_said, mean_target = (np.average(x, weights=p.weight_X) for x in (p.said_X, p.target_X))
+    spread = np.average((p.said_X - mean_said) ** 2, weights=p.weight_X)
+    together = np.average((p.said_X - mean_said) * (p.target_X - mean_target), weights=p.weight_X)
+    slope = float(together / max(spread, 1e-12))
+    groups = [group for group in np.array_split(np.argsort(p.said_X, kind="stable"), CALIBRATION_BINS) if len(group)]
+    gaps = [np.average(p.said_X[g] - p.target_X[g], weights=p.weight_X[g]) for g in groups]
+    sizes = [p.weight_X[g].sum() for g in groups]
+    return {
+        "slope": slope,
+        "intercept": float(mean_target - slope * mean_said),
+        "gap": float(np.average(np.abs(gaps), weights=sizes)),
+    }
+
+
+def summary(p: Predictions) -> dict[str, float]:
+    """All figures, flat; empty without targets."""
+    if len(p) == 0:
+        return {}
+    depths = [int(depth) for depth in np.unique(p.depth_X)]
+    return {
+        "validation_error": squared_error(p),
+        "explained_variance": explained_variance(p),
+        **{f"explained_variance/depth_{d}": explained_variance(p.part(p.depth_X == d)) for d in depths if d > 0},
+        **{f"calibration/{name}": figure for name, figure in calibration(p).items()},
+    }
