@@ -1,6 +1,6 @@
 """How well value models predict the trees that they did not train on. No Ray.
 
-Shapes: T held-out trees.
+Shapes: T held-out trees, X targets of all of them side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from mavis_dist.config import Config
 from mavis_dist.models import value
 from mavis_dist.prompts import load_prompts
 from mavis_dist.store.files import Store
-from mavis_dist.train import fit as fitting
+from mavis_dist.train.data import Fit, data_of, zeta
+from mavis_dist.train.fit import predict
+from mavis_dist.train.metrics import explained_variance
 
 
 @dataclass(frozen=True)
@@ -51,25 +53,26 @@ def measure(config: Config, store: Store, subject: Subject) -> HeldOut | None:
         "value_model": subject.fingerprint,
         "prompts": sorted(ids),
         "scale": asdict(subject.scale),
-        "zeta": fitting.zeta(config, subject.iteration),
+        "zeta": zeta(config, subject.iteration),
         "depth_balance": config.train.depth_balance,
+        "split_backup": config.train.split_backup,
     }
     path = cell_path("held_out", subject.name, inputs)
     if not store.exists(path):
-        fit = fitting.Fit(subject.objective, subject.iteration, subject.scale, ids)
-        store.write_json(path, asdict(_measure(config, store, subject, fit)))
+        store.write_json(path, asdict(_measure(config, store, subject, ids)))
     return HeldOut(**store.read_json(path))
 
 
-@torch.no_grad()
-def _measure(config: Config, store: Store, subject: Subject, fit: fitting.Fit) -> HeldOut:
+def _measure(config: Config, store: Store, subject: Subject, ids: frozenset[str]) -> HeldOut:
     torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
-    _, trees = fitting.data_of(fit, config, store)
+    # Where the training of the value model started does not matter to its targets.
+    _, trees = data_of(Fit(subject.objective, subject.iteration, None, subject.scale, ids), config, store)
     model, _ = value.load(subject.folder, device=config.base.device)
-    explained = fitting.explained_variance(model, trees, config.base.device)
-    assert explained is not None
+    said = predict(model, trees, config.base.device)
+    ends_T = np.cumsum([len(targets.depth_X) for targets in trees.targets])[:-1]
+    error_X = said.weight_X * (said.said_X - said.target_X) ** 2
     return HeldOut(
-        error_T=[float(fitting.squared_error(model, trees, [t], config.base.device)) for t in range(len(trees))],
-        weight_T=[trees.total_weight([t]) for t in range(len(trees))],
-        explained_variance=explained,
+        error_T=[float(part.sum()) for part in np.split(error_X, ends_T)],
+        weight_T=[float(part.sum()) for part in np.split(said.weight_X, ends_T)],
+        explained_variance=explained_variance(said),
     )

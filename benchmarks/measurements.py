@@ -11,6 +11,7 @@ from benchmarks.conditions import describe
 from benchmarks.results import Errors, Results, Row, Scored, compare, error_difference, middle, score
 from benchmarks.variants import Variant
 from mavis_dist.config import Config
+from mavis_dist.evaluate import gate
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
 
@@ -64,7 +65,7 @@ def iteration_rows(
     labels = [one.label for one in chain]
     others = {label: list(dict.fromkeys([labels[0], labels[i]])) for i, label in enumerate(labels[1:])}
     rows = compare(chain, scored, kl, others, [errors(config, store, one) for one in chain])
-    gates = [store.facts(f"gate/{one.objective}/i{one.iteration}") for one in chain]
+    gates = [store.facts(gate.folder(one.objective, one.iteration)) for one in chain]
     return [replace(row, gate=gate) for row, gate in zip(rows, gates, strict=True)]
 
 

@@ -19,7 +19,7 @@ Intervals resample the unseen prompts, the same ones for all value models, so th
 these value models: what another seed of the training would change is not in them. Errors are weighted means over the
 held-out trees of the policy that an iteration learns from, later ones with the price of divergence in their targets:
 they compare value models within an iteration, not between iterations. The gate is the run's own decision to publish,
-by the difference in soft value to the one published before."""
+by the difference in soft value to the newest one accepted before; the next iteration builds on accepted ones alone."""
 VARIANTS_NOTE = """\
 All value models of iteration 0 learn from the same trees. Errors are those of targets at every token, on the same
 held-out trees for all, whatever a variant learns from; their intervals resample these trees."""

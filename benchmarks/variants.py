@@ -42,8 +42,9 @@ def train(study: Config, variant: Variant) -> None:
     from mavis_dist import pipeline
 
     config = variant.config(study)
+    state = pipeline.open_run(config)  # first: results without the config that they belong to are refused
     copy_trees(study, config)
-    pipeline.fit(pipeline.open_run(config), 0)
+    pipeline.fit(state, 0)
 
 
 def copy_trees(source: Config, target: Config) -> None:

@@ -26,6 +26,7 @@ from mavis_dist.evaluate.sweep import Estimate
 from mavis_dist.prompts import load_prompts
 from mavis_dist.store.files import MARKER, Store, StoreError
 from mavis_dist.store.shards import Labels, write_labels, write_trees
+from mavis_dist.train.data import Fit, data_of
 from tests.fakes import tiny_base, tiny_value
 from tests.tiny import write_models
 
@@ -292,16 +293,15 @@ def test_errors_are_those_of_token_targets_whatever_a_variant_learns_from(tmp_pa
     assert len(measured.error_T) == config.prompts.validation
 
     ids = frozenset(prompt.id for prompt in load_prompts(config.prompts, config.seed)[0][-3:])
-    fit = held_out.fitting.Fit("brief", 0, one.scale, ids)
     node = VARIANTS[0].config(config)
-    of_nodes = held_out._measure(node, store, one, fit)
+    of_nodes = held_out._measure(node, store, one, ids)
     assert of_nodes.error != pytest.approx(measured.error), "other targets, other errors"
     for path in (tmp_path / "runs/study/study/held_out").iterdir():
         path.unlink()
     assert held_out.measure(node.model_copy(update={"run": "study"}), store, one) == measured
 
     # Explained variance and error are two views of the same numbers.
-    _, trees = held_out.fitting.data_of(fit, config, store)
+    _, trees = data_of(Fit("brief", 0, None, one.scale, ids), config, store)
     batch = trees.batch([0, 1, 2])
     weight, value = batch.weight_BX.double().numpy(), batch.value_BX.double().numpy()
     variance = np.average((value - np.average(value, weights=weight)) ** 2, weights=weight)
