@@ -1,0 +1,47 @@
+"""Where measured figures lie in a run's store: under a name that changes with all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mavis_dist.models.directory import fingerprint_model
+from mavis_dist.models.value import load_card
+from mavis_dist.store import values
+from mavis_dist.store.files import Store
+from mavis_dist.types import RewardScale
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A value model under study."""
+
+    objective: str
+    name: str  # in the guide and in the names of files
+    label: str  # in tables
+    iteration: int
+    folder: Path
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_model(self.folder)
+
+    @property
+    def scale(self) -> RewardScale:
+        return load_card(self.folder).scales[0]
+
+
+def subject(store: Store, objective: str, name: str, label: str, iteration: int = 0) -> Subject:
+    """Raises StoreError unless the value model is finished."""
+    return Subject(objective, f"{objective}@{name}", label, iteration, values.fetch(store, objective, iteration))
+
+
+def cell_path(kind: str, name: str, inputs: Mapping[str, Any]) -> str:
+    """The file of one figure; other inputs, another file."""
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return f"study/{kind}/{name}-{digest[:16]}.json"

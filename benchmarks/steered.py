@@ -1,0 +1,150 @@
+"""Answers to unseen prompts from the base model, and from every value model at every strength. No Ray.
+
+One engine holds all value models and is given all requests at once, so that its batch stays full. A setting is kept as
+soon as its last answer is written, and is skipped from then on. Every setting answers a prompt from the same seed.
+
+Lists are P long: one entry per prompt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.cells import Subject, cell_path
+from mavis_dist.config import Config
+from mavis_dist.decode import Choice, Engine, FinishReason, LocalGuide, Request, SamplingParams, Scorer
+from mavis_dist.models import value
+from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.prompts import load_prompts
+from mavis_dist.rewards import build
+from mavis_dist.rollout.trees import RolloutError
+from mavis_dist.store.files import Store
+from mavis_dist.types import Prompt
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Who tilts the answers, and how strongly."""
+
+    subject: str | None = None  # a value model; none: the base model alone
+    beta: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return "base" if self.subject is None else f"{self.subject}-beta{self.beta:g}"
+
+
+BASE = Setting()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer per prompt under one setting."""
+
+    text: list[str]
+    num_tokens: list[int]
+    divergence: list[float]  # KL(pi || pi_ref) of the whole answer, nats; exact
+    reward: dict[str, list[float]]  # by objective, in the reward's own unit
+
+
+def measure(
+    config: Config, store: Store, subjects: Sequence[Subject], betas: Sequence[float]
+) -> dict[Setting, Answers]:
+    """Answers of the base model and of every value model at every strength, those already in the store from there."""
+    _, prompts = load_prompts(config.prompts, config.seed)
+    settings = [BASE, *(Setting(subject.name, beta) for subject in subjects for beta in betas)]
+    paths = _paths(config, prompts, subjects, settings)
+    missing = [setting for setting in settings if not store.exists(paths[setting])]
+    if missing:
+        asked = {setting.subject for setting in missing}
+        base, engine = load_engine(config, [subject for subject in subjects if subject.name in asked])
+        rewards = {name: build(spec) for name, spec in config.objectives.items()}
+        tokens = [base.chat(prompt.text, config.base.system) for prompt in prompts]
+        for done, (setting, choices) in enumerate(answer(engine, missing, tokens, template(config)), 1):
+            texts = [choice.text for choice in choices]
+            store.write_json(
+                paths[setting],
+                asdict(
+                    Answers(
+                        text=texts,
+                        num_tokens=[len(choice.tokens) for choice in choices],
+                        divergence=[choice.divergence for choice in choices],
+                        reward={n: r.score([prompt.text for prompt in prompts], texts) for n, r in rewards.items()},
+                    )
+                ),
+            )
+            print(f"{'measure':<24} {done}/{len(missing)} settings: {setting.name}", file=sys.stderr, flush=True)
+    return {setting: Answers(**store.read_json(path)) for setting, path in paths.items()}
+
+
+def template(config: Config) -> Request:
+    """What all requests have in common: exact divergences, and the reference policy and cap of the run."""
+    rollout = config.rollout
+    params = SamplingParams(rollout.max_tokens, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
+    return Request("", (), tilt_cap=config.steer.tilt_cap, params=params, scorer=Scorer.FULL)
+
+
+def answer(
+    engine: Engine, settings: Sequence[Setting], prompts: Sequence[tuple[int, ...]], common: Request
+) -> Iterator[tuple[Setting, list[Choice]]]:
+    """One answer per setting and prompt (token ids); a setting comes out when its last answer is written."""
+    for s, setting in enumerate(settings):
+        weights = {} if setting.subject is None else {setting.subject: 1.0}
+        for p, prompt in enumerate(prompts):
+            params = replace(common.params, seed=p)
+            engine.submit(
+                replace(common, id=f"{s}/{p}", prompt=prompt, weights=weights, beta=setting.beta, params=params)
+            )
+    finished: list[dict[int, Choice]] = [{} for _ in settings]
+    while not engine.is_idle:
+        for update in engine.step():
+            if update.finished is None:
+                continue
+            s, p = map(int, update.request_id.split("/"))
+            if update.finished.finish not in (FinishReason.STOP, FinishReason.LENGTH):
+                raise RolloutError(f"{settings[s].name}, prompt {p}: {update.finished.error}")
+            finished[s][p] = update.finished
+            if len(finished[s]) == len(prompts):
+                yield settings[s], [finished[s][p] for p in range(len(prompts))]
+
+
+def load_engine(config: Config, subjects: Sequence[Subject]) -> tuple[BaseModel, Engine]:
+    """The base model, and the engine in which every value model is an objective of its own.
+
+    Raises:
+        UserError: a model cannot be read, or was trained for another base model.
+    """
+    torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
+    base = load_base(config.base.model, config.base.dtype, config.base.device)
+    models = {}
+    for subject in subjects:
+        model, card = value.load(subject.folder, getattr(torch, config.base.dtype), config.base.device)
+        card.check(base.fingerprint, base.tokenizer_fingerprint)
+        models[subject.name] = model
+    return base, Engine(base, LocalGuide(models) if models else None, config.rollout.rows)
+
+
+def _paths(
+    config: Config, prompts: Sequence[Prompt], subjects: Sequence[Subject], settings: Sequence[Setting]
+) -> Mapping[Setting, str]:
+    fingerprints = {subject.name: subject.fingerprint for subject in subjects}
+    common: dict[str, Any] = {
+        "base": config.base.model_dump(mode="json", exclude={"device"}),
+        "prompts": [prompt.text for prompt in prompts],
+        "params": asdict(template(config).params),
+        "tilt_cap": config.steer.tilt_cap,
+        "rewards": {name: spec.model_dump(mode="json") for name, spec in config.objectives.items()},
+    }
+    return {
+        setting: cell_path(
+            "answers",
+            setting.name,
+            {**common, "beta": setting.beta, "value_model": fingerprints[setting.subject] if setting.subject else None},
+        )
+        for setting in settings
+    }
