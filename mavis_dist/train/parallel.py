@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,3 +70,33 @@ def _worker(arguments: dict[str, Any]) -> None:
             board.post.remote(arguments["stage"], fit.objective, done, total, text)
 
     train(fit, config, Store(config.storage, config.run), rank, context.get_world_size(), progress)
+
+
+def run(function: Callable[[Any], None], arguments: Any, name: str, config: Config) -> None:
+    """Call `function(arguments)` on every training worker of one process group; the first failure is raised."""
+    trainer = TorchTrainer(
+        _call,
+        train_loop_config={"function": function, "arguments": arguments, "config": config},
+        scaling_config=ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=config.train.gpus_per_worker > 0,
+            resources_per_worker={"CPU": config.train.cpus_per_worker, "GPU": config.train.gpus_per_worker},
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.train.gpus_per_worker > 0 else "gloo"),
+        run_config=RunConfig(name=f"{config.run}-{name}", storage_path=_bookkeeping_folder(config)),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(failure, UserError):
+                raise failure from None
+        raise
+
+
+def _call(arguments: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, int(arguments["config"].train.cpus_per_worker)))
+    os.environ.setdefault("LOCAL_SIZE", str(ray.train.get_context().get_local_world_size()))
+    arguments["function"](arguments["arguments"])
