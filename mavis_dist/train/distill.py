@@ -41,8 +41,12 @@ class Pupil(nn.Module):
         super().__init__()
         self.student = student
 
-    def forward(self, lesson: LessonBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared errors of all values and of all deltas of candidates, summed over tokens and objectives; scalars."""
+    def forward(self, lesson: LessonBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Squared errors of all values, of the candidates' deltas as differences of values, and of the same deltas as
+        the student's head predicts them; summed over tokens and objectives, scalars.
+
+        Deltas steer, and they are smaller than values: what is negligible in a value may be all of a delta.
+        """
         model, packed = self.student.model, lesson.packed
         hidden_BSH = model.backbone(
             input_ids=packed.tokens_BS,
@@ -53,9 +57,12 @@ class Pupil(nn.Module):
         values_BSM = model.heads(hidden_BSH)
         said_BXM = values_BSM.gather(1, packed.index_BX[..., None].expand_as(lesson.values_BXM))
         error_BXM = packed.weight_BX[..., None] * (said_BXM - lesson.values_BXM) ** 2
+        at = lesson.tree_C
+        differences_CM = values_BSM[at, lesson.candidate_C] - values_BSM[at, lesson.state_C]
         embedding_CH = model.backbone.get_input_embeddings()(lesson.token_C)
-        deltas_CM = deltas(self.student.qhead, hidden_BSH[lesson.tree_C, lesson.state_C], embedding_CH)
-        return error_BXM.sum(), F.mse_loss(deltas_CM, lesson.deltas_CM, reduction="sum")
+        predicted_CM = deltas(self.student.qhead, hidden_BSH[at, lesson.state_C], embedding_CH)
+        errors = (((said_CM - lesson.deltas_CM) ** 2).sum() for said_CM in (differences_CM, predicted_CM))
+        return error_BXM.sum(), *errors
 
 
 def fit_trunk(
@@ -64,7 +71,7 @@ def fit_trunk(
     """Train everything but the token embeddings; the trained parameters of the student by name.
 
     `settings` is the `train` section of the config. The loss of a step is the mean over all values of its trees plus
-    the mean over all deltas, however the trees are spread over the workers. Needs a process group.
+    the means over all deltas, however the trees are spread over the workers. Needs a process group.
     """
     from mavis_dist.train.engine import make_engine, trained_state
 
@@ -81,10 +88,10 @@ def fit_trunk(
             mine = indices[rank::world_size]
             num_values = sum(lessons[i].values_XM.size for i in indices)
             num_deltas = sum(lessons[i].deltas_CM.size for i in indices)
-            values, candidates = engine(batch([lessons[i] for i in mine or indices[:1]], device))
+            values, *candidates = engine(batch([lessons[i] for i in mine or indices[:1]], device))
             # Workers average their gradients; one without a tree adds a zero of the right shape.
             share = world_size if mine else 0.0
-            loss = share * (values / num_values + candidates / num_deltas)
+            loss = share * (values / num_values + sum(candidates) / num_deltas)
             engine.backward(loss)
             engine.step()
             done += 1
@@ -97,9 +104,8 @@ def fit_trunk(
 class Survey:
     """What the heads need of the frozen trunk."""
 
-    gram_HH: torch.Tensor  # float64, of hidden states with a constant 1 behind them
-    moment_HM: torch.Tensor  # float64, of hidden states and what the heads miss of the teachers' values
-    num_tokens: int
+    gram_HH: torch.Tensor  # float64, of hidden states with a constant 1 behind them, and of their differences
+    moment_HM: torch.Tensor  # float64, of the same and of what the heads miss of the teachers' values and deltas
     state_CH: torch.Tensor  # hidden states that candidates follow
     token_C: torch.Tensor
     deltas_CM: torch.Tensor
@@ -115,16 +121,22 @@ def survey(model: ValueModel, lessons: Sequence[Lesson]) -> Survey:
     states = []
     for lesson in lessons:
         hidden_SH = model.backbone(**packed_inputs(lesson.tree, device)).last_hidden_state[0].float()
-        hidden_XH = hidden_SH[torch.from_numpy(lesson.index_X).to(device)]
-        missed_XM = torch.from_numpy(lesson.values_XM).to(device) - model.heads(hidden_XH)
+        index_X, state_C, candidate_C = (
+            torch.from_numpy(x).to(device) for x in (lesson.index_X, lesson.state_C, lesson.candidate_C)
+        )
+        hidden_XH = hidden_SH[index_X]
+        missed_XM = (torch.from_numpy(lesson.values_XM).to(device) - model.heads(hidden_XH)).double()
         with_one_XH = F.pad(hidden_XH, (0, 1), value=1.0).double()
-        gram_HH += with_one_XH.T @ with_one_XH
-        moment_HM += with_one_XH.T @ missed_XM.double()
-        states.append(hidden_XH[torch.from_numpy(lesson.state_C).to(device)])
+        for x_YH, missed_YM in (
+            (with_one_XH, missed_XM),
+            (with_one_XH[candidate_C] - with_one_XH[state_C], missed_XM[candidate_C] - missed_XM[state_C]),
+        ):
+            gram_HH += x_YH.T @ x_YH / len(x_YH)
+            moment_HM += x_YH.T @ missed_YM / len(x_YH)
+        states.append(hidden_XH[state_C])
     return Survey(
         gram_HH,
         moment_HM,
-        sum(len(lesson.values_XM) for lesson in lessons),
         torch.cat(states),
         torch.from_numpy(np.concatenate([lesson.token_C for lesson in lessons])).to(device),
         torch.from_numpy(np.concatenate([lesson.deltas_CM for lesson in lessons])).to(device),
@@ -133,7 +145,7 @@ def survey(model: ValueModel, lessons: Sequence[Lesson]) -> Survey:
 
 @torch.no_grad()
 def fit_heads(model: ValueModel, seen: Survey, first: int = 0) -> None:
-    """Give the heads from `first` on the least squared error that the frozen trunk allows.
+    """Give the heads from `first` on the least squared error of values and deltas that the frozen trunk allows.
 
     That is linear regression, solved at once (ridge regression around the heads as they are).
     """

@@ -187,6 +187,7 @@ class LessonBatch:
     values_BXM: torch.Tensor  # float32
     tree_C: torch.Tensor  # int64, the tree of each candidate
     state_C: torch.Tensor  # int64, the packed token that it follows
+    candidate_C: torch.Tensor  # int64, the packed token that it is
     token_C: torch.Tensor  # int64
     deltas_CM: torch.Tensor  # float32
 
@@ -201,12 +202,10 @@ def batch(lessons: Sequence[Lesson], device: torch.device | str = "cpu") -> Less
         values_BXM[row, : len(lesson.values_XM)] = torch.from_numpy(lesson.values_XM)
     counts = [len(lesson.state_C) for lesson in lessons]
     tree_C = np.arange(len(lessons)).repeat(counts)
-    state_C, token_C, deltas_CM = (
-        np.concatenate(parts)
-        for parts in zip(*((x.index_X[x.state_C], x.token_C, x.deltas_CM) for x in lessons), strict=True)
-    )
+    parts = [(x.index_X[x.state_C], x.index_X[x.candidate_C], x.token_C, x.deltas_CM) for x in lessons]
+    columns = [tree_C, *(np.concatenate(column) for column in zip(*parts, strict=True))]
     return LessonBatch(
         PackedBatch(**{field.name: getattr(packed, field.name).to(device) for field in fields(packed)}),
         values_BXM.to(device),
-        *(torch.from_numpy(column).to(device) for column in (tree_C, state_C, token_C, deltas_CM)),
+        *(torch.from_numpy(column).to(device) for column in columns),
     )

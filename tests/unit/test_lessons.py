@@ -82,19 +82,20 @@ def lessons(num_trees: int = 6) -> list[Lesson]:
 
 def test_the_errors_of_a_batch_are_those_of_its_trees_one_by_one() -> None:
     student, taught = tiny_student(7, num_objectives=2), lessons(2)
-    taught[1] = teach(
-        BASE, [(tiny_value(1), 0), (tiny_value(3), 0)], some_tree(5), Sampling(3, 2, 20, 1.0, 0.0), 0, "cpu"
-    )
-    values = candidates = 0.0
+    few = Sampling(states=3, candidates=2, top_k=20, top_p=1.0, min_p=0.0)
+    taught[1] = teach(BASE, [(tiny_value(1), 0), (tiny_value(3), 0)], some_tree(5), few, 0, "cpu")
+    values = differences = predictions = 0.0
     for lesson in taught:
-        values += float(((values_of(student.model, lesson.tree, "cpu") - lesson.values_XM) ** 2).sum())
+        said_XM = values_of(student.model, lesson.tree, "cpu")
+        values += float(((said_XM - lesson.values_XM) ** 2).sum())
+        differences += float(((said_XM[lesson.candidate_C] - said_XM[lesson.state_C] - lesson.deltas_CM) ** 2).sum())
         for state, token, wanted in zip(lesson.state_C, lesson.token_C, lesson.deltas_CM, strict=True):
             inputs = torch.tensor([path_to(lesson.tree, state)])
             hidden = student.model.backbone(input_ids=inputs).last_hidden_state[:, -1]
             embedding = student.model.backbone.get_input_embeddings()(torch.tensor([token]))
-            candidates += float(((deltas(student.qhead, hidden, embedding)[0].numpy() - wanted) ** 2).sum())
+            predictions += float(((deltas(student.qhead, hidden, embedding)[0].numpy() - wanted) ** 2).sum())
     said = Pupil(student)(batch(taught))
-    assert [float(x) for x in said] == pytest.approx([values, candidates], rel=1e-4)
+    assert [float(x) for x in said] == pytest.approx([values, differences, predictions], rel=1e-4)
 
 
 def test_heads_learn_all_that_the_trunk_knows_and_old_ones_stay() -> None:

@@ -176,5 +176,5 @@ def test_a_student_is_stored_whole_and_read_strictly(tmp_path: Path) -> None:
     with pytest.raises(ValueModelError, match=r"queries\.1\.bias"):
         qhead.load(tmp_path, STUDENT.model)
     (tmp_path / QHEAD_FILE).unlink()
-    with pytest.raises(ValueModelError, match="qhead.safetensors"):
+    with pytest.raises(ValueModelError, match=r"qhead\.safetensors"):
         qhead.load(tmp_path, STUDENT.model)
