@@ -95,9 +95,11 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
 def speed_headlines(speeds: Speeds) -> dict[str, float]:
     from benchmarks.speed import ratio
 
-    students = [name for name in speeds if name.startswith("qhead")]
+    predicting = [name for name in speeds if name.startswith("qhead")]
     qhead = {
-        f"qhead_vs_unguided_b{size}": ratio(speeds, name, "unguided", size) for name in students for size in (1, 16)
+        f"qhead_vs_unguided_b{size}": ratio(speeds, name, "unguided", size)
+        for name in predicting
+        for size in HEADLINE_SIZES
     }
     return {
         "engine_vs_hf_b1": ratio(speeds, "unguided", "hf", 1),

@@ -6,7 +6,7 @@ Shapes: T steps of an answer, K candidates, M objectives, R rank.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from benchmarks.quality import MAX_TOKENS, NOTABLE_EOS, Steps, look
 from benchmarks.workload import Workload
 from mavis_dist.core.tilt import tilt
 from mavis_dist.decode import Engine, LocalGuide, Request, Scorer
-from mavis_dist.models.qhead import predicted
+from mavis_dist.models.qhead import Student, predicted
 
 
 def measure(workload: Workload, cap: float, num_prompts: int) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def _measure(workload: Workload, engine: Engine, cap: float, requests: Sequence[
     choices = [choices[0] for choices in engine.generate(requests)]
     exact = [look(workload.base, workload.models, r, c.tokens) for r, c in zip(requests, choices, strict=True)]
     triples = zip(exact, requests, choices, strict=True)
-    pairs = [(steps, predict(workload, r, c.tokens, steps)) for steps, r, c in triples]
+    pairs = [(steps, predict(workload.students, r, c.tokens, steps)) for steps, r, c in triples]
     difference_TK = [ours.law(cap) - steps.law(cap) for steps, ours in pairs]
     eos = [x for (steps, _), d_TK in zip(pairs, difference_TK, strict=True) for x in _of_end(steps, d_TK)]
     return {
@@ -52,10 +52,12 @@ def _measure(workload: Workload, engine: Engine, cap: float, requests: Sequence[
 
 
 @torch.inference_mode()
-def predict(workload: Workload, request: Request, tokens: Sequence[int], steps: Steps) -> Steps:
-    """The same steps with the student's values and predictions in place of the value models'."""
-    student = workload.students[next(iter(request.weights))][0]
-    places = [workload.students[name][1] for name in request.weights]
+def predict(
+    students: Mapping[str, tuple[Student, int]], request: Request, tokens: Sequence[int], steps: Steps
+) -> Steps:
+    """The same steps with the values and predictions of the objectives' one student in place of the value models'."""
+    student = students[next(iter(request.weights))][0]
+    places = [students[name][1] for name in request.weights]
     inputs = torch.tensor([[*request.prompt, *tokens[:-1]]])
     values_TM, queries_TMR = student.split(student(input_ids=inputs)[0, -len(tokens) :])
     num_candidates = steps.ids_TK.shape[1]

@@ -91,7 +91,8 @@ def load(run: Path) -> Workload:
 
 
 def _students(store: Store, objectives: Sequence[str]) -> dict[str, tuple[Student, int]]:
-    folders = {name: folder for name, folder in fetch_published(store).items() if name in objectives}
+    published = {name: folder for name, folder in fetch_published(store).items() if name in objectives}
+    folders = {name: folder for name, folder in published.items() if value.load_card(folder).teachers}
     return load_students(folders, load_models(folders, getattr(torch, DTYPE)))
 
 
