@@ -15,8 +15,9 @@ COLUMNS = {
     "teacher EV": "teacher_explained_variance",
     "student EV": "student_explained_variance",
     "ratio": "ratio",
-    "R2 of values": "r2_values",
-    "R2 of deltas": "r2_deltas",
+    "R2 V": "r2_values",
+    "R2 V(sa)-V(s)": "r2_differences",
+    "R2 qhead": "r2_deltas",
 }
 
 
@@ -40,9 +41,9 @@ def run(config: Config) -> None:
         parallel.run(course.distill, plan, f"distill-{plan.name}", config)
     else:
         print(f"distill                  {folder} finished before, skipped", file=sys.stderr)
-    if config.distill.publish:
-        for teacher in plan.teachers:
-            values.publish(plan.store, teacher.objective, teacher.iteration, plan.name)
+    served = plan.name if config.distill.publish else None
+    for teacher in plan.teachers:
+        values.publish_distilled(plan.store, teacher.objective, teacher.iteration, served)
     facts = plan.store.facts(folder)
     assert facts is not None
     print(f"{table(facts['figures'])}\n{plan.store.root}/{folder}")

@@ -193,7 +193,7 @@ class Distill(Section):
     extends: str | None = Field(
         None, description="name of a distilled model that gets heads for further objectives, itself left as it is"
     )
-    publish: bool = Field(True, description="let the service use the distilled model")
+    publish: bool = Field(True, description="serve the distilled model; false: each objective's own value model")
 
 
 class Evaluate(Section):

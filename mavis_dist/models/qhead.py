@@ -105,7 +105,8 @@ class Student(nn.Module):
     def token_factors(self, tokens_N: torch.Tensor) -> torch.Tensor:
         """e(a) [N, R]; computed for the whole vocabulary once, since training is over when this is asked."""
         if self._factors_VR is None:
-            self._factors_VR = self.qhead.factor(self.model.backbone.get_input_embeddings().weight)
+            embeddings: Any = self.model.backbone.get_input_embeddings()
+            self._factors_VR = self.qhead.factor(embeddings.weight)
         return self._factors_VR[tokens_N]
 
 

@@ -15,16 +15,19 @@ def distilled_folder(name: str) -> str:
     return f"distilled/{name}"
 
 
-def publish(store: Store, objective: str, iteration: int, distilled: str | None = None) -> None:
-    """Make a finished iteration the one that is served, or the distilled model that learnt it."""
-    if store.facts(folder(objective, iteration)) is None:
-        raise StoreError(f"iteration {iteration} of {objective!r} is not finished in {store.root}: train it first")
-    pointer: dict[str, int | str] = {"iteration": iteration}
-    if distilled is not None:
-        if store.facts(distilled_folder(distilled)) is None:
-            raise StoreError(f"the distilled model {distilled!r} is not finished in {store.root}: distil it first")
-        pointer["distilled"] = distilled
-    store.write_json(_pointer_file(objective), pointer)
+def publish(store: Store, objective: str, iteration: int) -> None:
+    """Make a finished iteration the one that is served; a distilled model that is served for it stays."""
+    _check_finished(store, objective, iteration)
+    if published(store).get(objective) != iteration:
+        store.write_json(_pointer_file(objective), {"iteration": iteration})
+
+
+def publish_distilled(store: Store, objective: str, iteration: int, name: str | None) -> None:
+    """Serve a distilled model in place of the iteration that it learnt from; None: the iteration itself."""
+    _check_finished(store, objective, iteration)
+    if name is not None and store.facts(distilled_folder(name)) is None:
+        raise StoreError(f"the distilled model {name!r} is not finished in {store.root}: distil it first")
+    store.write_json(_pointer_file(objective), {"iteration": iteration} | ({"distilled": name} if name else {}))
 
 
 def published(store: Store) -> dict[str, int]:
@@ -55,6 +58,11 @@ def fetch_folder(store: Store, path: str) -> Path:
 def _pointers(store: Store) -> dict[str, dict]:
     files = {name: _pointer_file(name) for name in store.list("values")}
     return {name: store.read_json(file) for name, file in files.items() if store.exists(file)}
+
+
+def _check_finished(store: Store, objective: str, iteration: int) -> None:
+    if store.facts(folder(objective, iteration)) is None:
+        raise StoreError(f"iteration {iteration} of {objective!r} is not finished in {store.root}: train it first")
 
 
 def _pointer_file(objective: str) -> str:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -27,15 +26,15 @@ from mavis_dist.config import Config
 from mavis_dist.core.tree import Tree
 from mavis_dist.models import qhead, value
 from mavis_dist.models.load import fetch, fingerprint_model, load_base
-from mavis_dist.models.qhead import QHead, Student, deltas
+from mavis_dist.models.qhead import QHead, Student
 from mavis_dist.models.value import Card, Teacher, ValueModel
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.store.shards import read_trees
 from mavis_dist.train.data import rollout_folder, shard_names
-from mavis_dist.train.distill import fit_heads, fit_qhead, fit_trunk, survey
+from mavis_dist.train.distill import agreement, fit_heads, fit_qhead, fit_trunk, survey
 from mavis_dist.train.fit import Fit, data_of, explained_variance
-from mavis_dist.train.lessons import Lesson, Sampling, teach, values_of
+from mavis_dist.train.lessons import Lesson, Sampling, teach
 from mavis_dist.types import Policy, UserError
 
 QHEAD_LEARNING_RATE = 1e-3  # the student's head is small and sees many candidates at a step
@@ -202,20 +201,11 @@ def average(models: Sequence[ValueModel]) -> ValueModel:
 
 @torch.no_grad()
 def report(course: Course, student: Student, validation: Sequence[Lesson]) -> dict[str, dict[str, float | None]]:
-    """By objective, on validation trees: the explained variance of the targets by teacher and student, and the R^2 of
-    the student's values and predicted deltas against the teacher's; None where there are none.
+    """By objective, on validation trees: the explained variance of the targets by teacher and by student, and how the
+    student agrees with the teacher; None without validation trees.
     """
     device = course.config.base.device
-    embed = student.model.backbone.get_input_embeddings()
-    said, wanted, said_deltas, wanted_deltas = [], [], [], []
-    for lesson in validation:
-        said.append(values_of(student.model, lesson.tree, device))
-        wanted.append(lesson.values_XM)
-        seen = survey(student.model, [lesson])
-        said_deltas.append(deltas(student.qhead, seen.state_CH, embed(seen.token_C).float()).cpu().numpy())
-        wanted_deltas.append(lesson.deltas_CM)
-    r2 = determination(said, wanted)
-    r2_deltas = determination(said_deltas, wanted_deltas)
+    agreements = agreement(student, validation)
     figures = {}
     for m, teacher in enumerate(course.teachers):
         model, card = load_teacher(course.store, teacher, device)
@@ -228,18 +218,9 @@ def report(course: Course, student: Student, validation: Sequence[Lesson]) -> di
         figures[teacher.objective] = {
             "teacher_explained_variance": explained_variance(model, trees, device),
             "student_explained_variance": explained_variance(head, trees, device),
-            "r2_values": None if r2 is None else float(r2[m]),
-            "r2_deltas": None if r2_deltas is None else float(r2_deltas[m]),
+            **{name: None if r2_M is None else float(r2_M[m]) for name, r2_M in agreements.items()},
         }
     return figures
-
-
-def determination(said: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> np.ndarray | None:
-    """1 - squared error / variance by column; None without rows."""
-    if not wanted:
-        return None
-    said_XM, wanted_XM = np.concatenate(said), np.concatenate(wanted)
-    return 1 - ((said_XM - wanted_XM) ** 2).sum(0) / ((wanted_XM - wanted_XM.mean(0)) ** 2).sum(0)
 
 
 def keep(course: Course, student: Student, figures: dict[str, dict[str, float | None]]) -> None:

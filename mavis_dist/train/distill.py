@@ -195,3 +195,29 @@ class _Predictor(nn.Module):
 
     def forward(self, state_CH: torch.Tensor, embedding_CH: torch.Tensor) -> torch.Tensor:
         return deltas(self.qhead, state_CH, embedding_CH)
+
+
+@torch.no_grad()
+def agreement(student: Student, lessons: Sequence[Lesson]) -> dict[str, np.ndarray | None]:
+    """R^2 [M] to the teachers of the student's values, of its differences V(s∘a) - V(s), and of the deltas that its
+    head predicts; None without lessons.
+    """
+    device, embed = student.device, student.model.backbone.get_input_embeddings()
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"r2_values": [], "r2_differences": [], "r2_deltas": []}
+    for lesson in lessons:
+        hidden_SH = student.model.backbone(**packed_inputs(lesson.tree, device)).last_hidden_state[0].float()
+        hidden_XH = hidden_SH[torch.from_numpy(lesson.index_X).to(device)]
+        values_XM = student.model.heads(hidden_XH).cpu().numpy()
+        embedding_CH = embed(torch.from_numpy(lesson.token_C).to(device)).float()
+        state_CH = hidden_XH[torch.from_numpy(lesson.state_C).to(device)]
+        predicted_CM = deltas(student.qhead, state_CH, embedding_CH).cpu().numpy()
+        parts["r2_values"].append((values_XM, lesson.values_XM))
+        parts["r2_differences"].append((values_XM[lesson.candidate_C] - values_XM[lesson.state_C], lesson.deltas_CM))
+        parts["r2_deltas"].append((predicted_CM, lesson.deltas_CM))
+    return {name: _determination(pairs) if pairs else None for name, pairs in parts.items()}
+
+
+def _determination(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """1 - squared error / variance, by column."""
+    said_XM, wanted_XM = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    return 1 - ((said_XM - wanted_XM) ** 2).sum(0) / ((wanted_XM - wanted_XM.mean(0)) ** 2).sum(0)

@@ -126,7 +126,9 @@ def _law(base: BaseModel, tree: Tree, state_P: np.ndarray, sampling: Sampling) -
         **packed_inputs(tree, device), logits_to_keep=torch.from_numpy(labelled(tree)[state_P]).to(device)
     ).logits[0]
     logits_PV = logits_PV.float().cpu()
-    logits_PV[np.ix_(np.flatnonzero(state_P == 0), base.eos_ids)] = float("-inf")  # an answer has at least one token
+    logits_PV[np.ix_(np.flatnonzero(state_P == 0), np.array(base.eos_ids))] = float(
+        "-inf"
+    )  # an answer has at least one token
     like_P = torch.ones(len(state_P))
     ids_PK, logprobs_PK = candidates(
         logits_PV, sampling.top_k * like_P.long(), sampling.top_p * like_P, sampling.min_p * like_P, like_P
