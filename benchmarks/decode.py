@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(run: Path, scale: Scale) -> dict[str, Any]:
     import torch
 
-    from benchmarks import quality, soak, speed, steps, workload
+    from benchmarks import quality, soak, speed, steps, students, workload
+    from mavis_dist.types import TILT_CAP
 
     torch.set_num_threads(THREADS)
     work = workload.load(run)
@@ -71,6 +72,8 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
     stepping = steps.measure(work, HEADLINE_SIZES, scale.repetitions, scale.tokens)
     qualities = quality.measure(work, scale.caps, scale.prompts)
     say(quality_table(qualities))
+    predictions = students.measure(work, TILT_CAP, scale.prompts)
+    say(students_table(predictions))
     headline = {
         **speed_headlines(speeds),
         **quality_headlines([q for q in qualities if q["weights"] in work.objectives]),
@@ -83,6 +86,7 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
         "tokens_per_s": speeds,
         "steps": stepping,
         "quality": qualities,
+        "students": predictions,
         "soak": memory,
     }
     return {**headline, **details}
@@ -91,6 +95,12 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
 def speed_headlines(speeds: Speeds) -> dict[str, float]:
     from benchmarks.speed import ratio
 
+    predicting = [name for name in speeds if name.startswith("qhead")]
+    qhead = {
+        f"qhead_vs_unguided_b{size}": ratio(speeds, name, "unguided", size)
+        for name in predicting
+        for size in HEADLINE_SIZES
+    }
     return {
         "engine_vs_hf_b1": ratio(speeds, "unguided", "hf", 1),
         "engine_vs_hf_b16": ratio(speeds, "unguided", "hf", 16),
@@ -98,6 +108,7 @@ def speed_headlines(speeds: Speeds) -> dict[str, float]:
         "lazy_vs_unguided_b16": ratio(speeds, "lazy_2", "unguided", 16),
         "full_vs_unguided_b16": ratio(speeds, "full_2", "unguided", 16),
         "lazy_heads_vs_unguided_b16": ratio(speeds, "lazy_2_heads", "unguided", 16),
+        **qhead,
         "guided_vs_reference_16": ratio(speeds, "lazy_2", "reference", 16, 1),
         "full_vs_reference_16": ratio(speeds, "full_2", "reference", 16, 1),
     }
@@ -149,6 +160,16 @@ def quality_table(qualities: list[dict[str, Any]]) -> str:
         for q in qualities
     ]
     return "\n".join(lines)
+
+
+def students_table(predictions: list[dict[str, Any]]) -> str:
+    if not predictions:
+        return "qhead is left out: no distilled model is published in this run (python -m jobs.distill makes one)"
+    columns = {"tv": "TV", "tv_eos": "TV of end", "correlation": "correlation", "divergence_ratio": "KL / exact"}
+    columns |= {"soft_value_ratio": "soft value / exact", "steps": "steps"}
+    head = f"{'qhead scorer, weights':<28}" + "".join(f"{name:>20}" for name in columns.values())
+    lines = [f"{p['weights']:<28}" + "".join(f"{p[key]:>20.4g}" for key in columns) for p in predictions]
+    return "\n".join([head, "-" * len(head), *lines])
 
 
 def headline_table(headline: dict[str, Any]) -> str:

@@ -52,17 +52,21 @@ def make_variants(workload: Workload, max_rows: int) -> dict[str, Decode]:
     """The engine's variants are requests to one engine: a value model that a request gives no weight costs nothing."""
     model = next(iter(workload.models.values()))
     heads = {"first head": (model, 0), "second head": (model, 0)}
-    engine = Engine(workload.endless, LocalGuide({**workload.models, **heads}), max_rows=max_rows)
+    guide = LocalGuide({**workload.models, **heads}, workload.students)
+    engine = Engine(workload.endless, guide, max_rows=max_rows)
     variants = {"hf": _hugging_face(workload), "unguided": _engine(workload, engine, (), Scorer.FULL)}
     for scorer in (Scorer.FULL, Scorer.LAZY):
         for count in NUM_OBJECTIVES:
             variants[f"{scorer.value}_{count}"] = _engine(workload, engine, [*workload.models][:count], scorer)
         variants[f"{scorer.value}_2_heads"] = _engine(workload, engine, [*heads], scorer)
+    if workload.students:
+        name = f"{Scorer.QHEAD.value}_{len(workload.students)}"
+        variants[name] = _engine(workload, engine, [*workload.students], Scorer.QHEAD)
     return {**variants, "reference": _reference(workload)}
 
 
 def _engine(workload: Workload, engine: Engine, objectives: Sequence[str], scorer: Scorer) -> Decode:
-    cap = TILT_CAP if scorer is Scorer.LAZY else None
+    cap = None if scorer is Scorer.FULL else TILT_CAP
 
     def decode(size: int, tokens: int, repetition: int) -> int:
         requests = workload.requests(size, mixtures(objectives), tokens, scorer, cap)

@@ -13,8 +13,10 @@ import yaml
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
 from mavis_dist.decode import Request, SamplingParams, Scorer
+from mavis_dist.decode.published import fetch_published, load_models, load_students
 from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
 from mavis_dist.prompts import load_prompts
 from mavis_dist.store import values
@@ -33,6 +35,7 @@ class Workload:
     objectives: tuple[str, ...]  # the two trained ones
     models: dict[str, ValueModel]  # four: each of the two is loaded twice, as four models would be
     prompts: list[tuple[int, ...]]  # token ids of the evaluation prompts
+    students: dict[str, tuple[Student, int]]  # of the two objectives, where a distilled model is published
 
     @cached_property
     def endless(self) -> BaseModel:
@@ -84,7 +87,13 @@ def load(run: Path) -> Workload:
             model, card = value.load(values.fetch(store, name, published[name]), getattr(torch, DTYPE))
             card.check(base.fingerprint, base.tokenizer_fingerprint)
             models[name + copy] = model
-    return Workload(config, base, objectives, models, _evaluation_prompts(config, base))
+    return Workload(config, base, objectives, models, _evaluation_prompts(config, base), _students(store, objectives))
+
+
+def _students(store: Store, objectives: Sequence[str]) -> dict[str, tuple[Student, int]]:
+    published = {name: folder for name, folder in fetch_published(store).items() if name in objectives}
+    folders = {name: folder for name, folder in published.items() if value.load_card(folder).teachers}
+    return load_students(folders, load_models(folders, getattr(torch, DTYPE)))
 
 
 def _evaluation_prompts(config: Config, base: BaseModel) -> list[tuple[int, ...]]:

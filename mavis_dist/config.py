@@ -196,6 +196,19 @@ class Gate(Section):
     margin: NonNegative = Field(0.05, description="loss of soft value, in sd, that the 95 % bound may still hold")
 
 
+class Distill(Section):
+    """One model for all objectives: a shared trunk with a head each, and a student that predicts candidates."""
+
+    layers: Count | None = Field(
+        None, description="first layers of the base model that the trunk starts from; null: the value models' average"
+    )
+    epochs: Count = Field(2, description="passes over the stored trees that train trunk and heads")
+    extends: str | None = Field(
+        None, description="name of a distilled model that gets heads for further objectives, itself left as it is"
+    )
+    publish: bool = Field(True, description="serve the distilled model; false: each objective's own value model")
+
+
 class Evaluate(Section):
     """Answers to unseen prompts over a grid of weights."""
 
@@ -234,6 +247,7 @@ class Config(Section):
     value: Value = Field(Value(), description="the value models")
     train: Train = Field(Train(), description="their training")
     gate: Gate = Field(Gate(), description="which iterations are published")
+    distill: Distill = Field(Distill(), description="one model for all objectives")
     evaluate: Evaluate = Field(Evaluate(), description="the sweep over weights")
     serve: Serve = Field(Serve(), description="the HTTP endpoint")
 
@@ -303,14 +317,15 @@ def flatten(config: Config) -> dict[str, Any]:
 def conflicts(old: Config, new: Config) -> list[str]:
     """One sentence per key whose change would mix results of two different runs in one folder.
 
-    Objectives may be added; FREE_KEYS, `evaluate` and `serve` may change.
+    Objectives may be added; FREE_KEYS, `distill`, `evaluate` and `serve` may change.
     """
     before, after = flatten(old), flatten(new)
+    free_sections = ("distill.", "evaluate.", "serve.")
     return [
         f"config key {key!r} is {after.get(key)!r} but this run was started with {before[key]!r}: "
         f"change it back, or choose another name with run=NAME"
         for key in before
-        if key not in FREE_KEYS and not key.startswith(("evaluate.", "serve.")) and before[key] != after.get(key)
+        if key not in FREE_KEYS and not key.startswith(free_sections) and before[key] != after.get(key)
     ]
 
 

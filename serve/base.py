@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 
 import torch
 
-from mavis_dist.decode import Engine, Guide, LocalGuide, Request
+from mavis_dist.decode import Engine, Guide, Request
+from mavis_dist.decode.published import fetch_published, load_guide
 from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base
-from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from serve.answers import Message
 from serve.engine_loop import EngineLoop, stream
@@ -24,16 +24,14 @@ def make_guide(args: MainArgs, base: BaseModel) -> Guide | None:
     Raises:
         ValueModelError: if one was not trained for this base model.
     """
-    store = Store(args.storage, args.run)
-    folders = {name: values.fetch(store, name, iteration) for name, iteration in values.published(store).items()}
+    folders = fetch_published(Store(args.storage, args.run))
     for folder in folders.values():
         value.load_card(folder).check(base.fingerprint, base.tokenizer_fingerprint)
     if not folders:
         return None
     if args.placement == "replicas":
         return RemoteGuide(tuple(folders), ValueHandles(), args.value_sessions)
-    dtype = getattr(torch, args.dtype)
-    return LocalGuide({name: value.load(folder, dtype, args.device)[0] for name, folder in folders.items()})
+    return load_guide(folders, getattr(torch, args.dtype), args.device)
 
 
 class Base:

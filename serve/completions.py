@@ -54,7 +54,8 @@ class Completions:
             )
         shape, prompt = self._prompt(body)
         try:
-            request = prepare(self._request(body, prompt), objectives, self._settings.max_context)
+            # Whether there are students only the base replica knows; it refuses by itself.
+            request = prepare(self._request(body, prompt), objectives, self._settings.max_context, predicted=objectives)
         except RequestError as error:
             raise _refused(error, body) from None
         completion = Completion(body, shape, request, self._settings.model, self._settings.limits, self._tokenizer)

@@ -107,6 +107,10 @@ class RemoteGuide:
     def objectives(self) -> tuple[str, ...]:
         return self._objectives
 
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        return ()  # a student's predictions are a gather: no call is worth it
+
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
         self._rows.update({row.row: _Row(list(row.tokens), row.objectives) for row in rows})
         return self._ask(Question(open=tuple(rows)))

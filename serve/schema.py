@@ -75,7 +75,7 @@ class GenerationRequest(Body):
     objective_weights: dict[str, float] | None = None
     beta: Annotated[float, Field(ge=0)] | None = None
     tilt_cap: Annotated[float, Field(gt=0)] | None = None
-    scorer: Literal["full", "lazy"] | None = None
+    scorer: Literal["full", "lazy", "qhead"] | None = None
     guide_every: Count | None = None
     vllm_xargs: FlatArgs | None = None
 

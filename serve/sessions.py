@@ -109,7 +109,7 @@ class _Held:
 
 
 class _Session:
-    def __init__(self, objective: str, model: ValueModel):
+    def __init__(self, objective: str, model: ValueModel | tuple[ValueModel, int]):
         self._guide = LocalGuide({objective: model})
         self._held: dict[int, _Held] = {}
         self.used_at = 0.0
@@ -173,7 +173,7 @@ class _Session:
 class Sessions:
     """One objective's value model with the rows of every engine that asks."""
 
-    def __init__(self, objective: str, model: ValueModel, idle_limit_s: float = 300.0):
+    def __init__(self, objective: str, model: ValueModel | tuple[ValueModel, int], idle_limit_s: float = 300.0):
         self._objective, self._model, self._idle_limit_s = objective, model, idle_limit_s
         self._sessions: dict[str, _Session] = {}
 

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from mavis_dist.models import value
-from mavis_dist.store import values
+from mavis_dist.decode.published import fetch_published, load_models
 from mavis_dist.store.files import Store, StoreError
 from serve.sessions import Call, Reply, Sessions
 from serve.settings import ValueArgs
@@ -17,12 +16,12 @@ from serve.settings import ValueArgs
 class Value:
     def __init__(self, args: ValueArgs):
         store = Store(args.storage, args.run)
-        published = values.published(store)
-        if args.objective not in published:
+        folders = fetch_published(store)
+        if args.objective not in folders:
             raise StoreError(f"no value model of {args.objective!r} is published in {store.root}: train it first")
-        folder = values.fetch(store, args.objective, published[args.objective])
-        model, _ = value.load(folder, getattr(torch, args.dtype), args.device)
-        self._sessions = Sessions(args.objective, model)
+        folder = {args.objective: folders[args.objective]}
+        models = load_models(folder, getattr(torch, args.dtype), args.device)
+        self._sessions = Sessions(args.objective, models[args.objective])
         # One thread: the sessions take calls one at a time, and the event loop stays free for health checks.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="value")
 

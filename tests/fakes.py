@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from mavis_dist.models.load import BaseModel
+from mavis_dist.models.qhead import QHead, Student
 from mavis_dist.models.value import ValueModel
 
 VOCAB, EOS = 97, 2
@@ -60,3 +61,11 @@ def tiny_value(
     model = ValueModel(backbone, num_objectives)
     torch.nn.init.normal_(model.heads.weight, std=scale)
     return model.eval().requires_grad_(False)
+
+
+def tiny_student(seed: int, num_objectives: int = 1, layers: int = 1, rank: int = 4) -> Student:
+    model = tiny_value(seed, num_objectives, layers)
+    qhead = QHead(32, num_objectives, rank)
+    for query in qhead.queries:
+        torch.nn.init.normal_(query.weight, std=0.5)
+    return Student(model, qhead).eval().requires_grad_(False)

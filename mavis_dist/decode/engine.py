@@ -18,7 +18,7 @@ from mavis_dist.core import noise
 from mavis_dist.core.tilt import candidates, choose, evaluation_order, ranking
 from mavis_dist.decode.batch import Batch
 from mavis_dist.decode.guide import Guide, GuideRow
-from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Update, prepare
+from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Scorer, Update, prepare
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
 from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
 from mavis_dist.decode.text import StoppedText
@@ -105,7 +105,8 @@ class Engine:
         Raises:
             RequestError: naming the field, its value and the remedy.
         """
-        return prepare(request, self.objectives, self.max_context, self.cache_tokens, self._vocabulary)
+        predicted = self._guide.predicted if self._guide else ()
+        return prepare(request, self.objectives, self.max_context, self.cache_tokens, self._vocabulary, predicted)
 
     def submit(self, request: Request, first: bool = False) -> Request:
         """Queue a request (`first`: before all others); returns it prepared. Raises RequestError."""
@@ -194,7 +195,8 @@ class Engine:
             row, end = piece.row, piece.end + piece.is_last
             if piece.is_first:
                 source, used = piece.source.number if piece.source else None, frozenset(row.request.weights)
-                opening.append(GuideRow(row.number, tuple(row.tokens[:end]), used, source, piece.start))
+                by_student = row.request.scorer is Scorer.QHEAD
+                opening.append(GuideRow(row.number, tuple(row.tokens[:end]), used, source, piece.start, by_student))
             else:
                 rows.append(row.number)
                 tokens.append(row.tokens[piece.start : end])
@@ -308,7 +310,9 @@ class Engine:
                 continue
             start = row.position
             self._append(row, b, drawn)
-            if row.choice.finish is None and drawn.is_guided[b]:
+            # A student predicts without a forward pass over the token, so that it has not seen it yet.
+            is_seen = drawn.is_guided[b] and row.request.scorer is not Scorer.QHEAD
+            if row.choice.finish is None and is_seen:
                 kept.append(b)
             elif row.choice.finish is None and batch.is_guided[b]:
                 self._unseen.setdefault(row.number, []).append(drawn.tokens[b])

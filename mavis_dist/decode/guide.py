@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-from mavis_dist.models.decoder import value_decoder
+from mavis_dist.models.decoder import student_decoder, value_decoder
 from mavis_dist.models.kv import SlotModel
+from mavis_dist.models.qhead import Student, predicted
 from mavis_dist.models.value import ValueModel
 
 
@@ -28,16 +29,22 @@ class GuideRow:
     objectives: frozenset[str]  # those with a positive weight; the others cost nothing
     source: int | None = None  # a row whose first `shared` tokens are the same
     shared: int = 0
+    by_student: bool = False  # its candidates are predicted, not evaluated; its tokens are extended, never kept
 
 
 class Guide(Protocol):
-    """Calls come in the order open, extend*, (score+, keep, extend*)*, close; rows are the engine's numbers.
+    """Calls come in the order open, extend*, (score+, keep or extend, extend*)*, close; rows are the engine's numbers.
 
     Values of objectives that a row does not use mean nothing.
     """
 
     @property
     def objectives(self) -> tuple[str, ...]: ...
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """The objectives that a student predicts: all that a row followed `by_student` may use."""
+        ...
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
         """Start following rows; V_m(s) at their last tokens [B, M]."""
@@ -66,24 +73,39 @@ class Guide(Protocol):
 class LocalGuide:
     """Value models in this process, one forward pass per model and call, whatever the number of its objectives."""
 
-    def __init__(self, models: Mapping[str, ValueModel | tuple[ValueModel, int]]):
-        """`models` maps each objective to its value model, or to one of several heads of a value model."""
+    def __init__(
+        self,
+        models: Mapping[str, ValueModel | tuple[ValueModel, int]],
+        students: Mapping[str, tuple[Student, int]] | None = None,
+    ):
+        """`models` maps each objective to its value model, or to one of several heads of a value model; `students`
+        maps some of them to one of the objectives of a student.
+        """
         heads = {name: model if isinstance(model, tuple) else (model, 0) for name, model in models.items()}
-        self._objectives = tuple(heads)
+        self._objectives, self._predicted = tuple(heads), tuple(students or {})
+        assert heads.keys() >= set(self._predicted)
         self._device = next((model.heads.weight.device for model, _ in heads.values()), None)
-        self._trunks = [
-            _Trunk(model, {name: head for name, (owner, head) in heads.items() if owner is model}, self._objectives)
-            for model in {id(model): model for model, _ in heads.values()}.values()
+        self._trunks: list[_Trunk | _Student] = [
+            *(_Trunk(model, used, self._objectives) for model, used in _by_owner(heads)),
+            *(_Student(student, used, self._objectives) for student, used in _by_owner(students or {})),
         ]
 
     @property
     def objectives(self) -> tuple[str, ...]:
         return self._objectives
 
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        return self._predicted
+
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
         values_BM = self._unknown(len(rows))
         for trunk in self._trunks:
-            used = [b for b, row in enumerate(rows) if trunk.heads.keys() & row.objectives]
+            used = [
+                b
+                for b, row in enumerate(rows)
+                if trunk.predicts == row.by_student and trunk.heads.keys() & row.objectives
+            ]
             if not used:
                 continue
             missing = []
@@ -91,14 +113,13 @@ class LocalGuide:
                 # The last token is always computed anew: it is the one whose value is asked for.
                 shared = min(rows[b].shared, len(rows[b].tokens) - 1)
                 missing.append(rows[b].tokens[trunk.slots.open(rows[b].row, rows[b].source, shared) :])
-            trunk.fill(values_BM, used, trunk.slots.extend([rows[b].row for b in used], missing))
+            trunk.fill(values_BM, used, trunk.extend([rows[b].row for b in used], missing))
         return values_BM
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         values_BM = self._unknown(len(rows))
         for trunk, used in self._users(rows):
-            out_BO = trunk.slots.extend([rows[b] for b in used], [tokens[b] for b in used])
-            trunk.fill(values_BM, used, out_BO)
+            trunk.fill(values_BM, used, trunk.extend([rows[b] for b in used], [tokens[b] for b in used]))
         return values_BM
 
     def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
@@ -106,21 +127,20 @@ class LocalGuide:
         starts = torch.tensor([0, *counts]).cumsum(0).tolist()
         for trunk, used in self._users(rows):
             places = [n for b in used for n in range(starts[b], starts[b + 1])]
-            out_NO = trunk.slots.branch([rows[b] for b in used], [counts[b] for b in used], candidates_N[places])
+            out_NO = trunk.score([rows[b] for b in used], [counts[b] for b in used], candidates_N[places])
             trunk.fill(values_NM, places, out_NO)
         return values_NM
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
         for trunk, used in self._users(rows):
-            trunk.slots.keep([rows[b] for b in used], index_B[used])
+            trunk.keep([rows[b] for b in used], index_B[used])
 
     def close(self, rows: Sequence[int]) -> None:
         for trunk, used in self._users(rows):
-            for b in used:
-                trunk.slots.close(rows[b])
+            trunk.close([rows[b] for b in used])
 
     def _users(self, rows: Sequence[int]) -> Iterator[tuple[_Trunk, list[int]]]:
-        """Every value model that follows any of the rows, with their places."""
+        """Every model that follows any of the rows, with their places."""
         for trunk in self._trunks:
             used = [b for b, row in enumerate(rows) if row in trunk.slots]
             if used:
@@ -130,8 +150,19 @@ class LocalGuide:
         return torch.full((count, len(self._objectives)), float("nan"), device=self._device)
 
 
+T = TypeVar("T")
+
+
+def _by_owner(heads: Mapping[str, tuple[T, int]]) -> list[tuple[T, dict[str, int]]]:
+    """Every model once, with the heads that are used of it."""
+    owners = {id(owner): owner for owner, _ in heads.values()}.values()
+    return [(owner, {name: head for name, (other, head) in heads.items() if other is owner}) for owner in owners]
+
+
 class _Trunk:
     """One value model with the rows that it follows."""
+
+    predicts = False
 
     def __init__(self, model: ValueModel, heads: Mapping[str, int], objectives: Sequence[str]):
         """`heads` are those of the guide's `objectives` that this model values."""
@@ -139,7 +170,55 @@ class _Trunk:
         self.slots = SlotModel(value_decoder(model))
         self._places = torch.tensor([objectives.index(name) for name in heads])
 
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """All heads' values at the last tokens, [B, O]."""
+        return self.slots.extend(rows, tokens)
+
+    def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        """All heads' values of alternative next tokens, [N, O]."""
+        return self.slots.branch(rows, counts, candidates_N)
+
+    def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
+        self.slots.keep(rows, index_B)
+
+    def close(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self.slots.close(row)
+
     def fill(self, values_XM: torch.Tensor, places: Sequence[int], out_XO: torch.Tensor) -> None:
         """Put head outputs where the guide's caller expects them."""
         rows_X1 = torch.tensor(places)[:, None]
         values_XM[rows_X1, self._places] = out_XO[:, list(self.heads.values())].to(values_XM)
+
+
+class _Student(_Trunk):
+    """One student with the rows that it follows: V(s∘a) = V(s) + predicted delta, without a forward pass."""
+
+    predicts = True
+
+    def __init__(self, student: Student, heads: Mapping[str, int], objectives: Sequence[str]):
+        super().__init__(student.model, heads, objectives)
+        self.slots = SlotModel(student_decoder(student))
+        self._student = student
+        self.known: dict[int, torch.Tensor] = {}  # outputs [O] at each row's last token
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        out_BO = super().extend(rows, tokens)
+        self.known.update(zip(rows, out_BO, strict=True))
+        return self._student.split(out_BO)[0]
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        known_BO = torch.stack([self.known[row] for row in rows])
+        row_N = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(known_BO.device)
+        values_BO, queries_BOR = self._student.split(known_BO)
+        factors_NR = self._student.token_factors(candidates_N.to(known_BO.device))
+        return values_BO[row_N] + predicted(queries_BOR[row_N], factors_NR)
+
+    def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
+        raise AssertionError("tokens of these rows are extended: the next state needs a forward pass anyway")
+
+    def close(self, rows: Sequence[int]) -> None:
+        super().close(rows)
+        for row in rows:
+            self.known.pop(row, None)

@@ -35,6 +35,7 @@ class Scorer(str, Enum):
 
     FULL = "full"  # all of them, as published
     LAZY = "lazy"  # as few as decide the draw; needs a tilt_cap to have anything to leave out
+    QHEAD = "qhead"  # none: a student predicts from the state what each of them adds to the value
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,12 @@ def prepare(
     max_context: int,
     cache_tokens: int | None = None,
     vocabulary: int | None = None,
+    predicted: Collection[str] = (),
 ) -> Request:
-    """The request with normalised weights and a seed, or a RequestError that names the field, value and remedy."""
+    """The request with normalised weights and a seed, or a RequestError that names the field, value and remedy.
+
+    `predicted` are the objectives that the guide has a student for.
+    """
     params = request.params
 
     def refuse_unless(condition: bool, name: str, remedy: str) -> None:
@@ -184,6 +189,9 @@ def prepare(
             f"{cache_tokens} tokens leaves room for {max(0, cache_tokens - len(request.prompt))}",
         )
     weights = normalise_weights(request.weights, objectives)
+    if request.scorer is Scorer.QHEAD:
+        missing = sorted(weights.keys() - set(predicted)) or ["any objective"] * (not predicted)
+        refuse_unless(not missing, "scorer", f"there is no student for {', '.join(missing)}: use 'lazy' or 'full'")
     if request.draws is not None:
         refuse_unless(request.draws >= 1, "draws", "use an integer >= 1, or none")
         refuse_unless(request.is_guided, "draws", "draws are told apart by value: use a weight > 0 and beta > 0")

@@ -2,7 +2,8 @@
 
 `full` evaluates all of C, as published. `lazy` evaluates the few that are most likely to win, and then those that can
 still win: who, with all the tilt that the cap allows, reaches the best so far. That gives the token of `full` with the
-same cap, for a fraction of the work. Rows of either kind share every call of the value models, two in a step at most.
+same cap, for a fraction of the work. `qhead` asks for all of C as well, of a guide that predicts: a gather, no forward
+pass. Rows of any kind share every call of the guide, two in a step at most.
 
 Shapes: B rows, K candidates in evaluation order, N candidates of all rows side by side, M objectives.
 """

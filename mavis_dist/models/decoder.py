@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mavis_dist.models.directory import ModelError
 from mavis_dist.models.fused import FULL, WINDOWED, FusedDecoder, layer_types, linear_head
 from mavis_dist.models.kv import Decoder, KVLayer, Step
+from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
 
 
@@ -32,6 +33,14 @@ def value_decoder(model: ValueModel, portable: bool = False) -> Decoder:
     if not portable and FusedDecoder.supports(model.backbone):
         return FusedDecoder(model.backbone, lambda hidden: model.heads(hidden.float()))
     return PortableDecoder(model.backbone, model)
+
+
+def student_decoder(student: Student, portable: bool = False) -> Decoder:
+    """Outputs [R, O] of a student, which `Student.split` takes apart."""
+    backbone = student.model.backbone
+    if not portable and FusedDecoder.supports(backbone):
+        return FusedDecoder(backbone, student.read)
+    return PortableDecoder(backbone, student)
 
 
 class PortableDecoder:

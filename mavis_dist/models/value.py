@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,6 +31,15 @@ class ValueModelError(UserError):
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A value model that another one learnt an objective from."""
+
+    objective: str
+    iteration: int
+    fingerprint: str  # of its weights: a model that was trained again is another one
+
+
+@dataclass(frozen=True)
 class Card:
     """What a value model is a model of; stored beside its weights."""
 
@@ -42,7 +52,8 @@ class Card:
     tokenizer_fingerprint: str
     max_tokens: int  # longest answer of the training trees (T_max)
     beta: float  # strength of the policies that wrote the training trees
-    explained_variance: float | None  # on validation trees; None without any
+    explained_variance: float | None  # on validation trees, the mean over objectives; None without any
+    teachers: tuple[Teacher, ...] = ()  # by objective, where the model was distilled from others
 
     def check(self, base_fingerprint: str, tokenizer_fingerprint: str) -> None:
         """Raises ValueModelError unless the model was trained for this base model and tokenizer."""
@@ -66,19 +77,39 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         # Single precision: a value is a small difference, and it is multiplied by beta.
-        self.heads = nn.Linear(backbone.config.hidden_size, num_objectives, dtype=torch.float32)
-        nn.init.zeros_(self.heads.weight)
-        nn.init.zeros_(self.heads.bias)
+        self.heads = Heads(backbone.config.hidden_size, num_objectives, dtype=torch.float32)
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Values [B, T, M] in float32, for the arguments of a Hugging Face decoder."""
         hidden_BTH = self.backbone(**inputs).last_hidden_state
         return self.heads(hidden_BTH.float())
 
+    def add_objective(self) -> None:
+        """One more head, which says 0; the others stay as they are."""
+        old = self.heads
+        self.heads = Heads(old.in_features, old.out_features + 1, dtype=torch.float32, device=old.weight.device)
+        with torch.no_grad():
+            self.heads.weight[:-1], self.heads.bias[:-1] = old.weight, old.bias
+
     def to_precision(self, dtype: torch.dtype) -> ValueModel:
         """Cast the backbone; the heads stay in float32."""
         self.backbone.to(dtype=dtype)  # type: ignore[call-arg]
         return self
+
+
+class Heads(nn.Linear):
+    """One linear head per objective; they say 0 until they are trained."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden_XH: torch.Tensor) -> torch.Tensor:
+        """Values [X, M]. A head at a time: matrix kernels round differently for other numbers of columns, and another
+        objective must not change the values of those there were.
+        """
+        parts = zip(self.weight.split(1), self.bias.split(1), strict=True)
+        return torch.cat([F.linear(hidden_XH, weight, bias) for weight, bias in parts], -1)
 
 
 def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> ValueModel:
@@ -123,7 +154,8 @@ def load_card(folder: Path) -> Card:
         raw = json.loads((folder / CARD_FILE).read_text())
         scales = tuple(RewardScale(**scale) for scale in raw.pop("scales"))
         objectives, rewards = tuple(raw.pop("objectives")), tuple(raw.pop("rewards"))
-        return Card(objectives=objectives, rewards=rewards, scales=scales, **raw)
+        teachers = tuple(Teacher(**teacher) for teacher in raw.pop("teachers", ()))
+        return Card(objectives=objectives, rewards=rewards, scales=scales, teachers=teachers, **raw)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueModelError(f"{folder / CARD_FILE} cannot be read ({error}): train this value model again") from None
 

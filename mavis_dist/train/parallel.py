@@ -36,15 +36,15 @@ def fit_all(fits: Sequence[Fit], config: Config, at_once: int, board: Any) -> No
         wait_for([pool.submit(fit, item) for item in fits], Watch(board, stage, "steps"))
 
 
-def run(function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], name: str, config: Config) -> None:
-    """`function(arguments)` on `train.workers` workers in a process group; again if one of them dies.
+def run(function: Callable[[Any], None], argument: Any, name: str, config: Config) -> None:
+    """`function(argument)` on `train.workers` workers in a process group; again if one of them dies.
 
     What is done again must go on by itself from what it has stored. Input that cannot be used is raised at once.
     """
     for deaths in range(DEATHS + 1):
         cluster.check_stop()
         try:
-            _run_once(function, arguments, config)
+            _run_once({"function": function, "argument": argument, "config": config}, config)
             return
         except TrainingFailedError as error:
             failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
@@ -55,13 +55,13 @@ def run(function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], n
             cluster.say(name, "a worker died; going on from the newest checkpoint")
 
 
-def _run_once(function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], config: Config) -> None:
+def _run_once(arguments: dict[str, Any], config: Config) -> None:
     # Checkpoints go to the project's own store. Ray Train's folder holds bookkeeping only, in a new place every time:
     # it is not written atomically, and a torn file would stop the next attempt.
     folder, name = "train/.ray", uuid.uuid4().hex
     store, train = Store(config.storage, config.run), config.train
     trainer = TorchTrainer(
-        function,
+        _call,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=train.workers,
@@ -77,13 +77,19 @@ def _run_once(function: Callable[[dict[str, Any]], None], arguments: dict[str, A
         store.delete(f"{folder}/{name}")
 
 
-def _fit(arguments: dict[str, Any]) -> None:
+def _call(arguments: dict[str, Any]) -> None:
+    """What every worker does first: its share of the cores, and DeepSpeed's knowledge of who is on the same machine."""
     import torch
 
+    torch.set_num_threads(max(1, int(arguments["config"].train.cpus_per_worker)))
+    os.environ.setdefault("LOCAL_SIZE", str(ray.train.get_context().get_local_world_size()))
+    arguments["function"](arguments["argument"])
+
+
+def _fit(arguments: dict[str, Any]) -> None:
     from mavis_dist.train.fit import train
 
     fit, config, board, stage = (arguments[key] for key in ("fit", "config", "board", "stage"))
-    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     train(fit, config, Store(config.storage, config.run), make_team(board, stage, fit.objective))
 
 
@@ -93,7 +99,6 @@ def make_team(board: Any, stage: str, part: str) -> Any:
 
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    os.environ.setdefault("LOCAL_SIZE", str(context.get_local_world_size()))
 
     def progress(done: int, total: int, text: str) -> None:
         if rank == 0:

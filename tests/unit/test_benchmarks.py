@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from benchmarks import decode, quality, reference, steps
+from benchmarks import decode, quality, reference, steps, students
 from benchmarks.steps import Stopwatch
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
-from tests.fakes import tiny_base, tiny_value
+from tests.fakes import tiny_base, tiny_student, tiny_value
 
 BASE = tiny_base(seed=1, eos_boost=1.0)  # some answers end, some are cut
 MODELS = {"a": tiny_value(1), "b": tiny_value(2)}
@@ -40,6 +42,20 @@ def test_the_oracle_has_the_law_of_the_engine(cap: float) -> None:
         seen = quality.look(BASE, MODELS, request, choice.tokens)
         is_written_TK = seen.ids_TK == torch.tensor(choice.tokens)[:, None]
         logratios = (seen.law(cap).log() - seen.logprobs_TK)[is_written_TK]
+        assert logratios.tolist() == pytest.approx(choice.logratios, abs=1e-4)
+
+
+def test_the_law_of_a_student_is_that_of_the_engine() -> None:
+    """log pi(a) - log pi_ref(a) of every token that the engine wrote by a student's predictions."""
+    student = tiny_student(3, num_objectives=2)
+    known = {"a": (student, 1), "b": (student, 0)}
+    asked = [replace(request, scorer=Scorer.QHEAD) for request in requests(1.0, 0.5)]
+    answers = Engine(BASE, LocalGuide(MODELS, known)).generate(asked)
+    for request, [choice] in zip(asked, answers, strict=True):
+        exact = quality.look(BASE, MODELS, request, choice.tokens)
+        seen = students.predict(known, request, choice.tokens, exact)
+        is_written_TK = seen.ids_TK == torch.tensor(choice.tokens)[:, None]
+        logratios = (seen.law(0.5).log() - seen.logprobs_TK)[is_written_TK]
         assert logratios.tolist() == pytest.approx(choice.logratios, abs=1e-4)
 
 

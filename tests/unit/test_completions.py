@@ -17,7 +17,7 @@ from serve import answers
 from serve.answers import BaseLost, Limits
 from serve.completions import Completions, Settings
 from serve.engine_loop import EngineLoop, stream
-from serve.schema import TextRequest
+from serve.schema import ApiError, TextRequest
 from tests.fakes import tiny_value
 from tests.tiny import write_base
 
@@ -105,6 +105,13 @@ def in_process(base: BaseModel, **fields) -> Choice:
     prompt = tuple(base.tokenizer(PROMPT)["input_ids"])
     [[choice]] = make_engine(base).generate([Request("r", prompt, {"a": 1.0, "b": 1.0}, 1.0, params=params, **fields)])
     return choice
+
+
+def test_qhead_without_a_student_is_refused_in_the_words_of_the_body(service):
+    with pytest.raises(ApiError) as refused:
+        service.whole(scorer="qhead")
+    assert (refused.value.status, refused.value.param) == (400, "scorer")
+    assert refused.value.message == "scorer: is 'qhead'; there is no student for a, b: use 'lazy' or 'full'"
 
 
 def test_the_report_of_a_guided_answer(service, base):

@@ -17,11 +17,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from mavis_dist.decode import Choice, Engine, FinishReason, LocalGuide, Request, SamplingParams, Scorer, Update
 from mavis_dist.decode.request import stream_of
 from mavis_dist.models import kv
-from tests.fakes import VOCAB, tiny_base, tiny_value
+from tests.fakes import VOCAB, tiny_base, tiny_student, tiny_value
 from tests.machines import MACHINE
 
 BASE = tiny_base(seed=0, eos_boost=1.0)
 MODELS = {"brief": tiny_value(1, layers=2), "kind": tiny_value(2)}
+STUDENT = tiny_student(3, num_objectives=2)
+STUDENTS = {"kind": (STUDENT, 0), "brief": (STUDENT, 1)}
+SCORERS = [(Scorer.FULL, None), (Scorer.FULL, 0.8), (Scorer.LAZY, 0.8), (Scorer.LAZY, 2.5)]
+SCORERS += [(Scorer.QHEAD, None), (Scorer.QHEAD, 0.8)]
 STEM = tuple(range(10, 60))  # what prompts share
 STEPS_TO_IDLE = 1000  # more than any of these queues needs
 
@@ -32,7 +36,7 @@ CHANCES = st.integers(0, 2**32 - 1).map(random.Random)
 def any_request(chance: random.Random) -> Request:
     """Any prompt, weights, scorer, filters, number of choices and stop strings."""
     pick = chance.choice
-    scorer, tilt_cap = pick([(Scorer.FULL, None), (Scorer.FULL, 0.8), (Scorer.LAZY, 0.8), (Scorer.LAZY, 2.5)])
+    scorer, tilt_cap = pick(SCORERS)
     return Request(
         id="",
         prompt=(1, *STEM[: pick([0, 3, 33, 50])], *chance.choices(range(3, VOCAB), k=pick([0, 1, 4, 12]))),
@@ -68,7 +72,7 @@ def alone(request: Request) -> list[Choice]:
     """What a request gets from an engine of its own, one answer at a time."""
     key = repr(replace(request, id=""))
     if key not in ALONE:
-        [ALONE[key]] = Engine(BASE, LocalGuide(MODELS), max_rows=1, portable=True).generate([request])
+        [ALONE[key]] = Engine(BASE, LocalGuide(MODELS, STUDENTS), max_rows=1, portable=True).generate([request])
     return ALONE[key]
 
 
@@ -91,6 +95,7 @@ def assert_holds_nothing(engine: Engine, guide: LocalGuide) -> None:
     scheduler = engine._scheduler
     assert not any((scheduler.running, scheduler._waiting, scheduler._opening, scheduler._finished))
     assert not any((engine._opened, engine._unseen, engine._batch))
+    assert not any(trunk.known for trunk in guide._trunks if trunk.predicts)
     for slots in (engine._base, *(trunk.slots for trunk in guide._trunks)):
         assert not any((slots._slot_of, slots._rows, slots._lengths, slots._branched))
         assert (slots._num_slots, slots._num_cells) == (0, 0)
@@ -101,7 +106,7 @@ class Traffic:
     """An engine with its requests; checks every answer when it ends."""
 
     def __init__(self, **limits):
-        self.guide = LocalGuide(MODELS)
+        self.guide = LocalGuide(MODELS, STUDENTS)
         self.engine = Engine(BASE, self.guide, **limits)
         self.requests: dict[str, Request] = {}
         self.whole: dict[str, tuple[list[Choice], int]] = {}  # by request: its choices, and where they are taken up

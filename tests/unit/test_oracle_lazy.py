@@ -21,7 +21,7 @@ NUM_CANDIDATES, EOS_ID = 40, 7
 class Table:
     """A guide that knows V(s∘a) for every row and token id, and counts what it is asked."""
 
-    objectives = ("a",)
+    objectives, predicted = ("a",), ()
 
     def __init__(self, values_BV: torch.Tensor):
         self._values_BV = values_BV
@@ -177,7 +177,7 @@ def test_lazy_keeps_end_of_answer_uncapped() -> None:
     model = tiny_value(1)
 
     class LikesEos:
-        objectives = ("a",)
+        objectives, predicted = ("a",), ()
 
         def __init__(self) -> None:
             self.inner = LocalGuide({"a": model})

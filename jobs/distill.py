@@ -1,0 +1,68 @@
+"""One model for all objectives, distilled from the published value models of a finished run.
+
+python -m jobs.distill --config jobs/configs/quickstart.yaml [dotted.key=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from jobs import arguments
+from mavis_dist.config import Config
+
+COLUMNS = {
+    "teacher EV": "teacher_explained_variance",
+    "student EV": "student_explained_variance",
+    "ratio": "ratio",
+    "R2 V": "r2_values",
+    "R2 V(sa)-V(s)": "r2_differences",
+    "R2 qhead": "r2_deltas",
+}
+
+
+def main() -> None:
+    config = arguments.parse("distill", "Distil the published value models into one, with a student that predicts.")
+    arguments.refusing(lambda: run(config))
+
+
+def run(config: Config) -> None:
+    from mavis_dist import cluster
+    from mavis_dist.prompts import load_prompts
+    from mavis_dist.run import check_same_run
+    from mavis_dist.store import values
+    from mavis_dist.store.files import Store
+    from mavis_dist.train import course, parallel
+
+    check_same_run(Store(config.storage, config.run), config)
+    prompts, _ = load_prompts(config.prompts, config.seed)
+    held_out = prompts[len(prompts) - config.prompts.validation :]
+    plan = course.plan(config, frozenset(prompt.id for prompt in held_out))
+    folder = values.distilled_folder(plan.name)
+    if plan.store.facts(folder) is None:
+        cluster.connect()
+        parallel.run(course.distill, plan, f"distill-{plan.name}", config)
+    else:
+        print(f"distill                  {folder} finished before, skipped", file=sys.stderr)
+    served = plan.name if config.distill.publish else None
+    for teacher in plan.teachers:
+        values.publish_distilled(plan.store, teacher.objective, teacher.iteration, served)
+    facts = plan.store.facts(folder)
+    assert facts is not None
+    print(f"{table(facts['figures'])}\n{plan.store.root}/{folder}")
+
+
+def table(figures: Mapping[str, Mapping[str, float | None]]) -> str:
+    """One line per objective: explained variance (EV) of the targets on validation trees, and R^2 to the teacher."""
+    head = f"{'objective':<24}" + "".join(f"{name:>14}" for name in COLUMNS)
+    lines = [head, "-" * len(head)]
+    for objective, row in figures.items():
+        teacher, student = row["teacher_explained_variance"], row["student_explained_variance"]
+        known = {**row, "ratio": student / teacher if teacher and student is not None else None}
+        cells = [known[key] for key in COLUMNS.values()]
+        lines.append(f"{objective:<24}" + "".join(f"{'-' if x is None else f'{x:.3f}':>14}" for x in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

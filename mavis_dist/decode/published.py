@@ -1,0 +1,47 @@
+"""The published value models of a run as a guide: objectives that share a distilled model share it here, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from mavis_dist.decode.guide import LocalGuide
+from mavis_dist.models import qhead, value
+from mavis_dist.models.qhead import Student
+from mavis_dist.models.value import ValueModel
+from mavis_dist.store import values
+from mavis_dist.store.files import Store
+
+
+def fetch_published(store: Store) -> dict[str, Path]:
+    """objective -> local folder of the model that is served for it; objectives of one model have the same folder."""
+    folders = values.published_folders(store)
+    local = {folder: values.fetch_folder(store, folder) for folder in set(folders.values())}
+    return {name: local[folder] for name, folder in folders.items()}
+
+
+def load_models(
+    folders: Mapping[str, Path], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[str, tuple[ValueModel, int]]:
+    """objective -> (value model, which of its heads), every folder loaded once; raises ValueModelError."""
+    loaded = {folder: value.load(folder, dtype, device) for folder in set(folders.values())}
+    return {name: (loaded[folder][0], loaded[folder][1].objectives.index(name)) for name, folder in folders.items()}
+
+
+def load_students(
+    folders: Mapping[str, Path], models: Mapping[str, tuple[ValueModel, int]]
+) -> dict[str, tuple[Student, int]]:
+    """objective -> (student, which of its objectives) where its model was distilled; raises ValueModelError."""
+    owners = {folders[name]: model for name, (model, _) in models.items()}
+    students = {
+        folder: qhead.load(folder, model) for folder, model in owners.items() if value.load_card(folder).teachers
+    }
+    return {name: (students[folder], models[name][1]) for name, folder in folders.items() if folder in students}
+
+
+def load_guide(folders: Mapping[str, Path], dtype: torch.dtype = torch.float32, device: str = "cpu") -> LocalGuide:
+    """A guide of these models and their students; raises ValueModelError."""
+    models = load_models(folders, dtype, device)
+    return LocalGuide(models, load_students(folders, models))

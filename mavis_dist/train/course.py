@@ -1,0 +1,263 @@
+"""A distillation from the stored run to the stored model: what is taught by whom, the parts in order, the report.
+
+Knows nothing of Ray: every worker calls `distill`, in a process group that its caller has made.
+
+Shapes: M objectives, C candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mavis_dist.config import Config
+from mavis_dist.core.tree import Tree
+from mavis_dist.models import qhead, value
+from mavis_dist.models.load import fetch, fingerprint_model, load_base
+from mavis_dist.models.qhead import QHead, Student
+from mavis_dist.models.value import Card, Teacher, ValueModel
+from mavis_dist.store import values
+from mavis_dist.store.files import Store
+from mavis_dist.store.shards import read_trees
+from mavis_dist.train.data import Fit, TreeSet, data_of, rollout_folder, shard_names
+from mavis_dist.train.distill import agreement, fit_heads, fit_qhead, fit_trunk, survey
+from mavis_dist.train.fit import predict
+from mavis_dist.train.lessons import Lesson, Sampling, teach
+from mavis_dist.train.metrics import explained_variance
+from mavis_dist.types import Policy, UserError
+
+LEARNING_RATE = 2e-4
+QHEAD_LEARNING_RATE = 1e-3  # the student's head is small and sees many candidates at a step
+QHEAD_STEPS = 600
+RANK = 64  # of the student's predictions
+STATES, CANDIDATES = 24, 8  # of every tree, and of each of these states
+
+
+class DistillError(UserError):
+    """A distillation that cannot be done."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """One distillation."""
+
+    config: Config
+    teachers: tuple[Teacher, ...]  # those of the model that is extended first
+    validation_ids: frozenset[str]  # prompts whose trees measure and do not train
+
+    @property
+    def name(self) -> str:
+        """A hash of everything that the result depends on: a finished one is never overwritten."""
+        settings = self.config.distill.model_dump(exclude={"publish"})
+        facts = [settings, [asdict(teacher) for teacher in self.teachers]]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def store(self) -> Store:
+        return Store(self.config.storage, self.config.run)
+
+    @property
+    def num_old(self) -> int:
+        """Objectives of the model that is extended; their heads stay as they are."""
+        extended = self.config.distill.extends
+        return 0 if extended is None else len(_extended_card(self.store, extended).teachers)
+
+
+def plan(config: Config, validation_ids: frozenset[str]) -> Course:
+    """The distillation of the published value models of a config's objectives.
+
+    Raises:
+        DistillError: if there is nothing to learn from, or nothing to add to the model that is extended.
+    """
+    store = Store(config.storage, config.run)
+    iterations = values.published(store)
+    for name in config.objectives:
+        if name not in iterations:
+            raise DistillError(f"no value model of {name!r} is published in {store.root}: run the pipeline first")
+    teachers = {
+        name: Teacher(name, iterations[name], fingerprint_model(values.fetch(store, name, iterations[name])))
+        for name in config.objectives
+    }
+    old: tuple[Teacher, ...] = ()
+    if config.distill.extends is not None:
+        old = _extended_card(store, config.distill.extends).teachers
+        for teacher in old:
+            if teachers.get(teacher.objective) != teacher:
+                raise DistillError(
+                    f"distill.extends={config.distill.extends}: the value model of {teacher.objective!r} is not the "
+                    f"one that it learnt from: leave distill.extends out"
+                )
+        if len(old) == len(teachers):
+            raise DistillError(
+                f"distill.extends={config.distill.extends} has all of the run's objectives: leave distill.extends out"
+            )
+    return Course(config, (*old, *(t for t in teachers.values() if t not in old)), validation_ids)
+
+
+def distill(course: Course) -> None:
+    """Teach, train, measure, and store the distilled model; called by every worker of a process group."""
+    config, store, rank, world_size = course.config, course.store, dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(config.seed)
+    trees = stored_trees(store, course.teachers)
+    mine = lessons_of(course, trees[rank::world_size])
+    shares: list[Any] = [None] * world_size
+    dist.all_gather_object(shares, mine)
+    lessons = [lesson for share in shares for lesson in share]
+    training = [lesson for lesson in lessons if lesson.tree.prompt_id not in course.validation_ids]
+
+    student = train(course, training)
+    if rank == 0:
+        validation = [lesson for lesson in lessons if lesson.tree.prompt_id in course.validation_ids]
+        keep(course, student, report(course, student, validation))
+
+
+def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
+    """The base policy's trees, and those of every later policy up to the teachers' own."""
+    later = [Policy(t.objective, i) for t in teachers for i in range(1, t.iteration + 1)]
+    folders = [rollout_folder(policy) for policy in (Policy(), *later)]
+    shards = [f"{folder}/{name}" for folder in folders for name in shard_names(store, folder)]
+    return [tree for shard in shards for tree in read_trees(store, shard)]
+
+
+def lessons_of(course: Course, trees: Sequence[Tree]) -> list[Lesson]:
+    """What the teachers say of some trees."""
+    config, device = course.config, course.config.base.device
+    rollout = config.rollout
+    base = load_base(config.base.model, config.base.dtype, device)
+    teachers = [(load_teacher(course.store, teacher, device)[0], 0) for teacher in course.teachers]
+    sampling = Sampling(STATES, CANDIDATES, rollout.top_k, rollout.top_p, rollout.min_p)
+    lessons = []
+    for tree in trees:
+        lessons.append(teach(base, teachers, tree, sampling, config.seed, device))
+        progress("lessons", len(lessons), len(trees))
+    return lessons
+
+
+def load_teacher(store: Store, teacher: Teacher, device: str) -> tuple[ValueModel, Card]:
+    return value.load(values.fetch(store, teacher.objective, teacher.iteration), device=device)
+
+
+def train(course: Course, lessons: Sequence[Lesson]) -> Student:
+    """Both parts, on all workers; the finished student on each of them."""
+    config, device, first = course.config, course.config.base.device, course.num_old
+    settings = config.train.model_dump() | {"learning_rate": LEARNING_RATE, "accumulation": 1}
+    student = start(course).to(device)
+    if first == 0:
+        trained = fit_trunk(student, lessons, settings, config.distill.epochs, config.seed, progress)
+        student = start(course)  # ZeRO 3 has cut the parameters of the one that was trained into pieces
+        student.load_state_dict(trained, strict=False)
+        student.to(device)
+    student.eval().requires_grad_(False)
+    seen = survey(student.model, lessons)
+    fit_heads(student.model, seen, first)
+    head_settings = settings | {"learning_rate": QHEAD_LEARNING_RATE}
+    learning = Student(student.model, copy.deepcopy(student.qhead))
+    trained = fit_qhead(learning, seen, head_settings, QHEAD_STEPS, config.seed, progress, first)
+    student.qhead.load_state_dict(trained, strict=False)
+    return student
+
+
+def start(course: Course) -> Student:
+    """The model that is extended, with heads for what is new; else a trunk that knows something, and a silent head."""
+    config, store = course.config, course.store
+    if config.distill.extends is not None:
+        folder = values.fetch_folder(store, values.distilled_folder(config.distill.extends))
+        student = qhead.load(folder, value.load(folder)[0])
+        for _ in course.teachers[course.num_old :]:
+            student.add_objective()
+        return student
+    if config.distill.layers is not None:
+        model = value.from_base(fetch(config.base.model), config.distill.layers, len(course.teachers))
+    else:
+        model = average([load_teacher(store, teacher, "cpu")[0] for teacher in course.teachers])
+    torch.manual_seed(config.seed)
+    return Student(model, QHead(model.heads.in_features, len(course.teachers), RANK))
+
+
+@torch.no_grad()
+def average(models: Sequence[ValueModel]) -> ValueModel:
+    """One trunk of the mean weights of several with a common origin, with all their heads; raises DistillError."""
+    states = [model.backbone.state_dict() for model in models]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if any(shape != shapes[0] for shape in shapes):
+        raise DistillError("the value models differ in shape and have no average: set distill.layers=NUMBER")
+    mean = ValueModel(copy.deepcopy(models[0].backbone), len(models))
+    mean.backbone.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
+    mean.heads.weight.copy_(torch.cat([model.heads.weight for model in models]))
+    mean.heads.bias.copy_(torch.cat([model.heads.bias for model in models]))
+    return mean
+
+
+@torch.no_grad()
+def report(course: Course, student: Student, validation: Sequence[Lesson]) -> dict[str, dict[str, float | None]]:
+    """By objective, on validation trees: the explained variance of the targets by teacher and by student, and how the
+    student agrees with the teacher; None without validation trees.
+    """
+    device = course.config.base.device
+    agreements = agreement(student, validation)
+    figures = {}
+    for m, teacher in enumerate(course.teachers):
+        model, card = load_teacher(course.store, teacher, device)
+        fit = Fit(teacher.objective, teacher.iteration, None, card.scales[0], course.validation_ids)
+        trees = data_of(fit, course.config, course.store)[1]
+
+        def head(m: int = m, **inputs: Any) -> torch.Tensor:
+            return student.model(**inputs)[..., m : m + 1]
+
+        figures[teacher.objective] = {
+            "teacher_explained_variance": _explained(model, trees, device),
+            "student_explained_variance": _explained(head, trees, device),
+            **{name: None if r2_M is None else float(r2_M[m]) for name, r2_M in agreements.items()},
+        }
+    return figures
+
+
+def _explained(model: Any, trees: TreeSet, device: str) -> float | None:
+    return explained_variance(predict(model, trees, device)) if len(trees) else None
+
+
+def keep(course: Course, student: Student, figures: dict[str, dict[str, float | None]]) -> None:
+    """Store the student with its card, the report in the marker."""
+    store = course.store
+    cards = [value.load_card(values.fetch(store, t.objective, t.iteration)) for t in course.teachers]
+    explained = [f["student_explained_variance"] for f in figures.values()]
+    known = [e for e in explained if e is not None]
+    extended = course.config.distill.extends
+    card = Card(
+        objectives=tuple(t.objective for t in course.teachers),
+        scales=tuple(card.scales[0] for card in cards),
+        rewards=tuple(card.rewards[0] for card in cards),
+        iteration=max(t.iteration for t in course.teachers),
+        parent=None if extended is None else values.distilled_folder(extended),
+        base_fingerprint=cards[0].base_fingerprint,
+        tokenizer_fingerprint=cards[0].tokenizer_fingerprint,
+        max_tokens=min(card.max_tokens for card in cards),
+        beta=cards[0].beta,
+        explained_variance=sum(known) / len(known) if known else None,
+        teachers=course.teachers,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        value.save(student.model, card, Path(folder))
+        qhead.save(student.qhead, Path(folder))
+        store.upload(Path(folder), values.distilled_folder(course.name), {"figures": figures})
+
+
+def _extended_card(store: Store, name: str) -> Card:
+    return value.load_card(values.fetch_folder(store, values.distilled_folder(name)))
+
+
+def progress(part: str, done: int, total: int, loss: float | None = None) -> None:
+    """One line every tenth of a part, from the first worker."""
+    if dist.get_rank() == 0 and (done == total or done % max(1, total // 10) == 0):
+        end = "" if loss is None else f", loss {loss:.4f}"
+        print(f"distill {part:<16} {done}/{total}{end}", file=sys.stderr, flush=True)

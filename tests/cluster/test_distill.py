@@ -1,0 +1,174 @@
+"""A whole distillation on real DeepSpeed, one worker, no Ray: taught, stored, published, extended."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from jobs.distill import table
+from mavis_dist.config import Config, load
+from mavis_dist.core.tree import Shape
+from mavis_dist.decode import Engine, Request, SamplingParams, Scorer
+from mavis_dist.decode.published import fetch_published, load_guide
+from mavis_dist.models import qhead, value
+from mavis_dist.models.load import load_base
+from mavis_dist.rollout.trees import Sampling, TreeGrower
+from mavis_dist.store import values
+from mavis_dist.store.files import Store, StoreError
+from mavis_dist.store.shards import Labels, write_labels, write_trees
+from mavis_dist.train import course
+from mavis_dist.train.data import label_folder, rollout_folder
+from mavis_dist.types import Policy, Prompt
+from tests import tiny
+
+NAMES = ("first", "second", "third")
+HELD_OUT = frozenset({"p0", "p1"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    os.environ["LOCAL_RANK"] = "0"
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Numbers for tiny models."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, number in {"LEARNING_RATE": 3e-3, "QHEAD_STEPS": 300, "STATES": 8, "RANK": 8}.items():
+            patch.setattr(course, name, number)
+        yield
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trees of a tiny model and three published value models with random weights."""
+    folder = tmp_path_factory.mktemp("distill")
+    tiny.write_base(folder, eos_weight=1.0)
+    tiny.write_models(folder, "run", NAMES)
+    base = load_base(str(tiny.write_base(folder, eos_weight=1.0)))
+    reward = {"reward": "function", "path": "tests.tiny:count_vowels"}
+    settings = {
+        "run": "run",
+        "storage": str(folder / "runs"),
+        "objectives": dict.fromkeys(NAMES, reward),
+        "base": {"model": str(folder / tiny.MODEL), "dtype": "float32"},
+        "rollout": {"first": {"root": 2, "children": 2, "layers": 2}, "max_tokens": 12},
+        "train": {"trees_per_step": 4},
+        "distill": {"epochs": 12, "layers": 1},
+    }
+    store = Store(settings["storage"], "run")
+    prompts = [Prompt(f"p{i}", "") for i in range(24)]
+    grower = TreeGrower(Engine(base), Shape(2, 2, 2, 12), Policy(), Sampling(), 0)
+    trees = sorted(grower.grow(prompts, [[5 + i, 6, 7] for i in range(24)]), key=lambda tree: tree.prompt_id)
+    write_trees(store, f"{rollout_folder(Policy())}/part-00000.parquet", trees)
+    labels = [Labels(t.prompt_id, t.leaves(), 1.0 * t.leaves()) for t in trees]
+    for name in NAMES:
+        write_labels(store, f"{label_folder(Policy(), name)}/part-00000.parquet", labels)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def of(config_file: Path, names: tuple[str, ...], *overrides: str) -> Config:
+    config = load(config_file, overrides)
+    return config.model_copy(update={"objectives": {name: config.objectives[name] for name in names}})
+
+
+@pytest.fixture(scope="module")
+def two(config_file: Path) -> course.Course:
+    """The first two objectives, distilled."""
+    plan = course.plan(of(config_file, NAMES[:2]), HELD_OUT)
+    course.distill(plan)
+    return plan
+
+
+def loaded(plan: course.Course) -> tuple[qhead.Student, value.Card]:
+    folder = values.fetch_folder(plan.store, values.distilled_folder(plan.name))
+    model, card = value.load(folder)
+    return qhead.load(folder, model), card
+
+
+def test_a_trunk_from_the_base_model_learns_both_teachers(two: course.Course) -> None:
+    facts = two.store.facts(values.distilled_folder(two.name))
+    assert facts is not None
+    assert set(facts["figures"]) == set(NAMES[:2])
+    for row in facts["figures"].values():
+        assert row["r2_values"] > 0.6
+        assert row["r2_deltas"] > 0.3
+        assert row["teacher_explained_variance"] is not None
+    assert len(table(facts["figures"]).splitlines()) == 4
+
+
+def test_the_card_knows_the_teachers_and_a_changed_one_is_another_distillation(two: course.Course) -> None:
+    _, card = loaded(two)
+    assert [(t.objective, t.iteration) for t in card.teachers] == [("first", 0), ("second", 0)]
+    assert course.plan(two.config, HELD_OUT).name == two.name
+    folder = values.fetch(two.store, "first", 0)
+    model, teacher_card = value.load(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    model.heads.bias.add_(1.0)
+    value.save(model, teacher_card, folder)
+    try:
+        assert course.plan(two.config, HELD_OUT).name != two.name
+        with pytest.raises(course.DistillError, match="'first' is not the one"):
+            course.plan(of_extended(two, NAMES[:2]), HELD_OUT)
+    finally:
+        (folder / "model.safetensors").write_bytes(before)
+
+
+def of_extended(plan: course.Course, names: tuple[str, ...]) -> Config:
+    config = plan.config
+    reward = config.objectives[NAMES[0]]
+    extending = config.distill.model_copy(update={"extends": plan.name})
+    return config.model_copy(update={"objectives": dict.fromkeys(names, reward), "distill": extending})
+
+
+def test_another_objective_changes_nothing_of_the_others(two: course.Course) -> None:
+    with pytest.raises(course.DistillError, match="has all of the run's objectives"):
+        course.plan(of_extended(two, NAMES[:2]), HELD_OUT)
+    plan = course.plan(of_extended(two, NAMES), HELD_OUT)
+    course.distill(plan)
+    (before, _), (after, card) = loaded(two), loaded(plan)
+    assert card.objectives == NAMES
+    grown = after.state_dict()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(grown[name][:2] if name.startswith("model.heads") else grown[name], tensor), name
+    inputs = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    old_values, old_queries = before.split(before(input_ids=inputs))
+    new_values, new_queries = after.split(after(input_ids=inputs))
+    assert torch.equal(new_values[..., :2], old_values)
+    assert torch.equal(new_queries[..., :2, :], old_queries)
+    facts = plan.store.facts(values.distilled_folder(plan.name))
+    assert facts is not None
+    assert facts["figures"]["third"]["r2_values"] > 0.1  # what a trunk made for others happens to know
+    old_facts = two.store.facts(values.distilled_folder(two.name))
+    assert old_facts is not None
+    assert {name: facts["figures"][name] for name in NAMES[:2]} == old_facts["figures"]
+
+
+def test_published_objectives_share_the_trunk_and_qhead_is_served(two: course.Course) -> None:
+    store = two.store
+    for name in NAMES[:2]:
+        values.publish_distilled(store, name, 0, two.name)
+        values.publish(store, name, 0)  # as a pipeline that finds everything finished does
+    assert values.published(store) == dict.fromkeys(NAMES, 0)
+    folders = fetch_published(store)
+    assert folders["first"] == folders["second"] != folders["third"]
+    guide = load_guide(folders)
+    assert set(guide.predicted) == set(NAMES[:2])
+    base = load_base(two.config.base.model)
+    asked = Request("1", (5, 6, 7), {"first": 1.0}, params=SamplingParams(max_tokens=5, seed=0), scorer=Scorer.QHEAD)
+    [[choice]] = Engine(base, guide).generate([asked])
+    assert choice.error is None
+    with pytest.raises(StoreError, match="'nothing' is not finished"):
+        values.publish_distilled(store, "first", 0, "nothing")
+    values.publish_distilled(store, "first", 0, None)
+    assert values.published_folders(store)["first"] == values.folder("first", 0)
