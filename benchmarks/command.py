@@ -48,7 +48,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | float]], first: int
 
 
 def headline_table(headline: Mapping[str, Any]) -> str:
-    return "\n".join(f"{key:<28}{plain(figure)}" for key, figure in headline.items())
+    return "\n".join(f"{key:<44}{plain(figure)}" for key, figure in headline.items())
 
 
 def plain(figure: Any) -> str:

@@ -20,7 +20,7 @@ from torch import distributed
 
 from benchmarks import per_node
 from benchmarks.trees import grow, questions_of
-from benchmarks.turns import Rates, take_turns
+from benchmarks.turns import Speeds, take_turns
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Shape
 from mavis_dist.decode import Engine
@@ -37,6 +37,7 @@ from mavis_dist.types import Policy, RewardScale
 SEQUENCES_PER_STEP = 32
 PAPER_SHAPE = Shape(root=4, children=2, layers=5, max_tokens=128)
 SAME_LOSS = 1e-4  # relative
+CHECKED_TREES = 4
 STEPS = 1000  # the schedule's; the learning rate changes nothing about the speed
 
 Parts = dict[str, float]  # seconds
@@ -77,6 +78,22 @@ def loss_difference(model: ValueModel, trees: TreeSet, indices: list[int]) -> fl
     return difference
 
 
+def measure(trees: TreeSet, config: Config, store: Store, num_trees: int, repetitions: int) -> dict[str, Any]:
+    """Nodes per second of every way to train, where the seconds went, and how many tokens each has to read."""
+    difference = loss_difference(make_model(config, store), trees, list(range(min(CHECKED_TREES, len(trees)))))
+    race = Race(trees, config, store, num_trees)
+    speeds = race.measure(repetitions)
+    return {
+        "trees": len(trees),
+        "nodes": num_nodes(trees, range(len(trees))),
+        "nodes_per_s": speeds.per_s,
+        "nodes_per_cpu_s": speeds.per_cpu_s,
+        "seconds": race.parts,
+        "token_forwards": token_forwards(trees, config.train.trees_per_step, config.seed),
+        "loss_difference": difference,
+    }
+
+
 class Race:
     """Two engines with the same model, which train on the same trees in their own ways."""
 
@@ -86,14 +103,14 @@ class Race:
         settings = config.train.model_dump()
         self._packed = make_engine(make_model(config, store), settings, STEPS, self._per_step)
         self._plain = make_engine(make_model(config, store), settings, STEPS, SEQUENCES_PER_STEP)
-        self._parts: dict[str, list[Parts]] = {"packed": [], "per_node": []}
+        self.parts: dict[str, list[Parts]] = {"packed": [], "packed_singly": [], "per_node": []}
 
-    def measure(self, repetitions: int) -> tuple[Rates, dict[str, list[Parts]]]:
-        """Nodes per second, and where the seconds went."""
+    def measure(self, repetitions: int) -> Speeds:
+        """Nodes per second. `packed_singly` has one tree per step, so no padding."""
         optimise(self._packed, self._packed_losses(self._chosen(0)[:1]))
         optimise(self._plain, islice(self._plain_losses(self._chosen(0)[:1], 0), 1))
-        rates = take_turns({"packed": self._run_packed, "per_node": self._run_plain}, repetitions)
-        return rates, self._parts
+        ways = {"packed": self._run_packed, "packed_singly": self._run_singly, "per_node": self._run_plain}
+        return take_turns(ways, repetitions)
 
     def _chosen(self, repetition: int) -> list[list[int]]:
         """The trees of every step."""
@@ -101,12 +118,18 @@ class Race:
 
     def _run_packed(self, repetition: int) -> float:
         chosen = self._chosen(repetition)
-        self._parts["packed"].append(optimise(self._packed, self._packed_losses(chosen)))
-        return num_nodes(self._trees, chain(*chosen))
+        return self._run("packed", self._packed, self._packed_losses(chosen), chosen)
+
+    def _run_singly(self, repetition: int) -> float:
+        chosen = [[i] for i in chain(*self._chosen(repetition))]
+        return self._run("packed_singly", self._packed, self._packed_losses(chosen), chosen)
 
     def _run_plain(self, repetition: int) -> float:
         chosen = self._chosen(repetition)
-        self._parts["per_node"].append(optimise(self._plain, self._plain_losses(chosen, repetition)))
+        return self._run("per_node", self._plain, self._plain_losses(chosen, repetition), chosen)
+
+    def _run(self, way: str, engine: Any, losses: Iterator[torch.Tensor], chosen: Iterable[list[int]]) -> float:
+        self.parts[way].append(optimise(engine, losses))
         return num_nodes(self._trees, chain(*chosen))
 
     def _packed_losses(self, chosen: Iterable[list[int]]) -> Iterator[torch.Tensor]:
@@ -148,9 +171,12 @@ def token_forwards(trees: TreeSet, trees_per_step: int, seed: int) -> dict[str, 
     epoch = list(steps(len(trees), trees_per_step, 0, seed))
     found = per_node.examples(trees, range(len(trees)))
     batches = per_node.batches(found, SEQUENCES_PER_STEP, seed)
+    num_tokens = sum(len(tree.prompt_tokens) + len(tree.tokens) for tree in trees.trees)
     return {
-        "packed": sum(len(tree.prompt_tokens) + len(tree.tokens) for tree in trees.trees),
+        "packed": num_tokens,
         "packed_padded": sum(trees.batch(indices).tokens_BS.numel() for indices in epoch),
+        "packed_singly": num_tokens,
+        "packed_singly_padded": num_tokens,
         "per_node": sum(len(example.tokens) for example in found),
         "per_node_padded": sum(len(batch) * max(len(example.tokens) for example in batch) for batch in batches),
     }

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.plain_trees import PlainGrower
 from benchmarks.trees import Question, grow, questions_of, shape_of, turn
-from benchmarks.turns import Rates, take_turns
+from benchmarks.turns import Speeds, take_turns
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Shape, Tree
 from mavis_dist.decode import Engine, LocalGuide
@@ -32,8 +32,8 @@ class Variant:
 
 def measure(
     config: Config, store: Store, base: BaseModel, num_prompts: int, num_plain_prompts: int, repetitions: int
-) -> Rates:
-    """Answer tokens/s of every variant. Plain trees come one after the other: how many does not matter."""
+) -> Speeds:
+    """Answer tokens per second of every variant. Plain trees come one after the other: how many does not matter."""
     variants = make_variants(config, store, base, num_prompts, num_plain_prompts)
     questions = questions_of(config, base)
     for variant in variants.values():

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import command
 from benchmarks.command import say, table
-from benchmarks.turns import Rates, ratio
+from benchmarks.turns import Rates, Speeds, ratio
 
 THREADS = 2
 
@@ -60,19 +60,26 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
     }
     say(f"{conditions}\nOther load on these cores spoils the figures, and leaves the ratios rough.")
     prefixes = growth.prefix_tokens(config, base, shape_of(config.rollout.first, config.rollout), scale.prompts)
-    rates = growth.measure(config, store, base, scale.prompts, scale.plain_prompts, scale.repetitions)
-    say(rate_table(rates))
+    speeds = growth.measure(config, store, base, scale.prompts, scale.plain_prompts, scale.repetitions)
+    say(rate_table(speeds.per_s))
     actors = stages.growth_rates(config, scale.actor_prompts, scale.stages)
     say(rate_table(actors))
-    headline = headlines(rates, actors, prefixes)
+    headline = headlines(speeds, actors, prefixes)
     say(command.headline_table(headline))
-    details = {"tokens_per_s": rates, "actor_tokens_per_s": actors, "prefix_tokens": prefixes}
+    details = {
+        "tokens_per_s": speeds.per_s,
+        "tokens_per_cpu_s": speeds.per_cpu_s,
+        "actor_tokens_per_s": actors,
+        "prefix_tokens": prefixes,
+    }
     return {**headline, "conditions": conditions, **details}
 
 
-def headlines(rates: Rates, actors: Rates, prefixes: dict[str, int]) -> dict[str, Any]:
+def headlines(speeds: Speeds, actors: Rates, prefixes: dict[str, int]) -> dict[str, Any]:
+    rates, cpu_rates = speeds.per_s, speeds.per_cpu_s
     return {
         "trees_vs_reference": ratio(rates["trees"], rates["reference"]),
+        "trees_vs_reference_cpu": ratio(cpu_rates["trees"], cpu_rates["reference"]),
         "trees_vs_reference_per_child": ratio(rates["trees"], rates["reference_per_child"]),
         "prefix_tokens_saved": 1 - prefixes["computed"] / prefixes["all"],
         "tilted_tokens_per_s": {

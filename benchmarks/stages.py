@@ -63,7 +63,7 @@ def fit_walls(config: Config, source: Store, num_shards: int, epochs: int, repet
         }
         _fit(ways["at_once"])  # what is read from disk for the first time is read before the clock runs
         stages = take_turns({name: partial(_fit, way) for name, way in ways.items()}, repetitions)
-    return {name: [1 / rate for rate in rates] for name, rates in stages.items()}
+    return {name: [1 / rate for rate in rates] for name, rates in stages.per_s.items()}
 
 
 def _with_fits_at_once(state: Run, count: int) -> Run:

@@ -11,11 +11,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import command
 from benchmarks.command import say, table
 from benchmarks.turns import ratio
+
+PARTS = ("forward", "backward", "optimiser")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Scale:
     stages: int  # repetitions of that
 
 
-FULL = Scale(repetitions=5, trees=16, paper_trees=4, shards=3, epochs=2, stages=3)
+FULL = Scale(repetitions=3, trees=16, paper_trees=4, shards=3, epochs=2, stages=2)
 QUICK = Scale(repetitions=1, trees=8, paper_trees=4, shards=1, epochs=1, stages=1)
 
 
@@ -55,23 +58,15 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
         **asdict(scale),
     }
     say(f"{conditions}\nOther load on these cores spoils the figures, and leaves the ratios rough.")
-    sets = {"run": fitting.trees_of_run(config, store), "paper": fitting.trees_of_paper(config, scale.paper_trees)}
-    packing: dict[str, Any] = {}
+    sets = {
+        "run": (fitting.trees_of_run(config, store), scale.trees),
+        "paper": (fitting.trees_of_paper(config, scale.paper_trees), scale.paper_trees),
+    }
     with fitting.process_group():
-        for name, trees in sets.items():
-            num_trees = scale.trees if name == "run" else scale.paper_trees
-            race = fitting.Race(trees, config, store, num_trees)
-            check = list(range(min(4, len(trees))))
-            difference = fitting.loss_difference(fitting.make_model(config, store), trees, check)
-            rates, parts = race.measure(scale.repetitions)
-            packing[name] = {
-                "trees": len(trees),
-                "nodes": fitting.num_nodes(trees, range(len(trees))),
-                "nodes_per_s": rates,
-                "seconds": parts,
-                "token_forwards": fitting.token_forwards(trees, config.train.trees_per_step, config.seed),
-                "loss_difference": difference,
-            }
+        packing = {
+            name: fitting.measure(trees, config, store, num_trees, scale.repetitions)
+            for name, (trees, num_trees) in sets.items()
+        }
     say(packing_table(packing))
     walls = stages.fit_walls(config, store, scale.shards, scale.epochs, scale.stages)
     headline = {**packing_headlines(packing), **stage_headlines(walls)}
@@ -80,11 +75,13 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
 
 
 def packing_headlines(packing: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of wall time, and of processor time, which other load on the cores leaves alone."""
     headline: dict[str, Any] = {}
     for name, figures in packing.items():
-        rates, tokens = figures["nodes_per_s"], figures["token_forwards"]
-        ending = "" if name == "run" else f"_{name}_trees"
-        headline[f"packed_vs_per_node{ending}"] = ratio(rates["packed"], rates["per_node"])
+        tokens, ending = figures["token_forwards"], "" if name == "run" else f"_{name}_trees"
+        for clock, rates in (("", figures["nodes_per_s"]), ("_cpu", figures["nodes_per_cpu_s"])):
+            for way in ("packed", "packed_singly"):
+                headline[f"{way}_vs_per_node{ending}{clock}"] = ratio(rates[way], rates["per_node"])
         headline[f"packed_token_ratio{ending}"] = tokens["per_node"] / tokens["packed"]
         headline[f"packed_token_ratio_padded{ending}"] = tokens["per_node_padded"] / tokens["packed_padded"]
     return headline
@@ -98,29 +95,15 @@ def stage_headlines(walls: dict[str, list[float]]) -> dict[str, float]:
 
 
 def packing_table(packing: dict[str, Any]) -> str:
-    from statistics import median
-
-    head = ["trees, way", "nodes/tree", "nodes/s", "tokens/node", "padded", "forward", "backward", "optimiser"]
+    head = ["trees, way", "nodes/s", "per CPU s", "tokens/node", "padded", *PARTS]
     rows: list[list[str | float]] = []
     for name, figures in packing.items():
         tokens, num_nodes = figures["token_forwards"], figures["nodes"]
         for way, rates in figures["nodes_per_s"].items():
-            seconds = figures["seconds"][way]
-            shares = [
-                median(parts[part] / sum(parts.values()) for parts in seconds)
-                for part in ("forward", "backward", "optimiser")
-            ]
-            rows.append(
-                [
-                    f"{name}, {way}",
-                    num_nodes / figures["trees"],
-                    median(rates),
-                    tokens[way] / num_nodes,
-                    tokens[f"{way}_padded"] / num_nodes,
-                    *shares,
-                ]
-            )
-    return table(head, rows, first=20, width=11) + "\nthe last three columns are shares of the time"
+            shares = [median(parts[part] / sum(parts.values()) for parts in figures["seconds"][way]) for part in PARTS]
+            sizes = [tokens[way] / num_nodes, tokens[f"{way}_padded"] / num_nodes]
+            rows.append([f"{name}, {way}", median(rates), median(figures["nodes_per_cpu_s"][way]), *sizes, *shares])
+    return table(head, rows, first=24) + "\nthe last three columns are shares of the time"
 
 
 if __name__ == "__main__":
