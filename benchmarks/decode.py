@@ -7,17 +7,14 @@ Needs the value models of a finished run. Prints tables and, with --json, writes
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mavis_dist.environment  # noqa: F401  threads wait as they do where the engine is served
-from jobs.arguments import refusing
+from benchmarks import command
+from benchmarks.command import headline_table, say
 
 if TYPE_CHECKING:
     from benchmarks.speed import Speeds
@@ -44,16 +41,7 @@ QUICK = Scale((1, 16), 1, 8, (3.0,), 4, (100, 1000))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description="Measure the decoder.")
-    parser.add_argument("--quick", action="store_true", help="rough figures in two minutes instead of twenty")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
-    parser.add_argument(
-        "--run", type=Path, default=Path("runs/quickstart"), help="folder of a finished run (default: %(default)s)"
-    )
-    arguments = parser.parse_args(argv)
-    results = refusing(lambda: measure(arguments.run, QUICK if arguments.quick else FULL))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    command.run("decode", "Measure the decoder.", "two minutes instead of twenty", (QUICK, FULL), measure, argv)
 
 
 def measure(run: Path, scale: Scale) -> dict[str, Any]:
@@ -170,20 +158,6 @@ def students_table(predictions: list[dict[str, Any]]) -> str:
     head = f"{'qhead scorer, weights':<28}" + "".join(f"{name:>20}" for name in columns.values())
     lines = [f"{p['weights']:<28}" + "".join(f"{p[key]:>20.4g}" for key in columns) for p in predictions]
     return "\n".join([head, "-" * len(head), *lines])
-
-
-def headline_table(headline: dict[str, Any]) -> str:
-    return "\n".join(f"{key:<28}{_plain(figure)}" for key, figure in headline.items())
-
-
-def _plain(figure: Any) -> str:
-    if isinstance(figure, dict):
-        return ", ".join(f"{key} {_plain(part)}" for key, part in figure.items())
-    return f"{figure:.4g}"
-
-
-def say(text: str) -> None:
-    print(f"{text}\n", file=sys.stdout, flush=True)
 
 
 if __name__ == "__main__":

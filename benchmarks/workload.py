@@ -72,13 +72,18 @@ def mixtures(objectives: Sequence[str]) -> list[dict[str, float]]:
     return [{name: 1.0 + (i + m) % 4 for m, name in enumerate(objectives)} for i in range(4)]
 
 
+def open_run(run: Path) -> tuple[Config, Store]:
+    """The config and the folder of a run; raises UserError if it is missing or not finished."""
+    store = Store(str(run.parent), run.name)
+    if not store.exists("run.yaml") or len(values.published(store)) < 2:
+        raise UserError(f"{run} is no finished run with two objectives: run `make quickstart` first")
+    return config_module.parse(yaml.safe_load(store.read_bytes("run.yaml"))), store
+
+
 def load(run: Path) -> Workload:
     """Raises UserError if the run is missing or not finished."""
-    store = Store(str(run.parent), run.name)
+    config, store = open_run(run)
     published = values.published(store)
-    if not store.exists("run.yaml") or len(published) < 2:
-        raise UserError(f"{run} is no finished run with two objectives: run `make quickstart` first")
-    config = config_module.parse(yaml.safe_load(store.read_bytes("run.yaml")))
     base = load_base(config.base.model, DTYPE)
     objectives = tuple(name for name in config.objectives if name in published)[:2]
     models = {}

@@ -187,6 +187,10 @@ class Crew:
                 share = min(room, -(-len(queue) // (2 * len(self._held))))
                 self._call(actor, [queue.popleft() for _ in range(share)])
 
+    def wait_until_loaded(self, limit_s: float = 600.0) -> None:
+        """Until all actors can work; raises GetTimeoutError."""
+        ray.get([actor.__ray_ready__.remote() for actor in self._held], timeout=limit_s)
+
     def release(self) -> None:
         """End the actors, so that the next stage finds their cores free."""
         for actor in self._held:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks import decode, quality, reference, steps, students
+from benchmarks import decode, quality, reference, rollout, steps, students, training
 from benchmarks.steps import Stopwatch
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from tests.fakes import tiny_base, tiny_student, tiny_value
@@ -68,9 +69,10 @@ def test_a_part_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) 
     assert (watch.seconds["outer"], watch.seconds["inner"]) == (3.0, 4.0)
 
 
-def test_a_missing_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("benchmark", [decode, training, rollout])
+def test_a_missing_run_is_one_line(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        decode.main(["--run", "runs/no-such-run"])
+        benchmark.main(["--run", "runs/no-such-run"])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
         "error: runs/no-such-run is no finished run with two objectives: run `make quickstart` first\n"
