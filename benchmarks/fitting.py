@@ -101,7 +101,7 @@ class Race:
     def __init__(self, trees: TreeSet, config: Config, store: Store, num_trees: int):
         self._trees, self._per_step, self._seed = trees, config.train.trees_per_step, config.seed
         self._num_steps = max(1, num_trees // self._per_step)
-        settings = config.train.model_dump()
+        settings = {**config.train.model_dump(), "accumulation": 1}  # a step per loss
         self._packed = make_engine(make_model(config, store), settings, STEPS, self._per_step)
         self._plain = make_engine(make_model(config, store), settings, STEPS, SEQUENCES_PER_STEP)
         self.parts: dict[str, list[Parts]] = {"packed": [], "packed_singly": [], "per_node": []}

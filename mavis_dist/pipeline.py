@@ -95,6 +95,7 @@ def label(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
         tasks.append((state.config, name, state.train, shards))
     if not tasks:
         return
+    state.rest()  # labels need the cores that the writing actors hold
     with timed(state, stage, f"{len(tasks)} sets of leaves"):
         counts = cluster.map_tasks(label_shards, tasks, stage, "sets of leaves")
     for (policy, name), count in zip(todo, counts, strict=True):

@@ -7,7 +7,7 @@ Shapes: B trees, S tokens of the longest packed tree, X targets of the tree with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,3 +68,36 @@ def pack(trees: list[Tree], targets: list[Targets], weight_by_depth: np.ndarray)
         as_tensor(value_BX),
         as_tensor(weight_BX),
     )
+
+
+def subtrees(tree: Tree, targets: Targets) -> list[tuple[Tree, Targets]]:
+    """A tree cut at the prompt: one tree per segment that starts there, with all that follows it, and its targets.
+
+    Attention grows with the square of a sequence, and most of a large tree's mask is empty: parts with the prompt
+    repeated cost less. The prompt's own target stays with the first part.
+    """
+    top_N = np.arange(tree.num_nodes)
+    for node, parent in enumerate(tree.node_parent):
+        top_N[node] = node if parent == ROOT else top_N[parent]
+    num_prompt = len(tree.prompt_tokens)
+    top_T = np.repeat(top_N, np.diff(tree.node_start))
+    # The part that each target belongs to, by the token that carries it.
+    top_X = np.where(targets.index_X < num_prompt, top_N[0], top_T[np.maximum(targets.index_X - num_prompt, 0)])
+    parts = []
+    for top in np.flatnonzero(tree.node_parent == ROOT):
+        nodes, is_inside_T, is_inside_X = np.flatnonzero(top_N == top), top_T == top, top_X == top
+        number_N = np.cumsum(top_N == top) - 1
+        parent_N = tree.node_parent[nodes]
+        part = replace(
+            tree,
+            node_parent=np.where(parent_N == ROOT, ROOT, number_N[parent_N]).astype(np.int32),
+            node_cut=tree.node_cut[nodes],
+            node_start=np.cumsum([0, *np.diff(tree.node_start)[nodes]], dtype=np.int32),
+            node_finish=tree.node_finish[nodes],
+            tokens=tree.tokens[is_inside_T],
+            token_logratio=tree.token_logratio[is_inside_T],
+        )
+        place = np.concatenate([np.arange(num_prompt), num_prompt + np.cumsum(is_inside_T) - 1])
+        index_X = place[targets.index_X[is_inside_X]]
+        parts.append((part, Targets(index_X, targets.value_X[is_inside_X], targets.depth_X[is_inside_X])))
+    return parts

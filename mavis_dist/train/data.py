@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from mavis_dist.config import Config
-from mavis_dist.core.packing import PackedBatch, pack
+from mavis_dist.core.packing import PackedBatch, pack, subtrees
 from mavis_dist.core.tree import Targets, Tree, backup, depth_weights, targets
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.shards import Labels, read_labels, read_trees
 from mavis_dist.types import Policy, RewardScale
 
 STEPS_PER_BUCKET = 8
+WHOLE_TREE_TOKENS = 512  # a longer tree is cut: its attention would cost more than reading the prompt again
+PADDED_PART = 0.15  # of a batch, at most
 
 
 def rollout_folder(policy: Policy) -> str:
@@ -77,7 +79,29 @@ class TreeSet:
         return float(sum(self.weight_by_depth[self.targets[i].depth_X].sum() for i in indices))
 
     def batch(self, indices: list[int]) -> PackedBatch:
+        """Some trees, whole, in one batch."""
         return pack([self.trees[i] for i in indices], [self.targets[i] for i in indices], self.weight_by_depth)
+
+    def batches(self, indices: list[int]) -> list[PackedBatch]:
+        """Some trees, the large ones cut at the prompt, in batches of similar length."""
+        rows = []
+        for tree, targets_ in ((self.trees[i], self.targets[i]) for i in indices):
+            is_large = len(tree.prompt_tokens) + len(tree.tokens) > WHOLE_TREE_TOKENS
+            rows += subtrees(tree, targets_) if is_large else [(tree, targets_)]
+        rows.sort(key=lambda row: len(row[0].tokens) + len(row[0].prompt_tokens))
+        groups: list[list[tuple[Tree, Targets]]] = []
+        for row in rows:
+            if groups and _padding([*groups[-1], row]) <= PADDED_PART:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return [pack([t for t, _ in group], [x for _, x in group], self.weight_by_depth) for group in groups]
+
+
+def _padding(rows: Sequence[tuple[Tree, Targets]]) -> float:
+    """Part of a batch that would be padding."""
+    lengths = [len(tree.prompt_tokens) + len(tree.tokens) for tree, _ in rows]
+    return 1 - sum(lengths) / (len(lengths) * max(lengths))
 
 
 def tree_set(

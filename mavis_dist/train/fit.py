@@ -38,11 +38,18 @@ def target_values(model: Any, batch: PackedBatch, device: str) -> torch.Tensor:
     return values_BSM[..., 0].gather(1, batch.index_BX.to(device))
 
 
-def squared_error(model: Any, tree_set_: TreeSet, indices: list[int], device: str) -> torch.Tensor:
-    """Sum over the targets of some trees of weight * (V - target)^2; a scalar."""
-    batch = tree_set_.batch(indices)
-    error_BX = target_values(model, batch, device) - batch.value_BX.to(device)
-    return (batch.weight_BX.to(device) * error_BX**2).sum()
+def squared_error(
+    model: Any, tree_set_: TreeSet, indices: list[int], device: str, one_batch: bool = False
+) -> torch.Tensor:
+    """Sum over the targets of some trees of weight * (V - target)^2; a scalar.
+
+    With `one_batch` the model is called once, as ZeRO 3 demands: all its workers gather parameters at the same time.
+    """
+    total = torch.zeros((), device=device)
+    for batch in [tree_set_.batch(indices)] if one_batch else tree_set_.batches(indices):
+        error_BX = target_values(model, batch, device) - batch.value_BX.to(device)
+        total = total + (batch.weight_BX.to(device) * error_BX**2).sum()
+    return total
 
 
 @torch.no_grad()
@@ -85,7 +92,7 @@ def train(fit: Fit, config: Config, store: Store, team: Team) -> bool:
     while state.step < len(schedule) and not is_enough(state, schedule[state.step][0], settings.patience):
         epoch, indices = schedule[state.step]
         torch.manual_seed(noise.stream(config.seed, state.step, team.rank))  # dropout
-        loss = take_step(engine, training, indices, team, settings.accumulation, device)
+        loss = take_step(engine, training, indices, team, settings.accumulation, device, settings.zero_stage == 3)
         state.step += 1
         note({"step": state.step, "epoch": epoch, "loss": loss, "learning_rate": engine.get_lr()[0]}, state, journal)
         team.progress(state.step, len(schedule), f"loss {loss:.3f}")
@@ -106,12 +113,20 @@ def train(fit: Fit, config: Config, store: Store, team: Team) -> bool:
     return True
 
 
-def take_step(engine: Any, training: TreeSet, indices: list[int], team: Team, accumulation: int, device: str) -> float:
+def take_step(
+    engine: Any,
+    training: TreeSet,
+    indices: list[int],
+    team: Team,
+    accumulation: int,
+    device: str,
+    one_batch: bool = False,
+) -> float:
     """One optimiser step on some trees; returns the loss over all workers."""
     total_weight, mine = training.total_weight(indices), 0.0
     for part in passes(indices, team.rank, team.size, accumulation):
         # Workers make the same number of passes: one without a tree adds a zero of the right shape.
-        error = squared_error(engine, training, part or indices[:1], device) * (1.0 if part else 0.0)
+        error = squared_error(engine, training, part or indices[:1], device, one_batch) * (1.0 if part else 0.0)
         # DeepSpeed averages over workers and passes.
         engine.backward(error / total_weight * (team.size * accumulation))
         engine.step()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -36,9 +37,12 @@ def wait(job: subprocess.Popen[str], condition: Callable[[], object], what: str)
 
 def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
     """Processes of a cluster's actors."""
-    raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]
-    children = [child for pid in raylets for child in psutil.Process(pid).children(recursive=True)]
-    return [process for process in children if title in " ".join(process.cmdline())]
+    found = []
+    for node in cluster.list_all_nodes():
+        for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found += [process] if title in " ".join(process.cmdline()) else []
+    return found
 
 
 def test_kills_of_actors_workers_machines_and_drivers_end_in_the_same_bytes(

@@ -14,7 +14,7 @@ from mavis_dist.core.tree import ROOT, Finish, Shape, Tree, cut_point, depth_wei
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store.shards import Labels
-from mavis_dist.train import fit
+from mavis_dist.train import data, fit
 from mavis_dist.train.data import steps, tree_set
 from mavis_dist.train.team import Team
 from mavis_dist.types import Policy, Prompt, RewardScale
@@ -205,7 +205,7 @@ TILTED = Policy("brief", 1)
 
 def grow(rows=32, chosen=range(10), policy=Policy()):  # noqa: B008 - frozen
     """Trees by prompt, from a tiny model with everything else as in a run."""
-    engine = Engine(BASE, LocalGuide({"brief": tiny_value(1)}), max_rows=rows)
+    engine = Engine(BASE, LocalGuide({"brief": tiny_value(3)}), max_rows=rows)
     grower = TreeGrower(engine, SHAPE, policy, Sampling(top_k=20, beta=2.0, tilt_cap=1.5), seed=3)
     trees = grower.grow([PROMPTS[i] for i in chosen], [PROMPT_TOKENS[i] for i in chosen])
     return {grown_tree.prompt_id: grown_tree for grown_tree in trees}
@@ -312,7 +312,7 @@ def child_path(one, node):
 
 def test_every_segment_is_what_the_policy_writes_at_its_state(trees, policy):
     """A request of its own, with the answer before the segment and the segment's noise, writes the same tokens."""
-    engine = Engine(BASE, LocalGuide({"brief": tiny_value(1)}))
+    engine = Engine(BASE, LocalGuide({"brief": tiny_value(3)}))
     requests, segments = [], []
     for one in trees.values():
         for node in range(one.num_nodes):
@@ -468,6 +468,21 @@ def test_an_epoch_uses_every_tree_once_and_brings_similar_lengths_together():
     padding = [sum(max(lengths[i] for i in s) - lengths[i] for i in s) for s in first]
     unsorted = rng.permutation(203)[:200].reshape(-1, 4)
     assert sum(padding) < 0.3 * sum(max(lengths[i] for i in s) * 4 - sum(lengths[i] for i in s) for s in unsorted)
+
+
+def test_large_trees_are_cut_at_the_prompt_without_changing_the_loss(monkeypatch):
+    trees = list(grow().values())[:6]
+    training, model = tree_set(labelled(trees), RewardScale(0.0, 1.0), 0.5, SHAPE.layers), tiny_value(6)
+    indices = list(range(6))
+    whole = float(fit.squared_error(model, training, indices, "cpu", one_batch=True))
+    for limit in (0, sorted(training.lengths)[3]):
+        monkeypatch.setattr(data, "WHOLE_TREE_TOKENS", limit)
+        batches = training.batches(indices)
+        assert sum(len(batch.tokens_BS) for batch in batches) > len(trees)
+        assert sum(int((batch.weight_BX > 0).sum()) for batch in batches) == sum(
+            len(t.index_X) for t in training.targets
+        )
+        assert float(fit.squared_error(model, training, indices, "cpu")) == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_loss_of_a_step_is_the_weighted_mean_over_all_its_targets():
