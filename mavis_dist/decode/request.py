@@ -191,7 +191,10 @@ def prepare(
     weights = normalise_weights(request.weights, objectives)
     if request.scorer is Scorer.QHEAD:
         missing = sorted(weights.keys() - set(predicted)) or ["any objective"] * (not predicted)
-        refuse_unless(not missing, "scorer", f"there is no student for {', '.join(missing)}: use 'lazy' or 'full'")
+        if missing:
+            raise RequestError(
+                "scorer", f"is 'qhead'; there is no student for {', '.join(missing)}: use 'lazy' or 'full'"
+            )
     if request.draws is not None:
         refuse_unless(request.draws >= 1, "draws", "use an integer >= 1, or none")
         refuse_unless(request.is_guided, "draws", "draws are told apart by value: use a weight > 0 and beta > 0")

@@ -155,7 +155,8 @@ def train(course: Course, lessons: Sequence[Lesson]) -> Student:
     if first == 0:
         trained = fit_trunk(student, lessons, settings, config.distill.epochs, config.seed, progress)
         student = start(course)  # ZeRO 3 has cut the parameters of the one that was trained into pieces
-        student.load_state_dict(trained, strict=False)
+        unknown = student.load_state_dict(trained, strict=False).unexpected_keys  # embeddings stay as they are
+        assert not unknown, unknown
         student.to(device)
     student.eval().requires_grad_(False)
     seen = survey(student.model, lessons)
@@ -163,7 +164,8 @@ def train(course: Course, lessons: Sequence[Lesson]) -> Student:
     head_settings = settings | {"learning_rate": QHEAD_LEARNING_RATE}
     learning = Student(student.model, copy.deepcopy(student.qhead))
     trained = fit_qhead(learning, seen, head_settings, QHEAD_STEPS, config.seed, progress, first)
-    student.qhead.load_state_dict(trained, strict=False)
+    unknown = student.qhead.load_state_dict(trained, strict=False).unexpected_keys  # old objectives likewise
+    assert not unknown, unknown
     return student
 
 
