@@ -139,6 +139,33 @@ def test_node_targets_are_unbiased(grown):
     assert_unbiased(errors_by(grown, node_targets, by_depth))
 
 
+def test_the_published_backup_of_split_answers_averages_the_finished_rest_and_is_biased(grown):
+    """Written out: what follows a cut, the finished rest among it, has one mean, which the tokens before carry too."""
+    pairs = [(grown_tree, toy_labels(grown_tree)) for grown_tree in grown.trees]
+    averaged = tree_set(pairs, SCALE, grown.zeta, TOY_SHAPE.layers, average_split=True).targets
+    num_cuts = 0
+    for grown_tree, ours, theirs in zip(grown.trees, toy_targets(grown), averaged, strict=True):
+        num_tokens = 1 + len(grown_tree.tokens)
+        assert len(theirs.index_X) == num_tokens  # the cut has no second target
+        split = {}
+        for x, value in zip(ours.index_X[num_tokens:], ours.value_X[num_tokens:], strict=True):
+            node = int(np.searchsorted(grown_tree.node_start, x - 1, side="right")) - 1
+            cut = int(x - 1 - grown_tree.node_start[node]) + 1
+            rest = ours.value_X[x]  # of the finished answer at the cut: its reward, and its rest priced
+            count = int(((grown_tree.node_parent == node) & (grown_tree.node_cut == cut)).sum())
+            split[x] = (count * value + rest) / (count + 1)
+            later = np.cumsum(grown_tree.logratios(node)[:cut][::-1])[::-1]
+            for before in range(cut):
+                price = grown.zeta * float(later[before + 1]) if before + 1 < cut else 0.0
+                assert theirs.value_X[x - cut + 1 + before] == pytest.approx(split[x] - price, abs=1e-5)
+            num_cuts += 1
+        if not split:
+            np.testing.assert_array_equal(theirs.value_X, ours.value_X)
+    assert num_cuts > 300
+    errors = errors_by(grown, averaged, lambda tree_, t, states: [(0, "root")])["root"]
+    assert abs(errors.mean()) > 5 * errors.std() / np.sqrt(NUM_TREES)
+
+
 def test_the_token_that_ends_an_answer_has_the_reward_of_that_answer(grown):
     """Answers that stop and answers that reach their longest length alike, to the precision of the stored target."""
     seen = set()
