@@ -141,7 +141,7 @@ def compare(state: Run, iteration: int) -> None:
         scale, (scores,) = scale_of(state, name), score_all(config, [name], prompts, rows).values()
         soft_values = gate.soft_values(rows, scores, scale, config.steer.beta)
         decision = gate.decide(state.store, name, iteration, soft_values, config.gate.margin)
-        say(stage, decision.sentence())
+        say(stage, f"{name} iteration {iteration} {decision.verdict()}")
 
 
 def evaluate(state: Run) -> Sweep:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from mavis_dist.config import Config
+from mavis_dist.evaluate import gate
 from mavis_dist.evaluate.report import ModelFacts, StageFacts, render
 from mavis_dist.evaluate.sweep import Sweep
 from mavis_dist.store import values
@@ -39,7 +40,9 @@ def _model_facts(store: Store, config: Config, objective: str, iteration: int) -
     lines = store.read_bytes(f"{values.folder(objective, iteration)}/{values.METRICS_FILE}").decode().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     reward = config.objectives[objective].reward
-    return ModelFacts(objective, iteration, facts.get("explained_variance"), losses, reward)
+    decision = store.facts(gate.folder(objective, iteration))
+    verdict = gate.Decision(**decision).verdict() if decision else ""
+    return ModelFacts(objective, iteration, facts.get("explained_variance"), losses, reward, verdict)
 
 
 def _stages(store: Store) -> list[dict[str, Any]]:

@@ -31,14 +31,13 @@ class Decision:
     low: float | None = None  # 95 % bootstrap interval over prompts
     high: float | None = None
 
-    def sentence(self) -> str:
-        verdict = "accepted" if self.accepted else f"refused, iteration {self.current} stays"
+    def verdict(self) -> str:
+        """In words: accepted or refused, and by how much."""
         if self.difference is None:
-            return f"{self.objective} iteration {self.iteration} {verdict}, there is none to compare with"
+            return "accepted, there is none to compare with"
+        decided = "accepted" if self.accepted else f"refused, iteration {self.current} stays"
         interval = f"{self.difference:+.2f} [{self.low:+.2f}, {self.high:+.2f}] sd"
-        return (
-            f"{self.objective} iteration {self.iteration} {verdict}: soft value {interval} to iteration {self.current}"
-        )
+        return f"{decided}: soft value {interval} against iteration {self.current}"
 
 
 def folder(objective: str, iteration: int) -> str:

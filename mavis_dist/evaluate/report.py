@@ -71,6 +71,7 @@ class ModelFacts:
     explained_variance: float | None  # of the rewards of held-out trees, 1 is perfect; None without any
     losses: list[float]  # training loss per optimiser step, sd^2
     reward: str  # what the objective rewards, in words
+    gate: str = ""  # whether it took the place of the iteration before it, and why
 
 
 @dataclass(frozen=True)

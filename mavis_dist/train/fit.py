@@ -88,6 +88,7 @@ def train(fit: Fit, config: Config, store: Store, team: Team) -> bool:
     state = checkpoints.load(engine)
     journal = Journal(store.uri(f"{work}/tensorboard"), state.step) if team.rank == 0 else None
 
+    engine.train()
     saved_at = time.monotonic()
     while state.step < len(schedule) and not is_enough(state, schedule[state.step][0], settings.patience):
         epoch, indices = schedule[state.step]

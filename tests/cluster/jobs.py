@@ -11,7 +11,7 @@ from pathlib import Path
 from mavis_dist.store.files import Store
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 240
+LIMIT_S = 420
 
 
 def start(config_file: Path, address: str, *overrides: str) -> subprocess.Popen[str]:

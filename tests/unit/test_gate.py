@@ -58,7 +58,7 @@ def test_after_a_refusal_the_next_one_meets_the_same_opponent(store: Store) -> N
     assert third.current == 0
     assert gate.current(store, "brief", 2) == 0
     assert gate.current(store, "brief", 3) == 2
-    assert "iteration 2 accepted" in third.sentence()
+    assert third.verdict().startswith("accepted: soft value +0.2")
 
 
 def test_without_validation_prompts_the_newest_is_current(store: Store) -> None:

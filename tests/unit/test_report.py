@@ -200,9 +200,11 @@ def test_a_bare_sweep_is_enough():
 
 def test_what_was_not_measured_is_called_so():
     models = [ModelFacts("positive", 0, None, [], "sentiment"), ModelFacts("brief", 0, None, [0.5], "brevity")]
+    models[1] = replace(models[1], gate="refused, iteration 0 stays")
     page = Page(render("demo", make_sweep(2), models, STAGES, SETTINGS))
     assert page.text.count("not measured") == 2
     assert "iteration 0, no validation" in page.text
+    assert "refused, iteration 0 stays" in page.text
     assert "training – finished before" in page.text
     assert "12 min 34 s" in page.text
     assert "nan" not in page.text.lower()
