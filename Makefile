@@ -30,7 +30,7 @@ serve: $(INSTALLED)
 	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode

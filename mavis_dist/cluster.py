@@ -16,6 +16,7 @@ from typing import Any
 from mavis_dist.environment import ENVIRONMENT  # isort: split
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mavis_dist.plan import Node
 from mavis_dist.types import Stopped, UserError
@@ -38,7 +39,8 @@ def connect() -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     forwarded = {name: os.environ[name] for name in (*ENVIRONMENT, "MAVIS_CACHE", "HF_HOME") if name in os.environ}
     if "RAY_ADDRESS" not in os.environ:
-        options["dashboard_host"] = "127.0.0.1"
+        # Said, or Ray would join whatever cluster was started last on this machine.
+        options |= {"address": "local", "dashboard_host": "127.0.0.1"}
     ray.init(runtime_env={"env_vars": forwarded}, **options)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,7 +111,9 @@ class Board:
 
 
 def make_board() -> Any:
-    return Board.remote()  # type: ignore[attr-defined]
+    """A board on the driver's machine: no other machine's loss takes it away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class Watch:
@@ -143,49 +147,48 @@ class Silence:
 
 
 class Crew:
-    """Actors that work on one queue. They may come late, and die: what a dead one held is done again by the others.
-
-    Everything in the queue must give the same result whoever works on it, and however often it is begun.
+    """Actors that work on one queue, an item each at a time. They may come late, and die: the item of a dead one is
+    begun again by another. An item must give the same results whoever works on it, and however often it is begun.
     """
 
     def __init__(self, start: Callable[[], Any], count: int):
-        """`start` makes an actor whose `work(settings, items)` takes up items, which have a `key` of their own, and
-        returns ((key, result) of all that is finished, how many more items it can use).
+        """`start` makes an actor whose `work(settings, item)` begins an item, or goes on with it if given None, and
+        returns (results so far, whether the item is finished).
         """
         self._start = start
-        self._held: dict[Any, dict[Any, Any]] = {start(): {} for _ in range(count)}  # actor -> key -> item
+        self._held: dict[Any, Any] = {start(): None for _ in range(count)}  # actor -> what it works on
         self._calls: dict[Any, Any] = {}  # under way -> actor
         self._num_deaths = 0  # since anything was finished
         self._stage, self._settings = "", None
 
-    def run(self, stage: str, settings: Any, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """(key, result) of every item, in the order in which they come.
+    def run(self, stage: str, settings: Any, items: Iterable[Any]) -> Iterator[Any]:
+        """All results of all items, in the order in which they come; those of an item that was begun again come again.
 
         Raises:
             CrewError: actors die again and again, and nothing gets finished.
         """
         self._stage, self._settings = stage, settings
         queue, silence = deque(items), Silence(stage)
-        self._rouse()
-        while queue or any(self._held.values()):
+        for actor in self._held:
+            self._call(actor, queue)
+        while self._calls:
             check_stop()
             ready, _ = ray.wait(list(self._calls), timeout=POLL_S)
             silence.heard(bool(ready), f"{len(self._held)} actors are at work or wait for a machine with room")
             for ref in ready:
                 actor = self._calls.pop(ref)
                 try:
-                    done, room = ray.get(ref)
+                    results, is_finished = ray.get(ref)
                 except ray.exceptions.RayActorError as error:
-                    queue.extendleft(reversed(self._held.pop(actor).values()))
-                    self._replace(actor, error)
+                    queue.appendleft(self._held.pop(actor))
+                    self._call(self._replace(actor, error), queue)
                     continue
-                for key, result in done:
-                    del self._held[actor][key]
-                    self._num_deaths = 0
-                    yield key, result
-                # A part of what is left: the others shall have something to do as well.
-                share = min(room, -(-len(queue) // (2 * len(self._held))))
-                self._call(actor, [queue.popleft() for _ in range(share)])
+                self._num_deaths = 0
+                yield from results
+                if is_finished:
+                    self._call(actor, queue)
+                else:
+                    self._calls[actor.work.remote(settings, None)] = actor
 
     def wait_until_loaded(self, limit_s: float = 600.0) -> None:
         """Until all actors can work; raises GetTimeoutError."""
@@ -196,19 +199,14 @@ class Crew:
         for actor in self._held:
             ray.kill(actor)
 
-    def _call(self, actor: Any, items: Sequence[Any]) -> None:
-        self._held[actor].update((item.key, item) for item in items)
-        if self._held[actor]:
-            self._calls[actor.work.remote(self._settings, items)] = actor
+    def _call(self, actor: Any, queue: deque[Any]) -> None:
+        """Give an actor the next item, if there is one."""
+        if queue:
+            self._held[actor] = queue.popleft()
+            self._calls[actor.work.remote(self._settings, self._held[actor])] = actor
 
-    def _rouse(self) -> None:
-        """Ask actors that have nothing to do how much they can take."""
-        busy = set(self._calls.values())
-        for actor in self._held:
-            if actor not in busy:
-                self._calls[actor.work.remote(self._settings, [])] = actor
-
-    def _replace(self, actor: Any, error: ray.exceptions.RayActorError) -> None:
+    def _replace(self, actor: Any, error: ray.exceptions.RayActorError) -> Any:
+        """A new actor in the place of a dead one."""
         self._num_deaths += 1
         ray.kill(actor)  # one that cannot be reached may still be alive
         if error.actor_init_failed:
@@ -218,9 +216,10 @@ class Crew:
                 f"{self._stage}: {self._num_deaths} actors died one after the other and finished nothing "
                 f"({' '.join(str(error).split())[:300]}): give them more memory, or lower rollout.rows"
             ) from error
-        say(self._stage, "an actor died; its unfinished work goes to another")
-        self._held[self._start()] = {}
-        self._rouse()
+        say(self._stage, "an actor died; what it worked on is begun again")
+        actor = self._start()
+        self._held[actor] = None
+        return actor
 
 
 def map_tasks(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], stage: str, unit: str) -> list[Any]:

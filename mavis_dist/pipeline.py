@@ -61,22 +61,19 @@ def grow(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
         for policy in policies
         if not finished(state, rollout_folder(policy), stage)
     }
-    for policy in folders:
-        state.store.delete(f"labels/{policy.name}")  # trees that are grown again need not be the same in bfloat16
-    items = [Grow(policy, prompts[id_]) for policy, folder in folders.items() for id_ in folder.missing]
+    batches = [
+        [Grow(policy, prompts[id_]) for id_ in ids] for policy, folder in folders.items() for ids in folder.missing
+    ]
     models = {p.objective: current(state, p.objective, iteration) for p in folders if p.objective}
-    num_tokens = 0
-    with timed(state, stage, f"{len(items)} trees", bool(items)):
+    num_trees, grown, num_tokens = sum(map(len, batches)), set(), 0
+    with timed(state, stage, f"{num_trees} trees", bool(batches)):
         meter, started = cluster.Meter(stage, "trees"), time.monotonic()
-        try:
-            for number, ((policy, _), tree) in enumerate(work(state, stage, items, models), 1):
-                folders[policy].add(tree)
-                num_tokens += len(tree.tokens)
-                speed = f"{num_tokens / (time.monotonic() - started):.0f} tokens/s"
-                meter.show(number, len(items), speed, final=number == len(items))
-        finally:
-            for folder in folders.values():
-                folder.save()
+        for policy, tree in work(state, stage, batches, models):
+            folders[policy].add(tree)
+            grown.add((policy, tree.prompt_id))
+            num_tokens += len(tree.tokens)
+            speed = f"{num_tokens / (time.monotonic() - started):.0f} tokens/s"
+            meter.show(len(grown), num_trees, speed, final=len(grown) == num_trees)
     for folder in folders.values():
         folder.finish()
 
@@ -129,13 +126,12 @@ def compare(state: Run, iteration: int) -> None:
     names = [name for name in config.objectives if not finished(state, gate.folder(name, iteration), stage)]
     prompts = [prompt for prompt in state.train if prompt.id in state.validation_ids]
     params = answer_params(config, config.gate.samples)
-    items = [
-        Ask(prompt, request)
-        for name in names
-        for prompt, request in gate.requests(name, prompts, config.steer.beta, config.steer.tilt_cap, params)
-    ]
-    with timed(state, stage, f"{len(items) * config.gate.samples} answers", bool(items)):
-        answers = ask(state, stage, items, dict.fromkeys(names, iteration))
+    steer, groups = config.steer, []
+    for name in names:
+        asked = gate.requests(name, prompts, steer.beta, steer.tilt_cap, params)
+        groups.append([Ask(prompt, request) for prompt, request in asked])
+    with timed(state, stage, f"{len(names) * len(prompts) * params.n} answers", bool(names)):
+        answers = ask(state, stage, groups, dict.fromkeys(names, iteration))
     for name in names:
         rows = [answers[gate.request_id(name, prompt)] for prompt in prompts]
         scale, (scores,) = scale_of(state, name), score_all(config, [name], prompts, rows).values()
@@ -155,15 +151,12 @@ def evaluate(state: Run) -> Sweep:
 
     points = sweeping.grid(list(config.objectives), config.evaluate.grid)
     params = answer_params(config, config.evaluate.samples)
-    items = [
-        Ask(prompt, request)
-        for point in points
-        for prompt, request in sweeping.requests(
-            point, state.evaluation, config.steer.beta, config.steer.tilt_cap, params
-        )
-    ]
-    with timed(state, stage, f"{len(items) * config.evaluate.samples} answers"):
-        answers_by_id = ask(state, stage, items, newest)
+    steer, groups = config.steer, []
+    for point in points:
+        asked = sweeping.requests(point, state.evaluation, steer.beta, steer.tilt_cap, params)
+        groups.append([Ask(prompt, request) for prompt, request in asked])
+    with timed(state, stage, f"{len(points) * len(state.evaluation) * params.n} answers"):
+        answers_by_id = ask(state, stage, groups, newest)
     answers = {
         point.name: [answers_by_id[sweeping.request_id(point, prompt)] for prompt in state.evaluation]
         for point in points

@@ -22,11 +22,13 @@ from mavis_dist.plan import Plan, make_plan
 from mavis_dist.prompts import load_prompts
 from mavis_dist.rewards import build
 from mavis_dist.rollout.labels import reward_scale
-from mavis_dist.rollout.worker import Ask, Grow, worker_factory
+from mavis_dist.rollout.worker import Ask, Batch, worker_factory
 from mavis_dist.store import values
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.train.data import label_folder, shard_names
 from mavis_dist.types import Policy, Prompt, RewardScale
+
+BATCH = 32  # requests that are answered side by side
 
 
 @dataclass
@@ -113,30 +115,31 @@ def answer_params(config: Config, samples: int) -> SamplingParams:
 
 
 def ask(
-    state: Run, stage: str, items: Sequence[Ask], value_iterations: Mapping[str, int]
+    state: Run, stage: str, groups: Sequence[Sequence[Ask]], value_iterations: Mapping[str, int]
 ) -> dict[str, list[tuple[Choice, str]]]:
-    """Answers with their texts by request id."""
-    meter, answers = cluster.Meter(stage, "prompts"), {}
-    for request_id, choices in work(state, stage, items, value_iterations):
+    """Answers with their texts by request id. Those of a group do not depend on the other groups, to the last bit."""
+    batches = [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
+    meter, num_items, answers = cluster.Meter(stage, "prompts"), sum(map(len, batches)), {}
+    for request_id, choices in work(state, stage, batches, value_iterations):
         answers[request_id] = choices
-        meter.show(len(answers), len(items), final=len(answers) == len(items))
+        meter.show(len(answers), num_items, final=len(answers) == num_items)
     return answers
 
 
 def work(
-    state: Run, stage: str, items: Sequence[Grow | Ask], value_iterations: Mapping[str, int]
+    state: Run, stage: str, batches: Sequence[Batch], value_iterations: Mapping[str, int]
 ) -> Iterator[tuple[Any, Any]]:
-    """(key, result) of all items under these value models; those of another base are refused here, not in an actor.
+    """Results of all batches under these value models; those of another base are refused here, not in an actor.
 
     Nothing is started where there is nothing to do.
     """
-    if not items:
+    if not batches:
         return
     model = state.config.base.model
     base, tokenizer = fingerprint_model(fetch(model)), fingerprint_tokenizer(load_tokenizer(model))
     for name, iteration in value_iterations.items():
         load_card(values.fetch(state.store, name, iteration)).check(base, tokenizer)
-    yield from state.crew().run(stage, value_iterations, items)
+    yield from state.crew().run(stage, value_iterations, batches)
 
 
 def score_all(

@@ -14,7 +14,7 @@ from mavis_dist.core.tree import Shape
 from mavis_dist.decode import Choice, Engine, LocalGuide, Request
 from mavis_dist.decode.request import Update
 from mavis_dist.models.load import load_base
-from mavis_dist.models.value import load
+from mavis_dist.models.value import ValueModel, load
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
@@ -30,10 +30,6 @@ class Grow:
     policy: Policy
     prompt: Prompt
 
-    @property
-    def key(self) -> tuple[Policy, str]:
-        return self.policy, self.prompt.id
-
 
 @dataclass(frozen=True)
 class Ask:
@@ -42,14 +38,17 @@ class Ask:
     prompt: Prompt
     request: Request
 
-    @property
-    def key(self) -> str:
-        return self.request.id
+
+Batch = Sequence[Grow | Ask]  # what is written side by side
 
 
 @ray.remote
 class Worker:
-    """Works on any mixture of trees and requests, all in one batch. All it is told, and makes, fits in a message."""
+    """Writes one batch at a time; all it is told, and makes, fits in a message.
+
+    What a row computes depends on its neighbours by rounding. A batch is begun whole in an empty engine, so that its
+    results are the same to the last bit whoever works on it, in every precision.
+    """
 
     def __init__(self, config: Config):
         torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
@@ -57,38 +56,40 @@ class Worker:
         self._base = load_base(config.base.model, config.base.dtype, config.base.device)
         self._growers: dict[Policy, TreeGrower] = {}
         self._answers: dict[str, list[Answer | None]] = {}  # by request id, until all n are there
+        self._guides: dict[str, ValueModel] = {}
+        self._value_iterations: dict[str, int] = {}
         self._load({})
 
-    def work(
-        self, value_iterations: Mapping[str, int], items: Sequence[Grow | Ask]
-    ) -> tuple[list[tuple[Any, Any]], int]:
-        """Begin `items` and write until anything is finished.
+    def work(self, value_iterations: Mapping[str, int], batch: Batch | None) -> tuple[list[tuple[Any, Any]], bool]:
+        """Begin a batch, or go on with the one that was begun, and write until anything is finished.
 
-        `value_iterations` are the value models that guide: objective -> iteration. They change between items only.
-        Returns what is finished, as (key of the item, a tree or a list of answers), and how many more items keep the
-        rows busy.
+        `value_iterations` are the value models that guide: objective -> iteration.
+        Returns what is finished, as (policy, tree) or (request id, answers), and whether the whole batch is.
         """
-        if self._value_iterations != value_iterations:
+        if batch is not None:
             self._load(value_iterations)
-        for item in items:
-            self._begin(item)
+            for item in batch:
+                self._begin(item)
         done: list[tuple[Any, Any]] = []
         while not done and not self._engine.is_idle:
             for update in self._engine.step():
                 done += self._absorb(update)
-        # Waiting rows hold no keys and values: one for every running one keeps the batch full.
-        return done, max(0, 2 * self._config.rollout.rows - sum(self._engine.load))
+        return done, self._engine.is_idle
 
     def _load(self, value_iterations: Mapping[str, int]) -> None:
-        """A new engine with these value models around the same base model."""
-        store, guides = Store(self._config.storage, self._config.run), {}
-        for objective, iteration in value_iterations.items():
-            folder = values.fetch(store, objective, iteration)
-            guides[objective], card = load(folder, getattr(torch, self._config.base.dtype), self._config.base.device)
-            card.check(self._base.fingerprint, self._base.tokenizer_fingerprint)
-        self._engine = Engine(self._base, LocalGuide(guides) if guides else None, self._config.rollout.rows)
-        self._value_iterations = dict(value_iterations)
+        """An empty engine with these value models around the same base model."""
+        if self._value_iterations != value_iterations:
+            store, self._guides = Store(self._config.storage, self._config.run), {}
+            for objective, iteration in value_iterations.items():
+                folder = values.fetch(store, objective, iteration)
+                dtype, device = getattr(torch, self._config.base.dtype), self._config.base.device
+                self._guides[objective], card = load(folder, dtype, device)
+                card.check(self._base.fingerprint, self._base.tokenizer_fingerprint)
+            self._value_iterations = dict(value_iterations)
+        guide = LocalGuide(self._guides) if self._guides else None
+        self._engine = Engine(self._base, guide, self._config.rollout.rows)
         self._growers.clear()
+        self._answers.clear()
 
     def _begin(self, item: Grow | Ask) -> None:
         prompt_tokens = self._base.chat(item.prompt.text, self._config.base.system)
@@ -104,7 +105,7 @@ class Worker:
         """What an update finishes: a tree, the last answer to a request, or nothing."""
         if update.request_id not in self._answers:
             trees = ((policy, grower.absorb(update)) for policy, grower in self._growers.items())
-            return [((policy, tree.prompt_id), tree) for policy, tree in trees if tree is not None]
+            return [(policy, tree) for policy, tree in trees if tree is not None]
         if update.finished is None:
             return []
         answers = self._answers[update.request_id]

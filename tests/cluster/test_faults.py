@@ -111,13 +111,12 @@ def test_whatever_file_is_damaged_its_folder_is_not_finished(undisturbed: Store,
     assert unmarked - events == UNMARKED
 
 
-def test_one_damaged_file_in_every_stage_is_mended_to_the_same_bytes(
+def test_damage_in_every_stage_is_mended_to_the_same_bytes_and_an_objective_added_without_base_rollouts(
     undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "undisturbed"
     shutil.copytree(undisturbed.root, root)
     torn = [
-        "rollouts/base/part-00001.parquet",
         f"rollouts/brief-i1/{MARKER}",
         "values/vowels/i0/model.safetensors",
         f"gate/vowels/i1/{MARKER}",
@@ -136,9 +135,15 @@ def test_one_damaged_file_in_every_stage_is_mended_to_the_same_bytes(
         (root / name).write_bytes((root / name).read_bytes()[:-7])
     for name in lost:
         (root / name).unlink()
-    finish(start(config_file, ray_address, f"storage={tmp_path}"))
-    assert hashes(Store(str(tmp_path), "undisturbed")) == hashes(undisturbed)
-    assert files(root) == files(Path(undisturbed.root))
+    base_trees = {path: path.stat().st_mtime_ns for path in root.glob("rollouts/base/*")}
+    more = ["objectives.again.reward=function", "objectives.again.path=tests.tiny:count_vowels"]
+    _, err = finish(start(config_file, ray_address, f"storage={tmp_path}", *more))
+    assert "rollouts/base finished before, skipped" in err
+    assert base_trees == {path: path.stat().st_mtime_ns for path in root.glob("rollouts/base/*")}
+    before, after = hashes(undisturbed), hashes(Store(str(tmp_path), "undisturbed"))
+    assert {path for path in before if after[path] != before[path]} == {"eval/sweep/sweep.json"}
+    assert {"values/again/i0/model.safetensors", "values/again/i1/model.safetensors"} <= after.keys()
+    assert {name for name in UNMARKED if not (root / name).exists()} == set()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])

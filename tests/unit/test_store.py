@@ -175,7 +175,8 @@ def test_shards_do_not_depend_on_the_order_of_the_trees(store: Store) -> None:
         store.delete("rollouts")
         trees = folder(store)
         for number, prompt_id in enumerate(order):
-            assert set(trees.missing) == set(order[number:])
+            assert set(order[number:]) <= {id_ for ids in trees.missing for id_ in ids}
+            trees.add(named(prompt_id))
             trees.add(named(prompt_id))
         trees.finish()
         expected = expected or contents(store)
@@ -183,23 +184,22 @@ def test_shards_do_not_depend_on_the_order_of_the_trees(store: Store) -> None:
     assert sorted(expected) == [MARKER, "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
 
 
-def test_finished_trees_survive_and_damaged_ones_are_asked_for_again(store: Store) -> None:
+def test_finished_shards_survive_and_damaged_ones_are_asked_for_again(store: Store) -> None:
     trees = folder(store)
     for prompt_id in ("p0", "p1", "p2", "p4"):
         trees.add(named(prompt_id))
-    trees.save()
     again = folder(store)
-    assert again.missing == ["p3"]
-    again.add(named("p3"))
+    assert again.missing == [["p2", "p3"]]
+    for prompt_id in ("p3", "p2"):
+        again.add(named(prompt_id))
     again.finish()
     whole = contents(store)
 
     store.write_bytes("rollouts/base/part-00001.parquet", whole["part-00001.parquet"][:-9])
-    store.write_bytes("rollouts/base/loose.parquet", b"torn")
     assert store.facts("rollouts/base") is None
     mended = folder(store)
-    assert mended.missing == ["p2", "p3"]
-    for prompt_id in mended.missing:
+    assert mended.missing == [["p2", "p3"]]
+    for prompt_id in ("p2", "p3"):
         mended.add(named(prompt_id))
     mended.finish()
     assert contents(store) == whole
