@@ -156,10 +156,12 @@ class Crew:
         returns (results so far, whether the item is finished).
         """
         self._start = start
-        self._held: dict[Any, Any] = {start(): None for _ in range(count)}  # actor -> what it works on
         self._calls: dict[Any, Any] = {}  # under way -> actor
+        self._idle: list[Any] = []  # actors that have loaded their models
+        self._busy: dict[Any, Any] = {}  # actor -> what it works on
         self._num_deaths = 0  # since anything was finished
-        self._stage, self._settings = "", None
+        for _ in range(count):
+            self._hire()
 
     def run(self, stage: str, settings: Any, items: Iterable[Any]) -> Iterator[Any]:
         """All results of all items, in the order in which they come; those of an item that was begun again come again.
@@ -167,45 +169,55 @@ class Crew:
         Raises:
             CrewError: actors die again and again, and nothing gets finished.
         """
-        self._stage, self._settings = stage, settings
         queue, silence = deque(items), Silence(stage)
-        for actor in self._held:
-            self._call(actor, queue)
-        while self._calls:
+        while queue or self._busy:
             check_stop()
+            while queue and self._idle:
+                actor = self._idle.pop()
+                self._busy[actor] = queue.popleft()
+                self._calls[actor.work.remote(settings, self._busy[actor])] = actor
             ready, _ = ray.wait(list(self._calls), timeout=POLL_S)
-            silence.heard(bool(ready), f"{len(self._held)} actors are at work or wait for a machine with room")
+            silence.heard(bool(ready), f"{len(self._busy)} of {len(self._actors)} actors work, the others load or wait")
             for ref in ready:
                 actor = self._calls.pop(ref)
                 try:
-                    results, is_finished = ray.get(ref)
+                    outcome = ray.get(ref)
                 except ray.exceptions.RayActorError as error:
-                    queue.appendleft(self._held.pop(actor))
-                    self._call(self._replace(actor, error), queue)
+                    if actor in self._busy:
+                        queue.appendleft(self._busy.pop(actor))
+                    self._replace(stage, actor, error)
                     continue
+                if actor not in self._busy:  # it is ready for its first item
+                    self._idle.append(actor)
+                    continue
+                results, is_finished = outcome
                 self._num_deaths = 0
                 yield from results
                 if is_finished:
-                    self._call(actor, queue)
+                    del self._busy[actor]
+                    self._idle.append(actor)
                 else:
                     self._calls[actor.work.remote(settings, None)] = actor
 
     def wait_until_loaded(self, limit_s: float = 600.0) -> None:
         """Until all actors can work; raises GetTimeoutError."""
-        ray.get([actor.__ray_ready__.remote() for actor in self._held], timeout=limit_s)
+        ray.get([actor.__ray_ready__.remote() for actor in self._actors], timeout=limit_s)
 
     def release(self) -> None:
         """End the actors, so that the next stage finds their cores free."""
-        for actor in self._held:
+        for actor in self._actors:
             ray.kill(actor)
 
-    def _call(self, actor: Any, queue: deque[Any]) -> None:
-        """Give an actor the next item, if there is one."""
-        if queue:
-            self._held[actor] = queue.popleft()
-            self._calls[actor.work.remote(self._settings, self._held[actor])] = actor
+    @property
+    def _actors(self) -> list[Any]:
+        return [*self._idle, *self._calls.values()]
 
-    def _replace(self, actor: Any, error: ray.exceptions.RayActorError) -> Any:
+    def _hire(self) -> None:
+        """Start an actor. It gets nothing to do before it is there: one without room may never be."""
+        actor = self._start()
+        self._calls[actor.__ray_ready__.remote()] = actor
+
+    def _replace(self, stage: str, actor: Any, error: ray.exceptions.RayActorError) -> None:
         """A new actor in the place of a dead one."""
         self._num_deaths += 1
         ray.kill(actor)  # one that cannot be reached may still be alive
@@ -213,13 +225,11 @@ class Crew:
             raise error
         if self._num_deaths > DEATHS_WITHOUT_RESULT:
             raise CrewError(
-                f"{self._stage}: {self._num_deaths} actors died one after the other and finished nothing "
+                f"{stage}: {self._num_deaths} actors died one after the other and finished nothing "
                 f"({' '.join(str(error).split())[:300]}): give them more memory, or lower rollout.rows"
             ) from error
-        say(self._stage, "an actor died; what it worked on is begun again")
-        actor = self._start()
-        self._held[actor] = None
-        return actor
+        say(stage, "an actor died; what it worked on is begun again")
+        self._hire()
 
 
 def map_tasks(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], stage: str, unit: str) -> list[Any]:
