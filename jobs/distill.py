@@ -41,7 +41,7 @@ def run(config: Config) -> None:
     folder = values.distilled_folder(plan.name)
     if plan.store.facts(folder) is None:
         cluster.connect()
-        parallel.run(course.distill, plan, f"distill-{plan.name}", config)
+        parallel.distill(plan, cluster.make_board())
     else:
         print(f"distill                  {folder} finished before, skipped", file=sys.stderr)
     served = plan.name if config.distill.publish else None

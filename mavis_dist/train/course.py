@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.store.shards import read_trees
 from mavis_dist.train.data import Fit, TreeSet, data_of, rollout_folder, shard_names
-from mavis_dist.train.distill import agreement, fit_heads, fit_qhead, fit_trunk, survey
+from mavis_dist.train.distill import Progress, agreement, fit_heads, fit_qhead, fit_trunk, survey
 from mavis_dist.train.fit import predict
 from mavis_dist.train.lessons import Lesson, Sampling, teach
 from mavis_dist.train.metrics import explained_variance
@@ -104,18 +103,18 @@ def plan(config: Config, validation_ids: frozenset[str]) -> Course:
     return Course(config, (*old, *(t for t in teachers.values() if t not in old)), validation_ids)
 
 
-def distill(course: Course) -> None:
+def distill(course: Course, progress: Progress) -> None:
     """Teach, train, measure, and store the distilled model; called by every worker of a process group."""
     config, store, rank, world_size = course.config, course.store, dist.get_rank(), dist.get_world_size()
     torch.manual_seed(config.seed)
     trees = stored_trees(store, course.teachers)
-    mine = lessons_of(course, trees[rank::world_size])
+    mine = lessons_of(course, trees[rank::world_size], progress)
     shares: list[Any] = [None] * world_size
     dist.all_gather_object(shares, mine)
     lessons = [lesson for share in shares for lesson in share]
     training = [lesson for lesson in lessons if lesson.tree.prompt_id not in course.validation_ids]
 
-    student = train(course, training)
+    student = train(course, training, progress)
     if rank == 0:
         validation = [lesson for lesson in lessons if lesson.tree.prompt_id in course.validation_ids]
         keep(course, student, report(course, student, validation))
@@ -129,7 +128,7 @@ def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
     return [tree for shard in shards for tree in read_trees(store, shard)]
 
 
-def lessons_of(course: Course, trees: Sequence[Tree]) -> list[Lesson]:
+def lessons_of(course: Course, trees: Sequence[Tree], progress: Progress) -> list[Lesson]:
     """What the teachers say of some trees."""
     config, device = course.config, course.config.base.device
     rollout = config.rollout
@@ -139,7 +138,7 @@ def lessons_of(course: Course, trees: Sequence[Tree]) -> list[Lesson]:
     lessons = []
     for tree in trees:
         lessons.append(teach(base, teachers, tree, sampling, config.seed, device))
-        progress("lessons", len(lessons), len(trees))
+        progress("lessons", len(lessons), len(trees), "")
     return lessons
 
 
@@ -147,7 +146,7 @@ def load_teacher(store: Store, teacher: Teacher, device: str) -> tuple[ValueMode
     return value.load(values.fetch(store, teacher.objective, teacher.iteration), device=device)
 
 
-def train(course: Course, lessons: Sequence[Lesson]) -> Student:
+def train(course: Course, lessons: Sequence[Lesson], progress: Progress) -> Student:
     """Both parts, on all workers; the finished student on each of them."""
     config, device, first = course.config, course.config.base.device, course.num_old
     settings = config.train.model_dump() | {"learning_rate": LEARNING_RATE, "accumulation": 1}
@@ -256,10 +255,3 @@ def keep(course: Course, student: Student, figures: dict[str, dict[str, float | 
 
 def _extended_card(store: Store, name: str) -> Card:
     return value.load_card(values.fetch_folder(store, values.distilled_folder(name)))
-
-
-def progress(part: str, done: int, total: int, loss: float | None = None) -> None:
-    """One line every tenth of a part, from the first worker."""
-    if dist.get_rank() == 0 and (done == total or done % max(1, total // 10) == 0):
-        end = "" if loss is None else f", loss {loss:.4f}"
-        print(f"distill {part:<16} {done}/{total}{end}", file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ from mavis_dist.train.lessons import Lesson, LessonBatch, batch, packed_inputs
 RIDGE = 1e-4  # of the heads' least squares, in units of the mean square of a hidden unit
 CANDIDATES_PER_STEP = 2048  # of the student's head, over all workers
 
-Progress = Callable[[str, int, int, float], None]  # (part, done, total, loss)
+Progress = Callable[[str, int, int, str], None]  # (part of the work, done, total, text)
 
 
 class Pupil(nn.Module):
@@ -96,7 +96,7 @@ def fit_trunk(
             engine.backward(loss)
             engine.step()
             done += 1
-            progress("trunk", done, num_steps, loss.item())
+            progress("trunk", done, num_steps, f"loss {loss.item():.4f}")
     prefix = "student."
     return {name.removeprefix(prefix): tensor for name, tensor in trained_state(engine).items()}
 
@@ -185,7 +185,7 @@ def fit_qhead(
         loss = F.mse_loss(said_CM[:, first:], seen.deltas_CM[mine, first:])
         engine.backward(loss)
         engine.step()
-        progress("student", done + 1, num_steps, loss.item())
+        progress("student", done + 1, num_steps, f"loss {loss.item():.4f}")
     return {name.removeprefix("qhead."): tensor for name, tensor in trained_state(engine).items()}
 
 

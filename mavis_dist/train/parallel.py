@@ -18,6 +18,7 @@ from mavis_dist import cluster
 from mavis_dist.cluster import Watch, wait_for
 from mavis_dist.config import Config
 from mavis_dist.store.files import Store
+from mavis_dist.train.course import Course
 from mavis_dist.train.data import Fit
 from mavis_dist.types import UserError
 
@@ -34,6 +35,14 @@ def fit_all(fits: Sequence[Fit], config: Config, at_once: int, board: Any) -> No
 
     with ThreadPoolExecutor(at_once, thread_name_prefix="fit") as pool:
         wait_for([pool.submit(fit, item) for item in fits], Watch(board, stage, "steps"))
+
+
+def distill(course: Course, board: Any) -> None:
+    """One distillation, with its progress on stderr."""
+    stage = "distill"
+    with ThreadPoolExecutor(1, thread_name_prefix=stage) as pool:
+        future = pool.submit(run, _distill, {"course": course, "board": board, "stage": stage}, stage, course.config)
+        wait_for([future], Watch(board, stage, "steps"))
 
 
 def run(function: Callable[[Any], None], argument: Any, name: str, config: Config) -> None:
@@ -91,6 +100,18 @@ def _fit(arguments: dict[str, Any]) -> None:
 
     fit, config, board, stage = (arguments[key] for key in ("fit", "config", "board", "stage"))
     train(fit, config, Store(config.storage, config.run), make_team(board, stage, fit.objective))
+
+
+def _distill(arguments: dict[str, Any]) -> None:
+    from mavis_dist.train import course
+
+    board, stage, is_first = arguments["board"], arguments["stage"], ray.train.get_context().get_world_rank() == 0
+
+    def progress(part: str, done: int, total: int, text: str) -> None:
+        if is_first:
+            board.post.remote(stage, part, done, total, text)
+
+    course.distill(arguments["course"], progress)
 
 
 def make_team(board: Any, stage: str, part: str) -> Any:

@@ -86,7 +86,7 @@ def of(config_file: Path, names: tuple[str, ...], *overrides: str) -> Config:
 def two(config_file: Path) -> course.Course:
     """The first two objectives, distilled."""
     plan = course.plan(of(config_file, NAMES[:2]), HELD_OUT)
-    course.distill(plan)
+    course.distill(plan, lambda part, done, total, text: None)
     return plan
 
 
@@ -135,7 +135,7 @@ def test_another_objective_changes_nothing_of_the_others(two: course.Course) -> 
     with pytest.raises(course.DistillError, match="has all of the run's objectives"):
         course.plan(of_extended(two, NAMES[:2]), HELD_OUT)
     plan = course.plan(of_extended(two, NAMES), HELD_OUT)
-    course.distill(plan)
+    course.distill(plan, lambda part, done, total, text: None)
     (before, _), (after, card) = loaded(two), loaded(plan)
     assert card.objectives == NAMES
     grown = after.state_dict()
