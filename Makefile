@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart serve test benchmark lint types clean
+.PHONY: help install quickstart serve test test-unit test-processes benchmark lint types clean
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
@@ -29,8 +29,15 @@ quickstart: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
+# Side by side: one core computes, on the other processes start, wait and are killed.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-unit test-processes
+
+test-unit: $(INSTALLED)
+	$(BIN)/python -m pytest tests/unit
+
+test-processes: $(INSTALLED)
+	$(BIN)/python -m pytest tests/cluster tests/serving
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode

@@ -14,14 +14,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests with processes of their own go to one worker of pytest-xdist: they share a cluster, and the cores."""
-    for item in items:
-        if {"cluster", "serving"} & set(item.path.parts):
-            item.add_marker(pytest.mark.xdist_group("processes"))
-
-
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """The address of a cluster that ends with the session."""
