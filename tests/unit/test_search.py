@@ -30,7 +30,7 @@ from tests.exact import divergence, log_ratio
 from tests.fakes import EOS, Letters, tiny_base, tiny_value
 
 BASE = tiny_base(seed=0, eos_boost=2.0)
-MODELS = {"brief": tiny_value(1), "kind": tiny_value(2, layers=2)}
+MODELS = {"brief": tiny_value(15), "kind": tiny_value(25, layers=2)}
 
 
 def engine(max_rows=32, guide=None):
@@ -342,7 +342,7 @@ def test_a_failing_step_leaves_an_idle_engine():
 
 
 def test_values_that_are_not_numbers_fail_their_own_request_only():
-    model = tiny_value(1)
+    model = tiny_value(15)
     model.backbone.embed_tokens.weight[90] = float("nan")
     params = SamplingParams(max_tokens=6, top_k=2, seed=0)
     good = Request("good", (1, 5), {"brief": 1.0}, params=params)
