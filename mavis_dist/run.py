@@ -28,6 +28,7 @@ from mavis_dist.store.files import Store, StoreError
 from mavis_dist.train.data import label_folder, shard_names
 from mavis_dist.types import Policy, Prompt, RewardScale
 
+LAST_LINE = "# end of the config"
 BATCH = 32  # requests that are answered side by side
 
 
@@ -72,7 +73,8 @@ def open_run(config: Config) -> Run:
         build(objective)
     store.check_writable()
     check_same_run(store, config)
-    store.write_bytes("run.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    store.write_bytes("run.yaml", f"{text}{LAST_LINE}\n".encode())
     for note in plan.notes:
         cluster.say("plan", note)
     return Run(config, store, plan, cluster.make_board(), train, evaluation)
@@ -85,8 +87,11 @@ def check_same_run(store: Store, config: Config) -> None:
         if store.exists("rollouts"):
             raise StoreError(f"the run has results but its config run.yaml is missing: {remedy}")
         return
+    text = store.read_bytes("run.yaml").decode(errors="replace")
+    if not text.endswith(f"{LAST_LINE}\n"):  # the beginning of a config may well be a config
+        raise StoreError(f"the config of the run is damaged (run.yaml has no last line {LAST_LINE!r}): {remedy}")
     try:
-        started = config_module.parse(yaml.safe_load(store.read_bytes("run.yaml")))
+        started = config_module.parse(yaml.safe_load(text))
     except (yaml.YAMLError, config_module.ConfigError) as error:
         raise StoreError(f"the config of the run is damaged ({' '.join(str(error).split())}): {remedy}") from None
     if conflicts := config_module.conflicts(started, config):

@@ -20,8 +20,13 @@ def distilled_folder(name: str) -> str:
 def publish(store: Store, objective: str, iteration: int) -> None:
     """Make a finished iteration the one that is served; a distilled model that is served for it stays."""
     _check_finished(store, objective, iteration)
-    if published(store).get(objective) != iteration:
-        store.write_json(_pointer_file(objective), {"iteration": iteration})
+    pointer = _pointer_file(objective)
+    try:
+        is_served = store.exists(pointer) and store.read_json(pointer)["iteration"] == iteration
+    except StoreError:
+        is_served = False  # torn: written anew
+    if not is_served:
+        store.write_json(pointer, {"iteration": iteration})
 
 
 def publish_distilled(store: Store, objective: str, iteration: int, name: str | None) -> None:
