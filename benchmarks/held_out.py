@@ -13,7 +13,7 @@ import torch
 from benchmarks.cells import Subject, cell_path
 from mavis_dist.config import Config
 from mavis_dist.models import value
-from mavis_dist.prompts import load_prompts
+from mavis_dist.prompts import held_out, load_prompts
 from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit, data_of, zeta
 from mavis_dist.train.fit import predict
@@ -47,7 +47,7 @@ def measure(config: Config, store: Store, subject: Subject) -> HeldOut | None:
     if config.prompts.validation == 0:
         return None
     prompts, _ = load_prompts(config.prompts, config.seed)
-    ids = frozenset(prompt.id for prompt in prompts[-config.prompts.validation :])
+    ids = frozenset(prompt.id for prompt in held_out(config.prompts, prompts))
     config = config.model_copy(update={"train": config.train.model_copy(update={"targets": "token"})})
     inputs = {
         "value_model": subject.fingerprint,

@@ -5,7 +5,6 @@ python -m jobs.distill --config jobs/configs/quickstart.yaml [dotted.key=value .
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 from jobs import arguments
@@ -28,7 +27,7 @@ def main() -> None:
 
 def run(config: Config) -> None:
     from mavis_dist import cluster
-    from mavis_dist.prompts import load_prompts
+    from mavis_dist.prompts import held_out, load_prompts
     from mavis_dist.run import check_same_run
     from mavis_dist.store import values
     from mavis_dist.store.files import Store
@@ -36,14 +35,13 @@ def run(config: Config) -> None:
 
     check_same_run(Store(config.storage, config.run), config)
     prompts, _ = load_prompts(config.prompts, config.seed)
-    held_out = prompts[len(prompts) - config.prompts.validation :]
-    plan = course.plan(config, frozenset(prompt.id for prompt in held_out))
+    plan = course.plan(config, frozenset(prompt.id for prompt in held_out(config.prompts, prompts)))
     folder = values.distilled_folder(plan.name)
     if plan.store.facts(folder) is None:
         cluster.connect()
         parallel.distill(plan, cluster.make_board())
     else:
-        print(f"distill                  {folder} finished before, skipped", file=sys.stderr)
+        cluster.say("distill", f"{folder} finished before, skipped")
     served = plan.name if config.distill.publish else None
     for teacher in plan.teachers:
         values.publish_distilled(plan.store, teacher.objective, teacher.iteration, served)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 from mavis_dist.environment import ENVIRONMENT  # isort: split
@@ -42,16 +43,29 @@ def connect() -> None:
         # Said, or Ray would join whatever cluster was started last on this machine.
         options |= {"address": "local", "dashboard_host": "127.0.0.1"}
     ray.init(runtime_env={"env_vars": forwarded}, **options)
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def _stop(number: int, frame: Any) -> None:
-    """Ask the stages to save what they have; a second signal ends the process as usual."""
-    _is_stopping.set()
-    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT ask what runs in here to save what it has and to stop (`check_stop`); a second one ends the
+    process as it would outside.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        _is_stopping.set()
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _is_stopping.clear()
 
 
 def check_stop() -> None:

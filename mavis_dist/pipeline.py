@@ -17,6 +17,7 @@ from mavis_dist.evaluate import gate
 from mavis_dist.evaluate import sweep as sweeping
 from mavis_dist.evaluate.collect import write_report
 from mavis_dist.evaluate.sweep import Sweep
+from mavis_dist.prompts import held_out
 from mavis_dist.rollout.labels import label_shards
 from mavis_dist.rollout.worker import Ask, Grow
 from mavis_dist.run import Run, answer_params, ask, current, finished, open_run, scale_of, score_all, timed, work
@@ -29,16 +30,21 @@ from mavis_dist.types import Policy
 
 
 def run(config: Config) -> Sweep:
-    """Everything, from prompts to published value models; returns the sweep over weights on unseen prompts."""
+    """Everything, from prompts to published value models; returns the sweep over weights on unseen prompts.
+
+    Raises:
+        Stopped: after SIGTERM or SIGINT, with all that is finished saved.
+    """
     state = open_run(config)
     try:
-        for iteration in range(config.iterations):
-            policies = policies_of(config, iteration)
-            grow(state, iteration, policies)
-            label(state, iteration, policies)
-            fit(state, iteration)
-            compare(state, iteration)
-        sweep = evaluate(state)
+        with cluster.stop_on_signals():
+            for iteration in range(config.iterations):
+                policies = policies_of(config, iteration)
+                grow(state, iteration, policies)
+                label(state, iteration, policies)
+                fit(state, iteration)
+                compare(state, iteration)
+            sweep = evaluate(state)
     finally:
         state.rest()
     publish(state)
@@ -124,7 +130,7 @@ def compare(state: Run, iteration: int) -> None:
     """Soft value of every new policy on the validation prompts, and whether it takes the place of the current one."""
     stage, config = f"gate i{iteration}", state.config
     names = [name for name in config.objectives if not finished(state, gate.folder(name, iteration), stage)]
-    prompts = [prompt for prompt in state.train if prompt.id in state.validation_ids]
+    prompts = held_out(config.prompts, state.train)
     params = answer_params(config, config.gate.samples)
     steer, groups = config.steer, []
     for name in names:

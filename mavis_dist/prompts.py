@@ -53,6 +53,11 @@ def load_prompts(prompts: Prompts, seed: int) -> tuple[list[Prompt], list[Prompt
     return train, evaluation
 
 
+def held_out(prompts: Prompts, train: Sequence[Prompt]) -> list[Prompt]:
+    """The training prompts whose trees measure value models and do not train them: the last ones."""
+    return list(train[len(train) - prompts.validation :])
+
+
 def _pool(prompts: Prompts, split: str) -> Pool:
     pool = _read(prompts, split)
     if not len(pool.table):

@@ -19,7 +19,7 @@ from mavis_dist.evaluate.collect import record_stage
 from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
 from mavis_dist.models.value import load_card
 from mavis_dist.plan import Plan, make_plan
-from mavis_dist.prompts import load_prompts
+from mavis_dist.prompts import held_out, load_prompts
 from mavis_dist.rewards import build
 from mavis_dist.rollout.labels import reward_scale
 from mavis_dist.rollout.worker import Ask, Batch, worker_factory
@@ -58,9 +58,8 @@ class Run:
 
     @property
     def validation_ids(self) -> frozenset[str]:
-        """The prompts that measure the value models: the last ones of the training set."""
-        count = self.config.prompts.validation
-        return frozenset(prompt.id for prompt in self.train[len(self.train) - count :])
+        """The prompts that measure the value models."""
+        return frozenset(prompt.id for prompt in held_out(self.config.prompts, self.train))
 
 
 def open_run(config: Config) -> Run:

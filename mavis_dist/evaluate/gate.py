@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from mavis_dist.decode import Choice, Request, SamplingParams, Scorer
-from mavis_dist.evaluate.sweep import bootstrap
+from mavis_dist.evaluate import sweep
+from mavis_dist.evaluate.sweep import Point, bootstrap
 from mavis_dist.store.files import Store
 from mavis_dist.types import Prompt, RewardScale
 
@@ -45,28 +46,19 @@ def folder(objective: str, iteration: int) -> str:
 
 
 def request_id(objective: str, prompt: Prompt) -> str:
-    return f"gate/{objective}/{prompt.id}"
+    return sweep.request_id(_point(objective), prompt)
 
 
 def requests(
     objective: str, prompts: Sequence[Prompt], beta: float, tilt_cap: float | None, params: SamplingParams
 ) -> list[tuple[Prompt, Request]]:
     """Every prompt under an objective's own tilted policy; a prompt has the same seed in every iteration."""
-    return [
-        (
-            prompt,
-            Request(
-                id=request_id(objective, prompt),
-                prompt=(),
-                weights={objective: 1.0},
-                beta=beta,
-                tilt_cap=tilt_cap,
-                scorer=Scorer.FULL,  # the divergence is part of the result: no estimates
-                params=SamplingParams(**{**asdict(params), "seed": number}),
-            ),
-        )
-        for number, prompt in enumerate(prompts)
-    ]
+    # The divergence is part of the result, so it is not estimated.
+    return sweep.requests(_point(objective), prompts, beta, tilt_cap, params, Scorer.FULL)
+
+
+def _point(objective: str) -> Point:
+    return Point(f"gate/{objective}", {objective: 1.0})
 
 
 def soft_values(

@@ -14,7 +14,7 @@ import moocore
 import numpy as np
 from scipy import stats
 
-from mavis_dist.decode import Choice, Request, SamplingParams
+from mavis_dist.decode import Choice, Request, SamplingParams, Scorer
 from mavis_dist.types import Prompt, RewardScale
 
 BOOTSTRAPS = 2000
@@ -79,7 +79,12 @@ def request_id(point: Point, prompt: Prompt) -> str:
 
 
 def requests(
-    point: Point, prompts: Sequence[Prompt], beta: float, tilt_cap: float | None, params: SamplingParams
+    point: Point,
+    prompts: Sequence[Prompt],
+    beta: float,
+    tilt_cap: float | None,
+    params: SamplingParams,
+    scorer: Scorer = Scorer.LAZY,
 ) -> list[tuple[Prompt, Request]]:
     """The requests of one point; the worker fills in the prompts' tokens."""
     return [
@@ -91,6 +96,7 @@ def requests(
                 weights=point.weights,
                 beta=beta,
                 tilt_cap=tilt_cap,
+                scorer=scorer,
                 params=replace(params, seed=index),
             ),
         )
