@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from mavis_dist.decode import Request
-from mavis_dist.decode.request import normalise_weights
+from mavis_dist.decode.prepare import normalise_weights
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.value import ValueModel
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from mavis_dist.decode import Request, RequestError, SamplingParams, Scorer
-from mavis_dist.decode.request import prepare
+from mavis_dist.decode.prepare import Bounds, prepare
 from mavis_dist.models.load import ModelError, chat_ids
 from serve.answers import Limits, OpenStream
 from serve.completion import Completion
@@ -55,7 +55,8 @@ class Completions:
         shape, prompt = self._prompt(body)
         try:
             # Whether there are students only the base replica knows; it refuses by itself.
-            request = prepare(self._request(body, prompt), objectives, self._settings.max_context, predicted=objectives)
+            bounds = Bounds(objectives, self._settings.max_context, predicted=objectives)
+            request = prepare(self._request(body, prompt), bounds)
         except RequestError as error:
             raise _refused(error, body) from None
         completion = Completion(body, shape, request, self._settings.model, self._settings.limits, self._tokenizer)

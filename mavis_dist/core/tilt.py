@@ -12,6 +12,8 @@ they stand behind those it has, which are sorted by logit (descending), then tok
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 TIE_ROOM = 16
@@ -105,20 +107,28 @@ def evaluation_order(logprobs_BK: torch.Tensor, phi_BK: torch.Tensor, uncapped_B
     return torch.where(first_BK, float("inf"), phi_BK).argsort(dim=-1, descending=True, stable=True)
 
 
-def estimate_divergence(
+class Law(NamedTuple):
+    """The tilted distribution of one step, or an estimate of it."""
+
+    pi_BK: torch.Tensor  # 0 outside the sample
+    divergence_B: torch.Tensor  # KL(pi || p_T), nats; nan where T = 0
+    log_partition_B: torch.Tensor  # log Z of pi = p_T exp(delta / T) / Z; 0 where T = 0
+
+
+def estimate_law(
     logprobs_BK: torch.Tensor,
     phi_BK: torch.Tensor,
     delta_BK: torch.Tensor,
     sample_BK: torch.Tensor,
     temperature_B: torch.Tensor,
     uncapped_BK: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Estimates of KL(pi || p_T) of one step [B] and of log Z [B], in nats, from the tilts of a sample of candidates.
+) -> Law:
+    """What is known of pi from the tilts of a sample of candidates.
 
     The sample is made of end-of-answer tokens (weight p) and of the candidates with the largest phi, which are a sample
     without replacement. Its weights are p / q with q = 1 - exp(-p exp(-kappa)) and kappa the next phi (Gumbel-top-k,
-    arXiv 1903.06059), self-normalised. Exact where the sample is all of C; on the low side for small samples. nan and 0
-    where T = 0.
+    arXiv 1903.06059), self-normalised. Exact where the sample is all of C; the divergence is on the low side for small
+    samples.
     """
     temperature_B1 = temperature_B.double()[:, None]
     is_drawn_B1 = temperature_B1 > 0
@@ -137,4 +147,5 @@ def estimate_divergence(
     pi_BK = torch.softmax(log_tilted_BK, -1)
     mean_tilt_B = torch.where(pi_BK > 0, pi_BK * scaled_BK, 0.0).sum(-1)
     is_drawn_B = is_drawn_B1[:, 0]
-    return torch.where(is_drawn_B, mean_tilt_B - log_z_B, float("nan")), torch.where(is_drawn_B, log_z_B, 0.0)
+    divergence_B = torch.where(is_drawn_B, mean_tilt_B - log_z_B, float("nan"))
+    return Law(pi_BK, divergence_B, torch.where(is_drawn_B, log_z_B, 0.0))

@@ -5,6 +5,7 @@
 
 from mavis_dist.decode.engine import Engine
 from mavis_dist.decode.guide import Guide, GuideRow, LocalGuide
+from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams
 from mavis_dist.decode.processor import TiltProcessor
 from mavis_dist.decode.request import (
     Alternative,
@@ -19,6 +20,7 @@ from mavis_dist.decode.request import (
 from mavis_dist.decode.search import beam_search, best_of
 
 __all__ = [
+    "PRESETS",
     "Alternative",
     "Choice",
     "Engine",
@@ -26,6 +28,8 @@ __all__ = [
     "Guide",
     "GuideRow",
     "LocalGuide",
+    "Preference",
+    "PreferenceParams",
     "Request",
     "RequestError",
     "SamplingParams",

@@ -18,10 +18,12 @@ from mavis_dist.core import noise
 from mavis_dist.core.tilt import candidates, choose, evaluation_order, ranking
 from mavis_dist.decode.batch import Batch
 from mavis_dist.decode.guide import Guide, GuideRow
-from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Scorer, Update, prepare
+from mavis_dist.decode.prepare import Bounds, prepare
+from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Scorer, Update
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
 from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
 from mavis_dist.decode.text import StoppedText
+from mavis_dist.decode.wording import Wording, views_of
 from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.load import BaseModel
@@ -38,6 +40,7 @@ class _Drawn:
     tokens: list[int]
     logratios: list[float]
     divergences: list[float]
+    worded: list[float]  # the sentences' part of the divergences
     values_BM: torch.Tensor  # V_m(s∘a) of the token, nan where not asked for
     num_candidates: list[int]
     is_guided: list[bool]
@@ -65,9 +68,10 @@ class Engine:
     ):
         """
         Args:
-            max_rows: answers written at a time; the others wait.
-            cache_tokens: room for the base model's keys and values, in tokens: the number of answers at a time times
-                the longest prompt and answer among them stays within it. None: bounded by `max_rows` and the model's
+            max_rows: rows of the base model at a time, one per answer and one more for each of its sentences; what
+                does not fit waits.
+            cache_tokens: room for the base model's keys and values, in tokens: the number of rows at a time times the
+                longest prompt and answer among them stays within it. None: bounded by `max_rows` and the model's
                 context alone.
             prefill_tokens: tokens of new prompts that a step encodes beside writing, so that long prompts do not hold
                 up running answers. None: 128 on a CPU, 2048 on a GPU.
@@ -96,7 +100,7 @@ class Engine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Answers being written and answers waiting."""
+        """Rows in use and rows waited for."""
         return self._scheduler.num_admitted, self._scheduler.num_waiting
 
     def prepare(self, request: Request) -> Request:
@@ -105,8 +109,15 @@ class Engine:
         Raises:
             RequestError: naming the field, its value and the remedy.
         """
-        predicted = self._guide.predicted if self._guide else ()
-        return prepare(request, self.objectives, self.max_context, self.cache_tokens, self._vocabulary, predicted)
+        bounds = Bounds(
+            self.objectives,
+            self.max_context,
+            self._guide.predicted if self._guide else (),
+            self._vocabulary,
+            self.cache_tokens,
+            self._scheduler.max_rows,
+        )
+        return prepare(request, bounds)
 
     def submit(self, request: Request, first: bool = False) -> Request:
         """Queue a request (`first`: before all others); returns it prepared. Raises RequestError."""
@@ -159,8 +170,10 @@ class Engine:
         if not self._scheduler.running:
             return []
         batch = self._assemble()
-        logits_BV = self._base.extend(batch.numbers, [row.tokens[-1:] for row in batch.rows])
-        updates = self._absorb(batch, self._draw(batch, logits_BV))
+        views = views_of(batch.rows)
+        logits_RV = self._base.extend([view.number for view in views], [view.tokens[-1:] for view in views])
+        wording = Wording(batch.rows, logits_RV) if len(views) > len(batch.rows) else None
+        updates = self._absorb(batch, self._draw(batch, logits_RV, wording), wording)
         # Draws are made to be continued: their keys and values stay for the requests that come next.
         if self.is_idle and all(row.request.draws is None for row in batch.rows):
             self._release()
@@ -174,7 +187,8 @@ class Engine:
         budget = self._prefill_tokens
         while budget > 0 and (pieces := self._scheduler.pieces(budget)):
             self._encode_base(pieces)
-            self._encode_guide([piece for piece in pieces if piece.row.request.is_guided])
+            plain = [piece for piece in pieces if piece.view is piece.row.views[0]]
+            self._encode_guide([piece for piece in plain if piece.row.request.is_guided])
             self._scheduler.encoded(pieces)
             budget -= sum(piece.end - piece.start for piece in pieces)
         self._release()
@@ -182,11 +196,16 @@ class Engine:
     def _encode_base(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             if piece.is_first:
-                self._base.open(piece.row.number, piece.source.number if piece.source else None, piece.start)
+                self._base.open(piece.view.number, piece.source.number if piece.source else None, piece.start)
         new = [piece for piece in pieces if piece.end > piece.start]
         if new:
-            tokens = [piece.row.tokens[piece.start : piece.end] for piece in new]
-            self._base.extend([piece.row.number for piece in new], tokens, outputs=False)
+            tokens = [piece.view.tokens[piece.start : piece.end] for piece in new]
+            rewarded = [piece.rewarded for piece in new]
+            logits_RV = self._base.extend([piece.view.number for piece in new], tokens, [len(r) for r in rewarded])
+            logits = logits_RV.float().split([len(r) for r in rewarded])
+            for piece, following, logits_TV in zip(new, rewarded, logits, strict=True):
+                chosen = torch.tensor(following, dtype=torch.long, device=self._device)[:, None]
+                piece.view.logprobs += logits_TV.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
 
     def _encode_guide(self, pieces: Sequence[Piece]) -> None:
         """The last piece brings the last token as well: V(s) is its value."""
@@ -219,8 +238,9 @@ class Engine:
         """Free the rows that finished; nobody shares their first tokens any more."""
         released = self._scheduler.release()
         for row in released:
-            if row.number in self._base:
-                self._base.close(row.number)
+            for view in row.views:
+                if view.number in self._base:
+                    self._base.close(view.number)
             self._opened.pop(row.number, None)
             self._unseen.pop(row.number, None)
         # A step that failed may have opened a row without taking note of it.
@@ -232,10 +252,10 @@ class Engine:
 
     # --- compute: one token for every row -------------------------------------------------------------------------
 
-    def _draw(self, batch: Batch, logits_BV: torch.Tensor) -> _Drawn:
+    def _draw(self, batch: Batch, logits_RV: torch.Tensor, wording: Wording | None) -> _Drawn:
         """One token for every row."""
         positions_B = batch.positions_B()
-        drafts = self._drafts(batch, positions_B, logits_BV)
+        drafts = self._drafts(batch, positions_B, logits_RV, wording)
         steering = batch.steering(positions_B)
         self._catch_up(batch, steering)
         scores = score(drafts, steering, self._guide)
@@ -248,6 +268,7 @@ class Engine:
             tokens=drafts.ids_BK[every_B, index_B].tolist(),
             logratios=scores.logratio_BK[every_B, index_B].tolist(),
             divergences=scores.divergence_B.tolist(),
+            worded=scores.worded_B.tolist(),
             values_BM=values_BM.cpu(),
             num_candidates=scores.num_evaluated_B.tolist(),
             is_guided=steering.is_guided_B.tolist(),
@@ -273,9 +294,11 @@ class Engine:
                 alternatives[b].append(Alternative(token, logratio, used, divergence))
         return alternatives
 
-    def _drafts(self, batch: Batch, positions_B: torch.Tensor, logits_BV: torch.Tensor) -> Drafts:
+    def _drafts(
+        self, batch: Batch, positions_B: torch.Tensor, logits_RV: torch.Tensor, wording: Wording | None
+    ) -> Drafts:
         """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
-        logits_BV = logits_BV.float()
+        logits_BV = logits_RV.float() if wording is None else wording.logits_BV
         logits_BV[(positions_B == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
         ids_BK, logprobs_BK = candidates(logits_BV, batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
         phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
@@ -284,7 +307,8 @@ class Engine:
         ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
             x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
         )
-        return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B)
+        worded_BK = None if wording is None else wording.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B)
+        return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B, worded_BK)
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
         """Tell the guide about tokens that were written without it, where it is about to be asked again."""
@@ -299,7 +323,7 @@ class Engine:
 
     # --- absorb: what was written ---------------------------------------------------------------------------------
 
-    def _absorb(self, batch: Batch, drawn: _Drawn) -> list[Update]:
+    def _absorb(self, batch: Batch, drawn: _Drawn, wording: Wording | None) -> list[Update]:
         """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
         updates, kept = [], []
         for b, row in enumerate(batch.rows):
@@ -309,7 +333,7 @@ class Engine:
                 updates.append(_update(row))
                 continue
             start = row.position
-            self._append(row, b, drawn)
+            self._append(row, b, drawn, wording)
             # A student predicts without a forward pass over the token, so that it has not seen it yet.
             is_seen = drawn.is_guided[b] and row.request.scorer is not Scorer.QHEAD
             if row.choice.finish is None and is_seen:
@@ -323,10 +347,9 @@ class Engine:
         self._scheduler.finish(row for row in batch.rows if row.choice.finish is not None)
         return updates
 
-    def _append(self, row: Row, b: int, drawn: _Drawn) -> None:
+    def _append(self, row: Row, b: int, drawn: _Drawn, wording: Wording | None) -> None:
         choice, token = row.choice, drawn.tokens[b]
-        row.tokens.append(token)
-        row.num_encoded = len(row.tokens) - 1
+        row.append(token)
         choice.tokens.append(token)
         choice.alternatives = drawn.alternatives[b]
         choice.logratios.append(drawn.logratios[b])
@@ -337,6 +360,12 @@ class Engine:
             for name, value in zip(self.objectives, values, strict=True):
                 if name in row.request.weights:
                     choice.values.setdefault(name, []).append(value)
+        if row.earned is not None and wording is not None:
+            rewards = wording.rewards(b, token)
+            row.earned.add(rewards)
+            choice.preference_weights.append(wording.weights[b])
+            choice.preference_rewards.append(rewards)
+            choice.worded_divergences.append(drawn.worded[b])
         if token in self.eos_ids or self._is_stopped(row, token):
             self._finish(row, FinishReason.STOP)
         elif row.position == row.request.params.max_tokens:

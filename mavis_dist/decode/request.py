@@ -1,15 +1,15 @@
-"""What goes into the engine and what comes out: plain values, checked before any tensor is made."""
+"""What goes into the engine and what comes out: plain values."""
 
 from __future__ import annotations
 
 import math
-import secrets
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from mavis_dist.core import noise
-from mavis_dist.types import MAX_COUNT, TILT_CAP, UserError
+from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams
+from mavis_dist.types import TILT_CAP, UserError
 
 
 class RequestError(UserError):
@@ -61,6 +61,8 @@ class Request:
     weights: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
     beta: float = 8.0  # nats of tilt per standard deviation of reward
     tilt_cap: float | None = TILT_CAP  # nats; none: unbounded
+    preferences: tuple[Preference, ...] = ()
+    preference_params: PreferenceParams = PRESETS["mato"]
     params: SamplingParams = SamplingParams()
     answer: tuple[int, ...] = ()  # tokens written so far, when an answer is continued
     stream: int | None = None  # noise stream; none: derived from the seed and the choice index
@@ -94,14 +96,22 @@ class Choice:
     text: str = ""  # when finished: the whole answer, without what stopped it
     logratios: list[float] = field(default_factory=list)  # log pi(a) - log pi_ref(a) of the chosen tokens
     divergences: list[float] = field(default_factory=list)  # KL(pi || pi_ref) of the steps, nats; nan at temperature 0
+    worded_divergences: list[float] = field(default_factory=list)  # the sentences' part of it, may be negative
     values: dict[str, list[float]] = field(default_factory=dict)  # objective -> V after each token, in sd of its reward
     num_scored: list[int] = field(default_factory=list)  # candidates that value models were asked about
+    preference_weights: list[list[float]] = field(default_factory=list)  # of every sentence that steers
+    preference_rewards: list[list[float]] = field(default_factory=list)  # g_k of the tokens, nats
     alternatives: list[Alternative] = field(default_factory=list)  # in the order drawn; where Request.draws asks
 
     @property
     def divergence(self) -> float:
         """Spent by the whole answer, nats."""
         return math.fsum(self.divergences)
+
+    @property
+    def worded_divergence(self) -> float:
+        """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution, both on C."""
+        return math.fsum(self.worded_divergences)
 
 
 @dataclass(frozen=True)
@@ -116,107 +126,9 @@ class Update:
     text: str = ""  # what became certain of the answer's text; filled by Engine.stream
 
 
-def normalise_weights(weights: Mapping[str, float], objectives: Collection[str]) -> dict[str, float]:
-    """Weights that sum to 1, without those that are 0; empty if all are 0.
-
-    Raises:
-        RequestError: a weight is negative or not finite, or its objective does not exist.
-    """
-    for name, weight in weights.items():
-        if name not in objectives:
-            known = ", ".join(sorted(objectives)) or "none"
-            raise RequestError("objective_weights", f"there is no objective {name!r}; available: {known}")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise RequestError("objective_weights", f"the weight of {name!r} is {weight}; use a finite number >= 0")
-    largest = max(weights.values(), default=0.0)
-    shares = {name: weight / largest for name, weight in weights.items() if weight > 0}  # their sum is finite
-    total = sum(shares.values())
-    return {name: share / total for name, share in shares.items()}
-
-
-def prepare(
-    request: Request,
-    objectives: Collection[str],
-    max_context: int,
-    cache_tokens: int | None = None,
-    vocabulary: int | None = None,
-    predicted: Collection[str] = (),
-) -> Request:
-    """The request with normalised weights and a seed, or a RequestError that names the field, value and remedy.
-
-    `predicted` are the objectives that the guide has a student for.
-    """
-    params = request.params
-
-    def refuse_unless(condition: bool, name: str, remedy: str) -> None:
-        if not condition:
-            value = getattr(params, name) if hasattr(params, name) else getattr(request, name)
-            raise RequestError(name, f"is {value!r}; {remedy}")
-
-    refuse_unless(_is_number(params.temperature) and params.temperature >= 0, "temperature", "use a number >= 0")
-    refuse_unless(1 <= params.top_k <= MAX_COUNT, "top_k", f"use an integer from 1 to {MAX_COUNT}")
-    refuse_unless(_is_number(params.top_p) and 0 < params.top_p <= 1, "top_p", "use a number in (0, 1]")
-    refuse_unless(_is_number(params.min_p) and 0 <= params.min_p < 1, "min_p", "use a number in [0, 1)")
-    refuse_unless(params.n >= 1, "n", "use an integer >= 1")
-    refuse_unless(_is_number(request.beta) and request.beta >= 0, "beta", "use a number >= 0")
-    refuse_unless(request.tilt_cap is None or request.tilt_cap > 0, "tilt_cap", "use a number > 0, or none")
-    refuse_unless(1 <= request.guide_every <= MAX_COUNT, "guide_every", f"use an integer from 1 to {MAX_COUNT}")
-    refuse_unless(
-        request.stream is None or params.n == 1, "stream", "several answers need noise of their own: use n = 1"
-    )
-    refuse_unless(all(params.stop), "stop", "use texts that are not empty")
-    if not request.prompt:
-        raise RequestError("prompt", "is empty; give at least one token")
-    for name, tokens in (("prompt", request.prompt), ("answer", request.answer)):
-        unknown = [token for token in tokens if vocabulary is not None and not 0 <= token < vocabulary]
-        if unknown:
-            raise RequestError(name, f"has the token {unknown[0]}; the model has {vocabulary} tokens, from 0 on")
-    longest_answer = max_context - len(request.prompt)
-    if longest_answer < 1:
-        raise RequestError(
-            "prompt", f"has {len(request.prompt)} tokens; the context of {max_context} leaves no room for an answer"
-        )
-    refuse_unless(
-        len(request.answer) < params.max_tokens <= longest_answer,
-        "max_tokens",
-        f"with a prompt of {len(request.prompt)} tokens use an integer from {len(request.answer) + 1} "
-        f"to {longest_answer}",
-    )
-    if cache_tokens is not None and len(request.prompt) + params.max_tokens > cache_tokens:
-        raise RequestError(
-            "max_tokens",
-            f"is {params.max_tokens}; with a prompt of {len(request.prompt)} tokens the engine's cache of "
-            f"{cache_tokens} tokens leaves room for {max(0, cache_tokens - len(request.prompt))}",
-        )
-    weights = normalise_weights(request.weights, objectives)
-    if request.scorer is Scorer.QHEAD:
-        missing = sorted(weights.keys() - set(predicted)) or ["any objective"] * (not predicted)
-        if missing:
-            raise RequestError(
-                "scorer", f"is 'qhead'; there is no student for {', '.join(missing)}: use 'lazy' or 'full'"
-            )
-    if request.draws is not None:
-        refuse_unless(request.draws >= 1, "draws", "use an integer >= 1, or none")
-        refuse_unless(request.is_guided, "draws", "draws are told apart by value: use a weight > 0 and beta > 0")
-        # The lazy scorer knows the best candidate, not the second.
-        refuse_unless(request.scorer is Scorer.FULL, "scorer", "several draws of a token need Scorer.FULL")
-        refuse_unless(request.guide_every == 1, "guide_every", "several draws of a token need 1")
-        refuse_unless(
-            params.max_tokens == len(request.answer) + 1,
-            "max_tokens",
-            f"a request with draws writes one token: use {len(request.answer) + 1}",
-        )
-    seed = params.seed if params.seed is not None else secrets.randbits(32)
-    return replace(request, weights=weights, params=replace(params, seed=seed))
-
-
 def stream_of(request: Request, index: int) -> int:
     """The noise stream of one choice."""
     if request.stream is not None:
         return request.stream
     assert request.params.seed is not None
     return noise.stream(request.params.seed, index)
-
-
-def _is_number(value: float) -> bool:
-    return math.isfinite(value)

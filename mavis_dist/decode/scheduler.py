@@ -1,33 +1,61 @@
 """Which answers are written now, and what has to be encoded first. Plain data; never touches a tensor.
 
 A row waits, is opened (its tokens are encoded piece by piece), runs (a token a step), and is finished. A finished row
-stays until the next admission, so that the answers which continue it find its keys and values.
+stays until the next admission, so that the answers which continue it find its keys and values. A row with objectives
+in words is several to the base model: its views differ in the prompt and share the answer.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
+from mavis_dist.core.preferences import Earned
 from mavis_dist.decode.request import Choice, Request, stream_of
 from mavis_dist.decode.text import StoppedText
 
-# Tokens shared with a row that is still being encoded, from which on waiting for them beats encoding them again.
+# Tokens shared with a view that is still being encoded, from which on waiting for them beats encoding them again.
 WORTH_WAITING_FOR = 32
+
+
+@dataclass(eq=False)
+class View:
+    """A row of the base model: the prompt as it stands, or with a sentence in it, and the answer so far."""
+
+    number: int  # unique in the life of the engine; the name that models and guides know it by
+    prompt_length: int
+    tokens: list[int]  # prompt and answer
+    max_shared: int  # tokens that may be copied from another view instead of being encoded
+    num_encoded: int | None = None  # tokens whose keys and values the base model has; none: not opened
+    logprobs: list[float] = field(default_factory=list)  # of the answer's tokens, where sentences reward them
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether only the last token is missing, whose logits the next step computes."""
+        return self.num_encoded is not None and self.num_encoded >= len(self.tokens) - 1
 
 
 @dataclass(eq=False)
 class Row:
     """One answer."""
 
-    number: int  # unique in the life of the engine; the name that models and guides know it by
     request: Request
     choice: Choice
     stream: int
-    tokens: list[int]  # prompt and answer
-    num_encoded: int | None = None  # tokens whose keys and values the base model has; none: not opened
+    views: list[View]  # the plain one, then one per sentence
     text: StoppedText | None = None  # followed only where stop strings are looked for
+    earned: Earned | None = None  # by the sentences, where there are any
+
+    @property
+    def number(self) -> int:
+        """The name of the answer: that of its plain view."""
+        return self.views[0].number
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer."""
+        return self.views[0].tokens
 
     @property
     def position(self) -> int:
@@ -36,34 +64,48 @@ class Row:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether only the last token is missing, whose logits the next step computes."""
-        return self.num_encoded is not None and self.num_encoded >= len(self.tokens) - 1
+        return all(view.is_encoded for view in self.views)
 
     @property
     def reserved(self) -> int:
-        """The tokens that the row may grow to."""
-        return len(self.request.prompt) + self.request.params.max_tokens
+        """The tokens that its longest view may grow to."""
+        return max(view.prompt_length for view in self.views) + self.request.params.max_tokens
+
+    def append(self, token: int) -> None:
+        """Add a token to the answer, after a step that encoded the one before."""
+        for view in self.views:
+            view.num_encoded = len(view.tokens)
+            view.tokens.append(token)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of a row to encode now: [start, end). The first piece opens the row, sharing tokens with another."""
+    """Tokens of a view to encode now: [start, end). The first piece opens the view, sharing tokens with another."""
 
     row: Row
+    view: View
     start: int
     end: int
     is_first: bool
-    source: Row | None = None
+    source: View | None = None
 
     @property
     def is_last(self) -> bool:
-        return self.end == len(self.row.tokens) - 1
+        return self.end == len(self.view.tokens) - 1
+
+    @property
+    def rewarded(self) -> list[int]:
+        """The tokens of the answer that follow those of the piece, where sentences reward them."""
+        if not self.row.request.preferences:
+            return []
+        first = max(self.start + 1, self.view.prompt_length)
+        return self.view.tokens[first : self.end + 1]
 
 
 class Scheduler:
-    """First come, first served, up to `max_rows` answers at a time, in a cache of `cache_tokens` tokens.
+    """First come, first served, up to `max_rows` views at a time, in a cache of `cache_tokens` tokens.
 
-    The cache is rectangular: rows side by side take as many tokens each as the longest of them may grow to.
+    The cache is rectangular: views side by side take as many tokens each as the longest of them may grow to.
     """
 
     def __init__(self, max_rows: int, cache_tokens: int | None = None):
@@ -80,11 +122,12 @@ class Scheduler:
 
     @property
     def num_admitted(self) -> int:
-        return len(self.running) + len(self._opening)
+        """Views that are opened or running."""
+        return _num_views((*self.running, *self._opening))
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return _num_views(self._waiting)
 
     def has(self, request_id: str) -> bool:
         """Whether any choice of a request is not finished yet."""
@@ -94,40 +137,52 @@ class Scheduler:
         """Queue every choice of a prepared request, `first` before all others."""
         rows = []
         for index in range(request.params.n):
-            tokens = [*request.prompt, *request.answer]
-            rows.append(Row(self._next_number, request, Choice(index), stream_of(request, index), tokens))
-            self._next_number += 1
+            prompts = [request.prompt, *(preference.prompt for preference in request.preferences)]
+            views = [self._view(request, prompt) for prompt in prompts]
+            rows.append(Row(request, Choice(index), stream_of(request, index), views))
         if first:
             self._waiting.extendleft(reversed(rows))
         else:
             self._waiting.extend(rows)
 
+    def _view(self, request: Request, prompt: Sequence[int]) -> View:
+        tokens = [*prompt, *request.answer]
+        # What a sentence says to tokens that are there already is seen only where they are encoded.
+        is_rewarded = bool(request.preferences and request.answer)
+        self._next_number += 1
+        return View(self._next_number, len(prompt), tokens, (len(prompt) if is_rewarded else len(tokens)) - 1)
+
     def admit(self) -> None:
         """Let waiting rows in while there is room."""
-        while self._waiting and self.num_admitted < self.max_rows and self._fits(self._waiting[0]):
+        while self._waiting and self._fits(self._waiting[0]):
             self._opening.append(self._waiting.popleft())
 
     def pieces(self, budget: int) -> list[Piece]:
         """What to encode next, at most `budget` tokens, first come first served. The caller reports it as `encoded`."""
         pieces: list[Piece] = []
         for row in self._opening:
-            if budget == 0:
-                break
-            if row.num_encoded is not None:
-                piece = Piece(row, row.num_encoded, min(row.num_encoded + budget, len(row.tokens) - 1), False)
-            else:
-                source, shared = self._best_source(row)
-                if self._is_worth_waiting(row, shared):
+            for view in row.views:
+                if budget == 0:
+                    break
+                if view.is_encoded:
                     continue
-                piece = Piece(row, shared, min(shared + budget, len(row.tokens) - 1), True, source)
-            pieces.append(piece)
-            budget -= piece.end - piece.start
+                if view.num_encoded is not None:
+                    end = min(view.num_encoded + budget, len(view.tokens) - 1)
+                    piece = Piece(row, view, view.num_encoded, end, False)
+                else:
+                    source, shared = self._best_source(view)
+                    if self._is_worth_waiting(view, shared):
+                        continue
+                    end = min(shared + budget, len(view.tokens) - 1)
+                    piece = Piece(row, view, shared, end, True, source)
+                pieces.append(piece)
+                budget -= piece.end - piece.start
         return pieces
 
     def encoded(self, pieces: Iterable[Piece]) -> None:
         """Take note of encoded pieces; rows that are complete run."""
         for piece in pieces:
-            piece.row.num_encoded = piece.end
+            piece.view.num_encoded = piece.end
         ready = [row for row in self._opening if row.is_encoded]
         self.running.extend(ready)
         self._opening = [row for row in self._opening if not row.is_encoded]
@@ -158,31 +213,42 @@ class Scheduler:
         yield from self._opening
 
     def _fits(self, row: Row) -> bool:
+        if self.num_admitted + len(row.views) > self.max_rows:
+            return False
         if self.cache_tokens is None:
             return True
         rows = [row, *self._resident(), *self._finished]
-        return len(rows) * max(r.reserved for r in rows) <= self.cache_tokens
+        return _num_views(rows) * max(r.reserved for r in rows) <= self.cache_tokens
 
-    def _best_source(self, row: Row) -> tuple[Row | None, int]:
-        """The row that shares most encoded tokens, all but the last at most."""
+    def _best_source(self, view: View) -> tuple[View | None, int]:
+        """The view that shares most encoded tokens, as far as they may be shared."""
         best, best_shared = None, 0
-        for source in (*self._finished, *self._resident()):
+        for source in _views((*self._finished, *self._resident())):
             if source.num_encoded is not None:
-                shared = min(_common_prefix(row.tokens, source.tokens, best_shared), source.num_encoded)
-                shared = min(shared, len(row.tokens) - 1)
+                shared = min(_common_prefix(view.tokens, source.tokens, best_shared), source.num_encoded)
+                shared = min(shared, view.max_shared)
                 if shared > best_shared:
                     best, best_shared = source, shared
         return best, best_shared
 
-    def _is_worth_waiting(self, row: Row, shared: int) -> bool:
-        """Whether a row before this one is about to encode many more of its tokens."""
-        for other in self._opening:
-            if other is row:
+    def _is_worth_waiting(self, view: View, shared: int) -> bool:
+        """Whether a view before this one is about to encode many more of its tokens."""
+        for other in _views(self._opening):
+            if other is view:
                 return False
-            common = min(_common_prefix(row.tokens, other.tokens, shared), len(other.tokens) - 1, len(row.tokens) - 1)
-            if common - shared >= WORTH_WAITING_FOR or (common > shared and common == len(row.tokens) - 1):
+            common = min(_common_prefix(view.tokens, other.tokens, shared), len(other.tokens) - 1, view.max_shared)
+            if common - shared >= WORTH_WAITING_FOR or (common > shared and common == view.max_shared):
                 return True
         return False
+
+
+def _views(rows: Iterable[Row]) -> Iterator[View]:
+    for row in rows:
+        yield from row.views
+
+
+def _num_views(rows: Iterable[Row]) -> int:
+    return sum(len(row.views) for row in rows)
 
 
 def _common_prefix(a: list[int], b: list[int], at_least: int) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mavis_dist.core.tilt import estimate_divergence, tilt
+from mavis_dist.core.tilt import estimate_law, tilt
 from mavis_dist.decode.guide import Guide
 
 # Candidates of a row in a step's first call, beside the end-of-answer tokens. A GPU hardly notices a few more.
@@ -31,6 +31,7 @@ class Drafts:
     phi_BK: torch.Tensor  # log p + T * G
     is_eos_BK: torch.Tensor
     temperature_B: torch.Tensor
+    worded_BK: torch.Tensor | None = None  # log p_T less that of the base model, where sentences changed it
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Scores:
     values_BKM: torch.Tensor  # nan where not evaluated
     num_evaluated_B: torch.Tensor
     is_sound_B: torch.Tensor  # every value asked for was finite
-    divergence_B: torch.Tensor  # KL(pi || p_T), nats; estimated where not all candidates were evaluated
-    logratio_BK: torch.Tensor  # log pi(a) - log p_T(a), 0 at T = 0; estimated likewise, and only where evaluated
+    divergence_B: torch.Tensor  # KL(pi || pi_ref), nats; estimated where not all candidates were evaluated
+    worded_B: torch.Tensor  # the sentences' part of it
+    logratio_BK: torch.Tensor  # log pi(a) - log pi_ref(a), 0 at T = 0; estimated likewise, and only where evaluated
 
 
 def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
@@ -70,17 +72,23 @@ def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
         search.absorb(is_asked_BK, values_NM)
     # Without guidance the tilt is known to be 0 for all.
     is_known_BK = search.is_evaluated_BK | ~steering.is_guided_B[:, None]
-    divergence_B, log_partition_B = estimate_divergence(
+    law = estimate_law(
         drafts.logprobs_BK, drafts.phi_BK, search.delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
     )
     divisor_B1 = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))[:, None]
+    logratio_BK = search.delta_BK / divisor_B1 - law.log_partition_B[:, None]
+    worded_B = torch.zeros_like(law.divergence_B)
+    if drafts.worded_BK is not None:
+        worded_B = (law.pi_BK * drafts.worded_BK).sum(-1)
+        logratio_BK = logratio_BK + drafts.worded_BK
     return Scores(
         search.delta_BK,
         search.values_BKM,
         search.is_evaluated_BK.sum(-1),
         search.is_sound_B,
-        divergence_B,
-        search.delta_BK / divisor_B1 - log_partition_B[:, None],
+        law.divergence_B + worded_B,
+        worded_B,
+        logratio_BK,
     )
 
 

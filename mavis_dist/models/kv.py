@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -207,16 +207,22 @@ class SlotModel:
             self._clear()
 
     @torch.inference_mode()
-    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], outputs: bool = True) -> torch.Tensor:
-        """Append tokens to rows; the head's outputs at each row's last new token [B, O], or none at all [0, O]."""
+    def extend(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], num_read: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Append tokens to rows; the head's outputs [R, O] at the last `num_read[b]` new tokens of each row, those of a
+        row side by side. None: at the last one.
+        """
         counts = [len(t) for t in tokens]
         flat = [token for row_tokens in tokens for token in row_tokens]
         positions = [
             p for row, n in zip(rows, counts, strict=True) for p in range(self.length(row), self.length(row) + n)
         ]
         tokens_N, positions_N = (torch.tensor(x, device=self._device) for x in (flat, positions))
-        last_B = torch.tensor(counts, device=self._device).cumsum(0) - 1
-        out_RO = self._step(rows, counts, tokens_N, positions_N, positions_N, last_B if outputs else last_B[:0])
+        ends = accumulate(counts)
+        read = [n for end, num in zip(ends, num_read or [1] * len(rows), strict=True) for n in range(end - num, end)]
+        read_R = torch.tensor(read, dtype=torch.long, device=self._device)
+        out_RO = self._step(rows, counts, tokens_N, positions_N, positions_N, read_R)
         for row, count in zip(rows, counts, strict=True):
             self._append(row, count)
         return out_RO

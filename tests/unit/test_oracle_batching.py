@@ -229,10 +229,10 @@ def test_a_step_encodes_no_more_tokens_of_prompts_than_its_budget(prefill_tokens
     engine, encoded = Engine(BASE, max_rows=4, prefill_tokens=prefill_tokens), []
     extend = engine._base.extend
 
-    def counted(rows, tokens, outputs=True):
-        if not outputs:
+    def counted(rows, tokens, num_read=None):
+        if num_read is not None:
             encoded.append(sum(map(len, tokens)))
-        return extend(rows, tokens, outputs)
+        return extend(rows, tokens, num_read)
 
     monkeypatch.setattr(engine._base, "extend", counted)
     prompts = [tuple(range(10 * i, 11 * i + 20)) for i in range(1, 4)]  # of different lengths, nothing in common

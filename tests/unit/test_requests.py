@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mavis_dist.decode import Engine, FinishReason, LocalGuide, Request, RequestError, SamplingParams
-from mavis_dist.decode.request import normalise_weights, prepare
+from mavis_dist.decode.prepare import Bounds, normalise_weights, prepare
 from tests.fakes import VOCAB, tiny_base, tiny_value
 
 NAN, INF = float("nan"), float("inf")
@@ -35,7 +35,7 @@ def with_params(**fields) -> Request:
 def test_a_setting_out_of_range_is_refused_with_its_name_and_value(field, values):
     for value in values:
         with pytest.raises(RequestError) as caught:
-            prepare(with_params(**{field: value}), ["a"], CONTEXT)
+            prepare(with_params(**{field: value}), Bounds(["a"], CONTEXT))
         assert caught.value.field == field
         assert repr(value) in str(caught.value)
 
@@ -46,20 +46,20 @@ def test_a_setting_out_of_range_is_refused_with_its_name_and_value(field, values
 def test_steering_out_of_range_is_refused_with_its_name_and_value(field, values):
     for value in values:
         with pytest.raises(RequestError) as caught:
-            prepare(replace(REQUEST, **{field: value}), ["a"], CONTEXT)
+            prepare(replace(REQUEST, **{field: value}), Bounds(["a"], CONTEXT))
         assert caught.value.field == field
         assert repr(value) in str(caught.value)
 
 
 def test_one_noise_stream_is_for_one_answer():
     with pytest.raises(RequestError, match=r"stream: is 7; .*use n = 1"):
-        prepare(replace(with_params(n=2), stream=7), ["a"], CONTEXT)
+        prepare(replace(with_params(n=2), stream=7), Bounds(["a"], CONTEXT))
 
 
 @pytest.mark.parametrize("weights", [{"a": NAN}, {"a": INF}, {"a": -0.1}, {"a": 1.0, "b": -1.0}, {"c": 1.0}])
 def test_weights_that_mean_nothing_are_refused_by_objective(weights):
     with pytest.raises(RequestError) as caught:
-        prepare(replace(REQUEST, weights=weights), ["a", "b"], CONTEXT)
+        prepare(replace(REQUEST, weights=weights), Bounds(["a", "b"], CONTEXT))
     assert caught.value.field == "objective_weights"
     assert repr(list(weights)[-1]) in str(caught.value)
 
@@ -76,15 +76,15 @@ def test_weights_that_mean_nothing_are_refused_by_objective(weights):
 )
 def test_what_cannot_fit_is_refused_by_context_cache_and_tokens_written_before(field, request_, cache_tokens):
     with pytest.raises(RequestError) as caught:
-        prepare(request_, ["a"], CONTEXT, cache_tokens)
+        prepare(request_, Bounds(["a"], CONTEXT, cache_tokens=cache_tokens))
     assert caught.value.field == field
 
 
 def test_what_just_fits_is_taken():
     full = with_params(max_tokens=CONTEXT - 3, top_k=1, top_p=1.0, min_p=0.0, temperature=0.0)
-    assert prepare(full, ["a"], CONTEXT, CONTEXT).params == full.params
+    assert prepare(full, Bounds(["a"], CONTEXT, cache_tokens=CONTEXT)).params == full.params
     almost_written = replace(REQUEST, answer=(5,) * 7)
-    assert prepare(almost_written, ["a"], CONTEXT).answer == almost_written.answer
+    assert prepare(almost_written, Bounds(["a"], CONTEXT)).answer == almost_written.answer
 
 
 @pytest.mark.parametrize("weights", [(1.0, 3.0), (1e-300, 3e-300), (5e307, 1.5e308)])

@@ -45,7 +45,7 @@ class Clockwork:
         budget = self.prefill_tokens
         while budget > 0 and (pieces := self.scheduler.pieces(budget)):
             for piece in pieces:
-                number, tokens = piece.row.number, piece.row.tokens
+                number, tokens = piece.view.number, piece.view.tokens
                 self.rows[number] = piece.row
                 if piece.is_first:
                     assert number not in self.cached
@@ -65,8 +65,7 @@ class Clockwork:
             self.begun.append(row.request.id)
         assert self.cached[row.number] == row.tokens[:-1]
         self.cached[row.number] = list(row.tokens)
-        row.tokens.append(MADE_UP)
-        row.num_encoded = len(row.tokens) - 1
+        row.append(MADE_UP)
         if row.position == row.request.params.max_tokens:
             row.choice.finish = FinishReason.LENGTH
 
