@@ -228,7 +228,7 @@ class Serve(Section):
     value_replicas: Count = Field(1, description="replicas of each objective's value model")
     cpus_per_replica: NonNegative = Field(0.25, description="CPU cores reserved by every replica")
     gpus_per_replica: NonNegative = Field(0, description="GPUs reserved by every base and value replica")
-    rows: Count = Field(16, description="answers written at the same time by one base replica")
+    rows: Count = Field(16, description="rows of a base replica: one per answer, one more per sentence that steers it")
     max_tokens: Count = Field(512, description="longest answer a request may ask for, in tokens")
 
 

@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from mavis_dist.decode import Choice, Request
 from mavis_dist.decode.request import stream_of
 from mavis_dist.decode.text import StoppedText
 from serve.answers import AnswerFailed, Limits, OpenStream, Piece, follow
-from serve.schema import DONE, ApiError, GenerationRequest, Json, Shape, event, usage
+from serve.schema import DONE, TEXT, ApiError, GenerationRequest, Json, Preference, Shape, event, usage
 
 
 @dataclass
@@ -42,19 +43,48 @@ class _Answer:
     def finish_reason(self) -> str:
         return self._choice.finish.value  # type: ignore[union-attr]
 
-    @property
-    def report(self) -> Json:
+    def report(self, sentences: Sequence[Preference]) -> Json:
         """What steering did to this answer; null where it is not known."""
         choice = self._choice
-        assert self.last is not None
-        # A base replica counts only what it wrote itself.
-        divergence = None if self.last.resumed or not math.isfinite(choice.divergence) else choice.divergence
         num_scored = [count for count in choice.num_scored if count]  # none at tokens written without guidance
-        return {
-            "divergence": divergence,
+        report: Json = {
+            "divergence": self._sum(choice.divergences),
             "values": {name: _last_finite(values) for name, values in choice.values.items()},
             "candidates_per_token": sum(num_scored) / len(num_scored) if num_scored else 0.0,
         }
+        if not sentences:
+            return report
+        steering = iter(range(len(choice.preference_weights[0])))
+        return {
+            **report,
+            "worded_divergence": self._sum(choice.worded_divergences),
+            "preferences": [
+                self._sentence_report(sentence, next(steering) if sentence.weight else None) for sentence in sentences
+            ],
+        }
+
+    def _sentence_report(self, sentence: Preference, k: int | None) -> Json:
+        """`k` is the sentence's place among those that steer; none: it does not."""
+        if k is None:
+            return {"text": sentence.text, "final_weight": 0.0, "mean_weight": 0.0, "mean_reward": None}
+        weights = [weights[k] for weights in self._choice.preference_weights]
+        rewards = [rewards[k] for rewards in self._choice.preference_rewards]
+        return {
+            "text": sentence.text,
+            "final_weight": weights[-1],
+            "mean_weight": None if self._is_resumed else fmean(weights),
+            "mean_reward": None if self._is_resumed else fmean(rewards),
+        }
+
+    def _sum(self, numbers: Sequence[float]) -> float | None:
+        """Over the answer, if it is known: a base replica counts only what it wrote itself."""
+        total = math.fsum(numbers)
+        return None if self._is_resumed or not math.isfinite(total) else total
+
+    @property
+    def _is_resumed(self) -> bool:
+        assert self.last is not None
+        return self.last.resumed
 
     @property
     def _choice(self) -> Choice:
@@ -80,6 +110,7 @@ class Completion:
         tokenizer: PreTrainedTokenizerBase,
     ):
         self._body, self._shape, self._request, self._limits = body, shape, request, limits
+        self._tokenizer = tokenizer
         params = request.params
         self._answers = [_Answer(StoppedText(tokenizer, params.stop)) for _ in range(params.n)]
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
@@ -93,13 +124,36 @@ class Completion:
     @property
     def _echo(self) -> Json:
         request = self._request
-        return {
+        echo = {
             "objective_weights": dict(request.weights),
             "beta": request.beta,
             "tilt_cap": request.tilt_cap,
             "guide_every": request.guide_every,
             "seed": request.params.seed,
         }
+        if not request.preferences:
+            return echo
+        weights = iter(preference.weight for preference in request.preferences)
+        return {
+            **echo,
+            "preferences": [
+                {"text": sentence.text, "weight": next(weights) if sentence.weight else 0.0}
+                for sentence in self._sentences
+            ],
+            "preference_params": {**asdict(request.preference_params), "c": request.preference_params.strength},
+            "prompt_template": self._template,
+        }
+
+    @property
+    def _sentences(self) -> Sequence[Preference]:
+        return self._body.preferences or ()
+
+    @property
+    def _template(self) -> str:
+        """Where the sentences stand: in a system turn, in the one of a plain template, or before the text."""
+        if self._shape is TEXT:
+            return "none"
+        return "model" if self._tokenizer.chat_template else "plain"
 
     async def open(self, open_stream: OpenStream) -> None:
         """Submit every choice as a request of its own, so that each can move to another base replica."""
@@ -140,7 +194,7 @@ class Completion:
                 **self._shape.whole("".join(answer.pieces)),
                 "finish_reason": answer.finish_reason,
                 "logprobs": None,
-                "mavis": answer.report,
+                "mavis": answer.report(self._sentences),
             }
             for index, answer in enumerate(self._answers)
         ]
@@ -158,7 +212,8 @@ class Completion:
                     yield self._chunk({"index": index, **self._shape.piece(text)})
                 answer = self._answers[index]
                 if answer.is_finished:
-                    ending = {**self._shape.ending, "finish_reason": answer.finish_reason, "mavis": answer.report}
+                    report = answer.report(self._sentences)
+                    ending = {**self._shape.ending, "finish_reason": answer.finish_reason, "mavis": report}
                     yield self._chunk({"index": index, **ending}, mavis=self._echo)
             if self._body.wants_usage:
                 yield self._chunk({}, usage=self._usage())

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mavis_dist.decode import Request, RequestError, SamplingParams, Scorer
+from mavis_dist.core.preferences import Accumulation
+from mavis_dist.decode import (
+    PRESETS,
+    Preference,
+    PreferenceParams,
+    Request,
+    RequestError,
+    SamplingParams,
+    Scorer,
+    chat_preferences,
+)
 from mavis_dist.decode.prepare import Bounds, prepare
 from mavis_dist.models.load import ModelError, chat_ids
 from serve.answers import Limits, OpenStream
@@ -32,6 +42,7 @@ class Settings:
     system: str
     max_context: int
     max_tokens: int  # longest answer a request may ask for
+    rows: int  # of a base replica; a request's sentences and its plain prompt take one each
     beta: float
     tilt_cap: float | None
     limits: Limits
@@ -52,11 +63,11 @@ class Completions:
                 "model",
                 "model_not_found",
             )
-        shape, prompt = self._prompt(body)
+        shape, prompt, preferences = self._prompt(body)
         try:
             # Whether there are students only the base replica knows; it refuses by itself.
-            bounds = Bounds(objectives, self._settings.max_context, predicted=objectives)
-            request = prepare(self._request(body, prompt), bounds)
+            bounds = Bounds(objectives, self._settings.max_context, predicted=objectives, max_rows=self._settings.rows)
+            request = prepare(self._request(body, prompt, preferences), bounds)
         except RequestError as error:
             raise _refused(error, body) from None
         completion = Completion(body, shape, request, self._settings.model, self._settings.limits, self._tokenizer)
@@ -66,24 +77,35 @@ class Completions:
             raise _refused(error, body) from None
         return completion
 
-    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, list[int]]:
+    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, list[int], tuple[Preference, ...]]:
+        """The token ids of the plain prompt, and those with each sentence in it."""
+        sentences = [(preference.text, preference.weight) for preference in body.preferences or ()]
         if isinstance(body, TextRequest):
-            return TEXT, list(self._tokenizer(body.prompt)["input_ids"])
+            preferences = tuple(
+                Preference(text, tuple(self._ids(f"{text}\n\n{body.prompt}")), weight) for text, weight in sentences
+            )
+            return TEXT, self._ids(body.prompt), preferences
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        system = self._settings.system
         try:
-            return CHAT, chat_ids(self._tokenizer, messages, self._settings.system)
+            preferences = chat_preferences(self._tokenizer, messages, sentences, system)
+            return CHAT, chat_ids(self._tokenizer, messages, system), preferences
         except ModelError as error:
             raise ApiError(400, str(error), "messages") from None
 
-    def _request(self, body: GenerationRequest, prompt: list[int]) -> Request:
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text)["input_ids"])
+
+    def _request(self, body: GenerationRequest, prompt: list[int], preferences: tuple[Preference, ...]) -> Request:
         settings, default = self._settings, SamplingParams()
         limit = body.token_limit
         if limit is not None and limit > settings.max_tokens:
             name = _limit_field(body)
             raise ApiError(400, f"{name} is {limit}; this server writes at most {settings.max_tokens} tokens", name)
+        longest_prompt = max(len(prompt), *(len(preference.prompt) for preference in preferences), 1)
         params = SamplingParams(
             # A request without a limit gets the longest answer that has room.
-            max_tokens=limit or max(1, min(settings.max_tokens, settings.max_context - len(prompt))),
+            max_tokens=limit or max(1, min(settings.max_tokens, settings.max_context - longest_prompt)),
             temperature=default.temperature if body.temperature is None else body.temperature,
             top_k=default.top_k if body.top_k is None else body.top_k,
             top_p=default.top_p if body.top_p is None else body.top_p,
@@ -98,10 +120,21 @@ class Completions:
             weights=body.weights(),
             beta=settings.beta if body.beta is None else body.beta,
             tilt_cap=settings.tilt_cap if body.tilt_cap is None else body.tilt_cap,
+            preferences=preferences,
+            preference_params=_preference_params(body),
             params=params,
             scorer=Scorer(body.scorer or "lazy"),
             guide_every=body.guide_every or 1,
         )
+
+
+def _preference_params(body: GenerationRequest) -> PreferenceParams:
+    """The preset with what the body changes of it."""
+    given = {} if body.preference_params is None else body.preference_params.model_dump(exclude_none=True)
+    preset = PRESETS[given.pop("preset", "mato")]
+    if "accumulation" in given:
+        given["accumulation"] = Accumulation(given["accumulation"])
+    return replace(preset, **given)
 
 
 def _limit_field(body: GenerationRequest) -> str:

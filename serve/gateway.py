@@ -29,6 +29,7 @@ def settings_of(args: MainArgs) -> Settings:
         system=args.system,
         max_context=model.max_position_embeddings,
         max_tokens=args.max_tokens,
+        rows=args.rows,
         beta=args.beta,
         tilt_cap=args.tilt_cap,
         limits=Limits(args.stall_s, args.deadline_s),

@@ -48,6 +48,31 @@ class FlatArgs(Body):
     objective_weights: str
 
 
+class Preference(Body):
+    """An objective in words."""
+
+    text: Annotated[str, Field(min_length=1, max_length=4000)]
+    weight: float = 1.0
+
+
+class PreferenceParams(Body):
+    """How sentences steer. None means: as the preset has it."""
+
+    preset: Literal["mato", "anchor", "linear_alignment", "opad", "context_steering", "amulet"] = "mato"
+    adapt: bool | None = None
+    tau: float | None = None
+    accumulation: Literal["mean", "sum", "decay"] | None = None
+    decay: float | None = None
+    clip: float | None = None
+    c: float | None = None
+    alpha: float | None = None
+    lam: float | None = None
+    nu: float | None = None
+    steps: int | None = None
+    top_p: float | None = None
+    normalise: bool | None = None
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -75,6 +100,8 @@ class GenerationRequest(Body):
     objective_weights: dict[str, float] | None = None
     beta: Annotated[float, Field(ge=0)] | None = None
     tilt_cap: Annotated[float, Field(gt=0)] | None = None
+    preferences: Annotated[list[Preference], Field(max_length=64)] | None = None
+    preference_params: PreferenceParams | None = None
     scorer: Literal["full", "lazy", "qhead"] | None = None
     guide_every: Count | None = None
     vllm_xargs: FlatArgs | None = None

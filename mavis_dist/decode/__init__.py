@@ -5,7 +5,7 @@
 
 from mavis_dist.decode.engine import Engine
 from mavis_dist.decode.guide import Guide, GuideRow, LocalGuide
-from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams
+from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams, chat_preferences
 from mavis_dist.decode.processor import TiltProcessor
 from mavis_dist.decode.request import (
     Alternative,
@@ -38,4 +38,5 @@ __all__ = [
     "Update",
     "beam_search",
     "best_of",
+    "chat_preferences",
 ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from transformers import PreTrainedTokenizerBase
+
 from mavis_dist.core.preferences import Accumulation, amplification
+from mavis_dist.models.load import chat_ids
+from mavis_dist.types import NEUTRAL_SYSTEM
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,32 @@ class Preference:
     text: str
     prompt: tuple[int, ...]  # the request's prompt with the sentence in it
     weight: float = 1.0
+
+
+def chat_preferences(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: str | Sequence[Mapping[str, str]],
+    sentences: Iterable[tuple[str, float]],
+    system: str = NEUTRAL_SYSTEM,
+) -> tuple[Preference, ...]:
+    """Sentences with their weights for `Request.preferences`, about a question or a conversation as in `chat_ids`.
+
+    A sentence is a line of its own behind the system text, so that it is all that a view's prompt differs in from the
+    plain one; raises ModelError.
+    """
+    turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+    if all(turn["role"] != "system" for turn in turns):
+        turns.insert(0, {"role": "system", "content": system})
+    place = next(place for place, turn in enumerate(turns) if turn["role"] == "system")
+    return tuple(
+        Preference(text, tuple(chat_ids(tokenizer, _with_line(turns, place, text), system)), weight)
+        for text, weight in sentences
+    )
+
+
+def _with_line(turns: Sequence[Mapping[str, str]], place: int, line: str) -> list[Mapping[str, str]]:
+    turn = turns[place]
+    return [*turns[:place], {**turn, "content": f"{turn['content']}\n{line}"}, *turns[place + 1 :]]
 
 
 @dataclass(frozen=True)

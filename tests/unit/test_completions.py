@@ -11,7 +11,7 @@ from contextlib import aclosing
 
 import pytest
 
-from mavis_dist.decode import Choice, Engine, LocalGuide, Request, SamplingParams
+from mavis_dist.decode import Choice, Engine, LocalGuide, Preference, Request, SamplingParams
 from mavis_dist.models.load import BaseModel, load_base
 from serve import answers
 from serve.answers import BaseLost, Limits
@@ -44,14 +44,15 @@ def loop(base) -> Iterator[EngineLoop]:
 
 def make_engine(base: BaseModel) -> Engine:
     vocabulary = base.model.config.vocab_size
-    return Engine(base, LocalGuide({name: tiny_value(seed, vocab=vocabulary) for seed, name in enumerate(("a", "b"))}))
+    models = {name: tiny_value(seed, vocab=vocabulary) for seed, name in enumerate(("a", "b"))}
+    return Engine(base, LocalGuide(models), max_rows=4)
 
 
 class Service:
     """Completions whose base replica dies after some messages, as often as asked."""
 
     def __init__(self, base: BaseModel, loop: EngineLoop, num_deaths: int = 0, num_messages: int = 4):
-        settings = Settings("tiny", "", 1024, 400, 1.0, 3.0, LIMITS)
+        settings = Settings("tiny", "", 1024, 400, 4, 1.0, 3.0, LIMITS)
         self._completions = Completions(base.tokenizer, settings, self._open)
         self._loop, self._deaths_left, self._num_messages = loop, num_deaths, num_messages
 
@@ -181,3 +182,69 @@ def test_what_only_begins_like_a_stop_string_is_sent_in_the_end(service, base):
     choice = choice_of(service.whole(stop=stop))
     assert (choice["text"], choice["finish_reason"]) == (text, "length")
     assert "".join(choice_of(event)["text"] for event in service.events(stop=stop)) == text
+
+
+# --- objectives in words -----------------------------------------------------------------------------------------
+
+SENTENCES = [{"text": "Be brief.", "weight": 3}, {"text": "Be odd.", "weight": 0}, {"text": "Be kind."}]
+
+
+def test_sentences_steer_and_are_reported(service, base):
+    answer = service.whole(preferences=SENTENCES)
+    choice, echo = choice_of(answer), answer["mavis"]
+    assert choice["text"] != choice_of(service.whole())["text"]
+    assert [(p["text"], p["weight"]) for p in echo["preferences"]] == [
+        ("Be brief.", 0.75),
+        ("Be odd.", 0.0),
+        ("Be kind.", 0.25),
+    ]
+    assert echo["preference_params"]["c"] == pytest.approx(1.9347, abs=1e-4)
+    assert echo["prompt_template"] == "none"
+    brief, odd, kind = choice["mavis"]["preferences"]
+    assert brief["final_weight"] + kind["final_weight"] == pytest.approx(1)
+    assert brief["mean_weight"] + kind["mean_weight"] == pytest.approx(1)
+    assert odd == {"text": "Be odd.", "final_weight": 0.0, "mean_weight": 0.0, "mean_reward": None}
+    params = SamplingParams(30, top_k=20, seed=3)
+    prompts = [tuple(base.tokenizer(f"{s}{PROMPT}")["input_ids"]) for s in ("", "Be brief.\n\n", "Be kind.\n\n")]
+    preferences = (Preference("Be brief.", prompts[1], 3), Preference("Be kind.", prompts[2], 1))
+    request = Request("r", prompts[0], {"a": 1.0, "b": 1.0}, 1.0, preferences=preferences, params=params)
+    [[expected]] = make_engine(base).generate([request])
+    assert choice["text"] == expected.text
+    assert choice["mavis"]["worded_divergence"] == pytest.approx(expected.worded_divergence, abs=1e-3)
+    assert choice["mavis"]["divergence"] == pytest.approx(expected.divergence, abs=1e-3)
+
+
+def test_sentences_survive_the_loss_of_a_base_replica(base, loop, service):
+    expected = choice_of(service.whole(preferences=SENTENCES))
+    moved = choice_of(Service(base, loop, num_deaths=2).whole(preferences=SENTENCES))
+    assert moved["text"] == expected["text"]
+    for one, other in zip(moved["mavis"]["preferences"], expected["mavis"]["preferences"], strict=True):
+        assert one["final_weight"] == pytest.approx(other["final_weight"], abs=1e-4)
+    assert moved["mavis"]["worded_divergence"] is None
+    events = service.events(preferences=SENTENCES)
+    assert "".join(choice_of(event)["text"] for event in events) == expected["text"]
+    assert choice_of(events[-1])["mavis"] == expected["mavis"]
+
+
+def test_a_preset_and_what_changes_of_it(service):
+    params = {"preset": "amulet", "steps": 3, "accumulation": "sum", "normalise": True}
+    echo = service.whole(preferences=SENTENCES[:1], preference_params=params)["mavis"]["preference_params"]
+    assert (echo["adapt"], echo["alpha"], echo["steps"], echo["accumulation"]) == (False, 2.0, 3, "sum")
+    assert 1 < echo["c"] < 5.6
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"preferences": [{"text": "  "}]}, "preferences.0.text"),
+        ({"preferences": [{"text": "a"}, {"text": "b", "weight": -1}]}, "preferences.1.weight"),
+        ({"preferences": [{"text": "a", "weight": 0}]}, "preferences"),
+        ({"preferences": [{"text": str(k)} for k in range(4)]}, "preferences"),
+        ({"preferences": [{"text": "long " * 700}]}, "preferences"),
+        ({"preferences": [{"text": "a"}], "preference_params": {"c": 9}}, "preference_params.c"),
+    ],
+)
+def test_sentences_that_cannot_steer_are_refused_by_name(service, fields, param):
+    with pytest.raises(ApiError) as refused:
+        service.whole(**fields)
+    assert (refused.value.status, refused.value.param) == (400, param)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
-from serve.schema import ApiError, ChatRequest, TextRequest, event, parse_weights, refusal
+from mavis_dist.core.preferences import Accumulation
+from mavis_dist.decode import PRESETS
+from serve.schema import ApiError, ChatRequest, PreferenceParams, TextRequest, event, parse_weights, refusal
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
-def chat(**fields):
-    return ChatRequest.model_validate({"model": "m", "messages": MESSAGES, **fields})
+def chat(**body):
+    return ChatRequest.model_validate({"model": "m", "messages": MESSAGES, **body})
 
 
-def refused(**fields) -> ApiError:
+def refused(**body) -> ApiError:
     with pytest.raises(ValidationError) as caught:
-        chat(**fields)
+        chat(**body)
     return refusal(caught.value.errors())
 
 
@@ -30,7 +34,7 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(name):
 
 
 @pytest.mark.parametrize(
-    ("fields", "param"),
+    ("body", "param"),
     [
         ({"temperature": -1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
@@ -58,10 +62,17 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(name):
         ({"stop": ["a", ""]}, "stop.1"),
         ({"stop": ""}, "stop.0"),
         ({"vllm_xargs": {"beta": 1}}, "vllm_xargs.objective_weights"),
+        ({"preferences": [{"text": ""}]}, "preferences.0.text"),
+        ({"preferences": [{"text": "a", "weight": float("inf")}]}, "preferences.0.weight"),
+        ({"preferences": [{"weight": 1.0}]}, "preferences.0.text"),
+        ({"preferences": ["a"]}, "preferences.0"),
+        ({"preferences": [{"text": "a"}] * 65}, "preferences"),
+        ({"preference_params": {"preset": "best"}}, "preference_params.preset"),
+        ({"preference_params": {"steps": 1.5}}, "preference_params.steps"),
     ],
 )
-def test_a_bad_value_is_refused_with_the_path_of_its_field(fields, param):
-    error = refused(**fields)
+def test_a_bad_value_is_refused_with_the_path_of_its_field(body, param):
+    error = refused(**body)
     assert error.status == 400
     assert error.param == param or error.code == "unsupported_field"
     assert json.dumps(error.body)
@@ -99,6 +110,14 @@ def test_flat_weights_that_cannot_be_read_are_refused(text):
     with pytest.raises(ApiError) as caught:
         parse_weights(text)
     assert caught.value.param == "vllm_xargs.objective_weights"
+
+
+def test_presets_are_those_of_the_engine():
+    known = PreferenceParams.model_fields
+    assert get_args(known["preset"].annotation) == tuple(PRESETS)
+    assert known.keys() - {"preset"} == {field.name for field in fields(PRESETS["mato"])}
+    accumulations = get_args(get_args(known["accumulation"].annotation)[0])
+    assert accumulations == tuple(a.value for a in Accumulation)
 
 
 def test_text_parts_are_joined_and_other_parts_refused():
