@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mavis_dist.decode.preferences import Preference
 from mavis_dist.decode.request import FinishReason, Request, SamplingParams
 from mavis_dist.decode.scheduler import WORTH_WAITING_FOR, Row, Scheduler
 
@@ -24,11 +25,23 @@ class Clockwork:
         self.begun: list[str] = []  # requests in the order of their first tokens
         self.cached: dict[int, list[int]] = {}  # tokens by row number, as a model would hold them
         self.rows: dict[int, Row] = {}
+        self.rewarded: dict[str, list[int]] = {}  # answer tokens whose rewards were asked for, by request
 
-    def submit(self, id: str, prompt: Iterable[int], max_tokens: int = 4, n: int = 1, first: bool = False) -> None:
-        params = SamplingParams(max_tokens=max_tokens, seed=0, n=n)
-        self.scheduler.submit(Request(id, tuple(prompt), params=params), first)
-        self.encoded[id] = 0
+    def submit(
+        self,
+        id: str,
+        prompt: Iterable[int],
+        max_tokens: int = 4,
+        n: int = 1,
+        first: bool = False,
+        sentences: int = 0,
+        answer: tuple[int, ...] = (),
+    ) -> None:
+        params, prompt = SamplingParams(max_tokens=max_tokens, seed=0, n=n), tuple(prompt)
+        preferences = tuple(Preference(str(k), (50 + k, *prompt)) for k in range(sentences))
+        request = Request(id, prompt, params=params, preferences=preferences, answer=answer)
+        self.scheduler.submit(request, first)
+        self.encoded[id], self.rewarded[id] = 0, []
 
     def step(self) -> list[str]:
         """One step; the requests that wrote a token, once for every row."""
@@ -52,19 +65,22 @@ class Clockwork:
                     self.cached[number] = self.cached[piece.source.number][: piece.start] if piece.source else []
                 assert self.cached[number] == tokens[: piece.start], "a piece goes on where the cache ends"
                 assert piece.end < len(tokens), "the last token's logits are asked for by the step"
+                self.rewarded[piece.row.request.id] += piece.rewarded
                 self.cached[number] = tokens[: piece.end]
                 self.encoded[piece.row.request.id] += piece.end - piece.start
                 budget -= piece.end - piece.start
             assert budget >= 0
             self.scheduler.encoded(pieces)
         for row in self.scheduler.release():
-            self.cached.pop(row.number, None)
+            for view in row.views:
+                self.cached.pop(view.number, None)
 
     def write(self, row: Row) -> None:
         if row.position == 0:
             self.begun.append(row.request.id)
-        assert self.cached[row.number] == row.tokens[:-1]
-        self.cached[row.number] = list(row.tokens)
+        for view in row.views:
+            assert self.cached[view.number] == view.tokens[:-1]
+            self.cached[view.number] = list(view.tokens)
         row.append(MADE_UP)
         if row.position == row.request.params.max_tokens:
             row.choice.finish = FinishReason.LENGTH
@@ -74,7 +90,8 @@ class Clockwork:
         assert scheduler.num_admitted <= scheduler.max_rows
         rows = {*scheduler.running, *scheduler._opening, *(self.rows[number] for number in self.cached)}
         if rows and scheduler.cache_tokens is not None:
-            assert len(rows) * max(row.reserved for row in rows) <= scheduler.cache_tokens
+            num_views = sum(len(row.views) for row in rows)
+            assert num_views * max(row.reserved for row in rows) <= scheduler.cache_tokens
 
     def run(self, steps: int = 1000) -> None:
         for _ in range(steps):
@@ -201,21 +218,24 @@ JOBS = st.lists(
         st.integers(1, 6),
         st.integers(1, 3),
         st.booleans(),
+        st.integers(0, 1),
     ),
     max_size=40,
 )
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
-@given(jobs=JOBS, max_rows=st.integers(1, 4), cache_tokens=st.sampled_from([None, 55, 130]), prefill=st.integers(1, 20))
+@given(
+    jobs=JOBS, max_rows=st.integers(2, 5), cache_tokens=st.sampled_from([None, 115, 200]), prefill=st.integers(1, 20)
+)
 def test_any_traffic_keeps_to_its_limits_and_comes_to_an_end(jobs, max_rows, cache_tokens, prefill):
     """Room, budget and what a cache holds are checked at every step; answers that nobody hurries begin in order."""
     clock, ids = Clockwork(max_rows, cache_tokens, prefill), []
     hurried, cancelled = set(), set()
-    for verb, prompt, max_tokens, n, first in jobs:
+    for verb, prompt, max_tokens, n, first, sentences in jobs:
         if verb == "submit":
             ids.append(f"{len(ids):02}")
-            clock.submit(ids[-1], prompt, max_tokens, n, first)
+            clock.submit(ids[-1], prompt, max_tokens, n, first, sentences)
             hurried |= {ids[-1]} if first else set()
         elif verb == "cancel" and ids:
             cancelled.add(ids[len(prompt) % len(ids)])
@@ -227,6 +247,19 @@ def test_any_traffic_keeps_to_its_limits_and_comes_to_an_end(jobs, max_rows, cac
     if max_rows == 1:
         calm = [id for id in clock.begun if id not in hurried]
         assert calm == sorted(calm)
+
+
+def test_what_sentences_say_to_a_continued_answer_is_asked_once_for_every_view():
+    """However long the pieces, and though a neighbour has the same tokens in its cache already."""
+    for prefill_tokens in (1, 3, 100):
+        clock = Clockwork(prefill_tokens=prefill_tokens)
+        clock.submit("whole", range(100, 108), max_tokens=60, sentences=2)
+        while not clock.scheduler.running or clock.scheduler.running[0].position < 5:
+            clock.step()
+        clock.submit("rest", range(100, 108), max_tokens=9, sentences=2, answer=(MADE_UP,) * 4)
+        clock.run()
+        assert clock.rewarded == {"whole": [], "rest": [MADE_UP] * 4 * 3}
+        assert clock.encoded["rest"] == 3 * 4  # each view's prompt is shared but for its last token
 
 
 # --- cancellation -------------------------------------------------------------------------------------------------
