@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.answers import Answers
 from benchmarks.cells import Subject
 from benchmarks.equal_kl import AtKl, Curve, gains_at, resamples, summarise
 from benchmarks.held_out import HeldOut
-from benchmarks.steered import BASE, Answers, Setting
+from benchmarks.steered import BASE, Setting
 from mavis_dist.evaluate.sweep import Estimate, bootstrap
 
 Errors = tuple[float | None, float | None]  # validation error and explained variance; none without held-out trees

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from benchmarks.equal_kl import AtKl
+from benchmarks.markdown import signed, table
 from benchmarks.results import Results, Row, Spent
 from mavis_dist.evaluate.sweep import Estimate
 
@@ -30,7 +31,7 @@ def render(results: Results) -> str:
     parts = [
         "# What iterations and variants of the training bring",
         "Written by the command below from what it measured: run it again instead of editing.",
-        _table(("what", "with"), results.conditions.items()),
+        table(("what", "with"), results.conditions.items()),
         "## Iterations",
         iteration_table(results),
         ITERATIONS_NOTE.format(beta=results.middle_beta),
@@ -39,7 +40,7 @@ def render(results: Results) -> str:
         parts += ["## Variants of iteration 0", variant_table(results), VARIANTS_NOTE]
     parts += ["## Every strength", strength_table(results), "Gain in sd, at the KL in nats that an answer spends."]
     parts += ["## Reading", "\n".join(f"- {sentence}" for sentence in reading(results))]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def iteration_table(results: Results) -> str:
@@ -54,7 +55,7 @@ def iteration_table(results: Results) -> str:
         "over the one before",
         "gate",
     )
-    return _table(head, (_iteration_cells(row, results.kl[row.objective]) for row in results.iterations))
+    return table(head, (_iteration_cells(row, results.kl[row.objective]) for row in results.iterations))
 
 
 def _iteration_cells(row: Row, kl: float) -> list[str]:
@@ -90,7 +91,7 @@ def variant_table(results: Results) -> str:
             row.objective,
             row.label,
             _number(row.validation_error),
-            _signed(row.error_over) if row.error_over else NONE,
+            signed(row.error_over) if row.error_over else NONE,
             _number(row.explained_variance),
             f"{results.kl[row.objective]:.2f}",
             _at(row.gain),
@@ -98,14 +99,14 @@ def variant_table(results: Results) -> str:
         ]
         for row in results.variants
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def strength_table(results: Results) -> str:
     rows = _all(results)
     betas = [spent.beta for spent in results.iterations[0].strengths]
     head = ("objective", "value model", *(f"beta {beta:g}" for beta in betas))
-    return _table(head, ([row.objective, row.label, *map(_spent, row.strengths)] for row in rows))
+    return table(head, ([row.objective, row.label, *map(_spent, row.strengths)] for row in rows))
 
 
 def reading(results: Results) -> list[str]:
@@ -134,8 +135,8 @@ def reading(results: Results) -> list[str]:
 def _verdict(what: str, estimates: Sequence[tuple[str, Estimate | None]]) -> str:
     """How many intervals lie above 0, below it, around it, with their names."""
     known = [(name, estimate) for name, estimate in estimates if estimate]
-    above = [f"{name} {_signed(e)}" for name, e in known if e.low > 0]
-    below = [f"{name} {_signed(e)}" for name, e in known if e.high < 0]
+    above = [f"{name} {signed(e)}" for name, e in known if e.low > 0]
+    below = [f"{name} {signed(e)}" for name, e in known if e.high < 0]
     unknown = [name for name, estimate in estimates if not estimate]
     num_around = len(known) - len(above) - len(below)
     parts = [
@@ -173,28 +174,19 @@ def _gate(row: Row) -> str:
     verdict = "accepted" if row.gate["accepted"] else "refused"
     if row.gate.get("difference") is None:
         return verdict  # there was nothing to compare with
-    return f"{verdict}, {_signed(Estimate(row.gate['difference'], row.gate['low'], row.gate['high']))}"
+    return f"{verdict}, {signed(Estimate(row.gate['difference'], row.gate['low'], row.gate['high']))}"
 
 
 def _at(value: AtKl) -> str:
     if value.estimate is None:
         return "KL not reached"
     note = "" if value.reached == 1 else f" (of the resamples, {value.reached:.0%} reach the KL)"
-    return _signed(value.estimate) + note
+    return signed(value.estimate) + note
 
 
 def _spent(spent: Spent) -> str:
-    return f"{_signed(spent.gain)} at {spent.divergence:.2f}"
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.mean:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]".replace("-", "−")
+    return f"{signed(spent.gain)} at {spent.divergence:.2f}"
 
 
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.3f}".replace("-", "−")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,9 +1,7 @@
 """Answers to unseen prompts from the base model, and from every value model at every strength. No Ray.
 
-One engine holds all value models and is given all requests at once, so that its batch stays full. A setting is kept as
-soon as its last answer is written, and is skipped from then on. Every setting answers a prompt from the same seed.
-
-Lists are P long: one entry per prompt.
+One engine holds all value models. A setting is kept as soon as its last answer is written, and is skipped from then on.
+Every setting answers a prompt from the same seed.
 """
 
 from __future__ import annotations
@@ -15,14 +13,15 @@ from typing import Any
 
 import torch
 
+from benchmarks import answers
+from benchmarks.answers import Answers, scored
 from benchmarks.cells import Subject, cell_path
 from mavis_dist.config import Config
-from mavis_dist.decode import Choice, Engine, FinishReason, LocalGuide, Request, SamplingParams, Scorer
+from mavis_dist.decode import Choice, Engine, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.prompts import load_prompts
 from mavis_dist.rewards import build
-from mavis_dist.rollout.trees import RolloutError
 from mavis_dist.store.files import Store
 from mavis_dist.types import Prompt
 
@@ -42,16 +41,6 @@ class Setting:
 BASE = Setting()
 
 
-@dataclass(frozen=True)
-class Answers:
-    """One answer per prompt under one setting."""
-
-    text: list[str]
-    num_tokens: list[int]
-    divergence: list[float]  # KL(pi || pi_ref) of the whole answer, nats; exact
-    reward: dict[str, list[float]]  # by objective, in the reward's own unit
-
-
 def measure(
     config: Config, store: Store, subjects: Sequence[Subject], betas: Sequence[float]
 ) -> dict[Setting, Answers]:
@@ -66,18 +55,7 @@ def measure(
         rewards = {name: build(spec) for name, spec in config.objectives.items()}
         tokens = [base.chat(prompt.text, config.base.system) for prompt in prompts]
         for done, (setting, choices) in enumerate(answer(engine, missing, tokens, template(config)), 1):
-            texts = [choice.text for choice in choices]
-            store.write_json(
-                paths[setting],
-                asdict(
-                    Answers(
-                        text=texts,
-                        num_tokens=[len(choice.tokens) for choice in choices],
-                        divergence=[choice.divergence for choice in choices],
-                        reward={n: r.score([prompt.text for prompt in prompts], texts) for n, r in rewards.items()},
-                    )
-                ),
-            )
+            store.write_json(paths[setting], asdict(scored(choices, [prompt.text for prompt in prompts], rewards)))
             print(f"{'measure':<24} {done}/{len(missing)} settings: {setting.name}", file=sys.stderr, flush=True)
     return {setting: Answers(**store.read_json(path)) for setting, path in paths.items()}
 
@@ -93,24 +71,14 @@ def answer(
     engine: Engine, settings: Sequence[Setting], prompts: Sequence[tuple[int, ...]], common: Request
 ) -> Iterator[tuple[Setting, list[Choice]]]:
     """One answer per setting and prompt (token ids); a setting comes out when its last answer is written."""
-    for s, setting in enumerate(settings):
+    asked = {}
+    for setting in settings:
         weights = {} if setting.subject is None else {setting.subject: 1.0}
-        for p, prompt in enumerate(prompts):
-            params = replace(common.params, seed=p)
-            engine.submit(
-                replace(common, id=f"{s}/{p}", prompt=prompt, weights=weights, beta=setting.beta, params=params)
-            )
-    finished: list[dict[int, Choice]] = [{} for _ in settings]
-    while not engine.is_idle:
-        for update in engine.step():
-            if update.finished is None:
-                continue
-            s, p = map(int, update.request_id.split("/"))
-            if update.finished.finish not in (FinishReason.STOP, FinishReason.LENGTH):
-                raise RolloutError(f"{settings[s].name}, prompt {p}: {update.finished.error}")
-            finished[s][p] = update.finished
-            if len(finished[s]) == len(prompts):
-                yield settings[s], [finished[s][p] for p in range(len(prompts))]
+        steered = replace(common, weights=weights, beta=setting.beta)
+        asked[setting] = [
+            replace(steered, prompt=prompt, params=replace(common.params, seed=p)) for p, prompt in enumerate(prompts)
+        ]
+    return answers.answer(engine, asked)
 
 
 def load_engine(config: Config, subjects: Sequence[Subject]) -> tuple[BaseModel, Engine]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mavis_dist.environment  # noqa: F401  threads wait as they do in the actors
+from benchmarks.markdown import write_part
 from jobs.arguments import refusing
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
@@ -31,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, as of jobs.pipeline")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
     parser.add_argument(
-        "--markdown", type=Path, default=Path("docs/results.md"), metavar="FILE", help="the page (default: %(default)s)"
+        "--markdown",
+        type=Path,
+        default=Path("docs/results.md"),
+        metavar="FILE",
+        help="the page whose part is written (default: %(default)s)",
     )
     parser.add_argument(
         "--betas",
@@ -45,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = f"python -m benchmarks.study {shlex.join(sys.argv[1:] if argv is None else argv)}"
     config = refusing(lambda: config_module.load(arguments.config, arguments.overrides))
     results, page = refusing(lambda: run(config, arguments.betas, command))
-    _write(arguments.markdown, page)
+    write_part(arguments.markdown, "study", page)
     if arguments.json:
-        _write(arguments.json, json.dumps(results.to_json(), indent=1) + "\n")
+        arguments.json.write_text(json.dumps(results.to_json(), indent=1) + "\n")
     print(page)
 
 
@@ -65,11 +70,6 @@ def run(config: Config, betas: Sequence[float], command: str) -> tuple[Results, 
         train(config, variant)
     results = measure(config, variants, betas, command)
     return results, render(results)
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
 
 
 def _betas(text: str) -> tuple[float, ...]:

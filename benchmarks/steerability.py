@@ -1,0 +1,76 @@
+"""How well sentences steer: fronts over weights of two objectives, MATO with its ablations, relatives and alternatives.
+
+    python -m benchmarks.steerability [--quick] [--json FILE] [--markdown FILE] [--run runs/study]
+
+Needs a finished run: its prompts, the units of its rewards, and its value models for comparison. Whatever is measured
+is kept in the run's folder: a measurement that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mavis_dist.environment  # noqa: F401  threads wait as they do in the actors
+from jobs.arguments import refusing
+
+if TYPE_CHECKING:
+    from benchmarks.fronts import Steerability
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    weights: tuple[float, ...]  # of the first objective of a pair
+    prompts: int
+    samples: int  # answers per prompt and weight
+
+
+FULL = Scale((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), 48, 2)
+QUICK = Scale((0.0, 0.5, 1.0), 8, 1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.steerability", description="Measure objectives in words."
+    )
+    parser.add_argument("--quick", action="store_true", help="rough figures in four minutes instead of an hour")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="page whose part about words is written")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/study"), help="folder of a finished run (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    given = " ".join(sys.argv[1:] if argv is None else argv)
+    measured = refusing(lambda: run(arguments.run, QUICK if arguments.quick else FULL))
+    page = _page(measured, f"python -m benchmarks.steerability {given}".strip())
+    if arguments.markdown:
+        from benchmarks.markdown import write_part
+
+        write_part(arguments.markdown, "words", page)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(measured.to_json(), indent=1) + "\n")
+    print(page)
+
+
+def run(folder: Path, scale: Scale) -> Steerability:
+    from benchmarks import fronts, worded, workload
+
+    config, store = workload.open_run(folder)
+    return fronts.summarise(worded.measure(config, store, scale.weights, scale.prompts, scale.samples))
+
+
+def _page(measured: Steerability, command: str) -> str:
+    from benchmarks.words_page import render
+
+    return render(measured, command)
+
+
+if __name__ == "__main__":
+    main()

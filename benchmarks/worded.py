@@ -1,0 +1,165 @@
+"""Answers to unseen prompts under sentences, value models and prompts, over the weights of pairs of objectives. No Ray.
+
+Lists are P long: one entry per prompt and sample.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from benchmarks.answers import Answers, answer, scored
+from benchmarks.cells import Subject, cell_path
+from benchmarks.steered import load_engine, template
+from mavis_dist.config import Config
+from mavis_dist.decode import PRESETS, PreferenceParams, Request, chat_preferences
+from mavis_dist.models.load import BaseModel
+from mavis_dist.prompts import load_prompts
+from mavis_dist.rewards import build
+from mavis_dist.store import values
+from mavis_dist.store.files import Store
+from mavis_dist.types import Prompt, RewardScale, UserError
+
+SENTENCES = {  # by kind of reward
+    "sentiment": "Be warm, positive and encouraging.",
+    "brevity": "Answer in as few words as possible.",
+    "relevance": "Stay strictly on the user's question.",
+}
+MATO = "MATO"
+PARAMS: Mapping[str, PreferenceParams] = {
+    MATO: PRESETS["mato"],
+    "without weight optimisation": replace(PRESETS["mato"], adapt=False),
+    "without online optimisation": replace(PRESETS["mato"], c=1.0),
+    "without both": PRESETS["anchor"],
+    "Linear Alignment": PRESETS["linear_alignment"],
+}
+TRAINED, PROMPTED, PLAIN = "trained value models", "one prompt with both sentences", "base model"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Who steers towards what; equal ones write the same answers."""
+
+    way: str  # a key of PARAMS, or one of the other ways
+    weights: tuple[tuple[str, float], ...] = ()  # of the objectives, those above 0
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.way, *(f"{weight:g} {objective}" for objective, weight in self.weights)])
+
+
+def setting(way: str, pair: tuple[str, str], weight: float) -> Setting:
+    """The setting of a way for a pair whose first objective has this weight."""
+    if way == PLAIN:
+        return Setting(PLAIN)
+    if way == PROMPTED:
+        return Setting(PROMPTED, tuple((name, 1.0) for name in pair))
+    shares = ((pair[0], weight), (pair[1], round(1 - weight, 10)))
+    weights = tuple((name, share) for name, share in shares if share > 0)
+    if len(weights) == 1 and way in PARAMS:  # a single sentence always has all the weight
+        way = next(w for w, params in PARAMS.items() if params.strength == PARAMS[way].strength)
+    return Setting(way, weights)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All answers, and what is needed to read them."""
+
+    config: Config
+    scales: dict[str, RewardScale]
+    weights: tuple[float, ...]
+    num_prompts: int
+    num_samples: int
+    answers: dict[Setting, Answers]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        return list(combinations(self.scales, 2))
+
+
+def measure(config: Config, store: Store, weights: Sequence[float], num_prompts: int, num_samples: int) -> Measured:
+    """Answers for every pair, way and weight, those already in the store from there.
+
+    Raises:
+        UserError: the run has fewer than two objectives that a sentence is known for.
+    """
+    sentences = {name: SENTENCES[spec.reward] for name, spec in config.objectives.items() if spec.reward in SENTENCES}
+    if len(sentences) < 2:
+        raise UserError(
+            f"run {config.run!r} has no two objectives of {', '.join(SENTENCES)}: use jobs/configs/study.yaml"
+        )
+    published = values.published(store)
+    subjects = [Subject(n, n, n, published[n], values.fetch(store, n, published[n])) for n in sentences]
+    prompts = load_prompts(config.prompts, config.seed)[1][:num_prompts]
+    ways = (PLAIN, PROMPTED, TRAINED, *PARAMS)
+    pairs = list(combinations(sentences, 2))
+    settings = list(dict.fromkeys(setting(way, pair, w) for pair in pairs for way in ways for w in weights))
+    paths = _paths(config, prompts, num_samples, sentences, subjects, settings)
+    missing = [s for s in settings if not store.exists(paths[s])]
+    if missing:
+        base, engine = load_engine(config, subjects)
+        rewards = {name: build(config.objectives[name]) for name in sentences}
+        questions = [prompt.text for prompt in prompts for _ in range(num_samples)]
+        asked = {s: _requests(s, config, base, questions, sentences) for s in missing}
+        for done, (s, choices) in enumerate(answer(engine, asked), 1):
+            store.write_json(paths[s], asdict(scored(choices, questions, rewards)))
+            print(f"{'measure':<24} {done}/{len(missing)} settings: {s.name}", file=sys.stderr, flush=True)
+    return Measured(
+        config,
+        {subject.objective: subject.scale for subject in subjects},
+        tuple(weights),
+        len(prompts),
+        num_samples,
+        {s: Answers(**store.read_json(path)) for s, path in paths.items()},
+    )
+
+
+def _requests(
+    s: Setting, config: Config, base: BaseModel, questions: Sequence[str], sentences: Mapping[str, str]
+) -> list[Request]:
+    """One request per question, each with a seed of its own that is the same under all settings."""
+    common, system = replace(template(config), beta=config.steer.beta), config.base.system
+    if s.way == TRAINED:
+        common = replace(common, weights=dict(s.weights))
+    if s.way == PROMPTED:
+        system = "\n".join([system, *(sentences[name] for name, _ in s.weights)])
+    requests = []
+    for seed, question in enumerate(questions):
+        request = replace(common, prompt=base.chat(question, system), params=replace(common.params, seed=seed))
+        if s.way in PARAMS:
+            worded = [(sentences[name], weight) for name, weight in s.weights]
+            preferences = chat_preferences(base.tokenizer, question, worded, system)
+            request = replace(request, preferences=preferences, preference_params=PARAMS[s.way])
+        requests.append(request)
+    return requests
+
+
+def _paths(
+    config: Config,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    sentences: Mapping[str, str],
+    subjects: Sequence[Subject],
+    settings: Sequence[Setting],
+) -> dict[Setting, str]:
+    common: dict[str, Any] = {
+        "base": config.base.model_dump(mode="json", exclude={"device"}),
+        "prompts": [prompt.text for prompt in prompts],
+        "samples": num_samples,
+        "params": asdict(template(config).params),
+        "rewards": {name: config.objectives[name].model_dump(mode="json") for name in sentences},
+    }
+    fingerprints = {subject.objective: subject.fingerprint for subject in subjects}
+
+    def inputs(s: Setting) -> dict[str, Any]:
+        steering: dict[str, Any] = {"sentences": [sentences[name] for name, _ in s.weights]}
+        if s.way == TRAINED:
+            steering = {"models": [fingerprints[name] for name, _ in s.weights], **config.steer.model_dump(mode="json")}
+        if s.way in PARAMS:
+            steering["params"] = asdict(PARAMS[s.way])
+        return {**common, **steering, "weights": s.weights}
+
+    return {s: cell_path("words", s.name.replace(" ", "-"), inputs(s)) for s in settings}
