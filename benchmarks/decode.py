@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(run: Path, scale: Scale) -> dict[str, Any]:
     import torch
 
-    from benchmarks import quality, soak, speed, steps, students, workload
+    from benchmarks import quality, sentences, soak, speed, steps, students, workload
+    from benchmarks.turns import ratio
     from mavis_dist.types import TILT_CAP
 
     torch.set_num_threads(THREADS)
@@ -57,6 +58,7 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
     memory = soak.measure(scale.soak)
     speeds = speed.measure(work, scale.sizes, scale.repetitions, scale.tokens)
     say(speed_table(speeds, scale.sizes))
+    worded = sentences.measure(work, scale.repetitions, scale.tokens)
     stepping = steps.measure(work, HEADLINE_SIZES, scale.repetitions, scale.tokens)
     qualities = quality.measure(work, scale.caps, scale.prompts)
     say(quality_table(qualities))
@@ -66,6 +68,8 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
         **speed_headlines(speeds),
         **quality_headlines([q for q in qualities if q["weights"] in work.objectives]),
         **step_headlines(stepping),
+        "worded_vs_plain_rows": ratio(worded.per_s["worded"], worded.per_s["plain"]),
+        "worded_vs_plain_rows_cpu": ratio(worded.per_cpu_s["worded"], worded.per_cpu_s["plain"]),
         "soak_rss_growth_mb": memory[str(scale.soak[1])] - memory[str(scale.soak[0])],
     }
     say(headline_table(headline))
@@ -73,6 +77,7 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
         "conditions": conditions,
         "tokens_per_s": speeds,
         "steps": stepping,
+        "rows_with_sentences": asdict(worded),
         "quality": qualities,
         "students": predictions,
         "soak": memory,
