@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from mavis_dist.decode import Choice, FinishReason, Request, RequestError, Update
+from mavis_dist.decode import Choice, FinishReason, Request, RequestError, TokenLogprobs, Update
 from serve.engine_loop import Refused
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Piece:
     tokens: tuple[int, ...]
     finished: Choice | None = None
     resumed: bool = False  # `finished` counts only what the last base replica wrote
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, where the request asks
 
 
 async def follow(request: Request, open_stream: OpenStream, limits: Limits) -> AsyncGenerator[Request | Piece, None]:
@@ -92,16 +93,18 @@ async def follow(request: Request, open_stream: OpenStream, limits: Limits) -> A
 def _piece(tokens: list[int], updates: list[Update], resumed: bool) -> Piece:
     """Extend `tokens` by what is new in the updates of one answer."""
     known, finished = len(tokens), None
+    logprobs: list[TokenLogprobs] = []
     for update in updates:
         if update.start > len(tokens):
             raise BaseLost(f"tokens {len(tokens)} to {update.start} are missing")
+        logprobs.extend(update.logprobs[len(tokens) - update.start :])
         tokens.extend(update.tokens[len(tokens) - update.start :])
         finished = update.finished
         if finished is not None and finished.finish is FinishReason.ABORT:
             raise BaseLost("the engine gave the answer up")
         if finished is not None and finished.finish is FinishReason.ERROR:
             raise AnswerFailed(finished.error or "the engine failed")
-    return Piece(tuple(tokens[known:]), finished, resumed)
+    return Piece(tuple(tokens[known:]), finished, resumed, tuple(logprobs))
 
 
 async def _messages(

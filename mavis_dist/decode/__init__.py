@@ -9,12 +9,14 @@ from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams,
 from mavis_dist.decode.processor import TiltProcessor
 from mavis_dist.decode.request import (
     Alternative,
+    Candidate,
     Choice,
     FinishReason,
     Request,
     RequestError,
     SamplingParams,
     Scorer,
+    TokenLogprobs,
     Update,
 )
 from mavis_dist.decode.search import beam_search, best_of
@@ -22,6 +24,7 @@ from mavis_dist.decode.search import beam_search, best_of
 __all__ = [
     "PRESETS",
     "Alternative",
+    "Candidate",
     "Choice",
     "Engine",
     "FinishReason",
@@ -35,6 +38,7 @@ __all__ = [
     "SamplingParams",
     "Scorer",
     "TiltProcessor",
+    "TokenLogprobs",
     "Update",
     "beam_search",
     "best_of",

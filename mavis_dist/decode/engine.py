@@ -18,8 +18,9 @@ from mavis_dist.core import noise
 from mavis_dist.core.tilt import candidates, choose, evaluation_order, ranking
 from mavis_dist.decode.batch import Batch
 from mavis_dist.decode.guide import Guide, GuideRow
+from mavis_dist.decode.logprobs import token_logprobs
 from mavis_dist.decode.prepare import Bounds, prepare
-from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Scorer, Update
+from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Scorer, TokenLogprobs, Update
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
 from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
 from mavis_dist.decode.text import StoppedText
@@ -46,6 +47,7 @@ class _Drawn:
     is_guided: list[bool]
     faults: list[str | None]
     alternatives: list[list[Alternative]]  # empty where a row does not ask for them
+    logprobs: dict[int, TokenLogprobs]  # by b, of the rows that ask for them
 
 
 class Engine:
@@ -274,6 +276,7 @@ class Engine:
             is_guided=steering.is_guided_B.tolist(),
             faults=_faults(scores.is_sound_B, drafts.logprobs_BK.amax(-1).isfinite()),
             alternatives=self._alternatives(batch, drafts, scores),
+            logprobs=token_logprobs(drafts, scores, wording, index_B, batch.top_logprobs),
         )
 
     def _alternatives(self, batch: Batch, drafts: Drafts, scores: Scores) -> list[list[Alternative]]:
@@ -352,6 +355,8 @@ class Engine:
         row.append(token)
         choice.tokens.append(token)
         choice.alternatives = drawn.alternatives[b]
+        if b in drawn.logprobs:
+            choice.logprobs.append(drawn.logprobs[b])
         choice.logratios.append(drawn.logratios[b])
         choice.divergences.append(drawn.divergences[b])
         if row.request.is_guided:
@@ -393,7 +398,9 @@ class Engine:
 
 def _update(row: Row, start: int | None = None, tokens: tuple[int, ...] = ()) -> Update:
     finished = row.choice if row.choice.finish is not None else None
-    return Update(row.request.id, row.choice.index, row.position if start is None else start, tokens, finished)
+    start = row.position if start is None else start
+    logprobs = tuple(row.choice.logprobs[-len(tokens) :]) if tokens else ()
+    return Update(row.request.id, row.choice.index, start, tokens, finished, logprobs)
 
 
 def _faults(is_value_fine_B: torch.Tensor, is_logit_fine_B: torch.Tensor) -> list[str | None]:

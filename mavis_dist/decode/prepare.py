@@ -104,6 +104,7 @@ def _check_steering(request: Request, bounds: Bounds) -> None:
     for name, is_fine, remedy in (
         ("beta", math.isfinite(request.beta) and request.beta >= 0, "use a number >= 0"),
         ("tilt_cap", request.tilt_cap is None or request.tilt_cap > 0, "use a number > 0, or none"),
+        ("top_logprobs", (request.top_logprobs or 0) >= 0, "use an integer >= 0, or none"),
         ("guide_every", 1 <= request.guide_every <= MAX_COUNT, f"use an integer from 1 to {MAX_COUNT}"),
         (
             "stream",
