@@ -16,6 +16,7 @@ from mavis_dist.decode import Choice, Request
 from mavis_dist.decode.request import stream_of
 from mavis_dist.decode.text import StoppedText
 from serve.answers import AnswerFailed, Limits, OpenStream, Piece, follow
+from serve.logprobs import Alignment, Entry, Speller, chat_logprobs, text_logprobs
 from serve.schema import DONE, TEXT, ApiError, GenerationRequest, Json, Preference, Shape, event, usage
 
 
@@ -24,16 +25,24 @@ class _Answer:
     """One choice while it is written."""
 
     text: StoppedText
+    alignment: Alignment | None = None  # of tokens and text, where log-probabilities are asked for
     pieces: list[str] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     num_tokens: int = 0
     last: Piece | None = None
 
-    def add(self, piece: Piece) -> str:
-        text = self.text.add(piece.tokens, last=piece.finished is not None)
+    def add(self, piece: Piece) -> tuple[str, list[Entry]]:
+        """The text that is certain by now, and the tokens that brought it where they are asked for."""
+        is_last, entries = piece.finished is not None, []
+        if self.alignment is None:
+            text = self.text.add(piece.tokens, is_last)
+        else:
+            text, entries = self.alignment.add(piece.tokens, piece.logprobs, is_last)
         self.pieces.append(text)
+        self.entries += entries
         self.num_tokens += len(piece.tokens)
         self.last = piece
-        return text
+        return text, entries
 
     @property
     def is_finished(self) -> bool:
@@ -108,17 +117,34 @@ class Completion:
         model: str,
         limits: Limits,
         tokenizer: PreTrainedTokenizerBase,
+        spell: Speller,
     ):
         self._body, self._shape, self._request, self._limits = body, shape, request, limits
-        self._tokenizer = tokenizer
-        params = request.params
-        self._answers = [_Answer(StoppedText(tokenizer, params.stop)) for _ in range(params.n)]
+        self._tokenizer, self._spell = tokenizer, spell
+        self._answers = [self._begin() for _ in range(request.params.n)]
+        self._failure: ApiError | None = None
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._head: Json = {
             "id": f"{shape.id_prefix}-{request.id}",
             "created": int(time.time()),
             "model": model,
+        }
+
+    def _begin(self) -> _Answer:
+        text = StoppedText(self._tokenizer, self._request.params.stop)
+        return _Answer(text, None if self._request.top_logprobs is None else Alignment(text))
+
+    @property
+    def log(self) -> Json:
+        """What an access log should know of it, without a word of prompt or answer; null: not finished."""
+        return {
+            "completion": self._head["id"],
+            "n": len(self._answers),
+            "prompt_tokens": len(self._request.prompt),
+            "completion_tokens": sum(answer.num_tokens for answer in self._answers),
+            "finish_reasons": [answer.finish_reason if answer.is_finished else None for answer in self._answers],
+            "failure": None if self._failure is None else self._failure.code,
         }
 
     @property
@@ -193,7 +219,7 @@ class Completion:
                 "index": index,
                 **self._shape.whole("".join(answer.pieces)),
                 "finish_reason": answer.finish_reason,
-                "logprobs": None,
+                "logprobs": self._logprobs(answer.entries),
                 "mavis": answer.report(self._sentences),
             }
             for index, answer in enumerate(self._answers)
@@ -207,9 +233,10 @@ class Completion:
             if self._shape.opening is not None:
                 for index in range(len(self._answers)):
                     yield self._chunk({"index": index, **self._shape.opening})
-            async for index, text in self._pieces():
-                if text:
-                    yield self._chunk({"index": index, **self._shape.piece(text)})
+            async for index, text, entries in self._pieces():
+                if text or entries:
+                    logprobs = self._logprobs(entries)
+                    yield self._chunk({"index": index, **self._shape.piece(text), "logprobs": logprobs})
                 answer = self._answers[index]
                 if answer.is_finished:
                     report = answer.report(self._sentences)
@@ -228,18 +255,25 @@ class Completion:
         choices = [{"finish_reason": None, "logprobs": None, **choice}] if choice else []
         return event({**self._head, "object": self._shape.chunk_object, "choices": choices, **extra})
 
+    def _logprobs(self, entries: Sequence[Entry]) -> Json | None:
+        """None where they are not asked for."""
+        if self._request.top_logprobs is None:
+            return None
+        return (text_logprobs if self._shape is TEXT else chat_logprobs)(entries, self._spell)
+
     def _usage(self) -> Json:
         return usage(len(self._request.prompt), sum(answer.num_tokens for answer in self._answers))
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, str]]:
-        """(choice, text) as it comes, until all choices are finished; raises ApiError."""
+    async def _pieces(self) -> AsyncIterator[tuple[int, str, list[Entry]]]:
+        """(choice, text, its tokens) as it comes, until all choices are finished; raises ApiError."""
         left = len(self._answers)
         while left:
             index, item = await self._queue.get()
             if isinstance(item, Exception):
-                raise ApiError(500, str(item), code="engine_error")
+                self._failure = ApiError(500, str(item), code="engine_error")
+                raise self._failure
             left -= item.finished is not None
-            yield index, self._answers[index].add(item)
+            yield index, *self._answers[index].add(item)
 
     async def _pump(
         self, index: int, request: Request, open_stream: OpenStream, accepted: asyncio.Future[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from mavis_dist.decode.prepare import Bounds, prepare
 from mavis_dist.models.load import ModelError, chat_ids
 from serve.answers import Limits, OpenStream
 from serve.completion import Completion
+from serve.logprobs import Speller
 from serve.schema import (
     CHAT,
     TEXT,
@@ -46,6 +48,9 @@ class Settings:
     beta: float
     tilt_cap: float | None
     limits: Limits
+    max_prompt_tokens: int | None = None  # none: what the model's context has room for
+    max_n: int = 16  # answers to one request
+    max_preferences: int = 16  # sentences in one request
 
 
 class Completions:
@@ -53,50 +58,82 @@ class Completions:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings, open_stream: OpenStream):
         self._tokenizer, self._settings, self._open_stream = tokenizer, settings, open_stream
+        self._spell = Speller(tokenizer)
 
-    async def start(self, body: ChatRequest | TextRequest, objectives: Mapping[str, int]) -> Completion:
-        """Begin to write the answers; raises ApiError before anything is sent if they are refused."""
+    async def start(
+        self, body: ChatRequest | TextRequest, objectives: Mapping[str, int], request_id: str | None = None
+    ) -> Completion:
+        """Begin to write the answers; raises ApiError before anything is sent if they are refused.
+
+        The completion's id begins with `request_id`, so that the logs of all deployments can be searched for it.
+        """
         if body.model != self._settings.model:
             raise ApiError(
                 404,
-                f"the model {body.model!r} does not exist here; use {self._settings.model!r}",
+                f"the model {body.model!r:.100} does not exist here; use {self._settings.model!r}",
                 "model",
                 "model_not_found",
             )
-        shape, prompt, preferences = self._prompt(body)
+        self._check_counts(body)
+        # Ids of requests are the client's to choose, and may be used twice.
+        identity = f"{request_id}-{secrets.token_hex(4)}" if request_id else uuid.uuid4().hex
         try:
+            shape, prompt, preferences = self._prompt(body)
             # Whether there are students only the base replica knows; it refuses by itself.
             bounds = Bounds(objectives, self._settings.max_context, predicted=objectives, max_rows=self._settings.rows)
-            request = prepare(self._request(body, prompt, preferences), bounds)
+            request = prepare(self._request(identity, body, prompt, preferences), bounds)
         except RequestError as error:
             raise _refused(error, body) from None
-        completion = Completion(body, shape, request, self._settings.model, self._settings.limits, self._tokenizer)
+        completion = Completion(
+            body, shape, request, self._settings.model, self._settings.limits, self._tokenizer, self._spell
+        )
         try:
             await completion.open(self._open_stream)
         except RequestError as error:
             raise _refused(error, body) from None
         return completion
 
+    def _check_counts(self, body: GenerationRequest) -> None:
+        """What multiplies the work of a request is bounded before any work is done."""
+        num_sentences = len(body.preferences or ())
+        for name, count, limit in (
+            ("n", body.n or 1, self._settings.max_n),
+            ("preferences", num_sentences, self._settings.max_preferences),
+        ):
+            if count > limit:
+                raise ApiError(400, f"{name}: {count} given; this server takes at most {limit}", name)
+
     def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, list[int], tuple[Preference, ...]]:
-        """The token ids of the plain prompt, and those with each sentence in it."""
+        """The token ids of the plain prompt, and those with each sentence in it; raises RequestError."""
         sentences = [(preference.text, preference.weight) for preference in body.preferences or ()]
         if isinstance(body, TextRequest):
+            prompt = self._ids(body.prompt)
+            self._check_length(prompt)
             preferences = tuple(
                 Preference(text, tuple(self._ids(f"{text}\n\n{body.prompt}")), weight) for text, weight in sentences
             )
-            return TEXT, self._ids(body.prompt), preferences
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        system = self._settings.system
+            return TEXT, prompt, preferences
+        messages, system = [message.turn for message in body.messages], self._settings.system
         try:
-            preferences = chat_preferences(self._tokenizer, messages, sentences, system)
-            return CHAT, chat_ids(self._tokenizer, messages, system), preferences
+            prompt = chat_ids(self._tokenizer, messages, system)
+            self._check_length(prompt)
+            return CHAT, prompt, chat_preferences(self._tokenizer, messages, sentences, system)
         except ModelError as error:
             raise ApiError(400, str(error), "messages") from None
+
+    def _check_length(self, prompt: list[int]) -> None:
+        """Before it is repeated for every sentence."""
+        limit = self._settings.max_prompt_tokens
+        limit = self._settings.max_context - 1 if limit is None else limit
+        if len(prompt) > limit:
+            raise RequestError("prompt", f"has {len(prompt)} tokens; this server takes at most {limit}")
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])
 
-    def _request(self, body: GenerationRequest, prompt: list[int], preferences: tuple[Preference, ...]) -> Request:
+    def _request(
+        self, identity: str, body: GenerationRequest, prompt: list[int], preferences: tuple[Preference, ...]
+    ) -> Request:
         settings, default = self._settings, SamplingParams()
         limit = body.token_limit
         if limit is not None and limit > settings.max_tokens:
@@ -115,7 +152,7 @@ class Completions:
             stop=body.stops,
         )
         return Request(
-            id=uuid.uuid4().hex,
+            id=identity,
             prompt=tuple(prompt),
             weights=body.weights(),
             beta=settings.beta if body.beta is None else body.beta,
@@ -125,6 +162,7 @@ class Completions:
             params=params,
             scorer=Scorer(body.scorer or "lazy"),
             guide_every=body.guide_every or 1,
+            top_logprobs=body.num_logprobs,
         )
 
 
