@@ -20,7 +20,7 @@ from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
 from serve.base import Base
-from serve.gateway import Gateway
+from serve.gateway import Gateway, open_keys
 from serve.handles import value_application
 from serve.settings import Arguments, MainArgs, ValueArgs, main_args, value_args
 from serve.value import Value
@@ -52,8 +52,10 @@ def build_value(args: ValueArgs) -> Application:
     return _deployment(Value, **_options(args), request_router_config=router).bind(args)
 
 
-def deploy(config: Config, limit_s: float = 300.0) -> str:
+def deploy(config: Config, limit_s: float = 300.0, keys: str | None = None) -> str:
     """Run all applications of a config on the connected cluster; the URL, once every replica is healthy.
+
+    `keys` as in main_args.
 
     Raises:
         UserError: if they cannot be placed, fail to start, or take longer than `limit_s`.
@@ -63,9 +65,11 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
     if not objectives:
         raise DeployError(f"nothing is published in {store.root}: run the pipeline first, or choose another run=NAME")
     check_serving(config, cluster.nodes())
+    args = main_args(config, keys)
+    open_keys(args)  # a missing file is said here, in one line
     host, port = config.serve.host, config.serve.port
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    targets = [serve.RunTarget(build_main(main_args(config)), MAIN, route_prefix="/")]
+    targets = [serve.RunTarget(build_main(args), MAIN, route_prefix="/")]
     if config.serve.placement == "replicas":
         for name in objectives:
             application = build_value(value_args(config, name))

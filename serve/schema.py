@@ -70,7 +70,7 @@ class StreamOptions(Body):
 class FlatArgs(Body):
     """Steering for clients that cannot send nested extras."""
 
-    objective_weights: str
+    objective_weights: Annotated[str, Field(examples=["positive=0.7,brief=0.3"])]
 
 
 class Preference(Body):
@@ -129,18 +129,28 @@ class GenerationRequest(Body):
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="accepted and not used, as the three that follow")
+    user: str | None = Field(None, description="a label, as the next three: none of them changes the answer")
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    objective_weights: dict[str, float] | None = None
-    beta: Annotated[float, Field(ge=0)] | None = None
-    tilt_cap: Annotated[float, Field(gt=0)] | None = None
-    preferences: Annotated[list[Preference], Field(max_length=MAX_PREFERENCES)] | None = None
-    preference_params: PreferenceParams | None = None
-    scorer: Literal["full", "lazy", "qhead"] | None = None
-    guide_every: Count | None = None
-    vllm_xargs: FlatArgs | None = None
+    objective_weights: dict[str, float] | None = Field(
+        None, description="objective -> weight >= 0, as /v1/objectives names them; only their proportions count"
+    )
+    beta: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="strength: nats of tilt per standard deviation of reward; 0: the base model"
+    )
+    tilt_cap: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="most nats that a token can gain; what lets the lazy scorer leave candidates out"
+    )
+    preferences: Annotated[list[Preference], Field(max_length=MAX_PREFERENCES)] | None = Field(
+        None, description="objectives in words"
+    )
+    preference_params: PreferenceParams | None = Field(None, description="how the sentences steer")
+    scorer: Literal["full", "lazy", "qhead"] | None = Field(
+        None, description="which candidates value models look at; full and lazy write the same tokens"
+    )
+    guide_every: Count | None = Field(None, description="tilt every so many tokens; the base model writes the others")
+    vllm_xargs: FlatArgs | None = Field(None, description="for clients that forbid nested extras")
 
     @property
     def token_limit(self) -> int | None:

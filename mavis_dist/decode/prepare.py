@@ -14,6 +14,7 @@ from mavis_dist.types import MAX_COUNT
 
 MAX_STRENGTH = 8.0  # of sentences; beyond it answers fall apart
 MAX_STEPS = 10_000  # of online optimisation
+MAX_BETA = 1e6  # far beyond use, and safe in any sum
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _check_sampling(params: SamplingParams) -> None:
 
 def _check_steering(request: Request, bounds: Bounds) -> None:
     for name, is_fine, remedy in (
-        ("beta", math.isfinite(request.beta) and request.beta >= 0, "use a number >= 0"),
+        ("beta", 0 <= request.beta <= MAX_BETA, f"use a number from 0 to {MAX_BETA:g}"),
         ("tilt_cap", request.tilt_cap is None or request.tilt_cap > 0, "use a number > 0, or none"),
         ("top_logprobs", (request.top_logprobs or 0) >= 0, "use an integer >= 0, or none"),
         ("guide_every", 1 <= request.guide_every <= MAX_COUNT, f"use an integer from 1 to {MAX_COUNT}"),
