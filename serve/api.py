@@ -13,10 +13,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from serve import examples
 from serve.completion import Completion
 from serve.completions import Completions
 from serve.door import ID_HEADER, Door, Edge
+from serve.examples import CHAT_BODIES, QUESTION, REFUSALS, TEXT_BODIES, answer
 from serve.registry import Registry
 from serve.schema import ApiError, ChatRequest, Json, TextRequest, refusal
 
@@ -30,7 +30,7 @@ def create_api(
 ) -> FastAPI:
     """`base_load` asks a base replica for answers running and waiting, and raises if none is healthy."""
     edge = edge or Edge()
-    api = FastAPI(title="mavis_dist", docs_url=None, redoc_url=None, responses=examples.REFUSALS)
+    api = FastAPI(title="mavis_dist", docs_url=None, redoc_url=None, responses=REFUSALS)
     _add_error_handlers(api)
     _add_door(api, edge)
     # The door has looked at the key; here it is for the description alone.
@@ -47,20 +47,20 @@ def create_api(
     @api.post(
         "/v1/chat/completions",
         dependencies=keyed,
-        responses={200: examples.answer("chat.completion", {"message": examples.QUESTION[0]}, "chatcmpl")},
+        responses={200: answer("chat.completion", {"message": QUESTION[0]}, "chatcmpl")},
     )
     async def chat_completions(
-        request: Request, body: Annotated[ChatRequest, Body(openapi_examples=examples.CHAT_BODIES)]
+        request: Request, body: Annotated[ChatRequest, Body(openapi_examples=CHAT_BODIES)]
     ) -> Any:
         return await complete(request, body)
 
     @api.post(
         "/v1/completions",
         dependencies=keyed,
-        responses={200: examples.answer("text_completion", {"text": " long and good."}, "cmpl")},
+        responses={200: answer("text_completion", {"text": " long and good."}, "cmpl")},
     )
     async def text_completions(
-        request: Request, body: Annotated[TextRequest, Body(openapi_examples=examples.TEXT_BODIES)]
+        request: Request, body: Annotated[TextRequest, Body(openapi_examples=TEXT_BODIES)]
     ) -> Any:
         return await complete(request, body)
 

@@ -11,10 +11,10 @@ from mavis_dist.decode.published import fetch_published, load_guide
 from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.store.files import Store
-from serve import logs
 from serve.answers import Message
 from serve.engine_loop import EngineLoop, stream
 from serve.handles import ValueHandles
+from serve.logs import configure_logs
 from serve.remote_guide import RemoteGuide
 from serve.settings import MainArgs
 
@@ -37,7 +37,7 @@ def make_guide(args: MainArgs, base: BaseModel) -> Guide | None:
 
 class Base:
     def __init__(self, args: MainArgs):
-        logs.configure()
+        configure_logs()
         base = load_base(args.base, args.dtype, args.device)
         self._loop = EngineLoop(Engine(base, make_guide(args, base), args.rows))
 

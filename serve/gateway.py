@@ -12,13 +12,13 @@ from transformers import AutoConfig
 
 from mavis_dist.models.load import fetch, load_tokenizer
 from mavis_dist.store.files import Store
-from serve import logs
 from serve.answers import Limits
 from serve.api import create_api
 from serve.completions import Completions, Settings
 from serve.door import Edge
 from serve.handles import LOST, base_streams
 from serve.keys import Keys
+from serve.logs import configure_logs
 from serve.registry import Registry
 from serve.schema import ApiError
 from serve.settings import NO_KEYS, MainArgs
@@ -50,7 +50,7 @@ def open_keys(args: MainArgs) -> Keys | None:
 
 class Gateway:
     def __init__(self, args: MainArgs, base: DeploymentHandle[Any]):
-        logs.configure()
+        configure_logs()
         self._args, self._base = args, base
         self._keys = open_keys(args)
         self._completions = Completions(load_tokenizer(args.base), settings_of(args), base_streams(base))

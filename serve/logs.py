@@ -24,7 +24,7 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure() -> None:
+def configure_logs() -> None:
     """Let this process write the logs of `serve`; done once, by every replica."""
     logger = logging.getLogger("serve")
     if not logger.handlers:

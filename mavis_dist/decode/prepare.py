@@ -14,7 +14,9 @@ from mavis_dist.types import MAX_COUNT
 
 MAX_STRENGTH = 8.0  # of sentences; beyond it answers fall apart
 MAX_STEPS = 10_000  # of online optimisation
-MAX_BETA = 1e6  # far beyond use, and safe in any sum
+# Far beyond use, and safe in any sum and quotient.
+MAX_BETA = 1e6
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,11 @@ def normalise_preferences(preferences: tuple[Preference, ...], params: Preferenc
 
 def _check_sampling(params: SamplingParams) -> None:
     for name, is_fine, remedy in (
-        ("temperature", math.isfinite(params.temperature) and params.temperature >= 0, "use a number >= 0"),
+        (
+            "temperature",
+            params.temperature == 0 or MIN_TEMPERATURE <= params.temperature <= MAX_TEMPERATURE,
+            f"use 0, or a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+        ),
         ("top_k", 1 <= params.top_k <= MAX_COUNT, f"use an integer from 1 to {MAX_COUNT}"),
         ("top_p", 0 < params.top_p <= 1, "use a number in (0, 1]"),
         ("min_p", 0 <= params.min_p < 1, "use a number in [0, 1)"),

@@ -20,7 +20,8 @@ ANYTHING = st.recursive(LEAF, lambda x: st.lists(x, max_size=3) | st.dictionarie
 WEIGHT = st.one_of(st.floats(0, 5), st.floats(0, 5), NUMBER)
 OBJECTIVE = st.one_of(*[st.sampled_from(OBJECTIVES)] * 5, TEXT)
 POSITIVE = st.one_of(st.floats(0, 1e4), st.floats(0, 1e4), NUMBER)
-SENTENCE = st.fixed_dictionaries({"text": TEXT}, optional={"weight": WEIGHT})
+WORDS = st.one_of(*[st.text(st.characters(codec="ascii", min_codepoint=32), min_size=1, max_size=20)] * 9, TEXT)
+SENTENCE = st.fixed_dictionaries({"text": WORDS}, optional={"weight": WEIGHT})
 PRESETS = st.sampled_from(["mato", "anchor", "linear_alignment", "opad", "context_steering", "amulet"])
 
 
@@ -42,27 +43,24 @@ PARAMS = optional(
     lam=POSITIVE,
     nu=POSITIVE,
     steps=st.integers(0, 100),
-    top_p=st.floats(0, 1),
+    top_p=st.floats(0, 1, exclude_min=True),
     normalise=st.booleans(),
 )
 FIELDS = optional(
     objective_weights=st.dictionaries(OBJECTIVE, WEIGHT, max_size=3),
-    vllm_xargs=st.fixed_dictionaries({"objective_weights": st.one_of(TEXT, st.just("brief=1,positive=2"))}),
     preferences=st.lists(SENTENCE, max_size=4),
     preference_params=PARAMS,
     beta=POSITIVE,
     tilt_cap=POSITIVE,
-    scorer=st.sampled_from(["full", "lazy", "qhead"]),
+    scorer=st.sampled_from(["full", "full", "lazy", "lazy", "qhead"]),
     guide_every=st.integers(1, 5),
     temperature=POSITIVE,
     top_k=st.integers(1, 50),
-    top_p=st.floats(0, 1),
-    min_p=st.floats(0, 1),
-    n=st.integers(1, 4),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1, exclude_max=True),
+    n=st.integers(1, 3),
     seed=st.integers(-(2**63), 2**63 - 1),
-    stop=st.lists(TEXT, max_size=3),
-    logprobs=st.one_of(st.booleans(), st.integers(0, 5)),
-    top_logprobs=st.integers(0, 5),
+    stop=st.lists(WORDS, max_size=3),
     metadata=st.dictionaries(TEXT, TEXT, max_size=2),
     stream=st.booleans(),
 )
@@ -97,18 +95,23 @@ FUZZED = settings(deadline=None, suppress_health_check=list(HealthCheck), max_ex
 
 
 @FUZZED
-@given(fields=FIELDS, extra=st.dictionaries(TEXT, ANYTHING, max_size=1))
-@example({"objective_weights": {"\ud800": 1.0}}, {})
-@example({"preferences": [{"text": "\ud800"}]}, {})
-@example({"preferences": [{"text": "a"}], "preference_params": {"alpha": 1e308, "nu": 1e308}}, {})
-@example({"temperature": 1e-320}, {})
-@example({"temperature": 1e308}, {})
-@example({"objective_weights": {"brief": 1e308, "positive": 1e308}, "beta": 1e308}, {})
-@example({"objective_weights": {"brief": 5e-324}}, {})
-def test_steering_fields(client, fields, extra):
-    body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, **fields, **extra}
+@given(
+    fields=FIELDS,
+    extra=st.one_of(*[st.just({})] * 9, st.dictionaries(TEXT, ANYTHING, max_size=1)),
+    told=st.one_of(st.none(), st.integers(0, 5)),
+)
+@example({"objective_weights": {"\ud800": 1.0}}, {}, 2)
+@example({"preferences": [{"text": "\ud800"}]}, {}, 2)
+@example({"preferences": [{"text": "a"}], "preference_params": {"alpha": 1e308, "nu": 1e308}}, {}, 2)
+@example({"temperature": 1e-320}, {}, 2)
+@example({"temperature": 1e308}, {}, 2)
+@example({"objective_weights": {"brief": 1e308, "positive": 1e308}, "beta": 1e308}, {}, 2)
+@example({"objective_weights": {"brief": 5e-324}}, {}, 2)
+def test_steering_fields(client, fields, extra, told):
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": told is not None, "top_logprobs": told}
+    body = {"model": NAME, **asked, "max_tokens": 3, **fields, **extra}
     check(client, "/v1/chat/completions", json.dumps(body).encode())
-    body = {"model": NAME, "prompt": "Hi", "max_tokens": 3, **fields, **extra}
+    body = {"model": NAME, "prompt": "Hi", "logprobs": told, "max_tokens": 3, **fields, **extra}
     check(client, "/v1/completions", json.dumps(body).encode())
 
 
@@ -120,6 +123,13 @@ def test_steering_fields(client, fields, extra):
 def test_messages(client, messages):
     body = {"model": NAME, "messages": messages, "max_tokens": 2}
     check(client, "/v1/chat/completions", json.dumps(body).encode())
+
+
+@FUZZED
+@given(weights=st.one_of(TEXT, st.from_regex(r"(brief|positive)=[0-9.e-]{1,5}(,(brief|positive)=[0-9.e-]{1,5})?")))
+def test_flat_weights(client, weights):
+    body = {"model": NAME, "prompt": "Hi", "max_tokens": 2, "vllm_xargs": {"objective_weights": weights}}
+    check(client, "/v1/completions", json.dumps(body).encode())
 
 
 @FUZZED
