@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mavis_dist.core.preferences import Accumulation
 from mavis_dist.decode import (
     PRESETS,
     Preference,
@@ -17,10 +16,10 @@ from mavis_dist.decode import (
     RequestError,
     SamplingParams,
     Scorer,
-    chat_preferences,
+    chat_prompts,
 )
 from mavis_dist.decode.prepare import Bounds, prepare
-from mavis_dist.models.load import ModelError, chat_ids
+from mavis_dist.models.load import ModelError
 from serve.answers import Limits, OpenStream
 from serve.completion import Completion
 from serve.schema import (
@@ -77,26 +76,31 @@ class Completions:
             raise _refused(error, body) from None
         return completion
 
-    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, list[int], tuple[Preference, ...]]:
+    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, tuple[int, ...], tuple[Preference, ...]]:
         """The token ids of the plain prompt, and those with each sentence in it."""
         sentences = [(preference.text, preference.weight) for preference in body.preferences or ()]
+        num_rows = 1 + sum(weight != 0 for _, weight in sentences)
+        if num_rows > self._settings.rows:  # before all of them are made into prompts
+            message = f"preferences: are {num_rows - 1} sentences; use at most {self._settings.rows - 1}"
+            raise ApiError(400, message, "preferences")
         if isinstance(body, TextRequest):
             preferences = tuple(
-                Preference(text, tuple(self._ids(f"{text}\n\n{body.prompt}")), weight) for text, weight in sentences
+                Preference(text, self._ids(f"{text}\n\n{body.prompt}") if weight else (), weight)
+                for text, weight in sentences
             )
             return TEXT, self._ids(body.prompt), preferences
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        system = self._settings.system
         try:
-            preferences = chat_preferences(self._tokenizer, messages, sentences, system)
-            return CHAT, chat_ids(self._tokenizer, messages, system), preferences
+            return CHAT, *chat_prompts(self._tokenizer, messages, sentences, self._settings.system)
         except ModelError as error:
             raise ApiError(400, str(error), "messages") from None
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text)["input_ids"])
 
-    def _request(self, body: GenerationRequest, prompt: list[int], preferences: tuple[Preference, ...]) -> Request:
+    def _request(
+        self, body: GenerationRequest, prompt: tuple[int, ...], preferences: tuple[Preference, ...]
+    ) -> Request:
         settings, default = self._settings, SamplingParams()
         limit = body.token_limit
         if limit is not None and limit > settings.max_tokens:
@@ -116,7 +120,7 @@ class Completions:
         )
         return Request(
             id=uuid.uuid4().hex,
-            prompt=tuple(prompt),
+            prompt=prompt,
             weights=body.weights(),
             beta=settings.beta if body.beta is None else body.beta,
             tilt_cap=settings.tilt_cap if body.tilt_cap is None else body.tilt_cap,
@@ -129,11 +133,15 @@ class Completions:
 
 
 def _preference_params(body: GenerationRequest) -> PreferenceParams:
-    """The preset with what the body changes of it."""
+    """The preset with what the body changes of it; raises ApiError."""
     given = {} if body.preference_params is None else body.preference_params.model_dump(exclude_none=True)
     preset = PRESETS[given.pop("preset", "mato")]
-    if "accumulation" in given:
-        given["accumulation"] = Accumulation(given["accumulation"])
+    optimisation = given.keys() & {"alpha", "lam", "nu", "steps"}
+    if optimisation and "c" in given:
+        name = f"preference_params.{min(optimisation)}"
+        raise ApiError(400, f"{name}: c is given as well, and stands in its place; leave out one of them", name)
+    if optimisation:
+        preset = replace(preset, c=None)
     return replace(preset, **given)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from statistics import fmean
 
 from mavis_dist.core import noise
 from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams
@@ -61,14 +62,14 @@ class Request:
     weights: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
     beta: float = 8.0  # nats of tilt per standard deviation of reward
     tilt_cap: float | None = TILT_CAP  # nats; none: unbounded
-    preferences: tuple[Preference, ...] = ()
-    preference_params: PreferenceParams = PRESETS["mato"]
     params: SamplingParams = SamplingParams()
     answer: tuple[int, ...] = ()  # tokens written so far, when an answer is continued
     stream: int | None = None  # noise stream; none: derived from the seed and the choice index
     scorer: Scorer = Scorer.LAZY
     guide_every: int = 1  # tilt every so many tokens; the base model writes the others
     draws: int | None = None  # write one token, and report so many distinct draws of it as Choice.alternatives
+    preferences: tuple[Preference, ...] = ()  # objectives in words
+    preference_params: PreferenceParams = PRESETS["mato"]
 
     @property
     def is_guided(self) -> bool:
@@ -109,8 +110,13 @@ class Choice:
         return math.fsum(self.divergences)
 
     @property
+    def mean_preference_weights(self) -> list[float]:
+        """Over the tokens, of every sentence that steers."""
+        return [fmean(weights) for weights in zip(*self.preference_weights, strict=True)]
+
+    @property
     def worded_divergence(self) -> float:
-        """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution, both on C."""
+        """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution."""
         return math.fsum(self.worded_divergences)
 
 

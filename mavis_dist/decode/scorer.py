@@ -79,7 +79,7 @@ def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
     logratio_BK = search.delta_BK / divisor_B1 - law.log_partition_B[:, None]
     worded_B = torch.zeros_like(law.divergence_B)
     if drafts.worded_BK is not None:
-        worded_B = (law.pi_BK * drafts.worded_BK).sum(-1)
+        worded_B = torch.where(drafts.temperature_B > 0, (law.pi_BK * drafts.worded_BK).sum(-1), float("nan"))
         logratio_BK = logratio_BK + drafts.worded_BK
     return Scores(
         search.delta_BK,
