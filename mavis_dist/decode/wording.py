@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mavis_dist.core.merge import worded_shift
+from mavis_dist.core.merge import anchor, guarded
 from mavis_dist.core.preferences import Earned, adapted_weights
 from mavis_dist.decode.scheduler import Row, View
 
@@ -40,27 +40,29 @@ class Wording:
     """One step of rows of which some have sentences."""
 
     def __init__(self, rows: Sequence[Row], logits_RV: torch.Tensor):
-        logits_RV = logits_RV.float()
-        self._plain_BV = logits_RV[: len(rows)]
+        self._logits_RV, num_rows = logits_RV.float(), len(rows)
+        self._plain_BV = self._logits_RV[:num_rows]
         self.logits_BV = self._plain_BV.clone()  # of the merged distributions, not normalised
         self.weights: dict[int, list[float]] = {}  # w_k by b
-        self._views: dict[int, torch.Tensor] = {}  # logits [1 + K, V], the plain ones first
-        self._log_z: dict[int, list[float]] = {}
-        first = len(rows)
+        self._views: dict[int, list[int]] = {}  # r of the plain view and of the others, by b
+        self._log_z = self._logits_RV.logsumexp(-1).tolist()
+        first, anchors = num_rows, []
         for b, row in enumerate(rows):
             if not row.request.preferences:
                 continue
             if row.earned is None:
                 begin(row)
-            num = len(row.views) - 1
-            views = torch.cat([self._plain_BV[b : b + 1], logits_RV[first : first + num]])
-            first += num
-            self.weights[b], self._views[b] = weights(row), views
-            self._log_z[b] = views.logsumexp(-1).tolist()
-            params = row.request.preference_params
-            self.logits_BV[b] += worded_shift(
-                views[0], views[1:], self._log_z[b], self.weights[b], params.strength, params.top_p
-            )
+            end = first + len(row.views) - 1
+            self.weights[b], self._views[b] = weights(row), [b, *range(first, end)]
+            log_z = [self._log_z[r] for r in self._views[b]]
+            anchors.append(anchor(self._plain_BV[b], self._logits_RV[first:end], log_z, self.weights[b]))
+            first = end
+        params = [rows[b].request.preference_params for b in self.rows]
+        c_X, top_p_X = (
+            torch.tensor(column, device=self._logits_RV.device)
+            for column in ([p.strength for p in params], [p.top_p for p in params])
+        )
+        self.logits_BV[self.rows] += guarded(self.plain_XV, torch.stack(anchors), c_X, top_p_X)
 
     @property
     def rows(self) -> list[int]:
@@ -74,7 +76,10 @@ class Wording:
 
     def rewards(self, b: int, token: int) -> list[float]:
         """g_k of a token of a row."""
-        plain, *worded = (logit - z for logit, z in zip(self._views[b][:, token].tolist(), self._log_z[b], strict=True))
+        views = self._views[b]
+        plain, *worded = (
+            logit - self._log_z[r] for r, logit in zip(views, self._logits_RV[views, token].tolist(), strict=True)
+        )
         return [logprob - plain for logprob in worded]
 
     def logratio_BK(

@@ -17,7 +17,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mavis_dist.core import noise
-from mavis_dist.core.merge import nucleus, worded_shift
+from mavis_dist.core.merge import anchor, guarded, is_in_nucleus
 from mavis_dist.core.preferences import Accumulation, Earned, adapted_weights, amplification
 from mavis_dist.core.tilt import candidates, choose, tilt
 from mavis_dist.decode import (
@@ -126,11 +126,12 @@ def logits(seed, *shape):
 
 def shift(plain_V, views_KV, weights, c, top_p):
     log_z = [float(x.logsumexp(-1)) for x in (plain_V, *views_KV)]
-    return worded_shift(plain_V, views_KV, log_z, weights, c, top_p)
+    anchor_V = anchor(plain_V, views_KV, log_z, weights)
+    return guarded(plain_V[None], anchor_V[None], torch.tensor([c]), torch.tensor([top_p]))[0]
 
 
 def likely(logits_V, top_p):
-    return nucleus(logits_V, float(logits_V.logsumexp(-1)), top_p)
+    return is_in_nucleus(logits_V[None], torch.tensor([top_p], dtype=logits_V.dtype))[0]
 
 
 @given(st.integers(0, 1000), st.floats(0.05, 0.999))
@@ -140,6 +141,16 @@ def test_a_nucleus_is_the_smallest_likely_set(seed, top_p):
     assert probs_V[is_in_V].sum() >= top_p - 1e-6
     assert probs_V[is_in_V].sum() - probs_V[is_in_V].min() < top_p + 1e-6
     assert probs_V[is_in_V].min() >= probs_V[~is_in_V].max()
+
+
+def test_rows_have_nuclei_of_their_own():
+    logits_XV, top_p_X = logits(3, 6, 3000), torch.tensor([0.2, 0.9, 1.0, 0.999, 0.5, 0.99])
+    logits_XV[3] /= 100  # nearly all of it, in no first glance
+    is_in_XV = is_in_nucleus(logits_XV, top_p_X)
+    for row, top_p, is_in_V in zip(logits_XV, top_p_X, is_in_XV, strict=True):
+        assert (likely(row, float(top_p)) == is_in_V).all()
+    assert is_in_XV[2].all()
+    assert 2900 < is_in_XV[3].sum() < 3000
 
 
 @given(st.integers(0, 1000), st.floats(0, 4), st.floats(0.3, 1))
