@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+LIMIT_MS = 20_000  # for anything to appear; the cores may be busy with other tests
 
 
 # Of a module, not of the session: while Playwright runs, asyncio.run fails in every other test of this process.
@@ -21,6 +23,7 @@ def browser():
     if CHROMIUM is None:
         refuse = pytest.fail if os.environ.get("NEED_CHROMIUM") else pytest.skip
         refuse("no Chromium here: install it, or name one in CHROMIUM")
+    expect.set_options(timeout=LIMIT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
@@ -35,7 +38,7 @@ def open_page(browser) -> Iterator[Callable]:
     def open_page(url: str, **settings):
         contexts.append(browser.new_context(**settings))
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(LIMIT_MS)
         page.urls, page.complaints = [], []
         page.on("request", lambda request: page.urls.append(request.url))
         page.on("console", lambda message: message.type == "error" and page.complaints.append(message.text))

@@ -163,7 +163,7 @@ def test_the_answers_are_those_of_the_api(open_page, tiny_url):
     page.get_by_role("button", name="Add a sentence").click()
     page.get_by_label("Sentence 1", exact=True).fill("Be kind.")
     ask(page)
-    expect(status(page)).to_contain_text("Both answers are complete", timeout=20_000)
+    expect(status(page)).to_contain_text("Both answers are complete")
     [base] = [body for body in bodies[-2:] if "objective_weights" not in body]
     [steered] = [body for body in bodies[-2:] if "objective_weights" in body]
     assert {**base, **{name: steered[name] for name in ("objective_weights", "preferences")}} == steered
@@ -235,6 +235,19 @@ def test_candidates_show_on_hover_and_focus(play):
     expect(tip).to_be_hidden()
     page.locator("#base .token").nth(1).hover()
     assert tip.get_by_role("row").all_text_contents() == ["candidateprobability", "␣start ✓50 %", "␣go30 %"]
+
+
+def test_what_is_not_known_is_not_made_up(play):
+    unknown = {**token("So"), "logprob": None, "top_logprobs": [], "mavis": {"logratio": None, "divergence": None}}
+    report = {"divergence": None, "values": {"positive": None}, "candidates_per_token": 0.0}
+    page = play(script(steered=Written.of(unknown, report=report)))
+    ask(page)
+    expect(status(page)).to_have_text("Both answers are complete.")
+    expect(page.locator("#measure-rows")).to_contain_text("Divergencenot known")
+    page.locator("#steered .token").focus()
+    tip = page.get_by_role("tooltip")
+    expect(tip).to_contain_text("So: how far guidance moved it is not known")
+    assert tip.get_by_role("row").all_text_contents()[1:] == ["So ✓––"]
 
 
 def test_text_is_whole_however_tokens_cut_it(play):
