@@ -5,21 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from serve.completions import Completions
+from serve.page import playground
 from serve.registry import Registry
 from serve.schema import ApiError, ChatRequest, Json, TextRequest, refusal
 
 logger = logging.getLogger(__name__)
-
-PLAYGROUND = (Path(__file__).parent / "static" / "playground.html").read_text(encoding="utf-8")
 
 
 def create_api(
@@ -36,10 +34,6 @@ def create_api(
             return JSONResponse(await completion.whole())
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(completion.events(), media_type="text/event-stream", headers=headers)
-
-    @api.get("/", include_in_schema=False)
-    async def playground() -> HTMLResponse:
-        return HTMLResponse(PLAYGROUND, headers={"Cache-Control": "no-cache"})
 
     @api.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest) -> Any:
@@ -62,6 +56,8 @@ def create_api(
     @api.get("/v1/objectives")
     async def objectives() -> Json:
         return {"object": "list", "data": await registry.describe()}
+
+    api.get("/", include_in_schema=False)(playground)
 
     @api.get("/health")
     async def health() -> Json:
