@@ -37,7 +37,7 @@ test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
 
 test-processes: $(INSTALLED)
-	$(BIN)/python -m pytest tests/cluster tests/serving
+	$(BIN)/python -m pytest tests/cluster tests/serving tests/browser
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode

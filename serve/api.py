@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from serve.completions import Completions
+from serve.page import playground
 from serve.registry import Registry
 from serve.schema import ApiError, ChatRequest, Json, TextRequest, refusal
 
@@ -55,6 +56,8 @@ def create_api(
     @api.get("/v1/objectives")
     async def objectives() -> Json:
         return {"object": "list", "data": await registry.describe()}
+
+    api.get("/", include_in_schema=False)(playground)
 
     @api.get("/health")
     async def health() -> Json:
