@@ -35,9 +35,10 @@ test: $(INSTALLED)
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/browser
 
 test-processes: $(INSTALLED)
-	$(BIN)/python -m pytest tests/cluster tests/serving tests/browser
+	$(BIN)/python -m pytest tests/cluster tests/serving
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode
