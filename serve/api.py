@@ -17,6 +17,7 @@ from serve.completion import Completion
 from serve.completions import Completions
 from serve.door import ID_HEADER, Door, Edge
 from serve.examples import CHAT_BODIES, QUESTION, REFUSALS, TEXT_BODIES, answer
+from serve.page import playground
 from serve.registry import Registry
 from serve.schema import ApiError, ChatRequest, Json, TextRequest, refusal
 
@@ -78,6 +79,8 @@ def create_api(
     async def objectives() -> Json:
         """What is served: the reward of every objective, its scale, and how good its value model is."""
         return {"object": "list", "data": await registry.describe()}
+
+    api.get("/", include_in_schema=False)(playground)
 
     @api.get("/health")
     async def health() -> Json:

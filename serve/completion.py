@@ -81,7 +81,7 @@ class _Answer:
         return {
             "text": sentence.text,
             "final_weight": weights[-1],
-            "mean_weight": None if self._is_resumed else fmean(weights),
+            "mean_weight": None if self._is_resumed else self._choice.mean_preference_weights[k],
             "mean_reward": None if self._is_resumed else fmean(rewards),
         }
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mavis_dist.core.preferences import Accumulation
 from mavis_dist.decode import (
     PRESETS,
     Preference,
@@ -18,10 +17,10 @@ from mavis_dist.decode import (
     RequestError,
     SamplingParams,
     Scorer,
-    chat_preferences,
+    chat_prompts,
 )
 from mavis_dist.decode.prepare import Bounds, prepare
-from mavis_dist.models.load import ModelError, chat_ids
+from mavis_dist.models.load import ModelError
 from serve.answers import Limits, OpenStream
 from serve.completion import Completion
 from serve.logprobs import Speller
@@ -103,36 +102,39 @@ class Completions:
             if count > limit:
                 raise ApiError(400, f"{name}: {count} given; this server takes at most {limit}", name)
 
-    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, list[int], tuple[Preference, ...]]:
+    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, tuple[int, ...], tuple[Preference, ...]]:
         """The token ids of the plain prompt, and those with each sentence in it; raises RequestError."""
         sentences = [(preference.text, preference.weight) for preference in body.preferences or ()]
+        num_rows = 1 + sum(weight != 0 for _, weight in sentences)
+        if num_rows > self._settings.rows:  # before all of them are made into prompts
+            message = f"preferences: are {num_rows - 1} sentences; use at most {self._settings.rows - 1}"
+            raise ApiError(400, message, "preferences")
         if isinstance(body, TextRequest):
             prompt = self._ids(body.prompt)
             self._check_length(prompt)
             preferences = tuple(
-                Preference(text, tuple(self._ids(f"{text}\n\n{body.prompt}")), weight) for text, weight in sentences
+                Preference(text, self._ids(f"{text}\n\n{body.prompt}") if weight else (), weight)
+                for text, weight in sentences
             )
             return TEXT, prompt, preferences
-        messages, system = [message.turn for message in body.messages], self._settings.system
+        messages = [message.turn for message in body.messages]
         try:
-            prompt = chat_ids(self._tokenizer, messages, system)
-            self._check_length(prompt)
-            return CHAT, prompt, chat_preferences(self._tokenizer, messages, sentences, system)
+            prompt, preferences = chat_prompts(self._tokenizer, messages, sentences, self._settings.system)
         except ModelError as error:
             raise ApiError(400, str(error), "messages") from None
+        self._check_length(prompt)
+        return CHAT, prompt, preferences
 
-    def _check_length(self, prompt: list[int]) -> None:
-        """Before it is repeated for every sentence."""
+    def _check_length(self, prompt: tuple[int, ...]) -> None:
         limit = self._settings.max_prompt_tokens
-        limit = self._settings.max_context - 1 if limit is None else limit
-        if len(prompt) > limit:
+        if limit is not None and len(prompt) > limit:
             raise RequestError("prompt", f"has {len(prompt)} tokens; this server takes at most {limit}")
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text)["input_ids"])
 
     def _request(
-        self, identity: str, body: GenerationRequest, prompt: list[int], preferences: tuple[Preference, ...]
+        self, identity: str, body: GenerationRequest, prompt: tuple[int, ...], preferences: tuple[Preference, ...]
     ) -> Request:
         settings, default = self._settings, SamplingParams()
         limit = body.token_limit
@@ -153,7 +155,7 @@ class Completions:
         )
         return Request(
             id=identity,
-            prompt=tuple(prompt),
+            prompt=prompt,
             weights=body.weights(),
             beta=settings.beta if body.beta is None else body.beta,
             tilt_cap=settings.tilt_cap if body.tilt_cap is None else body.tilt_cap,
@@ -167,11 +169,15 @@ class Completions:
 
 
 def _preference_params(body: GenerationRequest) -> PreferenceParams:
-    """The preset with what the body changes of it."""
+    """The preset with what the body changes of it; raises ApiError."""
     given = {} if body.preference_params is None else body.preference_params.model_dump(exclude_none=True)
     preset = PRESETS[given.pop("preset", "mato")]
-    if "accumulation" in given:
-        given["accumulation"] = Accumulation(given["accumulation"])
+    optimisation = given.keys() & {"alpha", "lam", "nu", "steps"}
+    if optimisation and "c" in given:
+        name = f"preference_params.{min(optimisation)}"
+        raise ApiError(400, f"{name}: c is given as well, and stands in its place; leave out one of them", name)
+    if optimisation:
+        preset = replace(preset, c=None)
     return replace(preset, **given)
 
 

@@ -3,9 +3,10 @@
 >>> from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 """
 
+from mavis_dist.decode.chat import chat_prompts
 from mavis_dist.decode.engine import Engine
 from mavis_dist.decode.guide import Guide, GuideRow, LocalGuide
-from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams, chat_preferences
+from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams
 from mavis_dist.decode.processor import TiltProcessor
 from mavis_dist.decode.request import (
     Alternative,
@@ -42,5 +43,5 @@ __all__ = [
     "Update",
     "beam_search",
     "best_of",
-    "chat_preferences",
+    "chat_prompts",
 ]

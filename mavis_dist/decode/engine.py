@@ -204,10 +204,12 @@ class Engine:
             tokens = [piece.view.tokens[piece.start : piece.end] for piece in new]
             rewarded = [piece.rewarded for piece in new]
             logits_RV = self._base.extend([piece.view.number for piece in new], tokens, [len(r) for r in rewarded])
-            logits = logits_RV.float().split([len(r) for r in rewarded])
+            logits = logits_RV.split([len(r) for r in rewarded])
             for piece, following, logits_TV in zip(new, rewarded, logits, strict=True):
-                chosen = torch.tensor(following, dtype=torch.long, device=self._device)[:, None]
-                piece.view.logprobs += logits_TV.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+                if following:
+                    chosen = torch.tensor(following, device=self._device)[:, None]
+                    logprobs_T = logits_TV.gather(1, chosen)[:, 0].float() - logits_TV.float().logsumexp(-1)
+                    piece.view.logprobs += logprobs_T.tolist()
 
     def _encode_guide(self, pieces: Sequence[Piece]) -> None:
         """The last piece brings the last token as well: V(s) is its value."""
@@ -276,7 +278,7 @@ class Engine:
             is_guided=steering.is_guided_B.tolist(),
             faults=_faults(scores.is_sound_B, drafts.logprobs_BK.amax(-1).isfinite()),
             alternatives=self._alternatives(batch, drafts, scores),
-            logprobs=token_logprobs(drafts, scores, wording, index_B, batch.top_logprobs),
+            logprobs=token_logprobs(drafts, scores, index_B, batch.top_logprobs),
         )
 
     def _alternatives(self, batch: Batch, drafts: Drafts, scores: Scores) -> list[list[Alternative]]:
@@ -302,16 +304,27 @@ class Engine:
     ) -> Drafts:
         """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
         logits_BV = logits_RV.float() if wording is None else wording.logits_BV
-        logits_BV[(positions_B == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
-        ids_BK, logprobs_BK = candidates(logits_BV, batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
+        ids_BK, logprobs_BK = self._cut(batch, positions_B, logits_BV)
         phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
         is_eos_BK = torch.isin(ids_BK, self._eos)
         order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
         ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
             x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
         )
-        worded_BK = None if wording is None else wording.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B)
+        worded_BK = None
+        if wording is not None:
+            plain = self._cut(batch, positions_B, wording.plain_XV, wording.rows)
+            worded_BK = wording.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B, *plain)
         return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B, worded_BK)
+
+    def _cut(
+        self, batch: Batch, positions_B: torch.Tensor, logits_XV: torch.Tensor, rows: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidates and log p of some rows (none: of all) under their sampling parameters; changes the logits."""
+        chosen = slice(None) if rows is None else list(rows)
+        logits_XV[(positions_B[chosen] == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
+        columns = (batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
+        return candidates(logits_XV, *(column[chosen] for column in columns))
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
         """Tell the guide about tokens that were written without it, where it is about to be asked again."""

@@ -12,11 +12,10 @@ import torch
 from mavis_dist.core.tilt import estimate_law
 from mavis_dist.decode.request import Candidate, TokenLogprobs
 from mavis_dist.decode.scorer import Drafts, Scores
-from mavis_dist.decode.wording import Wording
 
 
 def token_logprobs(
-    drafts: Drafts, scores: Scores, wording: Wording | None, index_B: torch.Tensor, counts: Mapping[int, int]
+    drafts: Drafts, scores: Scores, index_B: torch.Tensor, counts: Mapping[int, int]
 ) -> dict[int, TokenLogprobs]:
     """By row, for those in `counts`: the chosen token and so many of the most likely ones.
 
@@ -33,10 +32,9 @@ def token_logprobs(
     log_p_BK = torch.log_softmax(drafts.logprobs_BK / temperature_B1, -1)
     log_pi_BK = (log_p_BK + gain_BK).clamp(max=0.0)  # the estimated normaliser may be too small
     logratio_BK, divergence_B = gain_BK, law.divergence_B
-    if wording is not None:
-        worded_BK = wording.logratio_BK(drafts.ids_BK, drafts.logprobs_BK, temperature_B)
-        logratio_BK = logratio_BK + worded_BK
-        divergence_B = divergence_B + (law.pi_BK * worded_BK).sum(-1)
+    if drafts.worded_BK is not None:
+        logratio_BK = logratio_BK + drafts.worded_BK
+        divergence_B = divergence_B + (law.pi_BK * drafts.worded_BK).sum(-1)
     order_BK = log_pi_BK.argsort(dim=-1, descending=True, stable=True)
     num_known_B = (log_pi_BK > float("-inf")).sum(-1).tolist()
 

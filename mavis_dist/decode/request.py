@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from statistics import fmean
 from typing import NamedTuple
 
 from mavis_dist.core import noise
@@ -62,8 +63,6 @@ class Request:
     weights: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
     beta: float = 8.0  # nats of tilt per standard deviation of reward
     tilt_cap: float | None = TILT_CAP  # nats; none: unbounded
-    preferences: tuple[Preference, ...] = ()
-    preference_params: PreferenceParams = PRESETS["mato"]
     params: SamplingParams = SamplingParams()
     answer: tuple[int, ...] = ()  # tokens written so far, when an answer is continued
     stream: int | None = None  # noise stream; none: derived from the seed and the choice index
@@ -71,6 +70,8 @@ class Request:
     guide_every: int = 1  # tilt every so many tokens; the base model writes the others
     draws: int | None = None  # write one token, and report so many distinct draws of it as Choice.alternatives
     top_logprobs: int | None = None  # report the law of every token, with so many of the most likely; none: do not
+    preferences: tuple[Preference, ...] = ()  # objectives in words
+    preference_params: PreferenceParams = PRESETS["mato"]
 
     @property
     def is_guided(self) -> bool:
@@ -128,8 +129,13 @@ class Choice:
         return math.fsum(self.divergences)
 
     @property
+    def mean_preference_weights(self) -> list[float]:
+        """Over the tokens, of every sentence that steers."""
+        return [fmean(weights) for weights in zip(*self.preference_weights, strict=True)]
+
+    @property
     def worded_divergence(self) -> float:
-        """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution, both on C."""
+        """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution."""
         return math.fsum(self.worded_divergences)
 
 

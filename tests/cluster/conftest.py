@@ -1,7 +1,11 @@
-"""One finished run of the pipeline with a tiny model, for all tests that compare with it or damage a copy of it."""
+"""One finished run of the pipeline, for all tests that compare with it or damage a copy of it.
+
+With a tiny random model, or with the one that MAVIS_FAULTS_MODEL names: then the same tests take minutes each.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from tests.tiny import write_base
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    base = write_base(folder, eos_weight=1.0)
+    base = os.environ.get("MAVIS_FAULTS_MODEL") or write_base(folder, eos_weight=1.0)
     settings = {
         "run": "undisturbed",
         "storage": str(folder / "runs"),

@@ -99,10 +99,15 @@ def test_both_placements_write_the_same(http, url, served_config, body):
         completion = await completions.start(ChatRequest.model_validate(body), {"positive": 0, "brief": 0})
         return await completion.whole()
 
-    for seed in range(3):
-        local = asyncio.run(answer({**body, "seed": seed}))["choices"][0]
-        remote = ask(http, url, {**body, "seed": seed})["choices"][0]
+    sentences = {"preferences": [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]}
+    for steering in ({"seed": 0}, {"seed": 1}, {"seed": 2, **sentences}, {"seed": 3, **sentences, "beta": 0}):
+        local = asyncio.run(answer({**body, **steering}))["choices"][0]
+        remote = ask(http, url, {**body, **steering})["choices"][0]
         assert remote["message"] == local["message"]
+        for one, other in zip(
+            remote["mavis"].get("preferences", ()), local["mavis"].get("preferences", ()), strict=True
+        ):
+            assert one["final_weight"] == pytest.approx(other["final_weight"], abs=1e-4)
         assert remote["mavis"]["values"] == pytest.approx(local["mavis"]["values"], abs=1e-3)
 
 

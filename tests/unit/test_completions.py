@@ -340,6 +340,15 @@ def test_a_preset_and_what_changes_of_it(service):
     echo = service.whole(preferences=SENTENCES[:1], preference_params=params)["mavis"]["preference_params"]
     assert (echo["adapt"], echo["alpha"], echo["steps"], echo["accumulation"]) == (False, 2.0, 3, "sum")
     assert 1 < echo["c"] < 5.6
+    of_optimisation = {"preset": "opad", "alpha": 0.5}
+    echo = service.whole(preferences=SENTENCES[:1], preference_params=of_optimisation)["mavis"]["preference_params"]
+    assert echo["c"] == pytest.approx(1.9347, abs=1e-4)
+
+
+def test_a_sentence_of_weight_zero_takes_no_room(service):
+    long = {"text": "long " * 250, "weight": 0}
+    answer = service.whole(preferences=[*SENTENCES, long], max_tokens=None)
+    assert answer["usage"]["completion_tokens"] == 400
 
 
 @pytest.mark.parametrize(
@@ -351,6 +360,8 @@ def test_a_preset_and_what_changes_of_it(service):
         ({"preferences": [{"text": str(k)} for k in range(4)]}, "preferences"),
         ({"preferences": [{"text": "long " * 700}]}, "preferences"),
         ({"preferences": [{"text": "a"}], "preference_params": {"c": 9}}, "preference_params.c"),
+        ({"preference_params": {"preset": "opad", "tau": 0}}, "preference_params.tau"),
+        ({"preference_params": {"c": 1, "steps": 3}}, "preference_params.steps"),
     ],
 )
 def test_sentences_that_cannot_steer_are_refused_by_name(service, fields, param):
