@@ -21,6 +21,7 @@ from mavis_dist.decode import (
 )
 from mavis_dist.decode.prepare import Bounds, prepare
 from mavis_dist.models.load import ModelError, chat_ids
+from serve.admission import Overloaded, Refusals
 from serve.answers import Limits, OpenStream
 from serve.completion import Completion
 from serve.schema import (
@@ -53,9 +54,22 @@ class Completions:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings, open_stream: OpenStream):
         self._tokenizer, self._settings, self._open_stream = tokenizer, settings, open_stream
+        self._refusals = Refusals()
 
-    async def start(self, body: ChatRequest | TextRequest, objectives: Mapping[str, int]) -> Completion:
-        """Begin to write the answers; raises ApiError before anything is sent if they are refused."""
+    async def start(self, body: ChatRequest | TextRequest, objectives: Mapping[str, int], key: str = "") -> Completion:
+        """Begin to write the answers; raises ApiError before anything is sent if they are refused.
+
+        `key` says whose request it is, for keys take turns; empty: the body's `user`, or nobody in particular.
+        """
+        key = key or body.user or ""
+        rows = (body.n or 1) * (1 + len(body.preferences or ()))
+        try:
+            with self._refusals.remembered(key, rows):
+                return await self._start(body, objectives, key)
+        except Overloaded as error:
+            raise ApiError(429, str(error), code="overloaded", retry_after_s=error.wait_s) from None
+
+    async def _start(self, body: ChatRequest | TextRequest, objectives: Mapping[str, int], key: str) -> Completion:
         if body.model != self._settings.model:
             raise ApiError(
                 404,
@@ -72,7 +86,7 @@ class Completions:
             raise _refused(error, body) from None
         completion = Completion(body, shape, request, self._settings.model, self._settings.limits, self._tokenizer)
         try:
-            await completion.open(self._open_stream)
+            await completion.open(self._open_stream, key)
         except RequestError as error:
             raise _refused(error, body) from None
         return completion
