@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+KEPT_S = 1.0  # those who follow come at once, or went to another base replica
 MAX_MEMORY_S = 0.25
 MEMORY_SHARE = 1 / 8  # of the time in which those who wait would all have begun
 
@@ -21,6 +22,7 @@ class Entry:
 
     key: str = ""  # whose it is; keys take turns
     room: int | None = None  # rows that it asks for; none: its own; 0: it was let in before
+    group: str = ""  # what others that follow it in are known by, where it asks for room for them, too
     is_resumed: bool = False  # its reader waits in the middle of an answer, so it goes before all others
     avoid: str = ""  # name of the base replica that was full
 
@@ -59,6 +61,15 @@ class _Queue(Generic[Item]):
         return sum(rows for rows, _ in self.waiting.values())
 
 
+@dataclass
+class _Kept:
+    """Room for those who follow one that was let in."""
+
+    key: str
+    rows: int
+    until: float
+
+
 class Line(Generic[Item]):
     """Requests that wait for rows, in one queue per key.
 
@@ -67,14 +78,28 @@ class Line(Generic[Item]):
     request, however many it has in line. Nobody overtakes the one whose turn it is, so that many rows are found, too.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic):
         """`limit`: rows that may wait, of all keys together."""
-        self._limit = limit
+        self._limit, self._clock = limit, clock
+        self._kept: dict[str, _Kept] = {}  # by group
         self._queues: dict[str | None, _Queue[Item]] = {}  # None: resumed requests, whose turn it always is
 
     @property
     def rows(self) -> int:
         return sum(queue.rows for queue in self._queues.values())
+
+    def admits(self, entry: Entry, rows: int) -> bool:
+        """Whether a request that takes so many rows is let in; what it asks for beyond them is kept for its group."""
+        if entry.room == 0:
+            if entry.group in self._kept:
+                self._kept[entry.group].rows -= rows
+            return True
+        asked = rows if entry.room is None else entry.room
+        if not self.has_room(entry.key, asked):
+            return False
+        if asked > rows:
+            self._kept[entry.group] = _Kept(entry.key, asked - rows, self._clock() + KEPT_S)
+        return True
 
     def has_room(self, key: str, rows: int) -> bool:
         """Whether a key's request may wait, too.
@@ -82,8 +107,11 @@ class Line(Generic[Item]):
         A key may wait for as many rows as are left to all others, so one alone gets half of the limit, and newcomers
         find room. Who finds nobody waiting is let in however many rows it needs: later it would fare no better.
         """
-        waiting = self.rows
+        now = self._clock()
+        self._kept = {group: kept for group, kept in self._kept.items() if kept.rows > 0 and kept.until > now}
+        waiting = self.rows + sum(kept.rows for kept in self._kept.values())
         own = self._queues[key].rows if key in self._queues else 0
+        own += sum(kept.rows for kept in self._kept.values() if kept.key == key)
         return not waiting or own + rows <= self._limit - waiting
 
     def add(self, key: str | None, request_id: str, rows: int, item: Item) -> None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from mavis_dist.decode import Choice, FinishReason, Request, RequestError, Update
 from serve.admission import ANYBODY, Entry, Full, Overloaded
-from serve.engine_loop import Refused
+from serve.engine_loop import Refused, within
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ async def follow(
                     if isinstance(message, Request):
                         if not accepted:
                             accepted = True
-                            entry = replace(entry, room=0, is_resumed=True)
+                            entry = replace(entry, room=0, group="", is_resumed=True)
                             yield message
                         continue
                     piece = _piece(tokens, message, attempt > 0)
@@ -141,7 +141,7 @@ async def _messages(source: AsyncGenerator[Item, None], stall_s: float, deadline
         while True:
             limit = min(stall_s, max(deadline - time.monotonic(), 0.001))
             try:
-                message = await asyncio.wait_for(anext(source), limit)
+                message = await within(limit, anext(source))
             except StopAsyncIteration:
                 return
             yield message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import torch
 
@@ -43,8 +44,9 @@ class Base:
 
     async def stream(self, request: Request, entry: Entry = ANYBODY) -> AsyncIterator[Message]:
         """What serve.engine_loop.stream yields."""
-        async for message in stream(self._loop, request, entry):
-            yield message
+        async with aclosing(stream(self._loop, request, entry)) as messages:
+            async for message in messages:
+                yield message
 
     async def load(self) -> tuple[int, int]:
         """Rows in use and rows waited for; raises EngineStopped."""

@@ -165,8 +165,8 @@ class Completion:
         indices = range(len(self._answers))
         rows = len(indices) * (1 + len(self._request.preferences))
         try:
-            await self._submit(indices[:1], open_stream, Entry(key, room=rows))
-            await self._submit(indices[1:], open_stream, Entry(key, room=0))
+            await self._submit(indices[:1], open_stream, Entry(key, rows, self._request.id))
+            await self._submit(indices[1:], open_stream, Entry(key, 0, self._request.id))
         except AnswerFailed as error:
             self.close()
             raise ApiError(503, str(error), code="engine_unavailable") from None

@@ -6,12 +6,15 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from mavis_dist.decode import Engine, FinishReason, Request, RequestError, Update
 from serve.admission import ANYBODY, Entry, Full, Line
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +95,8 @@ class EngineLoop:
         self.check()
         request = self._engine.prepare(request)
         job = _Job(request, on_update, request.params.n)
-        asked = job.rows if entry.room is None else entry.room
         with self._wake:
-            if asked and not self._line.has_room(entry.key, asked):
+            if not self._line.admits(entry, job.rows):
                 return Full(self._name, self._held_s * self._line.rows / self._engine.max_rows)
             self._line.add(None if entry.is_resumed else entry.key, request.id, job.rows, job)
             self._begin()
@@ -209,7 +211,7 @@ class EngineLoop:
 
 async def stream(
     loop: EngineLoop, request: Request, entry: Entry = ANYBODY, heartbeat_s: float = 5.0
-) -> AsyncIterator[Request | Refused | Full | list[Update]]:
+) -> AsyncGenerator[Request | Refused | Full | list[Update], None]:
     """The accepted request (or why it is not), then lists of updates; an empty list says: still waiting.
 
     Closing the iterator early cancels the request.
@@ -240,10 +242,28 @@ def _put(events: asyncio.AbstractEventLoop, queue: asyncio.Queue[Update], update
     events.call_soon_threadsafe(queue.put_nowait, update)
 
 
+async def within(limit_s: float, work: Awaitable[T]) -> T:
+    """The result of `work`; raises TimeoutError.
+
+    Where a cancellation comes together with the result, it wins. (In Python 3.11 asyncio.wait_for forgets it, and an
+    answer would be written to its end for a client that has left.)
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task,), timeout=limit_s)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))  # nobody may close an iterator that still runs
+    if task.cancelled():
+        raise asyncio.TimeoutError
+    return task.result()
+
+
 async def _next_updates(queue: asyncio.Queue[Update], limit_s: float) -> list[Update]:
     """All updates that are there, at least one unless none comes in time."""
     try:
-        chunk = [await asyncio.wait_for(queue.get(), limit_s)]
+        chunk = [await within(limit_s, queue.get())]
     except asyncio.TimeoutError:
         return []
     while not queue.empty():

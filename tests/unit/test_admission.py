@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.admission import Line, Overloaded, Refusals
+from serve.admission import KEPT_S, Entry, Line, Overloaded, Refusals
 
 LIMIT, MOST = 24, 6
 Keys = st.sampled_from("abc")
@@ -114,6 +114,23 @@ def test_who_finds_nobody_waiting_is_let_in_and_then_the_line_is_full():
     model = Model()
     assert model.comes("a", 10 * LIMIT)
     assert not model.comes("b", 1)
+
+
+def test_room_is_kept_for_those_who_follow_and_not_for_ever():
+    now = [0.0]
+    line: Line[str] = Line(18, lambda: now[0])
+    line.add("other", "0", 1, "0")
+    assert line.admits(Entry("a", room=8, group="g"), 2)
+    line.add("a", "1", 2, "1")
+    # 1 + 2 wait and 6 are kept: what "a" has is more than what would be left.
+    assert not line.admits(Entry("a"), 2)
+    assert not line.admits(Entry("b"), 12)
+    assert line.admits(Entry("a", room=0, group="g"), 2)
+    line.add("a", "2", 2, "2")
+    assert not line.admits(Entry("a"), 2)
+    assert line.admits(Entry("a"), 1)  # counted once, not both as kept and as waiting
+    now[0] = KEPT_S
+    assert line.admits(Entry("a"), 2)  # the others went elsewhere
 
 
 def test_resumed_requests_go_first_in_their_order():

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -62,8 +62,9 @@ class Service:
 
     async def _open(self, request: Request, entry: Entry):
         self.num_opened += 1
-        async for message in stream(self.loop, request, entry):
-            yield message
+        async with aclosing(stream(self.loop, request, entry)) as messages:
+            async for message in messages:
+                yield message
 
     async def _load(self) -> tuple[int, int]:
         return self.loop.load
