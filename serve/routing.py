@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 from serve.admission import Entry
 
 
-class AnotherReplicaRouter(RequestRouter):
+# Without FIFOMixin, Serve finds a call by the id of the HTTP request that it is made for: of several answers to one
+# request, all but one would never be routed. With it, calls that are routed at the same moment may swap replicas.
+class AnotherReplicaRouter(FIFOMixin, RequestRouter):
     """Two replicas at random, of which Serve takes the less busy one; never one that was full, if there is another."""
 
     async def choose_replicas(
