@@ -251,11 +251,12 @@ async def within(limit_s: float, work: Awaitable[T]) -> T:
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait((task,), timeout=limit_s)
+        is_late = not task.done()
     finally:
         if not task.done():
             task.cancel()
             await asyncio.wait((task,))  # nobody may close an iterator that still runs
-    if task.cancelled():
+    if is_late:
         raise asyncio.TimeoutError
     return task.result()
 

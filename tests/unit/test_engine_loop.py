@@ -140,6 +140,10 @@ def test_a_wait_ends_in_time_with_what_it_waited_for():
         with pytest.raises(asyncio.TimeoutError):
             await within(0.01, asyncio.sleep(5))
         assert await within(5, asyncio.sleep(0, "result")) == "result"
+        cancelled = asyncio.get_running_loop().create_future()
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):  # not mistaken for a wait that took too long
+            await within(5, cancelled)
         with pytest.raises(StopAsyncIteration):
             await within(5, anext(aiter_of_nothing()))
 
