@@ -88,6 +88,7 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, Json]) ->
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
+        gone.exception()  # taken note of: Serve says by an error of its own that nobody is there any more
         raise ApiError(499, "the client closed the connection", code="client_closed_request")
     finally:
         working.cancel()
