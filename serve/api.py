@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, FastAPI, Request
@@ -12,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from serve.completion import Completion
 from serve.completions import Completions
@@ -41,9 +43,13 @@ def create_api(
     async def complete(request: Request, body: ChatRequest | TextRequest) -> Any:
         asked = {"body": body.model_dump(exclude_none=True)} if edge.log_prompts else {}
         request.state.facts = lambda: asked
-        completion = await completions.start(body, await registry.iterations(), request.state.request_id)
+        key, request_id = request.state.key or "", request.state.request_id
+        completion = await completions.start(body, await registry.iterations(), key, request_id)
         request.state.facts = lambda: {**completion.log, **asked}
-        return await _answer(completion, bool(body.stream))
+        if not body.stream:
+            return JSONResponse(await _while_connected(request, completion.whole()))
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return _Events(completion, media_type="text/event-stream", headers=headers)
 
     @api.post(
         "/v1/chat/completions",
@@ -90,13 +96,6 @@ def create_api(
     return api
 
 
-async def _answer(completion: Completion, is_streamed: bool) -> Response:
-    if not is_streamed:
-        return JSONResponse(await completion.whole())
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(completion.events(), media_type="text/event-stream", headers=headers)
-
-
 def _add_door(api: FastAPI, edge: Edge) -> None:
     api.add_middleware(Door, edge=edge)
     if edge.cors_origins:  # outside of the door, so that a page can read refusals
@@ -109,10 +108,43 @@ def _add_door(api: FastAPI, edge: Edge) -> None:
         )
 
 
+class _Events(StreamingResponse):
+    """The events of a completion, which is closed in any case: a client may leave before the first of them."""
+
+    def __init__(self, completion: Completion, **options: Any):
+        super().__init__(completion.events(), **options)
+        self._completion = completion
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._completion.close()
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Json]) -> Json:
+    """The result of `work`, which is cancelled when the client leaves; raises ApiError then, for the log."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        gone.exception()  # taken note of: Serve says by an error of its own that nobody is there any more
+        raise ApiError(499, "the client closed the connection", code="client_closed_request")
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
     async def known(_: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status)
+        return JSONResponse(error.body, error.status, error.headers)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -27,6 +27,7 @@ from serve.value import Value
 
 MAIN = "main"
 DRAIN_MARGIN_S = 30
+BASE_ROUTER = "serve.routing.AnotherReplicaRouter"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
@@ -35,7 +36,8 @@ class DeployError(UserError):
 
 
 def build_main(args: MainArgs) -> Application:
-    base = _deployment(Base, **_options(args)).bind(args)
+    router = {"request_router_class": BASE_ROUTER}
+    base = _deployment(Base, **_options(args), request_router_config=router).bind(args)
     gateway = _deployment(
         serve.ingress()(Gateway),
         max_ongoing_requests=10_000,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from mavis_dist.decode import Choice, Request
 from mavis_dist.decode.request import stream_of
 from mavis_dist.decode.text import StoppedText
-from serve.answers import AnswerFailed, Limits, OpenStream, Piece, follow
-from serve.logprobs import Alignment, Entry, Speller, chat_logprobs, text_logprobs
+from serve.admission import Entry
+from serve.answers import AnswerFailed, AnswerLate, Limits, OpenStream, Piece, follow
+from serve.logprobs import Alignment, LogprobEntry, Speller, chat_logprobs, text_logprobs
 from serve.schema import DONE, TEXT, ApiError, GenerationRequest, Json, Preference, Shape, event, usage
 
 
@@ -27,11 +28,11 @@ class _Answer:
     text: StoppedText
     alignment: Alignment | None = None  # of tokens and text, where log-probabilities are asked for
     pieces: list[str] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[LogprobEntry] = field(default_factory=list)
     num_tokens: int = 0
     last: Piece | None = None
 
-    def add(self, piece: Piece) -> tuple[str, list[Entry]]:
+    def add(self, piece: Piece) -> tuple[str, list[LogprobEntry]]:
         """The text that is certain by now, and the tokens that brought it where they are asked for."""
         is_last, entries = piece.finished is not None, []
         if self.alignment is None:
@@ -181,10 +182,28 @@ class Completion:
             return "none"
         return "model" if self._tokenizer.chat_template else "plain"
 
-    async def open(self, open_stream: OpenStream) -> None:
-        """Submit every choice as a request of its own, so that each can move to another base replica."""
+    async def open(self, open_stream: OpenStream, key: str = "") -> None:
+        """Submit every choice as a request of its own, so that each can move to another base replica.
+
+        The first one asks for room for all of them, the others follow it in: all are let in, or none. Closes itself
+        where it raises RequestError, Overloaded or ApiError.
+        """
+        indices = range(len(self._answers))
+        rows = len(indices) * (1 + len(self._request.preferences))
+        try:
+            await self._submit(indices[:1], open_stream, Entry(key, rows, self._request.id))
+            await self._submit(indices[1:], open_stream, Entry(key, 0, self._request.id))
+        except AnswerFailed as error:
+            self.close()
+            raise ApiError(503, str(error), code="engine_unavailable") from None
+        except BaseException:
+            self.close()
+            raise
+
+    async def _submit(self, indices: Sequence[int], open_stream: OpenStream, entry: Entry) -> None:
+        """Begin to follow some choices, until all of them are accepted."""
         accepted: list[asyncio.Future[None]] = []
-        for index in range(len(self._answers)):
+        for index in indices:
             one = replace(
                 self._request,
                 id=f"{self._request.id}-{index}",
@@ -192,15 +211,9 @@ class Completion:
                 params=replace(self._request.params, n=1),
             )
             accepted.append(asyncio.get_running_loop().create_future())
-            self._tasks.append(asyncio.create_task(self._pump(index, one, open_stream, accepted[index])))
-        try:
-            await asyncio.gather(*accepted)
-        except AnswerFailed as error:
-            self.close()
-            raise ApiError(503, str(error), code="engine_unavailable") from None
-        except BaseException:
-            self.close()
-            raise
+            answer = follow(one, open_stream, self._limits, entry)
+            self._tasks.append(asyncio.create_task(self._pump(index, answer, accepted[-1])))
+        await asyncio.gather(*accepted)
 
     def close(self) -> None:
         """Stop writing; the rows of unfinished answers become free."""
@@ -255,7 +268,7 @@ class Completion:
         choices = [{"finish_reason": None, "logprobs": None, **choice}] if choice else []
         return event({**self._head, "object": self._shape.chunk_object, "choices": choices, **extra})
 
-    def _logprobs(self, entries: Sequence[Entry]) -> Json | None:
+    def _logprobs(self, entries: Sequence[LogprobEntry]) -> Json | None:
         """None where they are not asked for."""
         if self._request.top_logprobs is None:
             return None
@@ -264,23 +277,25 @@ class Completion:
     def _usage(self) -> Json:
         return usage(len(self._request.prompt), sum(answer.num_tokens for answer in self._answers))
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, str, list[Entry]]]:
+    async def _pieces(self) -> AsyncIterator[tuple[int, str, list[LogprobEntry]]]:
         """(choice, text, its tokens) as it comes, until all choices are finished; raises ApiError."""
         left = len(self._answers)
         while left:
             index, item = await self._queue.get()
             if isinstance(item, Exception):
-                self._failure = ApiError(500, str(item), code="engine_error")
+                late = isinstance(item, AnswerLate)
+                status, code = (504, "deadline_exceeded") if late else (500, "engine_error")
+                self._failure = ApiError(status, str(item), code=code)
                 raise self._failure
             left -= item.finished is not None
             yield index, *self._answers[index].add(item)
 
     async def _pump(
-        self, index: int, request: Request, open_stream: OpenStream, accepted: asyncio.Future[None]
+        self, index: int, answer: AsyncGenerator[Request | Piece, None], accepted: asyncio.Future[None]
     ) -> None:
         """Follow one choice into the common queue; what goes wrong before acceptance is the acceptance's result."""
         try:
-            async with aclosing(follow(request, open_stream, self._limits)) as items:
+            async with aclosing(answer) as items:
                 async for item in items:
                     if isinstance(item, Request):
                         accepted.set_result(None)

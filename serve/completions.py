@@ -21,6 +21,7 @@ from mavis_dist.decode import (
 )
 from mavis_dist.decode.prepare import Bounds, prepare
 from mavis_dist.models.load import ModelError
+from serve.admission import Overloaded, Refusals
 from serve.answers import Limits, OpenStream
 from serve.completion import Completion
 from serve.logprobs import Speller
@@ -58,14 +59,33 @@ class Completions:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings, open_stream: OpenStream):
         self._tokenizer, self._settings, self._open_stream = tokenizer, settings, open_stream
         self._spell = Speller(tokenizer)
+        self._refusals = Refusals()
 
     async def start(
-        self, body: ChatRequest | TextRequest, objectives: Mapping[str, int], request_id: str | None = None
+        self,
+        body: ChatRequest | TextRequest,
+        objectives: Mapping[str, int],
+        key: str = "",
+        request_id: str | None = None,
     ) -> Completion:
         """Begin to write the answers; raises ApiError before anything is sent if they are refused.
 
-        The completion's id begins with `request_id`, so that the logs of all deployments can be searched for it.
+        Args:
+            key: whose request it is, for keys take turns; empty: the body's `user`, or nobody in particular.
+            request_id: what the id of the completion begins with, for the logs of all deployments.
         """
+        key = key or body.user or ""
+        num_views = 1 + sum(sentence.weight != 0 for sentence in body.preferences or ())
+        rows = (body.n or 1) * num_views
+        try:
+            with self._refusals.remembered(key, rows):
+                return await self._start(body, objectives, key, request_id)
+        except Overloaded as error:
+            raise ApiError(429, str(error), code="overloaded", retry_after_s=error.wait_s) from None
+
+    async def _start(
+        self, body: ChatRequest | TextRequest, objectives: Mapping[str, int], key: str, request_id: str | None
+    ) -> Completion:
         if body.model != self._settings.model:
             raise ApiError(
                 404,
@@ -87,7 +107,7 @@ class Completions:
             body, shape, request, self._settings.model, self._settings.limits, self._tokenizer, self._spell
         )
         try:
-            await completion.open(self._open_stream)
+            await completion.open(self._open_stream, key)
         except RequestError as error:
             raise _refused(error, body) from None
         return completion

@@ -58,7 +58,7 @@ class Speller:
         return text
 
 
-class Entry(NamedTuple):
+class LogprobEntry(NamedTuple):
     """A token whose text has been handed out."""
 
     law: TokenLogprobs
@@ -77,9 +77,9 @@ class Alignment:
         self._num_sent = 0  # characters handed out
         self._end = 0  # of the text of all tokens so far, in characters
         self._unfinished: list[TokenLogprobs] = []  # tokens that the next one shares a character with
-        self._waiting: list[tuple[Entry, int]] = []  # with the end of their text
+        self._waiting: list[tuple[LogprobEntry, int]] = []  # with the end of their text
 
-    def add(self, tokens: Sequence[int], laws: Sequence[TokenLogprobs], last: bool) -> tuple[str, list[Entry]]:
+    def add(self, tokens: Sequence[int], laws: Sequence[TokenLogprobs], last: bool) -> tuple[str, list[LogprobEntry]]:
         """The text that is certain by now, and the tokens that it came from."""
         text = "".join(self._add(token, law) for token, law in zip(tokens, laws, strict=True))
         if last:
@@ -99,10 +99,10 @@ class Alignment:
     def _place(self, end: int) -> None:
         """Note where the text of the unfinished tokens lies, if it is there."""
         if end > self._end:
-            self._waiting += [(Entry(law, self._end), end) for law in self._unfinished]
+            self._waiting += [(LogprobEntry(law, self._end), end) for law in self._unfinished]
             self._unfinished, self._end = [], end
 
-    def _ready(self, last: bool) -> list[Entry]:
+    def _ready(self, last: bool) -> list[LogprobEntry]:
         """Tokens whose text is out, in the end also those that a stop string cut short."""
         is_out = [entry.start < self._num_sent and (last or end <= self._num_sent) for entry, end in self._waiting]
         ready = [entry for (entry, _), out in zip(self._waiting, is_out, strict=True) if out]
@@ -110,7 +110,7 @@ class Alignment:
         return ready
 
 
-def chat_logprobs(entries: Sequence[Entry], spell: Speller) -> Json:
+def chat_logprobs(entries: Sequence[LogprobEntry], spell: Speller) -> Json:
     """`choices[].logprobs` of /v1/chat/completions."""
 
     def worded(one: Candidate) -> Json:
@@ -128,7 +128,7 @@ def chat_logprobs(entries: Sequence[Entry], spell: Speller) -> Json:
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(entries: Sequence[Entry], spell: Speller) -> Json:
+def text_logprobs(entries: Sequence[LogprobEntry], spell: Speller) -> Json:
     """`choices[].logprobs` of /v1/completions."""
 
     def named(token: int) -> str:

@@ -27,9 +27,16 @@ MAX_PREFERENCES = 64
 class ApiError(Exception):
     """An error that the client sees, in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(status, message, param, code)
-        self.status, self.code = status, code
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ):
+        super().__init__(status, message, param, code, retry_after_s)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
         self.message, self.param = _sendable(message), None if param is None else _sendable(param)
 
     def __str__(self) -> str:
@@ -38,7 +45,15 @@ class ApiError(Exception):
     @property
     def body(self) -> Json:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.retry_after_s is None:
+            return {}
+        # The official client waits for as long as it is told, up to a minute.
+        return {"Retry-After": str(min(max(math.ceil(self.retry_after_s), 1), 60))}
 
 
 def _sendable(text: str) -> str:

@@ -46,6 +46,9 @@ class MainArgs(Arguments):
         1, description="shares of a base replica's rows; value replicas per base replica, rounded up"
     )
     rows: Annotated[int, Field(ge=1)] = SERVE.rows
+    queue: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="rows that may wait in a base replica, those of one key at most half; none: 4 times `rows`"
+    )
     max_tokens: Annotated[int, Field(ge=1)] = SERVE.max_tokens
     beta: Annotated[float, Field(ge=0)] = STEER.beta
     tilt_cap: Annotated[float, Field(gt=0)] | None = STEER.tilt_cap

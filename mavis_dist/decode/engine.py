@@ -79,7 +79,7 @@ class Engine:
                 up running answers. None: 128 on a CPU, 2048 on a GPU.
             portable: run the base model through its own forward pass, also where there is a faster one.
         """
-        self.max_context, self.cache_tokens = base.max_context, cache_tokens
+        self.max_context, self.max_rows, self.cache_tokens = base.max_context, max_rows, cache_tokens
         self._guide = guide
         self._scheduler = Scheduler(max_rows, cache_tokens)
         self._base = SlotModel(base_decoder(base.model, portable))

@@ -25,6 +25,7 @@ from mavis_dist.decode import (
 from mavis_dist.decode.text import StoppedText
 from mavis_dist.models.load import BaseModel, load_base
 from serve import answers
+from serve.admission import Entry
 from serve.answers import BaseLost, Limits
 from serve.completions import Completions, Settings
 from serve.engine_loop import EngineLoop, stream
@@ -68,10 +69,10 @@ class Service:
         self._completions = Completions(base.tokenizer, settings, self._open)
         self._loop, self._deaths_left, self._num_messages = loop, num_deaths, num_messages
 
-    async def _open(self, request: Request):
+    async def _open(self, request: Request, entry: Entry):
         dies, self._deaths_left = self._deaths_left > 0, self._deaths_left - 1
         num_left = self._num_messages
-        async with aclosing(stream(self._loop, request)) as messages:
+        async with aclosing(stream(self._loop, request, entry)) as messages:
             async for message in messages:
                 yield message
                 num_left -= 1
