@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import torch
 
-from mavis_dist.decode import Engine, Guide, Request
+from mavis_dist.decode import Guide, Request
 from mavis_dist.decode.published import fetch_published, load_guide
 from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base
@@ -14,6 +14,7 @@ from mavis_dist.store.files import Store
 from serve.answers import Message
 from serve.engine_loop import EngineLoop, stream
 from serve.handles import ValueHandles
+from serve.metrics import WatchedEngine, report
 from serve.remote_guide import RemoteGuide
 from serve.settings import MainArgs
 
@@ -37,7 +38,9 @@ def make_guide(args: MainArgs, base: BaseModel) -> Guide | None:
 class Base:
     def __init__(self, args: MainArgs):
         base = load_base(args.base, args.dtype, args.device)
-        self._loop = EngineLoop(Engine(base, make_guide(args, base), args.rows))
+        engine = WatchedEngine(base, make_guide(args, base), args.rows)
+        self._loop = EngineLoop(engine)
+        report(engine, self._loop)
 
     async def stream(self, request: Request) -> AsyncIterator[Message]:
         """What serve.engine_loop.stream yields."""

@@ -15,6 +15,7 @@ from serve.answers import Limits
 from serve.api import create_api
 from serve.completions import Completions, Settings
 from serve.handles import LOST, base_streams
+from serve.metrics import RayRecord, watched_api, watched_streams
 from serve.registry import Registry
 from serve.schema import ApiError
 from serve.settings import MainArgs
@@ -39,11 +40,14 @@ def settings_of(args: MainArgs) -> Settings:
 class Gateway:
     def __init__(self, args: MainArgs, base: DeploymentHandle[Any]):
         self._args, self._base = args, base
-        self._completions = Completions(load_tokenizer(args.base), settings_of(args), base_streams(base))
+        self._record = RayRecord()
+        streams = watched_streams(base_streams(base), self._record)
+        self._completions = Completions(load_tokenizer(args.base), settings_of(args), streams)
         self._registry = Registry(Store(args.storage, args.run))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._args.base, self._completions, self._registry, self._base_load)
+        api = create_api(self._args.base, self._completions, self._registry, self._base_load)
+        return watched_api(api, self._record)
 
     async def _base_load(self) -> tuple[int, int]:
         try:
