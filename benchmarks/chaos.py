@@ -1,0 +1,225 @@
+"""Kill -9 under load: what becomes of every stream that was open.
+
+    python -m benchmarks.chaos [--quick] [--json FILE] [--kills N] [--seed N]
+
+Serves a tiny random model in float32 on two machines of this one, asks every question once undisturbed, and then again
+and again while base replicas, value replicas, gateway, controller, proxy and machines are killed. A stream has to end
+with the very text it would have had, or visibly not to end. Ends with exit code 1 where one did neither, and writes
+its part of docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mavis_dist.environment  # noqa: F401  ray reads it
+from benchmarks.command import headline_table, say
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+
+    from benchmarks.clients import Body, Outcome
+    from benchmarks.storm import Storm
+    from benchmarks.verdicts import Verdict
+    from mavis_dist.config import Config
+
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+RUN, OBJECTIVES = "chaos", ("positive", "brief")
+SENTENCES = [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]
+NUM_BODIES, NUM_CLIENTS = 24, 8
+TOKENS = 400
+PATIENCE_S = 180.0
+CPUS_PER_MACHINE = 4  # gateway, two base replicas and four value replicas do not fit on one
+PAUSE_S = 3.0
+FULL_KILLS, QUICK_KILLS = 200, 10
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description="Kill processes under load.")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_KILLS} kills, and no page is written")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
+    parser.add_argument("--kills", type=int, help=f"how many (default: {FULL_KILLS})")
+    parser.add_argument("--seed", type=int, default=0, help="of victims and pauses (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    kills = arguments.kills or (QUICK_KILLS if arguments.quick else FULL_KILLS)
+    results = measure(kills, arguments.seed)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if not arguments.quick:
+        write_page(results)
+    if not results["is_kept"]:
+        sys.exit(1)
+
+
+def measure(num_kills: int, seed: int) -> dict[str, Any]:
+    from benchmarks.clients import clients, closed_loop
+    from benchmarks.service import give_threads
+    from benchmarks.storm import Storm
+    from benchmarks.verdicts import Verdict, judge
+
+    give_threads(1)
+    with tempfile.TemporaryDirectory(prefix="mavis-chaos-") as folder, clients() as process:
+        config = tiny_service(Path(folder))
+        bodies = make_bodies(config.base.model)
+        with machines() as cluster, served_on(cluster, config) as url:
+            calm = closed_loop(process, url, bodies, NUM_CLIENTS).result()
+            expected = texts(calm.outcomes, len(bodies))
+            storm, outcomes = Storm(cluster, CPUS_PER_MACHINE, seed), []
+            while storm.num_kills < num_kills:
+                outcomes += _round(process, url, bodies, storm, num_kills)
+                say(f"{storm.num_kills} kills, {len(outcomes)} streams: {_counts(outcomes, expected)}")
+    misled = [asdict(o) for o in outcomes if judge(o, expected[o.asked]) in (Verdict.TRUNCATED, Verdict.WRONG)]
+    results = conclude(outcomes, expected, storm.kills)
+    say(headline_table({key: figure for key, figure in results.items() if key != "verdicts"}))
+    return {**results, "seed": seed, "misled": misled}
+
+
+def _round(
+    process: ProcessPoolExecutor, url: str, bodies: Sequence[Body], storm: Storm, num_kills: int
+) -> list[Outcome]:
+    """Every question once, while things are killed."""
+    from benchmarks.clients import closed_loop
+
+    load = closed_loop(process, url, bodies, NUM_CLIENTS, PATIENCE_S)
+    storm.rage(load.done, PAUSE_S, num_kills)
+    return load.result().outcomes
+
+
+def conclude(outcomes: Sequence[Outcome], expected: Sequence[str], kills: Mapping[str, int]) -> dict[str, Any]:
+    """The figures of a storm."""
+    from benchmarks.verdicts import Verdict, is_kept, tally
+
+    verdicts = tally(outcomes, expected)
+    opened = sum(verdicts.values()) - verdicts[Verdict.REFUSED]
+    return {
+        "kills": sum(kills.values()),
+        "killed": dict(kills),
+        "streams_opened": opened,
+        "silent_truncations": verdicts[Verdict.TRUNCATED],
+        "wrong_tokens": verdicts[Verdict.WRONG],
+        "hung": verdicts[Verdict.HUNG],
+        "broken_connections": verdicts[Verdict.BROKEN],
+        "error_events": verdicts[Verdict.ERROR],
+        "never_opened": verdicts[Verdict.REFUSED],
+        "whole_share": verdicts[Verdict.WHOLE] / opened if opened else float("nan"),
+        "is_kept": is_kept(verdicts),
+        "verdicts": {verdict.value: count for verdict, count in verdicts.items()},
+    }
+
+
+def texts(outcomes: Sequence[Outcome], count: int) -> list[str]:
+    """The whole answer to every body, from a load without trouble."""
+    from mavis_dist.types import UserError
+
+    found = {outcome.asked: outcome.text for outcome in outcomes if outcome.is_whole}
+    if len(found) < count:
+        troubles = Counter(f"status {o.status} {o.error or o.broken or ''}".strip() for o in outcomes if not o.is_whole)
+        raise UserError(f"{count - len(found)} of {count} answers failed before anything was killed: {dict(troubles)}")
+    return [found[index] for index in range(count)]
+
+
+def make_bodies(model: str) -> list[Body]:
+    """Objectives, sentences, stop strings and rare guidance: all that has to be picked up again by another replica."""
+    bodies: list[Body] = []
+    for seed in range(NUM_BODIES):
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": f"Tell me more, number {seed}"}],
+            "max_tokens": TOKENS,
+            "top_k": 20,
+            "seed": seed,
+            "guide_every": 1 + seed % 2,
+            "objective_weights": {"positive": 1.0 + seed % 3, "brief": 1.0},
+        }
+        if seed % 4 == 2:
+            body["preferences"] = SENTENCES
+        if seed % 4 == 3:
+            body["stop"] = ["never written, always looked for"]
+        bodies.append(body)
+    return bodies
+
+
+def tiny_service(folder: Path) -> Config:
+    """A random model and its value models, and two replicas of each."""
+    from benchmarks.service import served
+    from mavis_dist import config as config_module
+    from tests.tiny import MODEL, write_models
+
+    write_models(folder, RUN, OBJECTIVES)
+    config = config_module.parse(
+        {
+            "run": RUN,
+            "storage": str(folder / "runs"),
+            "objectives": {"positive": {"reward": "sentiment"}, "brief": {"reward": "brevity"}},
+            "base": {"model": str(folder / MODEL), "dtype": "float32"},
+            "steer": {"beta": 1.0},
+        }
+    )
+    settings = {"base_replicas": 2, "value_replicas": 2, "cpus_per_replica": 1, "max_tokens": TOKENS}
+    return served(config, folder / "runs" / RUN, **settings)
+
+
+@contextmanager
+def machines() -> Iterator[Any]:
+    """Two machines; the one that has Ray's head stays."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_MACHINE})
+    try:
+        cluster.add_node(num_cpus=CPUS_PER_MACHINE)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@contextmanager
+def served_on(cluster: Any, config: Config) -> Iterator[str]:
+    import ray
+
+    from benchmarks.service import service
+
+    os.environ["RAY_ADDRESS"] = cluster.address
+    try:
+        with service(config) as url:
+            yield url
+    finally:
+        ray.shutdown()
+        del os.environ["RAY_ADDRESS"]
+
+
+def write_page(results: Mapping[str, Any]) -> None:
+    from benchmarks.markdown import table, write_part
+
+    killed = ", ".join(f"{count} × {kind}" for kind, count in sorted(results["killed"].items()))
+    rows = [[verdict, str(count)] for verdict, count in sorted(results["verdicts"].items())]
+    text = (
+        "## Kill -9 under load\n\n"
+        f"{results['kills']} kills with seed {results['seed']} ({killed}), while {NUM_CLIENTS} clients read streams of "
+        f"up to {TOKENS} tokens from a tiny random model in float32. There are two replicas of everything but the "
+        "gateway, on two machines (Ray nodes) of one computer. Every text is compared with the one that the same "
+        "request had before anything was killed.\n\n"
+        f"{table(['what became of a stream', 'streams'], rows)}\n\n"
+        "Repeat with `python -m benchmarks.chaos`."
+    )
+    write_part(PAGE, "chaos", text)
+
+
+def _counts(outcomes: Sequence[Outcome], expected: Sequence[str]) -> dict[str, int]:
+    from benchmarks.verdicts import tally
+
+    counts: Counter[Verdict] = tally(outcomes, expected)
+    return {verdict.value: count for verdict, count in counts.items()}
+
+
+if __name__ == "__main__":
+    main()
