@@ -18,12 +18,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mavis_dist.environment  # noqa: F401  ray reads it
 from benchmarks.command import headline_table, say
+from jobs.arguments import refusing
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
@@ -36,23 +37,35 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 RUN, OBJECTIVES = "chaos", ("positive", "brief")
 SENTENCES = [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]
-NUM_BODIES, NUM_CLIENTS = 24, 8
-TOKENS = 400
+NUM_CLIENTS = 8
 PATIENCE_S = 180.0
 CPUS_PER_MACHINE = 4  # gateway, two base replicas and four value replicas do not fit on one
 PAUSE_S = 3.0
-FULL_KILLS, QUICK_KILLS = 200, 10
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is asked and killed."""
+
+    kills: int
+    streams: int  # of a round; rounds follow each other until enough was killed
+    tokens: int  # of an answer
+
+
+FULL = Scale(200, 24, 400)
+QUICK = Scale(10, 16, 150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description="Kill processes under load.")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_KILLS} kills, and no page is written")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK.kills} kills, and no page is written")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
-    parser.add_argument("--kills", type=int, help=f"how many (default: {FULL_KILLS})")
+    parser.add_argument("--kills", type=int, help=f"how many (default: {FULL.kills})")
     parser.add_argument("--seed", type=int, default=0, help="of victims and pauses (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    kills = arguments.kills or (QUICK_KILLS if arguments.quick else FULL_KILLS)
-    results = measure(kills, arguments.seed)
+    scale = QUICK if arguments.quick else FULL
+    scale = replace(scale, kills=arguments.kills or scale.kills)
+    results = refusing(lambda: measure(scale, arguments.seed))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     if not arguments.quick:
@@ -61,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def measure(num_kills: int, seed: int) -> dict[str, Any]:
+def measure(scale: Scale, seed: int) -> dict[str, Any]:
     from benchmarks.clients import clients, closed_loop
     from benchmarks.service import give_threads
     from benchmarks.storm import Storm
@@ -69,19 +82,19 @@ def measure(num_kills: int, seed: int) -> dict[str, Any]:
 
     give_threads(1)
     with tempfile.TemporaryDirectory(prefix="mavis-chaos-") as folder, clients() as process:
-        config = tiny_service(Path(folder))
-        bodies = make_bodies(config.base.model)
+        config = tiny_service(Path(folder), scale.tokens)
+        bodies = make_bodies(config.base.model, scale)
         with machines() as cluster, served_on(cluster, config) as url:
             calm = closed_loop(process, url, bodies, NUM_CLIENTS).result()
             expected = texts(calm.outcomes, len(bodies))
             storm, outcomes = Storm(cluster, CPUS_PER_MACHINE, seed), []
-            while storm.num_kills < num_kills:
-                outcomes += _round(process, url, bodies, storm, num_kills)
+            while storm.num_kills < scale.kills:
+                outcomes += _round(process, url, bodies, storm, scale.kills)
                 say(f"{storm.num_kills} kills, {len(outcomes)} streams: {_counts(outcomes, expected)}")
     misled = [asdict(o) for o in outcomes if judge(o, expected[o.asked]) in (Verdict.TRUNCATED, Verdict.WRONG)]
     results = conclude(outcomes, expected, storm.kills)
     say(headline_table({key: figure for key, figure in results.items() if key != "verdicts"}))
-    return {**results, "seed": seed, "misled": misled}
+    return {**results, "seed": seed, "scale": asdict(scale), "misled": misled}
 
 
 def _round(
@@ -128,14 +141,14 @@ def texts(outcomes: Sequence[Outcome], count: int) -> list[str]:
     return [found[index] for index in range(count)]
 
 
-def make_bodies(model: str) -> list[Body]:
+def make_bodies(model: str, scale: Scale) -> list[Body]:
     """Objectives, sentences, stop strings and rare guidance: all that has to be picked up again by another replica."""
     bodies: list[Body] = []
-    for seed in range(NUM_BODIES):
+    for seed in range(scale.streams):
         body = {
             "model": model,
             "messages": [{"role": "user", "content": f"Tell me more, number {seed}"}],
-            "max_tokens": TOKENS,
+            "max_tokens": scale.tokens,
             "top_k": 20,
             "seed": seed,
             "guide_every": 1 + seed % 2,
@@ -149,7 +162,7 @@ def make_bodies(model: str) -> list[Body]:
     return bodies
 
 
-def tiny_service(folder: Path) -> Config:
+def tiny_service(folder: Path, tokens: int) -> Config:
     """A random model and its value models, and two replicas of each."""
     from benchmarks.service import served
     from mavis_dist import config as config_module
@@ -165,7 +178,7 @@ def tiny_service(folder: Path) -> Config:
             "steer": {"beta": 1.0},
         }
     )
-    settings = {"base_replicas": 2, "value_replicas": 2, "cpus_per_replica": 1, "max_tokens": TOKENS}
+    settings = {"base_replicas": 2, "value_replicas": 2, "cpus_per_replica": 1, "max_tokens": tokens}
     return served(config, folder / "runs" / RUN, **settings)
 
 
@@ -184,14 +197,16 @@ def machines() -> Iterator[Any]:
 
 @contextmanager
 def served_on(cluster: Any, config: Config) -> Iterator[str]:
+    """The service ends with its cluster: after a storm there may be nobody to take it down in order."""
     import ray
 
-    from benchmarks.service import service
+    from mavis_dist.cluster import connect
+    from serve.app import deploy
 
     os.environ["RAY_ADDRESS"] = cluster.address
     try:
-        with service(config) as url:
-            yield url
+        connect()
+        yield deploy(config)
     finally:
         ray.shutdown()
         del os.environ["RAY_ADDRESS"]
@@ -205,9 +220,9 @@ def write_page(results: Mapping[str, Any]) -> None:
     text = (
         "## Kill -9 under load\n\n"
         f"{results['kills']} kills with seed {results['seed']} ({killed}), while {NUM_CLIENTS} clients read streams of "
-        f"up to {TOKENS} tokens from a tiny random model in float32. There are two replicas of everything but the "
-        "gateway, on two machines (Ray nodes) of one computer. Every text is compared with the one that the same "
-        "request had before anything was killed.\n\n"
+        f"up to {results['scale']['tokens']} tokens from a tiny random model in float32. There are two replicas of "
+        "everything but the gateway, on two machines (Ray nodes) of one computer. Every text is compared with the one "
+        "that the same request had before anything was killed.\n\n"
         f"{table(['what became of a stream', 'streams'], rows)}\n\n"
         "Repeat with `python -m benchmarks.chaos`."
     )
