@@ -40,7 +40,7 @@ SENTENCES = [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]
 NUM_CLIENTS = 8
 PATIENCE_S = 180.0
 CPUS_PER_MACHINE = 4  # gateway, two base replicas and four value replicas do not fit on one
-PAUSE_S = 3.0
+PAUSE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def measure(scale: Scale, seed: int) -> dict[str, Any]:
 def _round(
     process: ProcessPoolExecutor, url: str, bodies: Sequence[Body], storm: Storm, num_kills: int
 ) -> list[Outcome]:
-    """Every question once, while things are killed."""
+    """Every question until it is answered, while things are killed."""
     from benchmarks.clients import closed_loop
 
     load = closed_loop(process, url, bodies, NUM_CLIENTS, PATIENCE_S)
@@ -123,7 +123,7 @@ def conclude(outcomes: Sequence[Outcome], expected: Sequence[str], kills: Mappin
         "hung": verdicts[Verdict.HUNG],
         "broken_connections": verdicts[Verdict.BROKEN],
         "error_events": verdicts[Verdict.ERROR],
-        "never_opened": verdicts[Verdict.REFUSED],
+        "turned_away": verdicts[Verdict.REFUSED],
         "whole_share": verdicts[Verdict.WHOLE] / opened if opened else float("nan"),
         "is_kept": is_kept(verdicts),
         "verdicts": {verdict.value: count for verdict, count in verdicts.items()},

@@ -22,7 +22,7 @@ import numpy as np
 
 Body = dict[str, Any]
 PERCENTILES = (50, 95, 99)
-PAUSE_S = 0.5  # of a client that got no answer, before it asks again
+PAUSE_S = 0.5  # of a client that was turned away
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -48,6 +48,11 @@ class Outcome:
     @property
     def is_whole(self) -> bool:
         return self.is_done and self.finish is not None and self.error is None
+
+    @property
+    def is_turned_away(self) -> bool:
+        """There may be room, or somebody, later."""
+        return self.status is None or self.status == 429 or self.status >= 500
 
     @property
     def time_to_first(self) -> float | None:
@@ -85,7 +90,7 @@ def clients() -> Iterator[ProcessPoolExecutor]:
 def closed_loop(
     process: ProcessPoolExecutor, url: str, bodies: Sequence[Body], num_clients: int, patience_s: float = 600.0
 ) -> Future[Load]:
-    """Every body once."""
+    """Every body until it is answered, well or badly; who is turned away insists, for as long as patience lasts."""
     return process.submit(_closed_loop, url, list(bodies), num_clients, patience_s)
 
 
@@ -147,9 +152,11 @@ def _closed_loop(url: str, bodies: list[Body], num_clients: int, patience_s: flo
     async def one_client(session: aiohttp.ClientSession, clock: Clock, left: Iterator[int]) -> list[Outcome]:
         outcomes = []
         for index in left:
+            deadline = clock() + patience_s
             outcomes.append(await _ask(session, clock, url, bodies[index], index, patience_s))
-            if outcomes[-1].status != 200:
+            while outcomes[-1].is_turned_away and clock() < deadline:
                 await asyncio.sleep(PAUSE_S)
+                outcomes.append(await _ask(session, clock, url, bodies[index], index, patience_s))
         return outcomes
 
     async def load(session: aiohttp.ClientSession, clock: Clock) -> list[Outcome]:

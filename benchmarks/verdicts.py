@@ -13,7 +13,7 @@ class Verdict(str, Enum):
     WHOLE = "whole"  # the very text that it would have had, and its end
     BROKEN = "visibly broken"  # the connection failed; what had come was right
     ERROR = "ended in an error event"  # what had come was right
-    REFUSED = "never opened"  # no connection, or a status that says so
+    REFUSED = "turned away"  # no connection, or a status that says so: no stream was open
     HUNG = "hung"  # the client lost patience
     TRUNCATED = "silently truncated"  # a clean end that is none
     WRONG = "wrong tokens"
