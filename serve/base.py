@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import torch
 
-from mavis_dist.decode import Engine, Guide, Request
+from mavis_dist.decode import Guide, Request
 from mavis_dist.decode.published import fetch_published, load_guide
 from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base
@@ -17,6 +17,7 @@ from serve.answers import Message
 from serve.engine_loop import EngineLoop, stream
 from serve.handles import ValueHandles, replica_name
 from serve.logs import configure_logs
+from serve.metrics import WatchedEngine, report
 from serve.remote_guide import RemoteGuide
 from serve.settings import MainArgs
 
@@ -41,8 +42,9 @@ class Base:
     def __init__(self, args: MainArgs):
         configure_logs()
         base = load_base(args.base, args.dtype, args.device)
-        engine = Engine(base, make_guide(args, base), args.rows)
+        engine = WatchedEngine(base, make_guide(args, base), args.rows)
         self._loop = EngineLoop(engine, queue=args.queue, name=replica_name())
+        report(engine, self._loop)
 
     async def stream(self, request: Request, entry: Entry = ANYBODY) -> AsyncIterator[Message]:
         """What serve.engine_loop.stream yields."""

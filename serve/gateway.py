@@ -19,6 +19,7 @@ from serve.door import Edge
 from serve.handles import LOST, base_streams
 from serve.keys import Keys
 from serve.logs import configure_logs
+from serve.metrics import RayRecord, watched_api, watched_streams
 from serve.registry import Registry
 from serve.schema import ApiError
 from serve.settings import NO_KEYS, MainArgs
@@ -52,8 +53,9 @@ class Gateway:
     def __init__(self, args: MainArgs, base: DeploymentHandle[Any]):
         configure_logs()
         self._args, self._base = args, base
-        self._keys = open_keys(args)
-        self._completions = Completions(load_tokenizer(args.base), settings_of(args), base_streams(base))
+        self._keys, self._record = open_keys(args), RayRecord()
+        streams = watched_streams(base_streams(base), self._record)
+        self._completions = Completions(load_tokenizer(args.base), settings_of(args), streams)
         self._registry = Registry(Store(args.storage, args.run))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -66,7 +68,8 @@ class Gateway:
             log_prompts=args.log_prompts,
             returns_id=False,  # Serve's proxy gives every request an id and answers with it
         )
-        return create_api(args.base, self._completions, self._registry, self._base_load, edge)
+        api = create_api(args.base, self._completions, self._registry, self._base_load, edge)
+        return watched_api(api, self._record)
 
     async def _base_load(self) -> tuple[int, int]:
         try:

@@ -105,6 +105,11 @@ class Engine:
         """Rows in use and rows waited for."""
         return self._scheduler.num_admitted, self._scheduler.num_waiting
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens whose keys and values the base model holds."""
+        return self._base.num_tokens
+
     def prepare(self, request: Request) -> Request:
         """The request as `submit` takes it, with a seed and normalised weights; any thread may call this.
 

@@ -169,6 +169,11 @@ class SlotModel:
     def __contains__(self, row: int) -> bool:
         return row in self._slot_of
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows whose keys and values are in the cache."""
+        return sum(self._lengths)
+
     def length(self, row: int) -> int:
         """Tokens of this row whose keys and values are in the cache."""
         return self._lengths[self._slot_of[row]]

@@ -1,0 +1,77 @@
+"""Processes and machines that die while clients are answered, in an order that a seed decides."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from benchmarks.service import processes
+
+# Victims and how often each is chosen. Titles are those that Ray gives to its actors' processes.
+TITLES = {
+    "base replica": "ray::ServeReplica:main:Base",
+    "value replica": "ray::ServeReplica:value-",
+    "gateway": "ray::ServeReplica:main:Gateway",
+    "controller": "ray::ServeController",
+    "proxy": "ray::ProxyActor",
+}
+MACHINE = "machine"
+WEIGHTS = {"base replica": 5, "value replica": 5, "controller": 2, "gateway": 1, "proxy": 1, MACHINE: 1}
+
+
+@dataclass
+class Storm:
+    """Kills with signal 9, one at a time; `machines` is a ray.cluster_utils.Cluster whose workers may be lost."""
+
+    machines: Any
+    cpus_per_machine: float
+    seed: int = 0
+    kills: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._source = random.Random(self.seed)
+
+    @property
+    def num_kills(self) -> int:
+        return self.kills.total()
+
+    def strike(self) -> str | None:
+        """Kill something; what it was, or None where nothing of the chosen kind was alive."""
+        kind = self._source.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        is_killed = self._lose_machine() if kind == MACHINE else self._kill(TITLES[kind])
+        if not is_killed:
+            return None
+        self.kills[kind] += 1
+        return kind
+
+    def rage(self, until: Callable[[], bool], pause_s: float, limit: int) -> None:
+        """Strike again and again, with pauses around `pause_s`, until told or until there were `limit` kills."""
+        while not until() and self.num_kills < limit:
+            time.sleep(pause_s * self._source.uniform(0.5, 1.5))
+            if not until():
+                self.strike()
+
+    def _kill(self, title: str) -> bool:
+        alive = processes(title)
+        if not alive:
+            return False
+        with suppress(psutil.NoSuchProcess):
+            self._source.choice(sorted(alive, key=lambda process: process.pid)).kill()
+            return True
+        return False
+
+    def _lose_machine(self) -> bool:
+        """One machine goes, with all that runs there, and an empty one comes."""
+        nodes = sorted(self.machines.worker_nodes, key=lambda node: node.node_id)
+        if not nodes:
+            return False
+        self.machines.remove_node(self._source.choice(nodes), allow_graceful=False)
+        self.machines.add_node(num_cpus=self.cpus_per_machine)
+        return True
