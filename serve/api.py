@@ -28,7 +28,7 @@ def create_api(
     model_object = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "mavis_dist"}
 
     async def complete(body: ChatRequest | TextRequest) -> Any:
-        completion = await completions.start(body, await registry.iterations())
+        completion = await completions.start(body, await registry.versions())
         if not body.stream:
             return JSONResponse(await completion.whole())
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
-import torch
-
-from mavis_dist.decode import Engine, Guide, Request
-from mavis_dist.decode.published import fetch_published, load_guide
-from mavis_dist.models import value
-from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.decode import Engine, LocalGuide, Request
+from mavis_dist.models.load import load_base
 from mavis_dist.store.files import Store
 from serve.answers import Message
 from serve.engine_loop import EngineLoop, stream
 from serve.handles import ValueHandles
 from serve.remote_guide import RemoteGuide
 from serve.settings import MainArgs
-
-
-def make_guide(args: MainArgs, base: BaseModel) -> Guide | None:
-    """The published value models of the run, in this process or behind handles; None if there are none.
-
-    Raises:
-        ValueModelError: if one was not trained for this base model.
-    """
-    folders = fetch_published(Store(args.storage, args.run))
-    for folder in folders.values():
-        value.load_card(folder).check(base.fingerprint, base.tokenizer_fingerprint)
-    if not folders:
-        return None
-    if args.placement == "replicas":
-        return RemoteGuide(tuple(folders), ValueHandles(), args.value_sessions)
-    return load_guide(folders, getattr(torch, args.dtype), args.device)
+from serve.supply import LocalSupply, RemoteSupply, Supply
 
 
 class Base:
     def __init__(self, args: MainArgs):
-        base = load_base(args.base, args.dtype, args.device)
-        self._loop = EngineLoop(Engine(base, make_guide(args, base), args.rows))
+        """Raises Unavailable if nothing that is published can be used with this base model."""
+        base, store = load_base(args.base, args.dtype, args.device), Store(args.storage, args.run)
+        is_remote = args.placement == "replicas"
+        guide = RemoteGuide((), ValueHandles(), args.value_sessions) if is_remote else LocalGuide({})
+        self._loop = EngineLoop(Engine(base, guide, args.rows))
+        kind: type[Supply] = RemoteSupply if is_remote else LocalSupply
+        self._supply = kind(store, base, guide, self._loop)
+        self._supply.begin()
 
     async def stream(self, request: Request) -> AsyncIterator[Message]:
-        """What serve.engine_loop.stream yields."""
-        async for message in stream(self._loop, request):
-            yield message
+        """What serve.engine_loop.stream yields, once the models that the request names are there."""
+        async with aclosing(self._supply.stream(request, stream(self._loop, request))) as messages:
+            async for message in messages:
+                yield message
 
     async def load(self) -> tuple[int, int]:
         """Answers being written and answers waiting; raises EngineStopped."""

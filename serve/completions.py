@@ -32,6 +32,7 @@ from serve.schema import (
     Shape,
     TextRequest,
 )
+from serve.versions import pinned
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class Completions:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings, open_stream: OpenStream):
         self._tokenizer, self._settings, self._open_stream = tokenizer, settings, open_stream
 
-    async def start(self, body: ChatRequest | TextRequest, objectives: Mapping[str, int]) -> Completion:
-        """Begin to write the answers; raises ApiError before anything is sent if they are refused."""
+    async def start(self, body: ChatRequest | TextRequest, versions: Mapping[str, str]) -> Completion:
+        """Begin to write the answers, to their end with these versions of the objectives.
+
+        Raises ApiError before anything is sent if they are refused.
+        """
         if body.model != self._settings.model:
             raise ApiError(
                 404,
@@ -66,13 +70,13 @@ class Completions:
         shape, prompt, preferences = self._prompt(body)
         try:
             # Whether there are students only the base replica knows; it refuses by itself.
-            bounds = Bounds(objectives, self._settings.max_context, predicted=objectives, max_rows=self._settings.rows)
+            bounds = Bounds(versions, self._settings.max_context, predicted=versions, max_rows=self._settings.rows)
             request = prepare(self._request(body, prompt, preferences), bounds)
         except RequestError as error:
             raise _refused(error, body) from None
         completion = Completion(body, shape, request, self._settings.model, self._settings.limits, self._tokenizer)
         try:
-            await completion.open(self._open_stream)
+            await completion.open(pinned(self._open_stream, {name: versions[name] for name in request.weights}))
         except RequestError as error:
             raise _refused(error, body) from None
         return completion

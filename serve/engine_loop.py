@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from mavis_dist.decode import Engine, FinishReason, Request, RequestError, Update
@@ -69,6 +70,23 @@ class EngineLoop:
     def cancel(self, request_id: str) -> None:
         """Stop a request; nothing happens if it is finished."""
         self._post(lambda: self._drop(request_id))
+
+    def between_steps(self, command: Callable[[], object]) -> Future[None]:
+        """Have a command run in the engine's thread, after the step under way and before the next one."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                command()
+            except Exception as error:  # the caller's; the engine goes on
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        with self._wake:
+            self._inbox.append(run)
+            self._wake.notify()
+        return done
 
     def check(self) -> None:
         """Raises EngineStopped if the thread is gone, hangs in a step, or fails at every step."""

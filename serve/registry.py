@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from mavis_dist.models import value
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
+from mavis_dist.store.values import Served
 from serve.schema import Json
+
+logger = logging.getLogger(__name__)
 
 
 class Registry:
     def __init__(self, store: Store, fresh_s: float = 2.0):
         self._store, self._fresh_s = store, fresh_s
-        self._iterations: dict[str, int] = {}
+        self._served: dict[str, Served] = {}
         self._read_at = -float("inf")
+        self._reading: asyncio.Lock | None = None
+        self._described: dict[str, Json] = {}  # by version
 
-    async def iterations(self) -> dict[str, int]:
-        """objective -> published iteration."""
-        if time.monotonic() - self._read_at > self._fresh_s:
-            self._iterations = await asyncio.to_thread(values.published, self._store)
-            self._read_at = time.monotonic()
-        return self._iterations
+    async def versions(self) -> dict[str, str]:
+        """objective -> version that requests which begin now are written with."""
+        return {name: model.version for name, model in (await self._current()).items()}
 
     async def describe(self) -> list[Json]:
         """One object per objective."""
-        iterations = await self.iterations()
-        return [await asyncio.to_thread(self._describe, name, iteration) for name, iteration in iterations.items()]
+        models = (await self._current()).values()
+        for model in models:
+            if model.version not in self._described:
+                self._described[model.version] = await asyncio.to_thread(self._describe, model)
+        return [self._described[model.version] for model in models]
 
-    def _describe(self, name: str, iteration: int) -> Json:
-        card = value.load_card(values.fetch(self._store, name, iteration))
-        place = card.objectives.index(name)
+    async def _current(self) -> dict[str, Served]:
+        """What is published, a few seconds old at most; older where the store is out of reach."""
+        if self._reading is None:
+            self._reading = asyncio.Lock()  # made here, where the event loop runs
+        async with self._reading:
+            if time.monotonic() - self._read_at > self._fresh_s:
+                try:
+                    self._served = await asyncio.to_thread(values.served, self._store)
+                except Exception as error:  # every file system has errors of its own
+                    if not self._served:
+                        raise
+                    logger.warning("what is published cannot be read; what was known is served: %s", error)
+                self._read_at = time.monotonic()
+        return self._served
+
+    def _describe(self, model: Served) -> Json:
+        card = value.load_card(values.fetch_folder(self._store, model.folder))
+        place = card.objectives.index(model.objective)
         scale = card.scales[place]
         return {
-            "id": name,
+            "id": model.objective,
             "object": "objective",
-            "iteration": iteration,
+            "version": model.version,
+            "iteration": model.iteration,
             "reward": card.rewards[place],
             "scale": {"mean": scale.mean, "sd": scale.sd},
             "max_tokens": card.max_tokens,

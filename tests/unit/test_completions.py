@@ -68,7 +68,7 @@ class Service:
 
     def whole(self, **fields) -> dict:
         async def run():
-            return await (await self._completions.start(body(**fields), {"a": 0, "b": 0})).whole()
+            return await (await self._completions.start(body(**fields), {"a": "a", "b": "b"})).whole()
 
         answer = asyncio.run(run())
         json.dumps(answer, allow_nan=False)
@@ -76,7 +76,7 @@ class Service:
 
     def events(self, **fields) -> list[dict]:
         async def run():
-            completion = await self._completions.start(body(stream=True, **fields), {"a": 0, "b": 0})
+            completion = await self._completions.start(body(stream=True, **fields), {"a": "a", "b": "b"})
             return [line.removeprefix("data: ").strip() async for line in completion.events()]
 
         *lines, done = asyncio.run(run())
