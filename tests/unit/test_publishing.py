@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
-from mavis_dist.decode.published import load_models
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
+from mavis_dist.decode.published import fetch_published, load_guide, load_models
+from mavis_dist.models import qhead, value
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.store import values
 from mavis_dist.store.files import Store, StoreError
@@ -300,6 +303,53 @@ def test_an_objective_that_comes_later_is_there_at_once(bases, folder, store, ba
     request = make_request(kind=1.0, brief=1.0)
     tokens = asyncio.run(bases.answer(request, {"kind": "kind@i0", "brief": "brief@i0"}))
     assert tokens == expected(store, base, request, {"kind": 0, "brief": 0})
+
+
+def publish_distilled(store: Store, folder: Path, name: str) -> None:
+    """One model for both objectives, with a student."""
+    path = values.fetch(store, "positive", 0)
+    model, card = value.load(path)
+    model.add_objective()
+    torch.manual_seed(11)
+    torch.nn.init.normal_(model.heads.weight, std=0.3)
+    head = qhead.QHead(model.heads.in_features, 2, 4)
+    for query in head.queries:
+        torch.nn.init.normal_(query.weight, std=0.5)
+    names = ("positive", "brief")
+    pairs = {"scales": card.scales * 2, "rewards": card.rewards * 2}
+    card = replace(card, objectives=names, teachers=tuple(value.Teacher(n, 0, "f") for n in names), **pairs)
+    value.save(model, card, folder / "student")
+    qhead.save(head, folder / "student")
+    store.upload(folder / "student", values.distilled_folder(name), {})
+    for objective in names:
+        values.publish_distilled(store, objective, 0, name)
+
+
+@pytest.mark.parametrize("scorer", [Scorer.LAZY, Scorer.QHEAD])
+def test_objectives_of_a_distilled_model_share_it(folder, store, base, scorer):
+    bases = Bases(folder, store, base, "colocated")
+    publish_distilled(store, folder, "5fa0")
+    versions = asyncio.run(Registry(store).versions())
+    assert versions == {"positive": "positive@d5fa0", "brief": "brief@d5fa0"}
+    request = replace(make_request(), scorer=scorer)
+    first = asyncio.run(bases.answer(replace(make_request("one"), weights={"brief": 1.0}), versions))
+    tokens = asyncio.run(bases.answer(request, versions, lose_after=5, on_loss=bases.begin))
+    [[choice]] = Engine(base, load_guide(fetch_published(store))).generate([request])
+    assert tokens == choice.tokens
+    assert len(first) > 0
+    guide = bases.running[0][1]._guide
+    kinds = [(trunk.predicts, set(trunk.heads)) for trunk in guide._trunks]
+    assert kinds.count((False, set(versions.values()))) == kinds.count((True, set(versions.values()))) == 1
+    bases.end()
+
+
+def test_value_replicas_serve_distilled_models_too(folder, store, base):
+    bases = Bases(folder, store, base, "replicas")
+    publish_distilled(store, folder, "5fa0")
+    tokens = asyncio.run(bases.answer(make_request(), {name: f"{name}@d5fa0" for name in OLD}))
+    [[choice]] = Engine(base, load_guide(fetch_published(store))).generate([make_request()])
+    assert tokens == choice.tokens
+    bases.end()
 
 
 def break_model(store: Store, path: str) -> None:
