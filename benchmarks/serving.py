@@ -129,12 +129,12 @@ def bare_engine(config: Config, bodies: Sequence[Body]) -> Callable[[int], float
     """The same requests to the engine of a base replica, in this process; returns tokens written."""
     from mavis_dist.decode import Engine, Request, SamplingParams
     from mavis_dist.models.load import load_base
-    from serve.base import make_guide
+    from mavis_dist.decode.published import fetch_published, load_guide
     from serve.settings import main_args
 
     args = main_args(config)
     base = load_base(args.base, args.dtype, args.device)
-    engine = Engine(base, make_guide(args, base), args.rows)
+    engine = Engine(base, load_guide(fetch_published(Store(args.storage, args.run)), getattr(torch, args.dtype), args.device), args.rows)
     requests = [
         Request(
             id=str(i),

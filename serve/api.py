@@ -44,7 +44,7 @@ def create_api(
         asked = {"body": body.model_dump(exclude_none=True)} if edge.log_prompts else {}
         request.state.facts = lambda: asked
         key, request_id = request.state.key or "", request.state.request_id
-        completion = await completions.start(body, await registry.iterations(), key, request_id)
+        completion = await completions.start(body, await registry.versions(), key, request_id)
         request.state.facts = lambda: {**completion.log, **asked}
         if not body.stream:
             return JSONResponse(await _while_connected(request, completion.whole()))

@@ -73,18 +73,26 @@ def deploy(config: Config, limit_s: float = 300.0, keys: str | None = None) -> s
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     targets = [serve.RunTarget(build_main(args), MAIN, route_prefix="/")]
     if config.serve.placement == "replicas":
-        for name in objectives:
-            application = build_value(value_args(config, name))
-            targets.append(serve.RunTarget(application, value_application(name), route_prefix=None))
-    serve.run_many(
-        targets,
-        wait_for_applications_running=False,
-        wait_for_ingress_deployment_creation=False,
-    )
+        targets += [_value_target(config, name) for name in objectives]
+    _run(targets, limit_s)
     url = f"http://{host}:{port}"
-    _wait(lambda: _applications_ready([target.name for target in targets]), limit_s)
     _wait(lambda: _answers(f"{url}/health"), 30)
     return url
+
+
+def deploy_objective(config: Config, objective: str, limit_s: float = 300.0) -> None:
+    """Run one more objective's value replicas beside the applications that run; what they do goes on.
+
+    With `placement: colocated` there is nothing to run: what is published is served.
+
+    Raises:
+        UserError: if nothing is published for it, its replicas fail to start, or take longer than `limit_s`.
+    """
+    store = Store(config.storage, config.run)
+    if objective not in values.served(store):
+        raise DeployError(f"no value model of {objective!r} is published in {store.root}: train it first")
+    if config.serve.placement == "replicas":
+        _run([_value_target(config, objective)], limit_s)
 
 
 def undeploy() -> None:
@@ -92,6 +100,19 @@ def undeploy() -> None:
     for name in serve.status().applications:
         if name == MAIN or name.startswith(value_application("")):
             serve.delete(name)
+
+
+def _value_target(config: Config, objective: str) -> serve.RunTarget:
+    return serve.RunTarget(build_value(value_args(config, objective)), value_application(objective), route_prefix=None)
+
+
+def _run(targets: list[serve.RunTarget], limit_s: float) -> None:
+    serve.run_many(
+        targets,
+        wait_for_applications_running=False,
+        wait_for_ingress_deployment_creation=False,
+    )
+    _wait(lambda: _applications_ready([target.name for target in targets]), limit_s)
 
 
 def _deployment(replica: type, **options: Any) -> serve.Deployment:

@@ -34,6 +34,7 @@ from serve.schema import (
     Shape,
     TextRequest,
 )
+from serve.versions import pinned
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ class Completions:
     async def start(
         self,
         body: ChatRequest | TextRequest,
-        objectives: Mapping[str, int],
+        versions: Mapping[str, str],
         key: str = "",
         request_id: str | None = None,
     ) -> Completion:
-        """Begin to write the answers; raises ApiError before anything is sent if they are refused.
+        """Begin to write the answers, to their end with these versions of the objectives.
+
+        Raises ApiError before anything is sent if they are refused.
 
         Args:
             key: whose request it is, for keys take turns; empty: the body's `user`, or nobody in particular.
@@ -79,12 +82,12 @@ class Completions:
         rows = (body.n or 1) * num_views
         try:
             with self._refusals.remembered(key, rows):
-                return await self._start(body, objectives, key, request_id)
+                return await self._start(body, versions, key, request_id)
         except Overloaded as error:
             raise ApiError(429, str(error), code="overloaded", retry_after_s=error.wait_s) from None
 
     async def _start(
-        self, body: ChatRequest | TextRequest, objectives: Mapping[str, int], key: str, request_id: str | None
+        self, body: ChatRequest | TextRequest, versions: Mapping[str, str], key: str, request_id: str | None
     ) -> Completion:
         if body.model != self._settings.model:
             raise ApiError(
@@ -99,7 +102,7 @@ class Completions:
         try:
             shape, prompt, preferences = self._prompt(body)
             # Whether there are students only the base replica knows; it refuses by itself.
-            bounds = Bounds(objectives, self._settings.max_context, predicted=objectives, max_rows=self._settings.rows)
+            bounds = Bounds(versions, self._settings.max_context, predicted=versions, max_rows=self._settings.rows)
             request = prepare(self._request(identity, body, prompt, preferences), bounds)
         except RequestError as error:
             raise _refused(error, body) from None
@@ -107,7 +110,7 @@ class Completions:
             body, shape, request, self._settings.model, self._settings.limits, self._tokenizer, self._spell
         )
         try:
-            await completion.open(self._open_stream, key)
+            await completion.open(pinned(self._open_stream, {name: versions[name] for name in request.weights}), key)
         except RequestError as error:
             raise _refused(error, body) from None
         return completion

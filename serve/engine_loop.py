@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -108,6 +109,23 @@ class EngineLoop:
             if not self._line.remove(request_id):
                 self._inbox.append(partial(self._drop, request_id))
             self._begin()
+
+    def between_steps(self, command: Callable[[], object]) -> Future[None]:
+        """Have a command run in the engine's thread, after the step under way and before the next one."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                command()
+            except Exception as error:  # the caller's; the engine goes on
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        with self._wake:
+            self._inbox.append(run)
+            self._wake.notify()
+        return done
 
     def check(self) -> None:
         """Raises EngineStopped if the thread is gone, hangs in a step, or fails at every step."""

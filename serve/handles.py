@@ -12,6 +12,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from mavis_dist.decode import Request
+from mavis_dist.store.values import objective_of
 from serve.admission import Entry
 from serve.answers import BaseLost, Message, OpenStream
 from serve.remote_guide import Pending, ReplicaLost
@@ -43,12 +44,13 @@ class _PendingReply:
 
 
 class ValueHandles:
-    """The transport of RemoteGuide: one Serve application per objective, found by name."""
+    """The transport of RemoteGuide: one Serve application per objective, found by name, for all its versions."""
 
     def __init__(self) -> None:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
 
-    def __call__(self, objective: str, session: str, call: Call) -> Pending:
+    def __call__(self, version: str, session: str, call: Call) -> Pending:
+        objective = objective_of(version)
         if objective not in self._handles:
             application = value_application(objective)
             # The application may come after its caller, or come back.

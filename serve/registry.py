@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from statistics import fmean
 from typing import Any
@@ -10,55 +11,64 @@ from typing import Any
 from mavis_dist.models import value
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
+from mavis_dist.store.values import Served
 
 Json = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 class Registry:
     def __init__(self, store: Store, fresh_s: float = 2.0):
         self._store, self._fresh_s = store, fresh_s
-        self._iterations: dict[str, int] = {}
+        self._served: dict[str, Served] = {}
         self._read_at = -float("inf")
-        self._described: dict[tuple[str, int, str], Json] = {}  # what is published never changes
+        self._reading: asyncio.Lock | None = None
+        self._described: dict[str, Json] = {}  # by version; what is published never changes
 
-    async def iterations(self) -> dict[str, int]:
-        """objective -> published iteration."""
-        if time.monotonic() - self._read_at > self._fresh_s:
-            self._iterations = await asyncio.to_thread(values.published, self._store)
-            self._read_at = time.monotonic()
-        return self._iterations
+    async def versions(self) -> dict[str, str]:
+        """objective -> version that requests which begin now are written with."""
+        return {name: model.version for name, model in (await self._current()).items()}
 
     async def describe(self) -> list[Json]:
         """One object per objective; raises UserError where what is published cannot be read."""
-        return await asyncio.to_thread(self._describe_all)
+        models = (await self._current()).values()
+        for model in models:
+            if model.version not in self._described:
+                self._described[model.version] = await asyncio.to_thread(self._describe, model)
+        return [self._described[model.version] for model in models]
 
-    def _describe_all(self) -> list[Json]:
-        iterations, folders = values.published(self._store), values.published_folders(self._store)
-        described = {
-            (name, iteration, folders[name]): self._described.get((name, iteration, folders[name]))
-            or self._describe(name, iteration, folders[name])
-            for name, iteration in iterations.items()
-            if name in folders
-        }
-        self._described = described
-        return list(described.values())
+    async def _current(self) -> dict[str, Served]:
+        """What is published, a few seconds old at most; older where the store is out of reach."""
+        if self._reading is None:
+            self._reading = asyncio.Lock()  # made here, where the event loop runs
+        async with self._reading:
+            if time.monotonic() - self._read_at > self._fresh_s:
+                try:
+                    self._served = await asyncio.to_thread(values.served, self._store)
+                except Exception as error:  # every file system has errors of its own
+                    if not self._served:
+                        raise
+                    logger.warning("what is published cannot be read; what was known is served: %s", error)
+                self._read_at = time.monotonic()
+        return self._served
 
-    def _describe(self, name: str, iteration: int, folder: str) -> Json:
-        """`folder` is that of the model that is served: the objective's own, or one distilled from several."""
-        file = f"{folder}/{value.CARD_FILE}"
+    def _describe(self, model: Served) -> Json:
+        file = f"{model.folder}/{value.CARD_FILE}"
         card = value.parse_card(self._store.read_bytes(file), file)
-        place = card.objectives.index(name)
+        place = card.objectives.index(model.objective)
         scale = card.scales[place]
         return {
-            "id": name,
+            "id": model.objective,
             "object": "objective",
-            "iteration": iteration,
-            "distilled": folder != values.folder(name, iteration),
+            "version": model.version,
+            "iteration": model.iteration,
+            "distilled": model.distilled is not None,
             "reward": card.rewards[place],
             "scale": {"mean": scale.mean, "sd": scale.sd},
             "max_tokens": card.max_tokens,
             "explained_variance": card.explained_variance,
-            "gate": self._gate(name, iteration),
+            "gate": self._gate(model.objective, model.iteration),
         }
 
     def _gate(self, name: str, iteration: int) -> Json | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,7 +27,7 @@ RETRY_PAUSE_S = 0.1
 
 
 class ReplicaLost(Exception):
-    """The replica behind a call died, or could not be reached."""
+    """The replica behind a call died, or could not be reached, or cannot answer."""
 
 
 class Pending(Protocol):
@@ -39,7 +39,7 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """Starts a call of one objective's value replicas, the same replica for the same session while it can."""
+    """Starts a call of the value replicas of an objective, the same replica for the same session while it can."""
 
     def __call__(self, objective: str, session: str, call: Call) -> Pending: ...
 
@@ -69,7 +69,7 @@ class _Line:
 
     def send(self, question: Question) -> Pending:
         session = f"{self._name}-{self._generation}"
-        call = Call(session, tuple(self._keep), tuple(self._close), question)
+        call = Call(session, tuple(self._keep), tuple(self._close), question, self.objective)
         self._keep, self._close = [], []
         return self._transport(self.objective, session, call)
 
@@ -93,15 +93,55 @@ class RemoteGuide:
         limit_s: float = 90.0,
     ):
         """Rows are spread over `num_sessions` sessions, so that several replicas can work on one step."""
-        self._objectives = tuple(objectives)
+        self._transport, self._num_sessions = transport, num_sessions
         self._timeout_s, self._limit_s = timeout_s, limit_s
+        self._engine = uuid.uuid4().hex
         self._rows: dict[int, _Row] = {}
-        engine = uuid.uuid4().hex
-        self._lines = {
-            name: [_Line(name, f"{engine}-{s}", transport) for s in range(num_sessions)] for name in self._objectives
-        }
-        self._num_sessions = num_sessions
+        self._objectives: tuple[str, ...] = ()
+        self._lines: dict[str, list[_Line]] = {}
         self._out_of_reach: set[str] = set()  # objectives that get one attempt, so that they delay no others
+        self.add(objectives)
+
+    def add(self, objectives: Sequence[str]) -> None:
+        """Ask for further objectives, between two steps of the engine."""
+        assert not self._lines.keys() & set(objectives)
+        self._lines |= {name: self._new_lines(name) for name in objectives}
+        self._objectives = tuple(self._lines)
+
+    def remove(self, objectives: Collection[str]) -> None:
+        """Ask for objectives no more, between two steps of the engine."""
+        self._lines = {name: lines for name, lines in self._lines.items() if name not in objectives}
+        self._objectives = tuple(self._lines)
+        self._out_of_reach.difference_update(objectives)
+
+    def reach(self, objective: str) -> None:
+        """Wait until value replicas are ready to value an objective that is to be added, so that no step has to.
+
+        Any thread may call this.
+
+        Raises:
+            ReplicaLost: if they cannot, or do not answer within `limit_s`.
+        """
+        deadline = time.monotonic() + self._limit_s
+        asked = [(line, line.send(Question())) for line in self._new_lines(objective)]
+        for line, pending in asked:
+            while (reply := self._reply(pending, deadline)) is None:
+                time.sleep(RETRY_PAUSE_S)
+                pending = line.send(Question())
+            if reply.error is not None:
+                raise ReplicaLost(reply.error)
+
+    def _reply(self, pending: Pending, deadline: float) -> Reply | None:
+        try:
+            return pending.result(self._timeout_s)
+        except (ReplicaLost, TimeoutError) as error:
+            if time.monotonic() < deadline:
+                return None
+            reason = str(error) or "no answer"
+            raise ReplicaLost(f"its value replicas are out of reach ({reason}): deploy their application") from None
+
+    def _new_lines(self, objective: str) -> list[_Line]:
+        return [_Line(objective, f"{self._engine}-{s}", self._transport) for s in range(self._num_sessions)]
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -133,7 +173,7 @@ class RemoteGuide:
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
         for number, index in zip(rows, index_B.tolist(), strict=True):
             row = self._rows[number]
-            for name in row.objectives:
+            for name in row.objectives & self._lines.keys():
                 self._line(name, number).keep(Kept(number, len(row.tokens), row.candidates[index]))
             row.tokens.append(row.candidates[index])
             row.candidates = []
@@ -141,7 +181,7 @@ class RemoteGuide:
     def close(self, rows: Sequence[int]) -> None:
         for number in rows:
             row = self._rows.pop(number, None)
-            for name in row.objectives if row else ():
+            for name in row.objectives & self._lines.keys() if row else ():
                 self._line(name, number).close(number)
 
     def _line(self, objective: str, row: int) -> _Line:
@@ -186,6 +226,9 @@ class RemoteGuide:
                 missing = list(range(len(question.rows)))
             else:
                 self._out_of_reach.discard(line.objective)
+                if reply.error is not None:
+                    logger.error("objective %r: %s", line.objective, reply.error)
+                    return values
                 values[places] = reply.values
                 missing = [b for b, row in enumerate(question.rows) if row in reply.unknown]
                 if not missing:

@@ -86,12 +86,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Call:
-    """One round trip: keep, close, then value. `session` names one engine's rows."""
+    """One round trip: keep, close, then value. `session` names one engine's rows, `version` the model they ask."""
 
     session: str
     keep: tuple[Kept, ...] = ()
     close: tuple[int, ...] = ()
     question: Question = Question()
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Reply:
 
     values: np.ndarray  # float32
     unknown: tuple[int, ...] = ()
+    error: str | None = None  # why the model that was asked cannot answer, now or later
 
 
 @dataclass

@@ -1,31 +1,56 @@
-"""The value replica: one objective's value model. A shell around Sessions."""
+"""The value replica: one objective's value models, as many versions as are in use. A shell around Sessions."""
 
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
+import numpy as np
 import torch
 
-from mavis_dist.decode.published import fetch_published, load_models
+from mavis_dist.decode.published import load_models
+from mavis_dist.store import values
 from mavis_dist.store.files import Store, StoreError
 from serve.logs import configure_logs
 from serve.sessions import Call, Reply, Sessions
 from serve.settings import ValueArgs
+from serve.shelf import Shelf, Unavailable, loaded
+
+# Longer than base replicas hold on to a version, so that none of them asks for what is not there any more.
+IDLE_S = 600.0
 
 
 class Value:
     def __init__(self, args: ValueArgs):
         configure_logs()
-        store = Store(args.storage, args.run)
-        folders = fetch_published(store)
-        if args.objective not in folders:
-            raise StoreError(f"no value model of {args.objective!r} is published in {store.root}: train it first")
-        folder = {args.objective: folders[args.objective]}
-        models = load_models(folder, getattr(torch, args.dtype), args.device)
-        self._sessions = Sessions(args.objective, models[args.objective])
+        self._args, self._store = args, Store(args.storage, args.run)
+        published = self._published()
+        if not published:
+            raise StoreError(f"no value model of {args.objective!r} is published in {self._store.root}: train it first")
+        self._models: Shelf[Sessions] = Shelf(self._load, self._published, idle_s=IDLE_S)
+        with self._models.hold(published) as loads:
+            wait(loads)  # one that cannot be loaded is an error for its requests, not for those on older versions
         # One thread: the sessions take calls one at a time, and the event loop stays free for health checks.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="value")
 
     async def answer(self, call: Call) -> Reply:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._sessions.answer, call)
+        """The reply of the model that the call names, which may have to be loaded first."""
+        with self._models.hold([call.version]) as loads:
+            try:
+                await loaded(loads)
+            except Unavailable as error:
+                return Reply(np.empty(0, dtype=np.float32), error=str(error))
+            sessions = loads[0].result()
+            return await asyncio.get_running_loop().run_in_executor(self._thread, sessions.answer, call)
+
+    def _load(self, version: str) -> Sessions:
+        objective, folder = values.objective_of(version), values.folder_of(version)
+        if objective != self._args.objective:
+            raise StoreError(f"this replica values {self._args.objective!r}, not {objective!r}")
+        path = values.fetch_folder(self._store, folder)
+        [model] = load_models({objective: path}, getattr(torch, self._args.dtype), self._args.device).values()
+        return Sessions(version, model)
+
+    def _published(self) -> set[str]:
+        model = values.served(self._store).get(self._args.objective)
+        return {model.version} if model else set()

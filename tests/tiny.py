@@ -60,8 +60,19 @@ def write_models(folder: Path, run: str, objectives: tuple[str, ...]) -> None:
     base = write_base(folder)
     loaded = load_base(str(base))
     store = Store(str(folder / "runs"), run)
+    fingerprints = loaded.fingerprint, loaded.tokenizer_fingerprint
     for seed, objective in enumerate(objectives, 1):
-        _publish(store, folder / "work" / objective, objective, seed, LlamaConfig.from_pretrained(base), loaded)
+        work, config = folder / "work" / objective, LlamaConfig.from_pretrained(base)
+        _publish(store, work, objective, 0, seed, config, *fingerprints)
+
+
+def publish_next(folder: Path, run: str, objective: str, iteration: int, seed: int) -> None:
+    """Publish another iteration of an objective, or a new objective, in a run of `write_models`."""
+    store, config = Store(str(folder / "runs"), run), LlamaConfig.from_pretrained(folder / MODEL)
+    known = next(iter(values.published_folders(store).values()))
+    card = value.load_card(values.fetch_folder(store, known))
+    work = folder / "work" / f"{objective}-{iteration}"
+    _publish(store, work, objective, iteration, seed, config, card.base_fingerprint, card.tokenizer_fingerprint)
 
 
 def count_vowels(prompts: list[str], answers: list[str]) -> list[float]:
@@ -74,7 +85,7 @@ def always_one(prompts: list[str], answers: list[str]) -> list[float]:
     return [1.0 for _ in answers]
 
 
-def _publish(store, work, objective, seed, config, base) -> None:
+def _publish(store, work, objective, iteration, seed, config, base_fingerprint, tokenizer_fingerprint) -> None:
     torch.manual_seed(seed)
     config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1})
     model = value.ValueModel(LlamaModel(config), 1)
@@ -83,14 +94,14 @@ def _publish(store, work, objective, seed, config, base) -> None:
         objectives=(objective,),
         scales=(RewardScale(0.0, 1.0),),
         rewards=({"reward": "sentiment"},),
-        iteration=0,
+        iteration=iteration,
         parent=None,
-        base_fingerprint=base.fingerprint,
-        tokenizer_fingerprint=base.tokenizer_fingerprint,
+        base_fingerprint=base_fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint,
         max_tokens=400,
         beta=1.0,
         explained_variance=None,
     )
     value.save(model, card, work)
-    store.upload(work, values.folder(objective, 0), {"iteration": 0})
-    values.publish(store, objective, 0)
+    store.upload(work, values.folder(objective, iteration), {"iteration": iteration})
+    values.publish(store, objective, iteration)

@@ -5,6 +5,7 @@ Shapes: B rows, M objectives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -13,15 +14,17 @@ from mavis_dist.decode.request import Scorer
 from mavis_dist.decode.scheduler import Row
 from mavis_dist.decode.scorer import Steering
 
+Values = dict[str, float]  # objective -> V of a row's last token
+
 
 class Batch:
-    """Built when a row comes or goes; its lists and tensors are in the order of `rows`."""
+    """Built when a row or an objective comes or goes; its lists and tensors are in the order of `rows`."""
 
     def __init__(
-        self, rows: Sequence[Row], objectives: Sequence[str], baseline: Mapping[int, torch.Tensor], device: torch.device
+        self, rows: Sequence[Row], objectives: Sequence[str], known: Mapping[int, Values], device: torch.device
     ):
-        """`baseline` holds V_m(s) [M] by row number, for guided rows."""
-        self.rows, self._device = list(rows), device
+        """`known` holds V_m(s) by row number, for guided rows."""
+        self.rows, self.objectives, self._device = list(rows), tuple(objectives), device
         self.numbers = [row.number for row in rows]
         requests = [row.request for row in rows]
         params = [request.params for request in requests]
@@ -44,8 +47,10 @@ class Batch:
         self._is_lazy_B = torch.tensor([r.scorer is Scorer.LAZY for r in requests], device=device)
         self._weights_BM = self._numbers([r.weights.get(m, 0.0) for r in requests for m in objectives])
         self._weights_BM = self._weights_BM.reshape(len(rows), len(objectives))
-        unknown_M = torch.full((len(objectives),), float("nan"), device=device)
-        self.baseline_BM = torch.stack([baseline.get(number, unknown_M).to(device) for number in self.numbers])
+        baseline = [[known.get(number, {}).get(m, math.nan) for m in objectives] for number in self.numbers]
+        self.baseline_BM = torch.tensor(baseline, dtype=torch.float32, device=device)
+        # A weight without a column would be a request that is steered by less than it asks for.
+        self.missing = [next((m for m in r.weights if r.is_guided and m not in objectives), None) for r in requests]
 
     def positions_B(self) -> torch.Tensor:
         """Index in the answer of the next token."""
@@ -63,9 +68,14 @@ class Batch:
             self._cap_B,
         )
 
-    def baselines(self) -> dict[int, torch.Tensor]:
-        """V_m(s) [M] by row number."""
-        return dict(zip(self.numbers, self.baseline_BM, strict=True))
+    def baselines(self) -> dict[int, Values]:
+        """V_m(s) by row number."""
+        return dict(zip(self.numbers, named(self.objectives, self.baseline_BM), strict=True))
 
     def _numbers(self, column: Iterable[float]) -> torch.Tensor:
         return torch.tensor(list(column), dtype=torch.float64, device=self._device)
+
+
+def named(objectives: Sequence[str], values_BM: torch.Tensor) -> list[Values]:
+    """The values of every row by objective: numbers that outlive the order of the guide's objectives."""
+    return [dict(zip(objectives, values, strict=True)) for values in values_BM.tolist()]

@@ -16,7 +16,7 @@ import torch
 
 from mavis_dist.core import noise
 from mavis_dist.core.tilt import candidates, choose, evaluation_order, ranking
-from mavis_dist.decode.batch import Batch
+from mavis_dist.decode.batch import Batch, Values, named
 from mavis_dist.decode.guide import Guide, GuideRow
 from mavis_dist.decode.logprobs import token_logprobs
 from mavis_dist.decode.prepare import Bounds, prepare
@@ -89,7 +89,7 @@ class Engine:
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self._device.type, 2048)
         self._eos = torch.tensor(sorted(base.eos_ids), device=self._device)
         self._batch: Batch | None = None
-        self._opened: dict[int, torch.Tensor] = {}  # V_m(s) [M] of rows that are in no batch yet, by row number
+        self._opened: dict[int, Values] = {}  # V_m(s) of rows that are in no batch yet, by row number
         self._unseen: dict[int, list[int]] = {}  # tokens that the guide was not told of, by row number
 
     @property
@@ -229,14 +229,16 @@ class Engine:
                 rows.append(row.number)
                 tokens.append(row.tokens[piece.start : end])
         if self._guide and opening:
-            self._opened.update(zip([row.row for row in opening], self._guide.open(opening), strict=True))
+            values = named(self.objectives, self._guide.open(opening))
+            self._opened.update(zip([row.row for row in opening], values, strict=True))
         if self._guide and rows:
-            self._opened.update(zip(rows, self._guide.extend(rows, tokens), strict=True))
+            values = named(self.objectives, self._guide.extend(rows, tokens))
+            self._opened.update(zip(rows, values, strict=True))
 
     def _assemble(self) -> Batch:
-        """The running rows as tensors, made anew when a row came or went."""
+        """The running rows as tensors, made anew when a row or an objective came or went."""
         rows = self._scheduler.running
-        if self._batch is None or self._batch.rows != rows:
+        if self._batch is None or self._batch.rows != rows or self._batch.objectives != self.objectives:
             known = self._opened | (self._batch.baselines() if self._batch else {})
             self._batch = Batch(rows, self.objectives, known, self._device)
             running = set(self._batch.numbers)
@@ -281,7 +283,7 @@ class Engine:
             values_BM=values_BM.cpu(),
             num_candidates=scores.num_evaluated_B.tolist(),
             is_guided=steering.is_guided_B.tolist(),
-            faults=_faults(scores.is_sound_B, drafts.logprobs_BK.amax(-1).isfinite()),
+            faults=_faults(scores.is_sound_B, drafts.logprobs_BK.amax(-1).isfinite(), batch.missing),
             alternatives=self._alternatives(batch, drafts, scores),
             logprobs=token_logprobs(drafts, scores, index_B, batch.top_logprobs),
         )
@@ -289,7 +291,7 @@ class Engine:
     def _alternatives(self, batch: Batch, drafts: Drafts, scores: Scores) -> list[list[Alternative]]:
         """For every row as many distinct draws as it asks for, in order; fewer where it has fewer candidates."""
         alternatives: list[list[Alternative]] = [[] for _ in batch.rows]
-        asking = [b for b, row in enumerate(batch.rows) if row.request.draws is not None]
+        asking = [b for b, row in enumerate(batch.rows) if row.request.draws is not None and batch.missing[b] is None]
         if not asking:
             return alternatives
         order_BK = ranking(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
@@ -421,10 +423,13 @@ def _update(row: Row, start: int | None = None, tokens: tuple[int, ...] = ()) ->
     return Update(row.request.id, row.choice.index, start, tokens, finished, logprobs)
 
 
-def _faults(is_value_fine_B: torch.Tensor, is_logit_fine_B: torch.Tensor) -> list[str | None]:
+def _faults(
+    is_value_fine_B: torch.Tensor, is_logit_fine_B: torch.Tensor, missing: Sequence[str | None]
+) -> list[str | None]:
     """What is wrong with each row."""
-    not_finite = "the {} returned a number that is not finite"
-    return [
-        not_finite.format("base model") if not logit else not_finite.format("value model") if not value else None
-        for value, logit in zip(is_value_fine_B.tolist(), is_logit_fine_B.tolist(), strict=True)
-    ]
+    not_finite, faults = "the {} returned a number that is not finite", []
+    for objective, value, logit in zip(missing, is_value_fine_B.tolist(), is_logit_fine_B.tolist(), strict=True):
+        gone = f"the objective {objective!r} was taken away from the engine" if objective else None
+        broken = None if value and logit else not_finite.format("value model" if logit else "base model")
+        faults.append(gone or broken)
+    return faults

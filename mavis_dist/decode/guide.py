@@ -8,7 +8,7 @@ Shapes: B rows, N candidates of all rows side by side, M objectives in the order
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -35,7 +35,8 @@ class GuideRow:
 class Guide(Protocol):
     """Calls come in the order open, extend*, (score+, keep or extend, extend*)*, close; rows are the engine's numbers.
 
-    Values of objectives that a row does not use mean nothing.
+    Values of objectives that a row does not use mean nothing. Objectives may come, go and change places between two
+    steps of the engine; rows that use one that has gone have no values any more.
     """
 
     @property
@@ -81,14 +82,11 @@ class LocalGuide:
         """`models` maps each objective to its value model, or to one of several heads of a value model; `students`
         maps some of them to one of the objectives of a student.
         """
-        heads = {name: model if isinstance(model, tuple) else (model, 0) for name, model in models.items()}
-        self._objectives, self._predicted = tuple(heads), tuple(students or {})
-        assert heads.keys() >= set(self._predicted)
-        self._device = next((model.heads.weight.device for model, _ in heads.values()), None)
-        self._trunks: list[_Trunk | _Student] = [
-            *(_Trunk(model, used, self._objectives) for model, used in _by_owner(heads)),
-            *(_Student(student, used, self._objectives) for student, used in _by_owner(students or {})),
-        ]
+        self._objectives: tuple[str, ...] = ()
+        self._predicted: tuple[str, ...] = ()
+        self._device: torch.device | None = None
+        self._trunks: list[_Trunk] = []
+        self.add(models, students)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -97,6 +95,50 @@ class LocalGuide:
     @property
     def predicted(self) -> tuple[str, ...]:
         return self._predicted
+
+    def add(
+        self,
+        models: Mapping[str, ValueModel | tuple[ValueModel, int]],
+        students: Mapping[str, tuple[Student, int]] | None = None,
+    ) -> None:
+        """Value further objectives, between two steps of the engine; arguments as at the beginning.
+
+        Heads of a model that is there share it with those that are used of it already.
+        """
+        heads = {name: model if isinstance(model, tuple) else (model, 0) for name, model in models.items()}
+        students = students or {}
+        assert not heads.keys() & set(self._objectives)
+        assert heads.keys() >= students.keys()
+        if self._device is None:
+            self._device = next((model.heads.weight.device for model, _ in heads.values()), None)
+        for model, used in _by_owner(heads):
+            self._trunk_of(model).heads.update(used)
+        for student, used in _by_owner(students):
+            self._trunk_of(student).heads.update(used)
+        self._arrange((*self._objectives, *heads), (*self._predicted, *students))
+
+    def remove(self, objectives: Collection[str]) -> None:
+        """Forget objectives, between two steps of the engine, and models that are used for no other."""
+        for trunk in self._trunks:
+            trunk.heads = {name: head for name, head in trunk.heads.items() if name not in objectives}
+        self._trunks = [trunk for trunk in self._trunks if trunk.heads]
+        kept, predicted = (
+            tuple(name for name in names if name not in objectives) for names in (self._objectives, self._predicted)
+        )
+        self._arrange(kept, predicted)
+
+    def _arrange(self, objectives: tuple[str, ...], predicted: tuple[str, ...]) -> None:
+        for trunk in self._trunks:
+            trunk.arrange(objectives)
+        self._objectives, self._predicted = objectives, predicted  # whole: other threads read them
+
+    def _trunk_of(self, owner: ValueModel | Student) -> _Trunk:
+        """The trunk that follows rows with a model; a new one if there is none."""
+        for trunk in self._trunks:
+            if trunk.owner is owner:
+                return trunk
+        self._trunks.append(_Student(owner) if isinstance(owner, Student) else _Trunk(owner))
+        return self._trunks[-1]
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
         values_BM = self._unknown(len(rows))
@@ -164,11 +206,15 @@ class _Trunk:
 
     predicts = False
 
-    def __init__(self, model: ValueModel, heads: Mapping[str, int], objectives: Sequence[str]):
-        """`heads` are those of the guide's `objectives` that this model values."""
-        self.heads = heads
+    def __init__(self, model: ValueModel):
+        self.owner: ValueModel | Student = model
         self.slots = SlotModel(value_decoder(model))
-        self._places = torch.tensor([objectives.index(name) for name in heads])
+        self.heads: dict[str, int] = {}  # of the guide's objectives those that this model values
+        self._places = torch.empty(0, dtype=torch.long)
+
+    def arrange(self, objectives: Sequence[str]) -> None:
+        """Take note of the guide's objectives in the order of its values."""
+        self._places = torch.tensor([objectives.index(name) for name in self.heads])
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """All heads' values at the last tokens, [B, O]."""
@@ -196,8 +242,9 @@ class _Student(_Trunk):
 
     predicts = True
 
-    def __init__(self, student: Student, heads: Mapping[str, int], objectives: Sequence[str]):
-        super().__init__(student.model, heads, objectives)
+    def __init__(self, student: Student):
+        super().__init__(student.model)
+        self.owner = student
         self.slots = SlotModel(student_decoder(student))
         self._student = student
         self.known: dict[int, torch.Tensor] = {}  # outputs [O] at each row's last token

@@ -1,12 +1,58 @@
-"""Where value models lie in a run, and which iteration of each is published."""
+"""Where value models lie in a run, and which iteration of each is published.
+
+A version names what is published for an objective at some time, so that requests can go on with it when something else
+is published: `positive@i1` is the first iteration after the base model's, `positive@d5fa0ea24d` a distilled model.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from mavis_dist.store.files import Store, StoreError
 
 METRICS_FILE = "metrics.jsonl"  # what was measured while a value model was trained, in its folder
+
+# The parts of folder names are what this pattern lets through, so that a version can name no other folder.
+_VERSION = re.compile(r"(?P<objective>\w+)@(?:i(?P<iteration>\d+)|d(?P<distilled>\w+))", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served for an objective."""
+
+    objective: str
+    iteration: int
+    distilled: str | None = None  # name of the model that is served in place of the iteration that it learnt from
+
+    @property
+    def folder(self) -> str:
+        return folder(self.objective, self.iteration) if self.distilled is None else distilled_folder(self.distilled)
+
+    @property
+    def version(self) -> str:
+        return version(self.objective, self.folder)
+
+
+def version(objective: str, path: str) -> str:
+    """What the model in a folder is called as far as one objective is concerned."""
+    kind, _, name = path.partition("/")
+    return f"{objective}@d{name}" if kind == "distilled" else f"{objective}@{name.rpartition('/')[2]}"
+
+
+def objective_of(version: str) -> str:
+    return version.partition("@")[0]
+
+
+def folder_of(version: str) -> str:
+    """The folder of a version's model; raises StoreError for what is no version."""
+    named = _VERSION.fullmatch(version)
+    if named is None:
+        raise StoreError(f"there is no version {version!r} of an objective: use one like name@i0")
+    if named["distilled"] is not None:
+        return distilled_folder(named["distilled"])
+    return folder(named["objective"], int(named["iteration"]))
 
 
 def folder(objective: str, iteration: int) -> str:
@@ -42,17 +88,21 @@ def publish_distilled(store: Store, objective: str, iteration: int, name: str | 
     store.write_json(_pointer_file(objective), {"iteration": iteration} | ({"distilled": name} if name else {}))
 
 
+def served(store: Store) -> dict[str, Served]:
+    """objective -> what is served for it, sorted by name."""
+    files = {name: _pointer_file(name) for name in store.list("values")}
+    pointers = {name: store.read_json(file) for name, file in files.items() if store.exists(file)}
+    return {name: Served(name, p["iteration"], p.get("distilled")) for name, p in pointers.items()}
+
+
 def published(store: Store) -> dict[str, int]:
     """objective -> iteration of everything that is published, sorted by name."""
-    return {name: pointer["iteration"] for name, pointer in _pointers(store).items()}
+    return {name: model.iteration for name, model in served(store).items()}
 
 
 def published_folders(store: Store) -> dict[str, str]:
     """objective -> folder of the model that is served for it, its own or a distilled one, sorted by name."""
-    return {
-        name: distilled_folder(pointer["distilled"]) if "distilled" in pointer else folder(name, pointer["iteration"])
-        for name, pointer in _pointers(store).items()
-    }
+    return {name: model.folder for name, model in served(store).items()}
 
 
 def fetch(store: Store, objective: str, iteration: int) -> Path:
@@ -65,11 +115,6 @@ def fetch_folder(store: Store, path: str) -> Path:
     if store.facts(path) is None:
         raise StoreError(f"there is no finished value model {path!r} in {store.root}")
     return store.download(path)
-
-
-def _pointers(store: Store) -> dict[str, dict]:
-    files = {name: _pointer_file(name) for name in store.list("values")}
-    return {name: store.read_json(file) for name, file in files.items() if store.exists(file)}
 
 
 def _check_finished(store: Store, objective: str, iteration: int) -> None:

@@ -13,9 +13,11 @@ import openai
 import pytest
 
 from mavis_dist.decode import Engine, Request, SamplingParams
+from mavis_dist.decode.published import fetch_published, load_guide
 from mavis_dist.models.load import chat_ids, load_base, load_tokenizer
+from mavis_dist.store.files import Store
 from mavis_dist.types import TILT_CAP
-from serve.base import Base, make_guide
+from serve.base import Base
 from serve.completions import Completions
 from serve.gateway import settings_of
 from serve.schema import ChatRequest
@@ -96,7 +98,8 @@ def test_both_placements_write_the_same(http, url, served_config, body):
     completions = Completions(load_tokenizer(args.base), settings_of(args), base.stream)
 
     async def answer(body: dict) -> dict:
-        completion = await completions.start(ChatRequest.model_validate(body), {"positive": 0, "brief": 0})
+        versions = {"positive": "positive@i0", "brief": "brief@i0"}
+        completion = await completions.start(ChatRequest.model_validate(body), versions)
         return await completion.whole()
 
     sentences = {"preferences": [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]}
@@ -114,11 +117,11 @@ def test_both_placements_write_the_same(http, url, served_config, body):
 @pytest.mark.parametrize("guide_every", [1, 3])
 def test_answers_are_those_of_the_engine_in_this_process(http, url, served_config, body, guide_every):
     args = main_args(served_config).model_copy(update={"placement": "colocated"})
-    base = load_base(args.base)
+    base, store = load_base(args.base), Store(args.storage, args.run)
     params = SamplingParams(body["max_tokens"], top_k=body["top_k"], seed=body["seed"])
     prompt = tuple(chat_ids(base.tokenizer, HELLO, args.system))
     request = Request("r", prompt, BOTH, beta=1.0, params=params, guide_every=guide_every)
-    [[choice]] = Engine(base, make_guide(args, base)).generate([request])
+    [[choice]] = Engine(base, load_guide(fetch_published(store))).generate([request])
     answer = ask(http, url, {**body, "guide_every": guide_every})
     assert text_of(answer) == choice.text
     report = answer["choices"][0]["mavis"]
@@ -139,7 +142,7 @@ def test_answers_end_before_a_stop_string(http, url, body):
 
 def test_weights_change_the_answer_and_zero_weights_are_the_base_model(http, url, body):
     plain = ask(http, url, {**body, "objective_weights": None})
-    zero = ask(http, url, {**body, "objective_weights": {"positive": 0, "brief": 0}})
+    zero = ask(http, url, {**body, "objective_weights": {"positive": "positive@i0", "brief": "brief@i0"}})
     no_strength = ask(http, url, {**body, "beta": 0})
     assert text_of(plain) == text_of(zero) == text_of(no_strength)
     assert zero["choices"][0]["mavis"] == {"divergence": 0.0, "values": {}, "candidates_per_token": 0.0}
@@ -203,7 +206,10 @@ def test_lists(http, url, model):
     assert [m["id"] for m in http.get(f"{url}/v1/models").json()["data"]] == [model]
     assert http.get(f"{url}/v1/models/{model.lstrip('/')}").status_code in (200, 404)
     listed = http.get(f"{url}/v1/objectives").json()["data"]
-    assert [(o["id"], o["iteration"]) for o in listed] == [("brief", 0), ("positive", 0)]
+    assert [(o["id"], o["version"], o["iteration"]) for o in listed] == [
+        ("brief", "brief@i0", 0),
+        ("positive", "positive@i0", 0),
+    ]
     assert http.get(f"{url}/health").json()["status"] == "ok"
 
 

@@ -81,7 +81,7 @@ class Service:
 
     def whole(self, body_type: type = TextRequest, **fields) -> dict:
         async def run():
-            return await (await self._completions.start(body(body_type, **fields), {"a": 0, "b": 0})).whole()
+            return await (await self._completions.start(body(body_type, **fields), {"a": "a", "b": "b"})).whole()
 
         answer = asyncio.run(run())
         json.dumps(answer, allow_nan=False)
@@ -89,7 +89,7 @@ class Service:
 
     def events(self, body_type: type = TextRequest, **fields) -> list[dict]:
         async def run():
-            completion = await self._completions.start(body(body_type, stream=True, **fields), {"a": 0, "b": 0})
+            completion = await self._completions.start(body(body_type, stream=True, **fields), {"a": "a", "b": "b"})
             return [line.removeprefix("data: ").strip() async for line in completion.events()]
 
         *lines, done = asyncio.run(run())
