@@ -35,6 +35,7 @@ test: $(INSTALLED)
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/browser
 
 test-processes: $(INSTALLED)
 	$(BIN)/python -m pytest tests/cluster tests/serving

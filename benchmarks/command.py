@@ -36,7 +36,12 @@ def run(
     arguments = parser.parse_args(argv)
     results = refusing(lambda: measure(arguments.run, scales[0] if arguments.quick else scales[1]))
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.json, results)
+
+
+def write_json(file: Path, figures: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str | float]], first: int = 36, width: int = 12) -> str:

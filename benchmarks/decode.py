@@ -48,7 +48,6 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
     import torch
 
     from benchmarks import quality, sentences, soak, speed, steps, students, workload
-    from benchmarks.turns import ratio
     from mavis_dist.types import TILT_CAP
 
     torch.set_num_threads(THREADS)
@@ -68,8 +67,7 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
         **speed_headlines(speeds),
         **quality_headlines([q for q in qualities if q["weights"] in work.objectives]),
         **step_headlines(stepping),
-        "worded_vs_plain_rows": ratio(worded.per_s["worded"], worded.per_s["plain"]),
-        "worded_vs_plain_rows_cpu": ratio(worded.per_cpu_s["worded"], worded.per_cpu_s["plain"]),
+        "worded_vs_plain_rows": sentences.rows_ratio(worded),
         "soak_rss_growth_mb": memory[str(scale.soak[1])] - memory[str(scale.soak[0])],
     }
     say(headline_table(headline))
@@ -77,7 +75,7 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
         "conditions": conditions,
         "tokens_per_s": speeds,
         "steps": stepping,
-        "rows_with_sentences": asdict(worded),
+        "rows_with_sentences_step_ms": worded,
         "quality": qualities,
         "students": predictions,
         "soak": memory,

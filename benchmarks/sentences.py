@@ -1,57 +1,66 @@
 """What steering by sentences costs beside its rows: requests with sentences against as many plain requests.
 
-Both encode the very same prompts, and write as many tokens in as many rows.
+Both read the very same prompts into as many rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from statistics import median
 
-from benchmarks.turns import Speeds, take_turns
+from benchmarks.worded import SENTENCES
 from benchmarks.workload import Workload
-from mavis_dist.decode import Engine, Request, SamplingParams, chat_preferences
+from mavis_dist.decode import Engine, Request, SamplingParams, chat_prompts
 from mavis_dist.prompts import load_prompts
 
-SENTENCES = (
-    "Answer in as few words as possible.",
-    "Be warm, positive and encouraging.",
-    "Stay strictly on the user's question.",
-    "Write for a child of ten.",
-)
+FOUR_SENTENCES = (*SENTENCES.values(), "Write for a child of ten.")
 NUM_REQUESTS = 8
 
 
-def measure(workload: Workload, repetitions: int, tokens: int) -> Speeds:
-    """Tokens per second of all rows together."""
-    worded = requests(workload, tokens)
+def measure(workload: Workload, repetitions: int, num_steps: int) -> dict[str, list[float]]:
+    """ms of every step in which all rows are written: with sentences, and of plain requests; in turns."""
+    worded = requests(workload, num_steps + 1)
     prompts = [prompt for request in worded for prompt in (request.prompt, *(p.prompt for p in request.preferences))]
-    plain = [Request(str(row), prompt, params=SamplingParams(tokens, seed=row)) for row, prompt in enumerate(prompts)]
-    engine = Engine(workload.endless, max_rows=len(prompts))
+    plain = [
+        Request(str(row), prompt, params=SamplingParams(num_steps + 1, seed=row)) for row, prompt in enumerate(prompts)
+    ]
+    engine = Engine(workload.endless, max_rows=len(prompts), prefill_tokens=sum(map(len, prompts)))
+    step_ms: dict[str, list[float]] = {"worded": [], "plain": []}
+    ways = [("worded", worded), ("plain", plain)]
+    for _ in range(1 + repetitions):
+        for name, asked in ways:
+            step_ms[name] += _steps(engine, asked, num_steps)
+        ways.reverse()
+    first = num_steps  # the first repetition warms up
+    return {name: times[first:] for name, times in step_ms.items()}
 
-    def ways(asked: Sequence[Request]) -> Callable[[int], float]:
-        def decode(repetition: int) -> float:
-            engine.generate(asked)
-            return float(len(prompts) * tokens)
 
-        return decode
+def rows_ratio(step_ms: dict[str, list[float]]) -> float:
+    """Throughput of rows with sentences over that of plain ones."""
+    return median(step_ms["plain"]) / median(step_ms["worded"])
 
-    variants = {"worded": ways(worded), "plain": ways(plain)}
-    take_turns(variants, 1)  # what is done for the first time takes longer
-    return take_turns(variants, repetitions)
+
+def _steps(engine: Engine, asked: Sequence[Request], num_steps: int) -> list[float]:
+    for request in asked:
+        engine.submit(request)
+    engine.step()  # reads all prompts
+    times = []
+    for _ in range(num_steps):
+        started = time.perf_counter()
+        engine.step()
+        times.append(1000 * (time.perf_counter() - started))
+    assert engine.is_idle
+    return times
 
 
 def requests(workload: Workload, tokens: int) -> list[Request]:
     """Every request with weights of its own."""
-    base, system = workload.base, workload.config.base.system
-    _, prompts = load_prompts(workload.config.prompts, workload.config.seed)
-    return [
-        Request(
-            str(i),
-            base.chat(prompt.text, system),
-            preferences=chat_preferences(
-                base.tokenizer, prompt.text, [(text, 1.0 + (i + k) % 4) for k, text in enumerate(SENTENCES)], system
-            ),
-            params=SamplingParams(tokens, seed=i),
-        )
-        for i, prompt in enumerate(prompts[:NUM_REQUESTS])
-    ]
+    _, questions = load_prompts(workload.config.prompts, workload.config.seed)
+    asked = []
+    for i, question in enumerate(questions[:NUM_REQUESTS]):
+        sentences = [(text, 1.0 + (i + k) % 4) for k, text in enumerate(FOUR_SENTENCES)]
+        system = workload.config.base.system
+        prompt, preferences = chat_prompts(workload.base.tokenizer, question.text, sentences, system)
+        asked.append(Request(str(i), prompt, params=SamplingParams(tokens, seed=i), preferences=preferences))
+    return asked

@@ -9,7 +9,7 @@ is kept in the run's folder: a measurement that was killed goes on where it stop
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mavis_dist.environment  # noqa: F401  threads wait as they do in the actors
+from benchmarks.command import write_json
 from jobs.arguments import refusing
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Scale:
     samples: int  # answers per prompt and weight
 
 
-FULL = Scale((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), 48, 2)
+FULL = Scale((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), 48, 1)
 QUICK = Scale((0.0, 0.5, 1.0), 8, 1)
 
 
@@ -42,20 +43,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="rough figures in four minutes instead of an hour")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="page whose part about words is written")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        default=Path("docs/results.md"),
+        metavar="FILE",
+        help="the page whose part about words is written; not by --quick (default: %(default)s)",
+    )
     parser.add_argument(
         "--run", type=Path, default=Path("runs/study"), help="folder of a finished run (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
-    given = " ".join(sys.argv[1:] if argv is None else argv)
+    given = shlex.join(sys.argv[1:] if argv is None else argv)
     measured = refusing(lambda: run(arguments.run, QUICK if arguments.quick else FULL))
     page = _page(measured, f"python -m benchmarks.steerability {given}".strip())
-    if arguments.markdown:
+    if not arguments.quick:
         from benchmarks.markdown import write_part
 
         write_part(arguments.markdown, "words", page)
     if arguments.json:
-        arguments.json.write_text(json.dumps(measured.to_json(), indent=1) + "\n")
+        write_json(arguments.json, measured.to_json())
     print(page)
 
 

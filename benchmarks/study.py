@@ -8,7 +8,6 @@ Whatever is finished is skipped: a study that was killed goes on where it stoppe
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mavis_dist.environment  # noqa: F401  threads wait as they do in the actors
+from benchmarks.command import write_json
 from benchmarks.markdown import write_part
 from jobs.arguments import refusing
 from mavis_dist import config as config_module
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results, page = refusing(lambda: run(config, arguments.betas, command))
     write_part(arguments.markdown, "study", page)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results.to_json(), indent=1) + "\n")
+        write_json(arguments.json, results.to_json())
     print(page)
 
 

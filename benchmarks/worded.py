@@ -15,7 +15,7 @@ from benchmarks.answers import Answers, answer, scored
 from benchmarks.cells import Subject, cell_path
 from benchmarks.steered import load_engine, template
 from mavis_dist.config import Config
-from mavis_dist.decode import PRESETS, PreferenceParams, Request, chat_preferences
+from mavis_dist.decode import PRESETS, PreferenceParams, Request, chat_prompts
 from mavis_dist.models.load import BaseModel
 from mavis_dist.prompts import load_prompts
 from mavis_dist.rewards import build
@@ -92,21 +92,23 @@ def measure(config: Config, store: Store, weights: Sequence[float], num_prompts:
             f"run {config.run!r} has no two objectives of {', '.join(SENTENCES)}: use jobs/configs/study.yaml"
         )
     published = values.published(store)
+    if missing := sorted(sentences.keys() - published.keys()):
+        raise UserError(f"run {config.run!r} has published no value model of {', '.join(missing)}: finish it first")
     subjects = [Subject(n, n, n, published[n], values.fetch(store, n, published[n])) for n in sentences]
     prompts = load_prompts(config.prompts, config.seed)[1][:num_prompts]
     ways = (PLAIN, PROMPTED, TRAINED, *PARAMS)
     pairs = list(combinations(sentences, 2))
     settings = list(dict.fromkeys(setting(way, pair, w) for pair in pairs for way in ways for w in weights))
     paths = _paths(config, prompts, num_samples, sentences, subjects, settings)
-    missing = [s for s in settings if not store.exists(paths[s])]
-    if missing:
+    todo = [s for s in settings if not store.exists(paths[s])]
+    if todo:
         base, engine = load_engine(config, subjects)
         rewards = {name: build(config.objectives[name]) for name in sentences}
         questions = [prompt.text for prompt in prompts for _ in range(num_samples)]
-        asked = {s: _requests(s, config, base, questions, sentences) for s in missing}
+        asked = {s: _requests(s, config, base, questions, sentences) for s in todo}
         for done, (s, choices) in enumerate(answer(engine, asked), 1):
             store.write_json(paths[s], asdict(scored(choices, questions, rewards)))
-            print(f"{'measure':<24} {done}/{len(missing)} settings: {s.name}", file=sys.stderr, flush=True)
+            print(f"{'measure':<24} {done}/{len(todo)} settings: {s.name}", file=sys.stderr, flush=True)
     return Measured(
         config,
         {subject.objective: subject.scale for subject in subjects},
@@ -124,16 +126,16 @@ def _requests(
     common, system = replace(template(config), beta=config.steer.beta), config.base.system
     if s.way == TRAINED:
         common = replace(common, weights=dict(s.weights))
+    if s.way in PARAMS:
+        common = replace(common, preference_params=PARAMS[s.way])
     if s.way == PROMPTED:
         system = "\n".join([system, *(sentences[name] for name, _ in s.weights)])
     requests = []
     for seed, question in enumerate(questions):
-        request = replace(common, prompt=base.chat(question, system), params=replace(common.params, seed=seed))
-        if s.way in PARAMS:
-            worded = [(sentences[name], weight) for name, weight in s.weights]
-            preferences = chat_preferences(base.tokenizer, question, worded, system)
-            request = replace(request, preferences=preferences, preference_params=PARAMS[s.way])
-        requests.append(request)
+        worded = [(sentences[name], weight) for name, weight in s.weights] if s.way in PARAMS else []
+        prompt, preferences = chat_prompts(base.tokenizer, question, worded, system)
+        params = replace(common.params, seed=seed)
+        requests.append(replace(common, prompt=prompt, preferences=preferences, params=params))
     return requests
 
 

@@ -39,7 +39,8 @@ def run(config: Config) -> None:
     folder = values.distilled_folder(plan.name)
     if plan.store.facts(folder) is None:
         cluster.connect()
-        parallel.distill(plan, cluster.make_board())
+        with cluster.stop_on_signals():
+            parallel.distill(plan, cluster.make_board())
     else:
         cluster.say("distill", f"{folder} finished before, skipped")
     served = plan.name if config.distill.publish else None

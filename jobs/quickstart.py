@@ -37,7 +37,8 @@ def run(config: Config) -> None:
     sweep = pipeline.run(config)
     print(f"\n{table(sweep)}\n")
 
-    url = deploy(config)
+    # The questions come from this machine: no other may ask meanwhile, and no key is needed.
+    url = deploy(config.model_copy(update={"serve": config.serve.model_copy(update={"host": "127.0.0.1"})}))
     try:
         names = list(config.objectives)
         mixed = [{name: 1 / len(names) for name in names}] if len(names) > 1 else []

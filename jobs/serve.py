@@ -1,11 +1,14 @@
 """Serve the published value models of a run over HTTP until Ctrl-C.
 
 python -m jobs.serve --config jobs/configs/quickstart.yaml [dotted.key=value ...]
+
+On another address than loopback it asks for API keys: those of MAVIS_KEYS, a file made by python -m jobs.keys.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from contextlib import suppress
 
@@ -24,7 +27,7 @@ def run(config: Config) -> None:
 
     cluster.connect()
     try:
-        print(example(config, deploy(config)), flush=True)
+        print(example(config, deploy(config, keys=os.environ.get("MAVIS_KEYS"))), flush=True)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
     finally:

@@ -49,7 +49,7 @@ def connect() -> None:
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
     """SIGTERM and SIGINT ask what runs in here to save what it has and to stop (`check_stop`); a second one ends the
-    process as it would outside.
+    process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,7 +57,8 @@ def stop_on_signals() -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         _is_stopping.set()
-        signal.signal(number, before[number])
+        # Ray's own handler, which was there before, waits for all threads.
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

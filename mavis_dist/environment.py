@@ -10,6 +10,8 @@ OMP_WAIT_POLICY=PASSIVE                processes share cores: a thread that spin
                                        slower steps were measured when two models ran on two cores)
 GOMP_SPINCOUNT=1000                    but waking a sleeping thread costs as much as a small matrix product: some
                                        microseconds of spinning save a fifth of a step, and harm nobody
+MAVIS_KEYS                             file of API keys that `jobs.serve` asks for (default: none on loopback, else
+                                       keys.json); "none": serve whoever reaches the port
 MAVIS_CACHE                            folder of prepared models (default ~/.cache/mavis_dist)
 RAY_ADDRESS                            cluster to join; without it a local one is started
 """

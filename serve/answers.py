@@ -8,16 +8,19 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from mavis_dist.decode import Choice, FinishReason, Request, RequestError, Update
-from serve.engine_loop import Refused
+from mavis_dist.decode import Choice, FinishReason, Request, RequestError, TokenLogprobs, Update
+from serve.admission import ANYBODY, Entry, Full, Overloaded
+from serve.engine_loop import Refused, within
 
 logger = logging.getLogger(__name__)
 
 RETRY_PAUSE_S = 0.2
 
-Message = Request | Refused | list[Update]
-OpenStream = Callable[[Request], AsyncGenerator[Message, None]]
+Item = TypeVar("Item")
+Message = Request | Refused | Full | list[Update]
+OpenStream = Callable[[Request, Entry], AsyncGenerator[Message, None]]
 
 
 class BaseLost(Exception):
@@ -26,6 +29,10 @@ class BaseLost(Exception):
 
 class AnswerFailed(Exception):
     """An answer that cannot be completed."""
+
+
+class AnswerLate(AnswerFailed):
+    """An answer that was not complete in time."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +50,23 @@ class Piece:
     tokens: tuple[int, ...]
     finished: Choice | None = None
     resumed: bool = False  # `finished` counts only what the last base replica wrote
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, where the request asks
 
 
-async def follow(request: Request, open_stream: OpenStream, limits: Limits) -> AsyncGenerator[Request | Piece, None]:
+async def follow(
+    request: Request, open_stream: OpenStream, limits: Limits, entry: Entry = ANYBODY
+) -> AsyncGenerator[Request | Piece, None]:
     """One answer from its acceptance to its end, on as many base replicas as it takes.
 
     The first item is the accepted request. When a base replica is lost, falls silent or stops early, the request is
-    sent again with the tokens so far and the same seed, and goes on with the very tokens it would have had.
+    sent again with the tokens so far and the same seed, and goes on with the very tokens it would have had. It was let
+    in then, and waits for room instead of being refused.
 
     Raises:
         RequestError: the engine refuses the request.
-        AnswerFailed: the engine failed, or no base replica completed the answer in time.
+        Overloaded: two base replicas, or the only one, have no room for it.
+        AnswerFailed: the engine failed.
+        AnswerLate: no base replica completed the answer in time.
     """
     assert request.params.n == 1
     assert request.params.seed is not None
@@ -63,13 +76,14 @@ async def follow(request: Request, open_stream: OpenStream, limits: Limits) -> A
     while time.monotonic() < deadline:
         current = replace(request, id=f"{request.id}-{attempt}", answer=tuple(tokens))
         try:
-            async with aclosing(_messages(open_stream(current), limits.stall_s, deadline)) as messages:
+            async with aclosing(_messages(_let_in(current, open_stream, entry), limits.stall_s, deadline)) as messages:
                 async for message in messages:
                     if isinstance(message, Refused):
                         raise RequestError(message.field, message.message)
                     if isinstance(message, Request):
                         if not accepted:
                             accepted = True
+                            entry = replace(entry, room=0, group="", is_resumed=True)
                             yield message
                         continue
                     piece = _piece(tokens, message, attempt > 0)
@@ -86,33 +100,51 @@ async def follow(request: Request, open_stream: OpenStream, limits: Limits) -> A
         logger.warning("request %s is sent again after %d tokens: %s", request.id, len(tokens), reason)
         await asyncio.sleep(RETRY_PAUSE_S)
     because = f" ({reason})" if reason else ""
-    raise AnswerFailed(f"the answer was not complete within {limits.deadline_s:g} s{because}")
+    raise AnswerLate(f"the answer was not complete within {limits.deadline_s:g} s{because}")
+
+
+async def _let_in(
+    request: Request, open_stream: OpenStream, entry: Entry
+) -> AsyncGenerator[Request | Refused | list[Update], None]:
+    """The stream of a base replica or, if it is full, of another one; raises Overloaded if that is full, too."""
+    refusals: list[Full] = []
+    while len(refusals) < 2:
+        async with aclosing(open_stream(request, entry)) as messages:
+            async for message in messages:
+                if isinstance(message, Full):
+                    refusals.append(message)
+                    entry = replace(entry, avoid=message.replica)
+                    break
+                yield message
+            else:
+                return
+    raise Overloaded(min(full.wait_s for full in refusals))
 
 
 def _piece(tokens: list[int], updates: list[Update], resumed: bool) -> Piece:
     """Extend `tokens` by what is new in the updates of one answer."""
     known, finished = len(tokens), None
+    logprobs: list[TokenLogprobs] = []
     for update in updates:
         if update.start > len(tokens):
             raise BaseLost(f"tokens {len(tokens)} to {update.start} are missing")
+        logprobs.extend(update.logprobs[len(tokens) - update.start :])
         tokens.extend(update.tokens[len(tokens) - update.start :])
         finished = update.finished
         if finished is not None and finished.finish is FinishReason.ABORT:
             raise BaseLost("the engine gave the answer up")
         if finished is not None and finished.finish is FinishReason.ERROR:
             raise AnswerFailed(finished.error or "the engine failed")
-    return Piece(tuple(tokens[known:]), finished, resumed)
+    return Piece(tuple(tokens[known:]), finished, resumed, tuple(logprobs))
 
 
-async def _messages(
-    source: AsyncGenerator[Message, None], stall_s: float, deadline: float
-) -> AsyncGenerator[Message, None]:
+async def _messages(source: AsyncGenerator[Item, None], stall_s: float, deadline: float) -> AsyncGenerator[Item, None]:
     """The same messages; raises TimeoutError where the next one does not come in time, and closes the source."""
     try:
         while True:
             limit = min(stall_s, max(deadline - time.monotonic(), 0.001))
             try:
-                message = await asyncio.wait_for(anext(source), limit)
+                message = await within(limit, anext(source))
             except StopAsyncIteration:
                 return
             yield message

@@ -20,13 +20,14 @@ from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
 from serve.base import Base
-from serve.gateway import Gateway
+from serve.gateway import Gateway, open_keys
 from serve.handles import value_application
 from serve.settings import Arguments, MainArgs, ValueArgs, main_args, value_args
 from serve.value import Value
 
 MAIN = "main"
 DRAIN_MARGIN_S = 30
+BASE_ROUTER = "serve.routing.AnotherReplicaRouter"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
@@ -35,7 +36,8 @@ class DeployError(UserError):
 
 
 def build_main(args: MainArgs) -> Application:
-    base = _deployment(Base, **_options(args)).bind(args)
+    router = {"request_router_class": BASE_ROUTER}
+    base = _deployment(Base, **_options(args), request_router_config=router).bind(args)
     gateway = _deployment(
         serve.ingress()(Gateway),
         max_ongoing_requests=10_000,
@@ -52,8 +54,10 @@ def build_value(args: ValueArgs) -> Application:
     return _deployment(Value, **_options(args), request_router_config=router).bind(args)
 
 
-def deploy(config: Config, limit_s: float = 300.0) -> str:
+def deploy(config: Config, limit_s: float = 300.0, keys: str | None = None) -> str:
     """Run all applications of a config on the connected cluster; the URL, once every replica is healthy.
+
+    `keys` as in main_args.
 
     Raises:
         UserError: if they cannot be placed, fail to start, or take longer than `limit_s`.
@@ -63,9 +67,11 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
     if not objectives:
         raise DeployError(f"nothing is published in {store.root}: run the pipeline first, or choose another run=NAME")
     check_serving(config, cluster.nodes())
+    args = main_args(config, keys)
+    open_keys(args)  # a missing file is said here, in one line
     host, port = config.serve.host, config.serve.port
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    targets = [serve.RunTarget(build_main(main_args(config)), MAIN, route_prefix="/")]
+    targets = [serve.RunTarget(build_main(args), MAIN, route_prefix="/")]
     if config.serve.placement == "replicas":
         for name in objectives:
             application = build_value(value_args(config, name))

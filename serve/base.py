@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import torch
 
@@ -11,9 +12,11 @@ from mavis_dist.decode.published import fetch_published, load_guide
 from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.store.files import Store
+from serve.admission import ANYBODY, Entry
 from serve.answers import Message
 from serve.engine_loop import EngineLoop, stream
-from serve.handles import ValueHandles
+from serve.handles import ValueHandles, replica_name
+from serve.logs import configure_logs
 from serve.metrics import WatchedEngine, report
 from serve.remote_guide import RemoteGuide
 from serve.settings import MainArgs
@@ -37,18 +40,20 @@ def make_guide(args: MainArgs, base: BaseModel) -> Guide | None:
 
 class Base:
     def __init__(self, args: MainArgs):
+        configure_logs()
         base = load_base(args.base, args.dtype, args.device)
         engine = WatchedEngine(base, make_guide(args, base), args.rows)
-        self._loop = EngineLoop(engine)
+        self._loop = EngineLoop(engine, queue=args.queue, name=replica_name())
         report(engine, self._loop)
 
-    async def stream(self, request: Request) -> AsyncIterator[Message]:
+    async def stream(self, request: Request, entry: Entry = ANYBODY) -> AsyncIterator[Message]:
         """What serve.engine_loop.stream yields."""
-        async for message in stream(self._loop, request):
-            yield message
+        async with aclosing(stream(self._loop, request, entry)) as messages:
+            async for message in messages:
+                yield message
 
     async def load(self) -> tuple[int, int]:
-        """Answers being written and answers waiting; raises EngineStopped."""
+        """Rows in use and rows waited for; raises EngineStopped."""
         self._loop.check()
         return self._loop.load
 

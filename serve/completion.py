@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from mavis_dist.decode import Choice, Request
 from mavis_dist.decode.request import stream_of
 from mavis_dist.decode.text import StoppedText
-from serve.answers import AnswerFailed, Limits, OpenStream, Piece, follow
+from serve.admission import Entry
+from serve.answers import AnswerFailed, AnswerLate, Limits, OpenStream, Piece, follow
+from serve.logprobs import Alignment, LogprobEntry, Speller, chat_logprobs, text_logprobs
 from serve.schema import DONE, TEXT, ApiError, GenerationRequest, Json, Preference, Shape, event, usage
 
 
@@ -24,16 +26,24 @@ class _Answer:
     """One choice while it is written."""
 
     text: StoppedText
+    alignment: Alignment | None = None  # of tokens and text, where log-probabilities are asked for
     pieces: list[str] = field(default_factory=list)
+    entries: list[LogprobEntry] = field(default_factory=list)
     num_tokens: int = 0
     last: Piece | None = None
 
-    def add(self, piece: Piece) -> str:
-        text = self.text.add(piece.tokens, last=piece.finished is not None)
+    def add(self, piece: Piece) -> tuple[str, list[LogprobEntry]]:
+        """The text that is certain by now, and the tokens that brought it where they are asked for."""
+        is_last, entries = piece.finished is not None, []
+        if self.alignment is None:
+            text = self.text.add(piece.tokens, is_last)
+        else:
+            text, entries = self.alignment.add(piece.tokens, piece.logprobs, is_last)
         self.pieces.append(text)
+        self.entries += entries
         self.num_tokens += len(piece.tokens)
         self.last = piece
-        return text
+        return text, entries
 
     @property
     def is_finished(self) -> bool:
@@ -72,7 +82,7 @@ class _Answer:
         return {
             "text": sentence.text,
             "final_weight": weights[-1],
-            "mean_weight": None if self._is_resumed else fmean(weights),
+            "mean_weight": None if self._is_resumed else self._choice.mean_preference_weights[k],
             "mean_reward": None if self._is_resumed else fmean(rewards),
         }
 
@@ -108,17 +118,34 @@ class Completion:
         model: str,
         limits: Limits,
         tokenizer: PreTrainedTokenizerBase,
+        spell: Speller,
     ):
         self._body, self._shape, self._request, self._limits = body, shape, request, limits
-        self._tokenizer = tokenizer
-        params = request.params
-        self._answers = [_Answer(StoppedText(tokenizer, params.stop)) for _ in range(params.n)]
+        self._tokenizer, self._spell = tokenizer, spell
+        self._answers = [self._begin() for _ in range(request.params.n)]
+        self._failure: ApiError | None = None
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._head: Json = {
             "id": f"{shape.id_prefix}-{request.id}",
             "created": int(time.time()),
             "model": model,
+        }
+
+    def _begin(self) -> _Answer:
+        text = StoppedText(self._tokenizer, self._request.params.stop)
+        return _Answer(text, None if self._request.top_logprobs is None else Alignment(text))
+
+    @property
+    def log(self) -> Json:
+        """What an access log should know of it, without a word of prompt or answer; null: not finished."""
+        return {
+            "completion": self._head["id"],
+            "n": len(self._answers),
+            "prompt_tokens": len(self._request.prompt),
+            "completion_tokens": sum(answer.num_tokens for answer in self._answers),
+            "finish_reasons": [answer.finish_reason if answer.is_finished else None for answer in self._answers],
+            "failure": None if self._failure is None else self._failure.code,
         }
 
     @property
@@ -155,10 +182,28 @@ class Completion:
             return "none"
         return "model" if self._tokenizer.chat_template else "plain"
 
-    async def open(self, open_stream: OpenStream) -> None:
-        """Submit every choice as a request of its own, so that each can move to another base replica."""
+    async def open(self, open_stream: OpenStream, key: str = "") -> None:
+        """Submit every choice as a request of its own, so that each can move to another base replica.
+
+        The first one asks for room for all of them, the others follow it in: all are let in, or none. Closes itself
+        where it raises RequestError, Overloaded or ApiError.
+        """
+        indices = range(len(self._answers))
+        rows = len(indices) * (1 + len(self._request.preferences))
+        try:
+            await self._submit(indices[:1], open_stream, Entry(key, rows, self._request.id))
+            await self._submit(indices[1:], open_stream, Entry(key, 0, self._request.id))
+        except AnswerFailed as error:
+            self.close()
+            raise ApiError(503, str(error), code="engine_unavailable") from None
+        except BaseException:
+            self.close()
+            raise
+
+    async def _submit(self, indices: Sequence[int], open_stream: OpenStream, entry: Entry) -> None:
+        """Begin to follow some choices, until all of them are accepted."""
         accepted: list[asyncio.Future[None]] = []
-        for index in range(len(self._answers)):
+        for index in indices:
             one = replace(
                 self._request,
                 id=f"{self._request.id}-{index}",
@@ -166,15 +211,9 @@ class Completion:
                 params=replace(self._request.params, n=1),
             )
             accepted.append(asyncio.get_running_loop().create_future())
-            self._tasks.append(asyncio.create_task(self._pump(index, one, open_stream, accepted[index])))
-        try:
-            await asyncio.gather(*accepted)
-        except AnswerFailed as error:
-            self.close()
-            raise ApiError(503, str(error), code="engine_unavailable") from None
-        except BaseException:
-            self.close()
-            raise
+            answer = follow(one, open_stream, self._limits, entry)
+            self._tasks.append(asyncio.create_task(self._pump(index, answer, accepted[-1])))
+        await asyncio.gather(*accepted)
 
     def close(self) -> None:
         """Stop writing; the rows of unfinished answers become free."""
@@ -193,7 +232,7 @@ class Completion:
                 "index": index,
                 **self._shape.whole("".join(answer.pieces)),
                 "finish_reason": answer.finish_reason,
-                "logprobs": None,
+                "logprobs": self._logprobs(answer.entries),
                 "mavis": answer.report(self._sentences),
             }
             for index, answer in enumerate(self._answers)
@@ -207,9 +246,10 @@ class Completion:
             if self._shape.opening is not None:
                 for index in range(len(self._answers)):
                     yield self._chunk({"index": index, **self._shape.opening})
-            async for index, text in self._pieces():
-                if text:
-                    yield self._chunk({"index": index, **self._shape.piece(text)})
+            async for index, text, entries in self._pieces():
+                if text or entries:
+                    logprobs = self._logprobs(entries)
+                    yield self._chunk({"index": index, **self._shape.piece(text), "logprobs": logprobs})
                 answer = self._answers[index]
                 if answer.is_finished:
                     report = answer.report(self._sentences)
@@ -228,25 +268,34 @@ class Completion:
         choices = [{"finish_reason": None, "logprobs": None, **choice}] if choice else []
         return event({**self._head, "object": self._shape.chunk_object, "choices": choices, **extra})
 
+    def _logprobs(self, entries: Sequence[LogprobEntry]) -> Json | None:
+        """None where they are not asked for."""
+        if self._request.top_logprobs is None:
+            return None
+        return (text_logprobs if self._shape is TEXT else chat_logprobs)(entries, self._spell)
+
     def _usage(self) -> Json:
         return usage(len(self._request.prompt), sum(answer.num_tokens for answer in self._answers))
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, str]]:
-        """(choice, text) as it comes, until all choices are finished; raises ApiError."""
+    async def _pieces(self) -> AsyncIterator[tuple[int, str, list[LogprobEntry]]]:
+        """(choice, text, its tokens) as it comes, until all choices are finished; raises ApiError."""
         left = len(self._answers)
         while left:
             index, item = await self._queue.get()
             if isinstance(item, Exception):
-                raise ApiError(500, str(item), code="engine_error")
+                late = isinstance(item, AnswerLate)
+                status, code = (504, "deadline_exceeded") if late else (500, "engine_error")
+                self._failure = ApiError(status, str(item), code=code)
+                raise self._failure
             left -= item.finished is not None
-            yield index, self._answers[index].add(item)
+            yield index, *self._answers[index].add(item)
 
     async def _pump(
-        self, index: int, request: Request, open_stream: OpenStream, accepted: asyncio.Future[None]
+        self, index: int, answer: AsyncGenerator[Request | Piece, None], accepted: asyncio.Future[None]
     ) -> None:
         """Follow one choice into the common queue; what goes wrong before acceptance is the acceptance's result."""
         try:
-            async with aclosing(follow(request, open_stream, self._limits)) as items:
+            async with aclosing(answer) as items:
                 async for item in items:
                     if isinstance(item, Request):
                         accepted.set_result(None)

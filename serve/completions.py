@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mavis_dist.core.preferences import Accumulation
 from mavis_dist.decode import (
     PRESETS,
     Preference,
@@ -17,12 +17,14 @@ from mavis_dist.decode import (
     RequestError,
     SamplingParams,
     Scorer,
-    chat_preferences,
+    chat_prompts,
 )
 from mavis_dist.decode.prepare import Bounds, prepare
-from mavis_dist.models.load import ModelError, chat_ids
+from mavis_dist.models.load import ModelError
+from serve.admission import Overloaded, Refusals
 from serve.answers import Limits, OpenStream
 from serve.completion import Completion
+from serve.logprobs import Speller
 from serve.schema import (
     CHAT,
     TEXT,
@@ -46,6 +48,9 @@ class Settings:
     beta: float
     tilt_cap: float | None
     limits: Limits
+    max_prompt_tokens: int | None = None  # none: what the model's context has room for
+    max_n: int = 16  # answers to one request
+    max_preferences: int = 16  # sentences in one request
 
 
 class Completions:
@@ -53,50 +58,104 @@ class Completions:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings, open_stream: OpenStream):
         self._tokenizer, self._settings, self._open_stream = tokenizer, settings, open_stream
+        self._spell = Speller(tokenizer)
+        self._refusals = Refusals()
 
-    async def start(self, body: ChatRequest | TextRequest, objectives: Mapping[str, int]) -> Completion:
-        """Begin to write the answers; raises ApiError before anything is sent if they are refused."""
+    async def start(
+        self,
+        body: ChatRequest | TextRequest,
+        objectives: Mapping[str, int],
+        key: str = "",
+        request_id: str | None = None,
+    ) -> Completion:
+        """Begin to write the answers; raises ApiError before anything is sent if they are refused.
+
+        Args:
+            key: whose request it is, for keys take turns; empty: the body's `user`, or nobody in particular.
+            request_id: what the id of the completion begins with, for the logs of all deployments.
+        """
+        key = key or body.user or ""
+        num_views = 1 + sum(sentence.weight != 0 for sentence in body.preferences or ())
+        rows = (body.n or 1) * num_views
+        try:
+            with self._refusals.remembered(key, rows):
+                return await self._start(body, objectives, key, request_id)
+        except Overloaded as error:
+            raise ApiError(429, str(error), code="overloaded", retry_after_s=error.wait_s) from None
+
+    async def _start(
+        self, body: ChatRequest | TextRequest, objectives: Mapping[str, int], key: str, request_id: str | None
+    ) -> Completion:
         if body.model != self._settings.model:
             raise ApiError(
                 404,
-                f"the model {body.model!r} does not exist here; use {self._settings.model!r}",
+                f"the model {body.model!r:.100} does not exist here; use {self._settings.model!r}",
                 "model",
                 "model_not_found",
             )
-        shape, prompt, preferences = self._prompt(body)
+        self._check_counts(body)
+        # Ids of requests are the client's to choose, and may be used twice.
+        identity = f"{request_id}-{secrets.token_hex(4)}" if request_id else uuid.uuid4().hex
         try:
+            shape, prompt, preferences = self._prompt(body)
             # Whether there are students only the base replica knows; it refuses by itself.
             bounds = Bounds(objectives, self._settings.max_context, predicted=objectives, max_rows=self._settings.rows)
-            request = prepare(self._request(body, prompt, preferences), bounds)
+            request = prepare(self._request(identity, body, prompt, preferences), bounds)
         except RequestError as error:
             raise _refused(error, body) from None
-        completion = Completion(body, shape, request, self._settings.model, self._settings.limits, self._tokenizer)
+        completion = Completion(
+            body, shape, request, self._settings.model, self._settings.limits, self._tokenizer, self._spell
+        )
         try:
-            await completion.open(self._open_stream)
+            await completion.open(self._open_stream, key)
         except RequestError as error:
             raise _refused(error, body) from None
         return completion
 
-    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, list[int], tuple[Preference, ...]]:
-        """The token ids of the plain prompt, and those with each sentence in it."""
+    def _check_counts(self, body: GenerationRequest) -> None:
+        """What multiplies the work of a request is bounded before any work is done."""
+        num_sentences = len(body.preferences or ())
+        for name, count, limit in (
+            ("n", body.n or 1, self._settings.max_n),
+            ("preferences", num_sentences, self._settings.max_preferences),
+        ):
+            if count > limit:
+                raise ApiError(400, f"{name}: {count} given; this server takes at most {limit}", name)
+
+    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, tuple[int, ...], tuple[Preference, ...]]:
+        """The token ids of the plain prompt, and those with each sentence in it; raises RequestError."""
         sentences = [(preference.text, preference.weight) for preference in body.preferences or ()]
+        num_rows = 1 + sum(weight != 0 for _, weight in sentences)
+        if num_rows > self._settings.rows:  # before all of them are made into prompts
+            message = f"preferences: are {num_rows - 1} sentences; use at most {self._settings.rows - 1}"
+            raise ApiError(400, message, "preferences")
         if isinstance(body, TextRequest):
+            prompt = self._ids(body.prompt)
+            self._check_length(prompt)
             preferences = tuple(
-                Preference(text, tuple(self._ids(f"{text}\n\n{body.prompt}")), weight) for text, weight in sentences
+                Preference(text, self._ids(f"{text}\n\n{body.prompt}") if weight else (), weight)
+                for text, weight in sentences
             )
-            return TEXT, self._ids(body.prompt), preferences
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        system = self._settings.system
+            return TEXT, prompt, preferences
+        messages = [message.turn for message in body.messages]
         try:
-            preferences = chat_preferences(self._tokenizer, messages, sentences, system)
-            return CHAT, chat_ids(self._tokenizer, messages, system), preferences
+            prompt, preferences = chat_prompts(self._tokenizer, messages, sentences, self._settings.system)
         except ModelError as error:
             raise ApiError(400, str(error), "messages") from None
+        self._check_length(prompt)
+        return CHAT, prompt, preferences
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+    def _check_length(self, prompt: tuple[int, ...]) -> None:
+        limit = self._settings.max_prompt_tokens
+        if limit is not None and len(prompt) > limit:
+            raise RequestError("prompt", f"has {len(prompt)} tokens; this server takes at most {limit}")
 
-    def _request(self, body: GenerationRequest, prompt: list[int], preferences: tuple[Preference, ...]) -> Request:
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text)["input_ids"])
+
+    def _request(
+        self, identity: str, body: GenerationRequest, prompt: tuple[int, ...], preferences: tuple[Preference, ...]
+    ) -> Request:
         settings, default = self._settings, SamplingParams()
         limit = body.token_limit
         if limit is not None and limit > settings.max_tokens:
@@ -115,8 +174,8 @@ class Completions:
             stop=body.stops,
         )
         return Request(
-            id=uuid.uuid4().hex,
-            prompt=tuple(prompt),
+            id=identity,
+            prompt=prompt,
             weights=body.weights(),
             beta=settings.beta if body.beta is None else body.beta,
             tilt_cap=settings.tilt_cap if body.tilt_cap is None else body.tilt_cap,
@@ -125,15 +184,20 @@ class Completions:
             params=params,
             scorer=Scorer(body.scorer or "lazy"),
             guide_every=body.guide_every or 1,
+            top_logprobs=body.num_logprobs,
         )
 
 
 def _preference_params(body: GenerationRequest) -> PreferenceParams:
-    """The preset with what the body changes of it."""
+    """The preset with what the body changes of it; raises ApiError."""
     given = {} if body.preference_params is None else body.preference_params.model_dump(exclude_none=True)
     preset = PRESETS[given.pop("preset", "mato")]
-    if "accumulation" in given:
-        given["accumulation"] = Accumulation(given["accumulation"])
+    optimisation = given.keys() & {"alpha", "lam", "nu", "steps"}
+    if optimisation and "c" in given:
+        name = f"preference_params.{min(optimisation)}"
+        raise ApiError(400, f"{name}: c is given as well, and stands in its place; leave out one of them", name)
+    if optimisation:
+        preset = replace(preset, c=None)
     return replace(preset, **given)
 
 

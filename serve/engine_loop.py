@@ -6,14 +6,20 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from mavis_dist.decode import Engine, FinishReason, Request, RequestError, Update
+from serve.admission import ANYBODY, Entry, Full, Line
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 FAILURES_UNTIL_UNHEALTHY = 3
+QUEUE_PER_ROW = 4  # rows that may wait for each row there is, unless told otherwise
 
 
 class EngineStopped(RuntimeError):
@@ -28,20 +34,44 @@ class Refused:
     message: str
 
 
+@dataclass
+class _Job:
+    """A request that was accepted and is not finished."""
+
+    request: Request  # prepared
+    on_update: Callable[[Update], None]
+    left: int  # choices not finished yet
+    began: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """Of the engine, for the choices that are left."""
+        return self.left * (1 + len(self.request.preferences))
+
+
 class EngineLoop:
     """Steps the engine as long as there is something to write.
 
-    A step that fails ends all open requests with FinishReason.ERROR and the reason; the engine goes on with new ones.
+    Requests wait here, where keys take turns, and are handed to the engine when there are rows for them. A step that
+    fails ends all requests in the engine with FinishReason.ERROR and the reason; the engine goes on with the next ones.
     """
 
-    def __init__(self, engine: Engine, step_limit_s: float = 300.0):
-        """A step that takes longer than `step_limit_s` counts as hanging."""
+    def __init__(self, engine: Engine, step_limit_s: float = 300.0, queue: int | None = None, name: str = ""):
+        """
+        Args:
+            step_limit_s: a step that takes longer counts as hanging.
+            queue: rows that may wait; none: four times those that the engine has.
+            name: what tells this engine from others, for those who are refused.
+        """
         self._engine = engine
         self._step_limit_s = step_limit_s
-        self._wake = threading.Condition()
-        self._inbox: list[Callable[[], None]] = []
-        self._open: dict[str, Callable[[Update], None]] = {}
-        self._left: dict[str, int] = {}  # request -> choices not finished yet
+        self._name = name
+        self._wake = threading.Condition()  # guards the four below
+        self._line: Line[_Job] = Line(QUEUE_PER_ROW * engine.max_rows if queue is None else queue)
+        self._open: dict[str, _Job] = {}  # in the engine, or on the way
+        self._inbox: list[Callable[[], object]] = []
+        self._is_short = False  # the engine has rows left, but no cache for them
+        self._held_s = 1.0  # how long a request takes in the engine, lately
         self._stopping = False
         self._failures = 0
         self._last_failure = ""
@@ -51,11 +81,12 @@ class EngineLoop:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Answers being written and answers waiting."""
-        return self._engine.load
+        """Rows in use and rows waited for."""
+        with self._wake:
+            return self._rows_in_use, self._line.rows
 
-    def submit(self, request: Request, on_update: Callable[[Update], None]) -> Request:
-        """Queue a request; `on_update` is called in the engine's thread and must return at once.
+    def submit(self, request: Request, on_update: Callable[[Update], None], entry: Entry = ANYBODY) -> Request | Full:
+        """Queue a request, if there is room; `on_update` is called in the engine's thread and must return at once.
 
         Raises:
             RequestError: naming the field, its value and the remedy.
@@ -63,12 +94,20 @@ class EngineLoop:
         """
         self.check()
         request = self._engine.prepare(request)
-        self._post(lambda: self._start(request, on_update))
+        job = _Job(request, on_update, request.params.n)
+        with self._wake:
+            if not self._line.admits(entry, job.rows):
+                return Full(self._name, self._held_s * self._line.rows / self._engine.max_rows)
+            self._line.add(None if entry.is_resumed else entry.key, request.id, job.rows, job)
+            self._begin()
         return request
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; nothing happens if it is finished."""
-        self._post(lambda: self._drop(request_id))
+        with self._wake:
+            if not self._line.remove(request_id):
+                self._inbox.append(partial(self._drop, request_id))
+            self._begin()
 
     def check(self) -> None:
         """Raises EngineStopped if the thread is gone, hangs in a step, or fails at every step."""
@@ -86,10 +125,24 @@ class EngineLoop:
             self._wake.notify()
         self._thread.join()
 
-    def _post(self, command: Callable[[], None]) -> None:
-        with self._wake:
-            self._inbox.append(command)
-            self._wake.notify()
+    @property
+    def _rows_in_use(self) -> int:
+        return sum(job.rows for job in self._open.values())
+
+    def _begin(self) -> None:
+        """Hand requests to the engine, in turn, while it has rows for them. Needs the lock."""
+        while (job := self._line.head()) is not None and self._fits(job):
+            self._line.pop()
+            job.began = time.monotonic()
+            self._open[job.request.id] = job
+            self._inbox.append(partial(self._engine.submit, job.request))
+        self._wake.notify()
+
+    def _fits(self, job: _Job) -> bool:
+        if self._is_short:
+            return False
+        # Choices of a request that needs more rows than there are take them one after another.
+        return not self._open or self._rows_in_use + job.rows <= self._engine.max_rows
 
     def _run(self) -> None:
         while True:
@@ -102,17 +155,12 @@ class EngineLoop:
                 command()
             self._step()
 
-    def _start(self, request: Request, on_update: Callable[[Update], None]) -> None:
-        self._engine.submit(request)
-        self._open[request.id], self._left[request.id] = on_update, request.params.n
-
     def _drop(self, request_id: str) -> None:
         if request_id in self._open:
-            self._forget(request_id)
             self._engine.cancel(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        del self._open[request_id], self._left[request_id]
+            with self._wake:
+                del self._open[request_id]
+                self._begin()
 
     def _step(self) -> None:
         self._step_began = time.monotonic()
@@ -129,41 +177,54 @@ class EngineLoop:
             self._step_began = None
         for update in updates:
             self._deliver(update)
+        with self._wake:
+            self._is_short = self._engine.load[1] > 0
+            self._begin()
 
     def _abandon(self) -> list[Update]:
-        updates = [update for request_id in self._open for update in self._engine.cancel(request_id)]
+        with self._wake:
+            begun = list(self._open)
+        updates = [update for request_id in begun for update in self._engine.cancel(request_id)]
         for update in updates:
             assert update.finished is not None
             update.finished.finish, update.finished.error = FinishReason.ERROR, self._last_failure
         return updates
 
     def _deliver(self, update: Update) -> None:
-        on_update = self._open.get(update.request_id)
-        if on_update is None:
+        job = self._open.get(update.request_id)
+        if job is None:
             return
         if update.finished is not None:
-            self._left[update.request_id] -= 1
-            if not self._left[update.request_id]:
-                self._forget(update.request_id)
+            self._close_choice(job)
         try:
-            on_update(update)
+            job.on_update(update)
         except RuntimeError:  # the event loop behind it is closed
             self._drop(update.request_id)
 
+    def _close_choice(self, job: _Job) -> None:
+        with self._wake:
+            job.left -= 1
+            if not job.left:
+                del self._open[job.request.id]
+                self._held_s += 0.2 * (time.monotonic() - job.began - self._held_s)
+
 
 async def stream(
-    loop: EngineLoop, request: Request, heartbeat_s: float = 5.0
-) -> AsyncIterator[Request | Refused | list[Update]]:
-    """The accepted request (or why it is refused), then lists of updates; an empty list says: still waiting.
+    loop: EngineLoop, request: Request, entry: Entry = ANYBODY, heartbeat_s: float = 5.0
+) -> AsyncGenerator[Request | Refused | Full | list[Update], None]:
+    """The accepted request (or why it is not), then lists of updates; an empty list says: still waiting.
 
     Closing the iterator early cancels the request.
     """
     events = asyncio.get_running_loop()
     updates: asyncio.Queue[Update] = asyncio.Queue()
     try:
-        accepted = loop.submit(request, lambda update: _put(events, updates, update))
+        accepted = loop.submit(request, lambda update: _put(events, updates, update), entry)
     except RequestError as error:
         yield Refused(error.field, error.message)
+        return
+    if isinstance(accepted, Full):
+        yield accepted
         return
     left = accepted.params.n
     try:
@@ -181,10 +242,29 @@ def _put(events: asyncio.AbstractEventLoop, queue: asyncio.Queue[Update], update
     events.call_soon_threadsafe(queue.put_nowait, update)
 
 
+async def within(limit_s: float, work: Awaitable[T]) -> T:
+    """The result of `work`; raises TimeoutError.
+
+    Where a cancellation comes together with the result, it wins. (In Python 3.11 asyncio.wait_for forgets it, and an
+    answer would be written to its end for a client that has left.)
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task,), timeout=limit_s)
+        is_late = not task.done()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))  # nobody may close an iterator that still runs
+    if is_late:
+        raise asyncio.TimeoutError
+    return task.result()
+
+
 async def _next_updates(queue: asyncio.Queue[Update], limit_s: float) -> list[Update]:
     """All updates that are there, at least one unless none comes in time."""
     try:
-        chunk = [await asyncio.wait_for(queue.get(), limit_s)]
+        chunk = [await within(limit_s, queue.get())]
     except asyncio.TimeoutError:
         return []
     while not queue.empty():

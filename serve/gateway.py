@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,11 +15,14 @@ from mavis_dist.store.files import Store
 from serve.answers import Limits
 from serve.api import create_api
 from serve.completions import Completions, Settings
+from serve.door import Edge
 from serve.handles import LOST, base_streams
+from serve.keys import Keys
+from serve.logs import configure_logs
 from serve.metrics import RayRecord, watched_api, watched_streams
 from serve.registry import Registry
 from serve.schema import ApiError
-from serve.settings import MainArgs
+from serve.settings import NO_KEYS, MainArgs
 
 HEALTH_LIMIT_S = 5.0
 
@@ -34,19 +38,38 @@ def settings_of(args: MainArgs) -> Settings:
         beta=args.beta,
         tilt_cap=args.tilt_cap,
         limits=Limits(args.stall_s, args.deadline_s),
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_n=args.max_n,
+        max_preferences=args.max_preferences,
     )
+
+
+def open_keys(args: MainArgs) -> Keys | None:
+    """None: no keys are asked for. Raises KeyFileError."""
+    return None if args.keys == NO_KEYS else Keys(Path(args.keys))
 
 
 class Gateway:
     def __init__(self, args: MainArgs, base: DeploymentHandle[Any]):
+        configure_logs()
         self._args, self._base = args, base
+        self._keys = open_keys(args)
         self._record = RayRecord()
         streams = watched_streams(base_streams(base), self._record)
         self._completions = Completions(load_tokenizer(args.base), settings_of(args), streams)
         self._registry = Registry(Store(args.storage, args.run))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        api = create_api(self._args.base, self._completions, self._registry, self._base_load)
+        args = self._args
+        edge = Edge(
+            keys=self._keys,
+            cors_origins=args.cors_origins,
+            max_body_bytes=args.max_body_bytes,
+            log_access=args.log_access,
+            log_prompts=args.log_prompts,
+            returns_id=False,  # Serve's proxy gives every request an id and answers with it
+        )
+        api = create_api(args.base, self._completions, self._registry, self._base_load, edge)
         return watched_api(api, self._record)
 
     async def _base_load(self) -> tuple[int, int]:

@@ -8,9 +8,11 @@ from typing import Any, cast
 import grpc
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from mavis_dist.decode import Request
+from serve.admission import Entry
 from serve.answers import BaseLost, Message, OpenStream
 from serve.remote_guide import Pending, ReplicaLost
 from serve.sessions import Call, Reply
@@ -55,12 +57,20 @@ class ValueHandles:
         return _PendingReply(cast(DeploymentResponse[Reply], handle.answer.remote(call)))
 
 
+def replica_name() -> str:
+    """What serve.routing knows this replica by; empty outside Serve."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return ""
+
+
 def base_streams(handle: DeploymentHandle[Any]) -> OpenStream:
     """How the gateway opens an answer on some base replica."""
     streaming = handle.options(stream=True, _by_reference=False)
 
-    async def open_stream(request: Request) -> AsyncGenerator[Message, None]:
-        response = cast(DeploymentResponseGenerator[Message], streaming.stream.remote(request))
+    async def open_stream(request: Request, entry: Entry) -> AsyncGenerator[Message, None]:
+        response = cast(DeploymentResponseGenerator[Message], streaming.stream.remote(request, entry))
         try:
             async for message in response:
                 yield message

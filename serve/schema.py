@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -17,13 +17,27 @@ from mavis_dist.types import MAX_COUNT
 
 Json = dict[str, Any]
 
+MAX_ERROR = 1000  # characters of an error message
+MAX_TOP_LOGPROBS = 20
+# A server may be set to less.
+MAX_N = 128
+MAX_PREFERENCES = 64
+
 
 class ApiError(Exception):
     """An error that the client sees, in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(status, message, param, code)
-        self.status, self.message, self.param, self.code = status, message, param, code
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ):
+        super().__init__(status, message, param, code, retry_after_s)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+        self.message, self.param = _sendable(message), None if param is None else _sendable(param)
 
     def __str__(self) -> str:
         return self.message
@@ -31,21 +45,47 @@ class ApiError(Exception):
     @property
     def body(self) -> Json:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.retry_after_s is None:
+            return {}
+        # The official client waits for as long as it is told, up to a minute.
+        return {"Retry-After": str(min(max(math.ceil(self.retry_after_s), 1), 60))}
+
+
+def _sendable(text: str) -> str:
+    """What a client sent and reads again in an error: not all of JSON's strings are UTF-8, and they may be long."""
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    # Fields that are not served, with the values that change nothing: official clients send them. Others are refused.
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value not in cls.NEUTRAL.get(name, ())}
+
 
 class StreamOptions(Body):
+    NEUTRAL = {"include_obfuscation": (False, None)}
+
     include_usage: bool = False
 
 
 class FlatArgs(Body):
     """Steering for clients that cannot send nested extras."""
 
-    objective_weights: str
+    objective_weights: Annotated[str, Field(examples=["positive=0.7,brief=0.3"])]
 
 
 class Preference(Body):
@@ -85,30 +125,56 @@ Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4),
 class GenerationRequest(Body):
     """What both endpoints take. None means: the server's default."""
 
+    NEUTRAL = {
+        "frequency_penalty": (0, None),
+        "presence_penalty": (0, None),
+        "logit_bias": ({}, None),
+        "store": (False, None),
+        "service_tier": ("auto", "default", None),
+    }
+
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Count | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    objective_weights: dict[str, float] | None = None
-    beta: Annotated[float, Field(ge=0)] | None = None
-    tilt_cap: Annotated[float, Field(gt=0)] | None = None
-    preferences: Annotated[list[Preference], Field(max_length=64)] | None = None
-    preference_params: PreferenceParams | None = None
-    scorer: Literal["full", "lazy", "qhead"] | None = None
-    guide_every: Count | None = None
-    vllm_xargs: FlatArgs | None = None
+    user: str | None = Field(None, description="a label, as the next three: none of them changes the answer")
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    objective_weights: dict[str, float] | None = Field(
+        None, description="objective -> weight >= 0, as /v1/objectives names them; only their proportions count"
+    )
+    beta: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="strength: nats of tilt per standard deviation of reward; 0: the base model"
+    )
+    tilt_cap: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="most nats that a token can gain; what lets the lazy scorer leave candidates out"
+    )
+    preferences: Annotated[list[Preference], Field(max_length=MAX_PREFERENCES)] | None = Field(
+        None, description="objectives in words"
+    )
+    preference_params: PreferenceParams | None = Field(None, description="how the sentences steer")
+    scorer: Literal["full", "lazy", "qhead"] | None = Field(
+        None, description="which candidates value models look at; full and lazy write the same tokens"
+    )
+    guide_every: Count | None = Field(None, description="tilt every so many tokens; the base model writes the others")
+    vllm_xargs: FlatArgs | None = Field(None, description="for clients that forbid nested extras")
 
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most likely tokens are reported beside each token; None: not even the token's own law."""
+        raise NotImplementedError
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -139,8 +205,23 @@ class TextPart(Body):
 
 
 class Message(Body):
-    role: Literal["system", "user", "assistant"]
+    # An answer's message can be sent back as it came.
+    NEUTRAL = {
+        "name": (None,),
+        "refusal": (None,),
+        "annotations": ([], None),
+        "audio": (None,),
+        "function_call": (None,),
+        "tool_calls": ([], None),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+
+    @property
+    def turn(self) -> dict[str, str]:
+        """As chat templates know it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
 
     @property
     def text(self) -> str:
@@ -148,8 +229,28 @@ class Message(Body):
 
 
 class ChatRequest(GenerationRequest):
+    NEUTRAL = {
+        **GenerationRequest.NEUTRAL,
+        "response_format": ({"type": "text"}, None),
+        "modalities": (["text"], None),
+        "tools": ([], None),
+        "tool_choice": ("none", "auto", None),
+        "parallel_tool_calls": (True, False, None),
+        "functions": ([], None),
+        "function_call": ("none", "auto", None),
+        "audio": (None,),
+        "prediction": (None,),
+        "web_search_options": (None,),
+    }
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_limit(self) -> int | None:
@@ -161,9 +262,22 @@ class ChatRequest(GenerationRequest):
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         return self
 
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs: true")
+        return self
+
 
 class TextRequest(GenerationRequest):
+    NEUTRAL = {**GenerationRequest.NEUTRAL, "best_of": (1, None), "echo": (False, None), "suffix": ("", None)}
+
     prompt: Annotated[str, Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -185,6 +299,9 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
+_NEUTRAL = {**StreamOptions.NEUTRAL, **Message.NEUTRAL, **ChatRequest.NEUTRAL, **TextRequest.NEUTRAL}
+
+
 def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's errors, an unknown field before all others, as a 400 that names the field."""
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
@@ -194,7 +311,9 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     # Alternatives of a union end the path with the name of the type that was tried.
     param = ".".join(str(part) for part in path if part not in ("str", "list[TextPart]")) or None
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"the field {param!r} is not supported; remove it", param, "unsupported_field")
+        neutral = _NEUTRAL.get(path[-1], ())
+        remedy = f"remove it, or give {json.dumps(neutral[0])}" if neutral else "remove it"
+        return ApiError(400, f"the field {param!r} is not supported; {remedy}", param, "unsupported_field")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param}: {message}" if param else message, param)
 

@@ -8,8 +8,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mavis_dist.config import Base, Config, Serve, Steer
+from serve.schema import MAX_N, MAX_PREFERENCES
 
 ROOT = Path(__file__).resolve().parents[1]
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+NO_KEYS = "none"
 BASE, SERVE, STEER = Base(), Serve(), Steer()
 
 
@@ -43,11 +46,35 @@ class MainArgs(Arguments):
         1, description="shares of a base replica's rows; value replicas per base replica, rounded up"
     )
     rows: Annotated[int, Field(ge=1)] = SERVE.rows
+    queue: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="rows that may wait in a base replica, those of one key at most half; none: 4 times `rows`"
+    )
     max_tokens: Annotated[int, Field(ge=1)] = SERVE.max_tokens
     beta: Annotated[float, Field(ge=0)] = STEER.beta
     tilt_cap: Annotated[float, Field(gt=0)] | None = STEER.tilt_cap
     stall_s: Annotated[float, Field(gt=0)] = Field(60, description="silence after which a base replica counts as lost")
     deadline_s: Annotated[float, Field(gt=0)] = Field(600, description="longest time one request may take")
+    keys: Annotated[str, Field(min_length=1)] = Field(
+        str(ROOT / "keys.json"),
+        description="file of API keys (python -m jobs.keys), on the gateway's machine; a relative one is below this "
+        "checkout; none: whoever reaches the port may ask",
+    )
+    cors_origins: tuple[str, ...] = Field((), description="origins whose pages may call the service from a browser")
+    max_body_bytes: Annotated[int, Field(ge=1)] = Field(2**19, description="largest body of a request")
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="longest prompt; none: what the base model's context has room for"
+    )
+    max_n: Annotated[int, Field(ge=1, le=MAX_N)] = Field(16, description="most answers to one request")
+    max_preferences: Annotated[int, Field(ge=0, le=MAX_PREFERENCES)] = Field(
+        16, description="most sentences in one request"
+    )
+    log_access: bool = Field(True, description="a JSON line per request on standard output")
+    log_prompts: bool = Field(False, description="with the body of the request, prompt included, in the line")
+
+    @field_validator("keys")
+    @classmethod
+    def _below_the_checkout(cls, keys: str) -> str:
+        return keys if keys == NO_KEYS else str(ROOT / Path(keys).expanduser())
 
 
 class ValueArgs(Arguments):
@@ -56,10 +83,14 @@ class ValueArgs(Arguments):
     objective: str
 
 
-def main_args(config: Config) -> MainArgs:
+def main_args(config: Config, keys: str | None = None) -> MainArgs:
+    """`keys` as in MainArgs. None: no keys where only this machine can ask, else the default file."""
     serve = config.serve
+    if keys is None and serve.host in LOOPBACK:
+        keys = NO_KEYS
     return MainArgs(
         **_common(config),
+        **({} if keys is None else {"keys": keys}),
         replicas=serve.base_replicas,
         base=config.base.model,
         system=config.base.system,

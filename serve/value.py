@@ -9,12 +9,14 @@ import torch
 
 from mavis_dist.decode.published import fetch_published, load_models
 from mavis_dist.store.files import Store, StoreError
+from serve.logs import configure_logs
 from serve.sessions import Call, Reply, Sessions
 from serve.settings import ValueArgs
 
 
 class Value:
     def __init__(self, args: ValueArgs):
+        configure_logs()
         store = Store(args.storage, args.run)
         folders = fetch_published(store)
         if args.objective not in folders:

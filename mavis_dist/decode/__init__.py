@@ -3,18 +3,21 @@
 >>> from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 """
 
+from mavis_dist.decode.chat import chat_prompts
 from mavis_dist.decode.engine import Engine
 from mavis_dist.decode.guide import Guide, GuideRow, LocalGuide
-from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams, chat_preferences
+from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams
 from mavis_dist.decode.processor import TiltProcessor
 from mavis_dist.decode.request import (
     Alternative,
+    Candidate,
     Choice,
     FinishReason,
     Request,
     RequestError,
     SamplingParams,
     Scorer,
+    TokenLogprobs,
     Update,
 )
 from mavis_dist.decode.search import beam_search, best_of
@@ -22,6 +25,7 @@ from mavis_dist.decode.search import beam_search, best_of
 __all__ = [
     "PRESETS",
     "Alternative",
+    "Candidate",
     "Choice",
     "Engine",
     "FinishReason",
@@ -35,8 +39,9 @@ __all__ = [
     "SamplingParams",
     "Scorer",
     "TiltProcessor",
+    "TokenLogprobs",
     "Update",
     "beam_search",
     "best_of",
-    "chat_preferences",
+    "chat_prompts",
 ]

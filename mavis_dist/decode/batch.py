@@ -36,6 +36,7 @@ class Batch:
                 [float("inf") if r.tilt_cap is None else r.tilt_cap for r in requests],
             )
         )
+        self.top_logprobs = {b: r.top_logprobs for b, r in enumerate(requests) if r.top_logprobs is not None}
         self.stream_B = torch.tensor([row.stream for row in rows], device=device)
         self._guide_every_B = torch.tensor([r.guide_every for r in requests], device=device)
         self.is_guided = [r.is_guided for r in requests]

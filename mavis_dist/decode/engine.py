@@ -18,8 +18,9 @@ from mavis_dist.core import noise
 from mavis_dist.core.tilt import candidates, choose, evaluation_order, ranking
 from mavis_dist.decode.batch import Batch
 from mavis_dist.decode.guide import Guide, GuideRow
+from mavis_dist.decode.logprobs import token_logprobs
 from mavis_dist.decode.prepare import Bounds, prepare
-from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Scorer, Update
+from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Scorer, TokenLogprobs, Update
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
 from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
 from mavis_dist.decode.text import StoppedText
@@ -46,6 +47,7 @@ class _Drawn:
     is_guided: list[bool]
     faults: list[str | None]
     alternatives: list[list[Alternative]]  # empty where a row does not ask for them
+    logprobs: dict[int, TokenLogprobs]  # by b, of the rows that ask for them
 
 
 class Engine:
@@ -77,7 +79,7 @@ class Engine:
                 up running answers. None: 128 on a CPU, 2048 on a GPU.
             portable: run the base model through its own forward pass, also where there is a faster one.
         """
-        self.max_context, self.cache_tokens = base.max_context, cache_tokens
+        self.max_context, self.max_rows, self.cache_tokens = base.max_context, max_rows, cache_tokens
         self._guide = guide
         self._scheduler = Scheduler(max_rows, cache_tokens)
         self._base = SlotModel(base_decoder(base.model, portable))
@@ -207,10 +209,12 @@ class Engine:
             tokens = [piece.view.tokens[piece.start : piece.end] for piece in new]
             rewarded = [piece.rewarded for piece in new]
             logits_RV = self._base.extend([piece.view.number for piece in new], tokens, [len(r) for r in rewarded])
-            logits = logits_RV.float().split([len(r) for r in rewarded])
+            logits = logits_RV.split([len(r) for r in rewarded])
             for piece, following, logits_TV in zip(new, rewarded, logits, strict=True):
-                chosen = torch.tensor(following, dtype=torch.long, device=self._device)[:, None]
-                piece.view.logprobs += logits_TV.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+                if following:
+                    chosen = torch.tensor(following, device=self._device)[:, None]
+                    logprobs_T = logits_TV.gather(1, chosen)[:, 0].float() - logits_TV.float().logsumexp(-1)
+                    piece.view.logprobs += logprobs_T.tolist()
 
     def _encode_guide(self, pieces: Sequence[Piece]) -> None:
         """The last piece brings the last token as well: V(s) is its value."""
@@ -279,6 +283,7 @@ class Engine:
             is_guided=steering.is_guided_B.tolist(),
             faults=_faults(scores.is_sound_B, drafts.logprobs_BK.amax(-1).isfinite()),
             alternatives=self._alternatives(batch, drafts, scores),
+            logprobs=token_logprobs(drafts, scores, index_B, batch.top_logprobs),
         )
 
     def _alternatives(self, batch: Batch, drafts: Drafts, scores: Scores) -> list[list[Alternative]]:
@@ -304,16 +309,27 @@ class Engine:
     ) -> Drafts:
         """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
         logits_BV = logits_RV.float() if wording is None else wording.logits_BV
-        logits_BV[(positions_B == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
-        ids_BK, logprobs_BK = candidates(logits_BV, batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
+        ids_BK, logprobs_BK = self._cut(batch, positions_B, logits_BV)
         phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
         is_eos_BK = torch.isin(ids_BK, self._eos)
         order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
         ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
             x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
         )
-        worded_BK = None if wording is None else wording.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B)
+        worded_BK = None
+        if wording is not None:
+            plain = self._cut(batch, positions_B, wording.plain_XV, wording.rows)
+            worded_BK = wording.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B, *plain)
         return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B, worded_BK)
+
+    def _cut(
+        self, batch: Batch, positions_B: torch.Tensor, logits_XV: torch.Tensor, rows: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidates and log p of some rows (none: of all) under their sampling parameters; changes the logits."""
+        chosen = slice(None) if rows is None else list(rows)
+        logits_XV[(positions_B[chosen] == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
+        columns = (batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
+        return candidates(logits_XV, *(column[chosen] for column in columns))
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
         """Tell the guide about tokens that were written without it, where it is about to be asked again."""
@@ -357,6 +373,8 @@ class Engine:
         row.append(token)
         choice.tokens.append(token)
         choice.alternatives = drawn.alternatives[b]
+        if b in drawn.logprobs:
+            choice.logprobs.append(drawn.logprobs[b])
         choice.logratios.append(drawn.logratios[b])
         choice.divergences.append(drawn.divergences[b])
         if row.request.is_guided:
@@ -398,7 +416,9 @@ class Engine:
 
 def _update(row: Row, start: int | None = None, tokens: tuple[int, ...] = ()) -> Update:
     finished = row.choice if row.choice.finish is not None else None
-    return Update(row.request.id, row.choice.index, row.position if start is None else start, tokens, finished)
+    start = row.position if start is None else start
+    logprobs = tuple(row.choice.logprobs[-len(tokens) :]) if tokens else ()
+    return Update(row.request.id, row.choice.index, start, tokens, finished, logprobs)
 
 
 def _faults(is_value_fine_B: torch.Tensor, is_logit_fine_B: torch.Tensor) -> list[str | None]:

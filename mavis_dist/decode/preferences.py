@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from transformers import PreTrainedTokenizerBase
-
 from mavis_dist.core.preferences import Accumulation, amplification
-from mavis_dist.models.load import chat_ids
-from mavis_dist.types import NEUTRAL_SYSTEM
 
 
 @dataclass(frozen=True)
@@ -20,32 +16,6 @@ class Preference:
     text: str
     prompt: tuple[int, ...]  # the request's prompt with the sentence in it
     weight: float = 1.0
-
-
-def chat_preferences(
-    tokenizer: PreTrainedTokenizerBase,
-    conversation: str | Sequence[Mapping[str, str]],
-    sentences: Iterable[tuple[str, float]],
-    system: str = NEUTRAL_SYSTEM,
-) -> tuple[Preference, ...]:
-    """Sentences with their weights for `Request.preferences`, about a question or a conversation as in `chat_ids`.
-
-    A sentence is a line of its own behind the system text, so that it is all that a view's prompt differs in from the
-    plain one; raises ModelError.
-    """
-    turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
-    if all(turn["role"] != "system" for turn in turns):
-        turns.insert(0, {"role": "system", "content": system})
-    place = next(place for place, turn in enumerate(turns) if turn["role"] == "system")
-    return tuple(
-        Preference(text, tuple(chat_ids(tokenizer, _with_line(turns, place, text), system)), weight)
-        for text, weight in sentences
-    )
-
-
-def _with_line(turns: Sequence[Mapping[str, str]], place: int, line: str) -> list[Mapping[str, str]]:
-    turn = turns[place]
-    return [*turns[:place], {**turn, "content": f"{turn['content']}\n{line}"}, *turns[place + 1 :]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +29,7 @@ class PreferenceParams:
     tau: float = 1.0  # pull towards the given weights
     accumulation: Accumulation = Accumulation.MEAN
     decay: float = 0.9  # with Accumulation.DECAY
-    clip: float = 10.0  # largest |S_k|, nats
+    clip: float = 10.0  # largest |S_k|, nats; inf: as published
     c: float | None = None  # strength; none: that of `steps` steps of online optimisation with alpha, lam and nu
     alpha: float = 0.5
     lam: float = 1.0
@@ -67,6 +37,9 @@ class PreferenceParams:
     steps: int = 80
     top_p: float = 0.95  # no bonus for tokens outside both top-p sets, with sentences and without; 1: for all
     normalise: bool = True  # weights are shares that sum to 1; false: strengths of their own, which may be negative
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "accumulation", Accumulation(self.accumulation))  # its value will do
 
     @property
     def strength(self) -> float:

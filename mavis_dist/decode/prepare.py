@@ -14,6 +14,9 @@ from mavis_dist.types import MAX_COUNT
 
 MAX_STRENGTH = 8.0  # of sentences; beyond it answers fall apart
 MAX_STEPS = 10_000  # of online optimisation
+# Far beyond use, and safe in any sum and quotient.
+MAX_BETA = 1e6
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,27 @@ def normalise_preferences(preferences: tuple[Preference, ...], params: Preferenc
         _require(math.isfinite(weight), field, weight, "use a finite number")
         if params.normalise:
             _require(weight >= 0, field, weight, "use a number >= 0, or preference_params.normalise: false")
-        else:
-            limit = f"a strength is a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
-            _require(abs(weight) <= MAX_STRENGTH, field, weight, limit)
-    used = tuple(preference for preference in preferences if preference.weight != 0)
-    if preferences and not used:
+        elif not abs(weight) * params.strength <= MAX_STRENGTH:
+            limit = f"a strength times c = {params.strength:g} is a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+            raise RequestError(field, f"is {weight!r}; {limit}")
+    largest = max((abs(preference.weight) for preference in preferences), default=1.0)
+    if largest == 0:
         raise RequestError("preferences", "have weights that sum to 0; give one of them a weight, or leave them out")
-    if not params.normalise:
-        return used
-    largest = max((preference.weight for preference in used), default=1.0)
-    total = math.fsum(preference.weight / largest for preference in used)  # finite
-    return tuple(replace(preference, weight=preference.weight / largest / total) for preference in used)
+    total = 1.0
+    if params.normalise:
+        preferences = tuple(replace(preference, weight=preference.weight / largest) for preference in preferences)
+        total = math.fsum(preference.weight for preference in preferences)  # finite
+    scaled = (replace(preference, weight=preference.weight / total) for preference in preferences)
+    return tuple(preference for preference in scaled if preference.weight != 0)
 
 
 def _check_sampling(params: SamplingParams) -> None:
     for name, is_fine, remedy in (
-        ("temperature", math.isfinite(params.temperature) and params.temperature >= 0, "use a number >= 0"),
+        (
+            "temperature",
+            params.temperature == 0 or MIN_TEMPERATURE <= params.temperature <= MAX_TEMPERATURE,
+            f"use 0, or a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+        ),
         ("top_k", 1 <= params.top_k <= MAX_COUNT, f"use an integer from 1 to {MAX_COUNT}"),
         ("top_p", 0 < params.top_p <= 1, "use a number in (0, 1]"),
         ("min_p", 0 <= params.min_p < 1, "use a number in [0, 1)"),
@@ -102,8 +110,9 @@ def _check_sampling(params: SamplingParams) -> None:
 
 def _check_steering(request: Request, bounds: Bounds) -> None:
     for name, is_fine, remedy in (
-        ("beta", math.isfinite(request.beta) and request.beta >= 0, "use a number >= 0"),
+        ("beta", 0 <= request.beta <= MAX_BETA, f"use a number from 0 to {MAX_BETA:g}"),
         ("tilt_cap", request.tilt_cap is None or request.tilt_cap > 0, "use a number > 0, or none"),
+        ("top_logprobs", (request.top_logprobs or 0) >= 0, "use an integer >= 0, or none"),
         ("guide_every", 1 <= request.guide_every <= MAX_COUNT, f"use an integer from 1 to {MAX_COUNT}"),
         (
             "stream",
@@ -118,13 +127,13 @@ def _check_steering(request: Request, bounds: Bounds) -> None:
             raise RequestError(
                 "scorer", f"is 'qhead'; there is no student for {', '.join(missing)}: use 'lazy' or 'full'"
             )
-    if request.preferences:
-        _check_preference_params(request.preference_params)
+    _check_preference_params(request.preference_params)
 
 
 def _check_preference_params(params: PreferenceParams) -> None:
-    positive = ("tau", "lam", "nu", "clip")
+    positive = ("tau", "lam", "nu")
     for name, is_fine, remedy in (
+        ("clip", params.clip > 0, "use a number > 0"),
         *((name, 0 < getattr(params, name) < math.inf, "use a number > 0") for name in positive),
         ("alpha", 0 <= params.alpha < math.inf, "use a number >= 0"),
         ("steps", 0 <= params.steps <= MAX_STEPS, f"use an integer from 0 to {MAX_STEPS}"),
@@ -145,6 +154,13 @@ def _check_preference_params(params: PreferenceParams) -> None:
 def _check_tokens(request: Request, bounds: Bounds) -> None:
     texts = [("prompt", request.prompt), ("answer", request.answer)]
     texts += [("preferences", preference.prompt) for preference in request.preferences]
+    for preference in request.preferences:
+        if preference.prompt == request.prompt:
+            raise RequestError(
+                "preferences",
+                f"{preference.text!r:.60} changes nothing in the prompt: the model's chat template leaves it out; "
+                f"begin with a system or user turn, or use a model whose template takes system texts",
+            )
     for name, tokens in texts:
         unknown = [t for t in tokens if bounds.vocabulary is not None and not 0 <= t < bounds.vocabulary]
         if unknown:
@@ -195,11 +211,12 @@ def _check_room(request: Request, bounds: Bounds) -> None:
 
 def _check_draws(request: Request) -> None:
     assert request.draws is not None
+    if request.preferences:
+        raise RequestError("preferences", "follow one answer: several draws of a token, as in a beam, have none")
     num_written = len(request.answer)
     for name, is_fine, remedy in (
         ("draws", request.draws >= 1, "use an integer >= 1, or none"),
         ("draws", request.is_guided, "draws are told apart by value: use a weight > 0 and beta > 0"),
-        ("draws", not request.preferences, "sentences follow one answer, not several: leave out preferences"),
         # The lazy scorer knows the best candidate, not the second.
         ("scorer", request.scorer is Scorer.FULL, "several draws of a token need Scorer.FULL"),
         ("guide_every", request.guide_every == 1, "several draws of a token need 1"),

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from statistics import fmean
+from typing import NamedTuple
 
 from mavis_dist.core import noise
 from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams
@@ -61,14 +63,15 @@ class Request:
     weights: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
     beta: float = 8.0  # nats of tilt per standard deviation of reward
     tilt_cap: float | None = TILT_CAP  # nats; none: unbounded
-    preferences: tuple[Preference, ...] = ()
-    preference_params: PreferenceParams = PRESETS["mato"]
     params: SamplingParams = SamplingParams()
     answer: tuple[int, ...] = ()  # tokens written so far, when an answer is continued
     stream: int | None = None  # noise stream; none: derived from the seed and the choice index
     scorer: Scorer = Scorer.LAZY
     guide_every: int = 1  # tilt every so many tokens; the base model writes the others
     draws: int | None = None  # write one token, and report so many distinct draws of it as Choice.alternatives
+    top_logprobs: int | None = None  # report the law of every token, with so many of the most likely; none: do not
+    preferences: tuple[Preference, ...] = ()  # objectives in words
+    preference_params: PreferenceParams = PRESETS["mato"]
 
     @property
     def is_guided(self) -> bool:
@@ -83,6 +86,22 @@ class Alternative:
     logratio: float  # log pi(a) - log pi_ref(a)
     values: dict[str, float]  # objective -> V after the token
     divergence: float  # KL(pi || pi_ref) of the step, the same for all draws
+
+
+class Candidate(NamedTuple):
+    """A token that a step could write."""
+
+    token: int
+    logprob: float  # log pi(a)
+    logratio: float  # log pi(a) - log pi_ref(a)
+
+
+class TokenLogprobs(NamedTuple):
+    """The law of one step, as far as the scorer knows it; for an answer at temperature 0 that of temperature 1."""
+
+    chosen: Candidate
+    divergence: float  # KL(pi || pi_ref), nats
+    top: tuple[Candidate, ...]  # the most likely first; the chosen one need not be among them
 
 
 @dataclass
@@ -102,6 +121,7 @@ class Choice:
     preference_weights: list[list[float]] = field(default_factory=list)  # of every sentence that steers
     preference_rewards: list[list[float]] = field(default_factory=list)  # g_k of the tokens, nats
     alternatives: list[Alternative] = field(default_factory=list)  # in the order drawn; where Request.draws asks
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # where Request.top_logprobs asks
 
     @property
     def divergence(self) -> float:
@@ -109,8 +129,13 @@ class Choice:
         return math.fsum(self.divergences)
 
     @property
+    def mean_preference_weights(self) -> list[float]:
+        """Over the tokens, of every sentence that steers."""
+        return [fmean(weights) for weights in zip(*self.preference_weights, strict=True)]
+
+    @property
     def worded_divergence(self) -> float:
-        """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution, both on C."""
+        """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution."""
         return math.fsum(self.worded_divergences)
 
 
@@ -123,6 +148,7 @@ class Update:
     start: int
     tokens: tuple[int, ...]
     finished: Choice | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, where Request.top_logprobs asks
     text: str = ""  # what became certain of the answer's text; filled by Engine.stream
 
 

@@ -114,7 +114,7 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._opening: list[Row] = []
         self._finished: list[Row] = []
-        self._next_number = 0
+        self._next_number, self._num_worded = 0, 0
 
     @property
     def is_idle(self) -> bool:
@@ -137,20 +137,24 @@ class Scheduler:
         """Queue every choice of a prepared request, `first` before all others."""
         rows = []
         for index in range(request.params.n):
-            prompts = [request.prompt, *(preference.prompt for preference in request.preferences)]
-            views = [self._view(request, prompt) for prompt in prompts]
+            worded = [self._view(request, preference.prompt) for preference in request.preferences]
+            views = [self._view(request, request.prompt, self._next_number), *worded]
+            self._next_number += 1
             rows.append(Row(request, Choice(index), stream_of(request, index), views))
         if first:
             self._waiting.extendleft(reversed(rows))
         else:
             self._waiting.extend(rows)
 
-    def _view(self, request: Request, prompt: Sequence[int]) -> View:
+    def _view(self, request: Request, prompt: Sequence[int], number: int | None = None) -> View:
+        """Numbers of plain views count answers, so that guides may share them out; the others get negative ones."""
+        if number is None:
+            self._num_worded += 1
+            number = -self._num_worded
         tokens = [*prompt, *request.answer]
         # What a sentence says to tokens that are there already is seen only where they are encoded.
         is_rewarded = bool(request.preferences and request.answer)
-        self._next_number += 1
-        return View(self._next_number, len(prompt), tokens, (len(prompt) if is_rewarded else len(tokens)) - 1)
+        return View(number, len(prompt), tokens, (len(prompt) if is_rewarded else len(tokens)) - 1)
 
     def admit(self) -> None:
         """Let waiting rows in while there is room."""

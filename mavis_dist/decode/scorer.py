@@ -31,7 +31,7 @@ class Drafts:
     phi_BK: torch.Tensor  # log p + T * G
     is_eos_BK: torch.Tensor
     temperature_B: torch.Tensor
-    worded_BK: torch.Tensor | None = None  # log p_T less that of the base model, where sentences changed it
+    worded_BK: torch.Tensor | None = None  # log p_T less that of the base model (T = 0 as T = 1), with sentences
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
     logratio_BK = search.delta_BK / divisor_B1 - law.log_partition_B[:, None]
     worded_B = torch.zeros_like(law.divergence_B)
     if drafts.worded_BK is not None:
-        worded_B = (law.pi_BK * drafts.worded_BK).sum(-1)
-        logratio_BK = logratio_BK + drafts.worded_BK
+        worded_B = torch.where(drafts.temperature_B > 0, (law.pi_BK * drafts.worded_BK).sum(-1), float("nan"))
+        logratio_BK = logratio_BK + torch.where(drafts.temperature_B[:, None] > 0, drafts.worded_BK, 0.0)
     return Scores(
         search.delta_BK,
         search.values_BKM,

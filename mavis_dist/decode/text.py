@@ -44,6 +44,11 @@ class StoppedText:
         self._held = ""
         self.is_stopped = False
 
+    @property
+    def num_held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
+
     def add(self, ids: Sequence[int], last: bool = False) -> str:
         """The text that is certain by now; `last` also hands out what was held back."""
         text = self._held + self._detokenizer.add(ids, last)

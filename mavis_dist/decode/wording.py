@@ -1,7 +1,7 @@
 """Sentences in the decode loop: what they make of a step's logits, and what the tokens have earned them.
 
-Shapes: B rows, R views of all rows (first the plain one of every row, then the others, row by row), V vocabulary, K
-sentences or, beside B, candidates.
+Shapes: B rows, R views of all rows (first the plain one of every row, then the others, row by row), X rows with
+sentences, V vocabulary, K candidates of the merged distribution, C of the plain one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mavis_dist.core.preferences import Earned, adapted_weights, worded_shift
+from mavis_dist.core.merge import anchor, guarded
+from mavis_dist.core.preferences import Earned, adapted_weights
 from mavis_dist.decode.scheduler import Row, View
 
 
@@ -39,39 +40,70 @@ class Wording:
     """One step of rows of which some have sentences."""
 
     def __init__(self, rows: Sequence[Row], logits_RV: torch.Tensor):
-        logits_RV = logits_RV.float()
-        self._plain_BV = logits_RV[: len(rows)]
+        self._logits_RV, num_rows = logits_RV.float(), len(rows)
+        self._plain_BV = self._logits_RV[:num_rows]
         self.logits_BV = self._plain_BV.clone()  # of the merged distributions, not normalised
         self.weights: dict[int, list[float]] = {}  # w_k by b
-        self._views: dict[int, torch.Tensor] = {}  # logits [1 + K, V], the plain ones first
-        self._log_z: dict[int, list[float]] = {}
-        first = len(rows)
+        self._views: dict[int, list[int]] = {}  # r of the plain view and of the others, by b
+        self._log_z = self._logits_RV.logsumexp(-1).tolist()
+        first, anchors = num_rows, []
         for b, row in enumerate(rows):
             if not row.request.preferences:
                 continue
             if row.earned is None:
                 begin(row)
-            num = len(row.views) - 1
-            views = torch.cat([self._plain_BV[b : b + 1], logits_RV[first : first + num]])
-            first += num
-            self.weights[b], self._views[b] = weights(row), views
-            self._log_z[b] = views.logsumexp(-1).tolist()
-            params = row.request.preference_params
-            self.logits_BV[b] += worded_shift(
-                views[0], views[1:], self._log_z[b], self.weights[b], params.strength, params.top_p
-            )
+            end = first + len(row.views) - 1
+            self.weights[b], self._views[b] = weights(row), [b, *range(first, end)]
+            log_z = [self._log_z[r] for r in self._views[b]]
+            anchors.append(anchor(self._plain_BV[b], self._logits_RV[first:end], log_z, self.weights[b]))
+            first = end
+        params = [rows[b].request.preference_params for b in self.rows]
+        c_X, top_p_X = (
+            torch.tensor(column, device=self._logits_RV.device)
+            for column in ([p.strength for p in params], [p.top_p for p in params])
+        )
+        self.logits_BV[self.rows] += guarded(self.plain_XV, torch.stack(anchors), c_X, top_p_X)
+
+    @property
+    def rows(self) -> list[int]:
+        """b of the rows with sentences."""
+        return list(self.weights)
+
+    @property
+    def plain_XV(self) -> torch.Tensor:
+        """The plain logits of these rows."""
+        return self._plain_BV[self.rows]
 
     def rewards(self, b: int, token: int) -> list[float]:
         """g_k of a token of a row."""
-        plain, *worded = (logit - z for logit, z in zip(self._views[b][:, token].tolist(), self._log_z[b], strict=True))
+        views = self._views[b]
+        plain, *worded = (
+            logit - self._log_z[r] for r, logit in zip(views, self._logits_RV[views, token].tolist(), strict=True)
+        )
         return [logprob - plain for logprob in worded]
 
-    def logratio_BK(self, ids_BK: torch.Tensor, logprobs_BK: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
-        """log p'_T - log p_T of the candidates, p' and p the merged and the plain distribution on them; 0 for T = 0."""
-        is_worded_B1 = torch.zeros_like(temperature_B, dtype=torch.bool)[:, None]
-        is_worded_B1[list(self.weights)] = True
-        temperature_B1, is_candidate_BK = temperature_B[:, None], logprobs_BK > float("-inf")
-        divisor_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1.0)
-        plain_BK = self._plain_BV.gather(1, ids_BK).double().masked_fill(~is_candidate_BK, float("-inf"))
-        logratio_BK = torch.log_softmax(logprobs_BK / divisor_B1, -1) - torch.log_softmax(plain_BK / divisor_B1, -1)
-        return torch.where(is_worded_B1 & is_candidate_BK & (temperature_B1 > 0), logratio_BK, 0.0)
+    def logratio_BK(
+        self,
+        ids_BK: torch.Tensor,
+        merged_BK: torch.Tensor,
+        temperature_B: torch.Tensor,
+        plain_ids_XC: torch.Tensor,
+        plain_XC: torch.Tensor,
+    ) -> torch.Tensor:
+        """log p'_T - log p_T of the candidates: what sentences make of the reference policy. 0 without any; for
+        T = 0 as for T = 1. Where p' has candidates that p has not, p goes on beyond its own set with the same
+        normaliser.
+
+        Args:
+            merged_BK: log p' on the candidates, -inf where a row has no such candidate.
+            plain_XC: log p on the candidates `plain_ids_XC` that the plain logits of `rows` have by themselves.
+        """
+        logratio_BK = torch.zeros_like(merged_BK)
+        plain_XV, merged_XK, temperature_X1 = self.plain_XV, merged_BK[self.rows], temperature_B[self.rows, None]
+        divisor_X1 = torch.where(temperature_X1 > 0, temperature_X1, 1.0)
+        log_z_X1 = plain_XV.gather(1, plain_ids_XC[:, :1]).double() - plain_XC[:, :1]  # at temperature 1
+        plain_XK = (plain_XV.gather(1, ids_BK[self.rows]).double() - log_z_X1) / divisor_X1
+        plain_XK -= (plain_XC / divisor_X1).logsumexp(-1, keepdim=True)
+        ratio_XK = (merged_XK / divisor_X1).log_softmax(-1) - plain_XK
+        logratio_BK[self.rows] = torch.where(merged_XK > float("-inf"), ratio_XK, 0.0)
+        return logratio_BK

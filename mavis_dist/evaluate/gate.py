@@ -16,6 +16,7 @@ from mavis_dist.decode import Choice, Request, SamplingParams, Scorer
 from mavis_dist.evaluate import sweep
 from mavis_dist.evaluate.sweep import Point, bootstrap
 from mavis_dist.store.files import Store
+from mavis_dist.store.values import gate_folder as folder
 from mavis_dist.types import Prompt, RewardScale
 
 
@@ -39,10 +40,6 @@ class Decision:
         decided = "accepted" if self.accepted else f"refused, iteration {self.current} stays"
         interval = f"{self.difference:+.2f} [{self.low:+.2f}, {self.high:+.2f}] sd"
         return f"{decided}: soft value {interval} against iteration {self.current}"
-
-
-def folder(objective: str, iteration: int) -> str:
-    return f"gate/{objective}/i{iteration}"
 
 
 def request_id(objective: str, prompt: Prompt) -> str:

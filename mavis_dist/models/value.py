@@ -150,14 +150,24 @@ def save(model: ValueModel, card: Card, folder: Path) -> None:
 
 
 def load_card(folder: Path) -> Card:
+    """Raises ValueModelError."""
+    file = folder / CARD_FILE
     try:
-        raw = json.loads((folder / CARD_FILE).read_text())
+        return parse_card(file.read_bytes(), str(file))
+    except OSError as error:
+        raise ValueModelError(f"{file} cannot be read ({error}): train this value model again") from None
+
+
+def parse_card(content: bytes, file: str) -> Card:
+    """The card in a file's content; raises ValueModelError, naming the file."""
+    try:
+        raw = json.loads(content)
         scales = tuple(RewardScale(**scale) for scale in raw.pop("scales"))
         objectives, rewards = tuple(raw.pop("objectives")), tuple(raw.pop("rewards"))
         teachers = tuple(Teacher(**teacher) for teacher in raw.pop("teachers", ()))
         return Card(objectives=objectives, rewards=rewards, scales=scales, teachers=teachers, **raw)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueModelError(f"{folder / CARD_FILE} cannot be read ({error}): train this value model again") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueModelError(f"{file} cannot be read ({error}): train this value model again") from None
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[ValueModel, Card]:

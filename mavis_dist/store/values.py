@@ -17,6 +17,11 @@ def distilled_folder(name: str) -> str:
     return f"distilled/{name}"
 
 
+def gate_folder(objective: str, iteration: int) -> str:
+    """Where the decision about an iteration is kept."""
+    return f"gate/{objective}/i{iteration}"
+
+
 def publish(store: Store, objective: str, iteration: int) -> None:
     """Make a finished iteration the one that is served; a distilled model that is served for it stays."""
     _check_finished(store, objective, iteration)

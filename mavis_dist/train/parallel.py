@@ -20,7 +20,7 @@ from mavis_dist.config import Config
 from mavis_dist.store.files import Store
 from mavis_dist.train.course import Course
 from mavis_dist.train.data import Fit
-from mavis_dist.types import UserError
+from mavis_dist.types import Stopped, UserError
 
 DEATHS = 3  # of workers, from which one training recovers
 
@@ -38,7 +38,7 @@ def fit_all(fits: Sequence[Fit], config: Config, at_once: int, board: Any) -> No
 
 
 def distill(course: Course, board: Any) -> None:
-    """One distillation, with its progress on stderr."""
+    """One distillation, with its progress on stderr. It keeps nothing when it is stopped."""
     stage = "distill"
     with ThreadPoolExecutor(1, thread_name_prefix=stage) as pool:
         future = pool.submit(run, _distill, {"course": course, "board": board, "stage": stage}, stage, course.config)
@@ -56,6 +56,7 @@ def run(function: Callable[[Any], None], argument: Any, name: str, config: Confi
             _run_once({"function": function, "argument": argument, "config": config}, config)
             return
         except TrainingFailedError as error:
+            cluster.check_stop()
             failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
             if refused := next((failure for failure in failures if isinstance(failure, UserError)), None):
                 raise refused from None
@@ -108,6 +109,8 @@ def _distill(arguments: dict[str, Any]) -> None:
     board, stage, is_first = arguments["board"], arguments["stage"], ray.train.get_context().get_world_rank() == 0
 
     def progress(part: str, done: int, total: int, text: str) -> None:
+        if ray.get(board.is_stopping.remote(), timeout=60):
+            raise Stopped
         if is_first:
             board.post.remote(stage, part, done, total, text)
 

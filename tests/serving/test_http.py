@@ -152,6 +152,32 @@ def test_flat_weights_are_the_nested_ones(http, url, body):
     assert text_of(ask(http, url, flat)) == text_of(ask(http, url, body))
 
 
+def test_log_probabilities_are_those_of_the_engine_and_come_with_their_text(http, url, body):
+    asked = {**body, "logprobs": True, "top_logprobs": 3}
+    [choice] = ask(http, url, asked)["choices"]
+    content = choice["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == choice["message"]["content"]
+    assert sum(entry["mavis"]["divergence"] for entry in content) == pytest.approx(choice["mavis"]["divergence"])
+    chunks = [event["choices"][0] for event in events_of(http, url, asked)]
+    streamed = [entry for chunk in chunks if chunk["logprobs"] for entry in chunk["logprobs"]["content"]]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in content]
+    logprobs = [entry["logprob"] for entry in content]
+    assert [entry["logprob"] for entry in streamed] == pytest.approx(logprobs, abs=1e-3)
+
+
+def test_a_request_keeps_its_id(http, url, body):
+    response = http.post(f"{url}/v1/chat/completions", json=body, headers={"x-request-id": "mine-1"})
+    assert response.headers.get_list("x-request-id") == ["mine-1"]
+    assert response.json()["id"].startswith("chatcmpl-mine-1-")
+    assert len(http.get(f"{url}/v1/models").headers.get_list("x-request-id")) == 1
+
+
+def test_a_body_that_is_too_large_is_refused(http, url, body):
+    response = http.post(f"{url}/v1/chat/completions", json={**body, "user": "x" * 2**19})
+    assert response.status_code == 413
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
 def test_a_seed_is_drawn_and_told(http, url, body):
     first = ask(http, url, {**body, "seed": None})
     again = ask(http, url, {**body, "seed": first["mavis"]["seed"]})
@@ -191,7 +217,8 @@ def test_lists(http, url, model):
             400,
             "vllm_xargs.objective_weights",
         ),
-        ({"tools": []}, 400, "tools"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"n": 17}, 400, "n"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "messages"),
         ({"max_tokens": 401}, 400, "max_tokens"),

@@ -5,19 +5,32 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterator
 from contextlib import aclosing
 
 import pytest
 
-from mavis_dist.decode import Choice, Engine, LocalGuide, Preference, Request, SamplingParams
+from mavis_dist.decode import (
+    Candidate,
+    Choice,
+    Engine,
+    LocalGuide,
+    Preference,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
+from mavis_dist.decode.text import StoppedText
 from mavis_dist.models.load import BaseModel, load_base
 from serve import answers
+from serve.admission import Entry
 from serve.answers import BaseLost, Limits
 from serve.completions import Completions, Settings
 from serve.engine_loop import EngineLoop, stream
-from serve.schema import ApiError, TextRequest
+from serve.logprobs import Alignment, Speller, text_logprobs
+from serve.schema import ApiError, ChatRequest, TextRequest
 from tests.fakes import tiny_value
 from tests.tiny import write_base
 
@@ -56,27 +69,27 @@ class Service:
         self._completions = Completions(base.tokenizer, settings, self._open)
         self._loop, self._deaths_left, self._num_messages = loop, num_deaths, num_messages
 
-    async def _open(self, request: Request):
+    async def _open(self, request: Request, entry: Entry):
         dies, self._deaths_left = self._deaths_left > 0, self._deaths_left - 1
         num_left = self._num_messages
-        async with aclosing(stream(self._loop, request)) as messages:
+        async with aclosing(stream(self._loop, request, entry)) as messages:
             async for message in messages:
                 yield message
                 num_left -= 1
                 if dies and not num_left:
                     raise BaseLost("killed")
 
-    def whole(self, **fields) -> dict:
+    def whole(self, body_type: type = TextRequest, **fields) -> dict:
         async def run():
-            return await (await self._completions.start(body(**fields), {"a": 0, "b": 0})).whole()
+            return await (await self._completions.start(body(body_type, **fields), {"a": 0, "b": 0})).whole()
 
         answer = asyncio.run(run())
         json.dumps(answer, allow_nan=False)
         return answer
 
-    def events(self, **fields) -> list[dict]:
+    def events(self, body_type: type = TextRequest, **fields) -> list[dict]:
         async def run():
-            completion = await self._completions.start(body(stream=True, **fields), {"a": 0, "b": 0})
+            completion = await self._completions.start(body(body_type, stream=True, **fields), {"a": 0, "b": 0})
             return [line.removeprefix("data: ").strip() async for line in completion.events()]
 
         *lines, done = asyncio.run(run())
@@ -84,10 +97,11 @@ class Service:
         return [json.loads(line) for line in lines]
 
 
-def body(**fields) -> TextRequest:
+def body(body_type: type = TextRequest, **fields) -> TextRequest | ChatRequest:
     steering = {"objective_weights": {"a": 1.0, "b": 1.0}, "top_k": 20}
-    params = {"model": "tiny", "prompt": PROMPT, "max_tokens": 30, "seed": 3}
-    return TextRequest.model_validate({**params, **steering, **fields})
+    params = {"model": "tiny", "max_tokens": 30, "seed": 3}
+    asked = {"prompt": PROMPT} if body_type is TextRequest else {"messages": [{"role": "user", "content": PROMPT}]}
+    return body_type.model_validate({**params, **asked, **steering, **fields})
 
 
 @pytest.fixture
@@ -184,6 +198,102 @@ def test_what_only_begins_like_a_stop_string_is_sent_in_the_end(service, base):
     assert "".join(choice_of(event)["text"] for event in service.events(stop=stop)) == text
 
 
+# --- log-probabilities -------------------------------------------------------------------------------------------
+
+
+def test_log_probabilities_of_a_chat_answer(service):
+    answer = choice_of(service.whole(ChatRequest, logprobs=True, top_logprobs=5, scorer="full"))
+    content = answer["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == answer["message"]["content"]
+    assert len(content) == 30
+    for entry in content:
+        assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"]
+        assert len(entry["top_logprobs"]) == 5
+        assert all(entry["logprob"] <= entry["top_logprobs"][0]["logprob"] <= 0 for entry in content)
+        assert set(entry["top_logprobs"][0]) == {"token", "logprob", "bytes", "mavis"}
+    spent = math.fsum(entry["mavis"]["divergence"] for entry in content)
+    assert spent == pytest.approx(answer["mavis"]["divergence"])
+    assert choice_of(service.whole(ChatRequest))["logprobs"] is None
+    assert choice_of(service.whole(ChatRequest, logprobs=True))["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_log_probabilities_of_a_text_answer(service):
+    answer = choice_of(service.whole(logprobs=2))
+    logprobs = answer["logprobs"]
+    assert shown(logprobs["tokens"]) == answer["text"]
+    offsets = logprobs["text_offset"]
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert offsets[-1] < len(answer["text"])
+    assert {len(column) for column in logprobs.values()} == {30}
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+
+
+@pytest.mark.parametrize("body_type", [ChatRequest, TextRequest])
+@pytest.mark.parametrize("stop", [None, "x", "q ", "7z"])
+def test_streamed_log_probabilities_come_with_their_text_also_from_another_replica(base, loop, body_type, stop):
+    asked = {"logprobs": True, "top_logprobs": 2} if body_type is ChatRequest else {"logprobs": 2}
+    whole = choice_of(Service(base, loop).whole(body_type, stop=stop, max_tokens=60, **asked))
+    for num_deaths in (0, 2):
+        events = Service(base, loop, num_deaths, 5).events(body_type, stop=stop, max_tokens=60, **asked)
+        joined: dict[str, list] = {}
+        for event in map(choice_of, events):
+            text = event["delta"].get("content", "") if body_type is ChatRequest else event["text"]
+            logprobs = event["logprobs"] or {}
+            tokens = logprobs.get("tokens", [entry["token"] for entry in logprobs.get("content", ())])
+            assert shown(tokens) == text
+            for name, column in logprobs.items():
+                joined[name] = joined.get(name, []) + (column or [])
+        told = {name: column or [] for name, column in whole["logprobs"].items()}
+        assert rounded(joined) == rounded(told)
+
+
+def shown(tokens: list[str]) -> str:
+    """The text of tokens, of which some are parts of characters that were never finished."""
+    return re.sub(r"bytes:\\x..", "\ufffd", "".join(tokens))
+
+
+def rounded(tree):
+    """Two replicas may differ in the last digits."""
+    if isinstance(tree, dict):
+        return {name: rounded(branch) for name, branch in tree.items()}
+    if isinstance(tree, list):
+        return [rounded(branch) for branch in tree]
+    return pytest.approx(tree, abs=1e-4) if isinstance(tree, float) else tree
+
+
+def test_parts_of_characters_wait_for_each_other(base):
+    spell = Speller(base.tokenizer)
+    e_acute = base.tokenizer("é")["input_ids"]
+    assert [spell(token).bytes for token in e_acute] == [[0xC3], [0xA9]]
+    assert spell(1) == ("</s>", list(b"</s>"))
+    laws = [TokenLogprobs(Candidate(token, -1.0, 0.0), 0.0, ()) for token in [*e_acute, 1]]
+    alignment = Alignment(StoppedText(base.tokenizer))
+    assert alignment.add(e_acute[:1], laws[:1], False) == ("", [])
+    text, entries = alignment.add([e_acute[1], 1], laws[1:], True)
+    assert (text, [(entry.law, entry.start) for entry in entries]) == ("é", [(laws[0], 0), (laws[1], 0)])
+    assert text_logprobs(entries, spell)["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
+
+
+# --- limits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 17}, "n"),
+        ({"preferences": [{"text": "a"}] * 17}, "preferences"),
+        ({"prompt": "x" * 1024}, "prompt"),
+        ({"model": "x" * 10_000}, "model"),
+    ],
+)
+def test_what_is_beyond_the_limits_is_refused_by_name(service, fields, param):
+    with pytest.raises(ApiError) as refused:
+        service.whole(**fields)
+    assert refused.value.param == param
+    assert len(refused.value.message) < 300
+
+
 # --- objectives in words -----------------------------------------------------------------------------------------
 
 SENTENCES = [{"text": "Be brief.", "weight": 3}, {"text": "Be odd.", "weight": 0}, {"text": "Be kind."}]
@@ -231,6 +341,17 @@ def test_a_preset_and_what_changes_of_it(service):
     echo = service.whole(preferences=SENTENCES[:1], preference_params=params)["mavis"]["preference_params"]
     assert (echo["adapt"], echo["alpha"], echo["steps"], echo["accumulation"]) == (False, 2.0, 3, "sum")
     assert 1 < echo["c"] < 5.6
+    of_optimisation = {"preset": "opad", "alpha": 0.5}
+    echo = service.whole(preferences=SENTENCES[:1], preference_params=of_optimisation)["mavis"]["preference_params"]
+    assert echo["c"] == pytest.approx(1.9347, abs=1e-4)
+
+
+def test_a_sentence_of_weight_zero_takes_no_room(service):
+    """Without max_tokens an answer gets what the prompts leave of the context, which one that steers would fill."""
+    text = choice_of(service.whole(preferences=SENTENCES))["text"]
+    long = {"text": "long " * 250, "weight": 0}
+    choice = choice_of(service.whole(preferences=[*SENTENCES, long], max_tokens=None, stop=text[9:12]))
+    assert choice["text"] == text[:9]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +363,8 @@ def test_a_preset_and_what_changes_of_it(service):
         ({"preferences": [{"text": str(k)} for k in range(4)]}, "preferences"),
         ({"preferences": [{"text": "long " * 700}]}, "preferences"),
         ({"preferences": [{"text": "a"}], "preference_params": {"c": 9}}, "preference_params.c"),
+        ({"preference_params": {"preset": "opad", "tau": 0}}, "preference_params.tau"),
+        ({"preference_params": {"c": 1, "steps": 3}}, "preference_params.steps"),
     ],
 )
 def test_sentences_that_cannot_steer_are_refused_by_name(service, fields, param):

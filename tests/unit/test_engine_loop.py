@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import random
+import threading
 import time
 from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from mavis_dist.decode import Engine, FinishReason, LocalGuide, Request, RequestError, SamplingParams, Update
-from serve.answers import AnswerFailed, BaseLost, Limits, Piece, follow
-from serve.engine_loop import EngineLoop, EngineStopped, Refused, stream
+from mavis_dist.decode import (
+    Engine,
+    FinishReason,
+    LocalGuide,
+    Preference,
+    Request,
+    RequestError,
+    SamplingParams,
+    Update,
+)
+from serve.admission import Entry, Full, Overloaded
+from serve.answers import AnswerFailed, AnswerLate, BaseLost, Limits, Piece, follow
+from serve.engine_loop import EngineLoop, EngineStopped, Refused, stream, within
 from tests.fakes import tiny_base, tiny_value
 
 LIMITS = Limits(stall_s=5, deadline_s=20)
@@ -105,6 +119,41 @@ def test_a_stream_without_news_says_that_it_waits():
     loop.stop()
 
 
+@pytest.mark.parametrize("num_turns", range(6))
+def test_a_cancellation_wins_over_a_result_that_comes_with_it(num_turns):
+    async def scenario():
+        result = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(within(5, result))
+        await asyncio.sleep(0.01)
+        result.set_result("late")
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        if task.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(scenario())
+
+
+def test_a_wait_ends_in_time_with_what_it_waited_for():
+    async def scenario():
+        with pytest.raises(asyncio.TimeoutError):
+            await within(0.01, asyncio.sleep(5))
+        assert await within(5, asyncio.sleep(0, "result")) == "result"
+        cancelled = asyncio.get_running_loop().create_future()
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):  # not mistaken for a wait that took too long
+            await within(5, cancelled)
+        with pytest.raises(StopAsyncIteration):
+            await within(5, anext(aiter_of_nothing()))
+
+    async def aiter_of_nothing():
+        return
+        yield
+
+    asyncio.run(scenario())
+
+
 class Failing(Engine):
     failures = 0
 
@@ -153,13 +202,14 @@ class Flaky:
     """Base replicas that are lost, fall silent, stop early or repeat themselves after a few tokens."""
 
     def __init__(self, loop: EngineLoop, troubles: list[str]):
-        self._loop, self._troubles, self.opened = loop, troubles, []
+        self._loop, self._troubles, self.opened, self.entries = loop, troubles, [], []
 
-    async def __call__(self, request: Request):
+    async def __call__(self, request: Request, entry: Entry):
         self.opened.append(request)
+        self.entries.append(entry)
         trouble = self._troubles.pop(0) if self._troubles else None
         count = 0
-        async with aclosing(stream(self._loop, request)) as messages:
+        async with aclosing(stream(self._loop, request, entry)) as messages:
             async for message in messages:
                 yield message
                 if isinstance(message, list) and message and trouble == "repeat":
@@ -200,3 +250,251 @@ def test_an_answer_that_no_replica_completes_fails_and_says_why(loop):
     replicas = Flaky(loop, ["early"] * 1000)
     with pytest.raises(AnswerFailed, match="stream ended early"):
         asyncio.run(tokens_of(make_request(max_tokens=200), replicas, Limits(stall_s=1, deadline_s=1)))
+
+
+# --- room and turns -----------------------------------------------------------------------------------------------
+
+
+class Gated(Engine):
+    """Steps only while the gate is open; notes in which order requests come, and whether more come than fit."""
+
+    def __init__(self, rows: int):
+        super().__init__(tiny_base(), LocalGuide({"good": tiny_value(1)}), rows)
+        self.gate, self.order, self.most = threading.Event(), [], 0
+
+    def submit(self, request, first=False):
+        self.order.append(request.id)
+        return super().submit(request, first)
+
+    def step(self):
+        self.most = max(self.most, sum(self.load))
+        assert self.gate.wait(20)
+        return super().step()
+
+
+class Queueing:
+    """A gated loop, and what its answers are."""
+
+    def __init__(self, rows: int = 4, room: int | None = None):
+        self.engine = Gated(rows)
+        self.loop = EngineLoop(self.engine, queue=room, name="here")
+        self.answers: dict[str, queue.Queue[Update]] = {}
+
+    def submit(self, id: str, key: str = "", num_sentences: int = 0, **terms) -> bool:
+        """Whether it is let in."""
+        preferences = tuple(Preference(str(k), (8, k + 1, 5, 6, 7), 1.0) for k in range(num_sentences))
+        request = make_request(id, preferences=preferences)
+        updates = queue.Queue()
+        accepted = self.loop.submit(request, updates.put, Entry(key, **terms))
+        if isinstance(accepted, Request):
+            self.answers[id] = updates
+        else:
+            assert accepted.replica == "here"
+            assert accepted.wait_s > 0
+        return isinstance(accepted, Request)
+
+    def finish(self) -> None:
+        """Let all answers be written: they are those of the bare engine, the engine never had more than it could take,
+        and no row is left behind."""
+        self.engine.gate.set()
+        for updates in self.answers.values():
+            assert len(collect(updates)) == 12
+        wait_until_idle(self.loop)
+        assert self.engine.most <= self.engine.max_rows
+        self.loop.stop()
+
+
+def test_room_is_counted_in_rows_exactly():
+    queueing = Queueing(rows=4, room=8)
+    let_in = [queueing.submit(str(i), num_sentences=1) for i in range(10)]
+    # Two run; two wait, half of the queue; the fifth would have to leave as much as it takes.
+    assert let_in == [True] * 4 + [False] * 6
+    assert queueing.loop.load == (4, 4)
+    assert [queueing.submit(f"b{i}", "b") for i in range(4)] == [True, True, False, False]
+    assert queueing.loop.load == (4, 6)
+    queueing.finish()
+
+
+def test_what_was_let_in_before_waits_in_any_case_and_goes_first_where_it_is_resumed():
+    queueing = Queueing(rows=1, room=1)
+    assert [queueing.submit(id) for id in "abc"] == [True, True, False]
+    assert queueing.submit("another choice", room=0)
+    assert queueing.submit("resumed", room=0, is_resumed=True)
+    queueing.finish()
+    assert queueing.engine.order == ["a", "resumed", "b", "another choice"]
+
+
+def test_a_request_asks_for_room_for_all_its_choices():
+    queueing = Queueing(rows=1, room=4)
+    assert [queueing.submit("a"), queueing.submit("b")] == [True, True]
+    assert [queueing.submit("c", room=3), queueing.submit("d", room=2), queueing.submit("e")] == [False, True, False]
+    queueing.finish()
+
+
+def test_a_hundred_requests_of_one_user_do_not_starve_the_one_of_another():
+    queueing = Queueing(rows=2, room=400)
+    assert all(queueing.submit(f"a{i}", "a") for i in range(40))
+    assert queueing.submit("b", "b")
+    queueing.finish()
+    assert queueing.engine.order.index("b") <= 2 + 1
+
+
+def test_many_rows_are_found_between_many_single_ones():
+    queueing = Queueing(rows=3, room=100)
+    assert all(queueing.submit(f"a{i}", "a") for i in range(20))
+    assert queueing.submit("wide", "b", num_sentences=2)
+    queueing.finish()
+    assert queueing.engine.order.index("wide") <= 3 + 1
+
+
+def test_a_request_with_more_choices_than_rows_is_written_all_the_same():
+    queueing = Queueing(rows=2)
+    request = replace(make_request("n"), params=replace(make_request().params, n=5))
+    updates = queue.Queue()
+    assert isinstance(queueing.loop.submit(request, updates.put), Request)
+    assert queueing.submit("next")
+    queueing.engine.gate.set()
+    finished = []
+    while len(finished) < 5:
+        update = updates.get(timeout=10)
+        finished += [update.finished] if update.finished else []
+    assert sorted(choice.index for choice in finished) == list(range(5))
+    queueing.engine.most = 0  # those of one request cannot come one by one
+    queueing.finish()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cancelled_request_leaves_no_row_wherever_it_is(seed):
+    draw = random.Random(seed)
+    queueing = Queueing(rows=3, room=12)
+    ids = [id for id in map(str, range(14)) if queueing.submit(id, draw.choice("ab"), draw.randrange(3))]
+    assert queueing.loop.load[1] > 0
+    for id in draw.sample(ids, len(ids) // 2):  # in line, on the way to the engine, or in it
+        queueing.loop.cancel(id)
+        del queueing.answers[id]
+    queueing.engine.gate.set()
+    for id in list(queueing.answers)[::2]:
+        queueing.answers[id].get(timeout=10)  # it is being written
+        queueing.loop.cancel(id)
+        del queueing.answers[id]
+    queueing.loop.cancel("nobody")
+    queueing.finish()
+    assert len(set(queueing.engine.order)) == len(queueing.engine.order)
+
+
+def test_a_cancelled_head_lets_the_next_one_pass():
+    queueing = Queueing(rows=2, room=10)
+    assert [queueing.submit("a"), queueing.submit("wide", num_sentences=1), queueing.submit("b")] == [True] * 3
+    assert queueing.loop.load == (1, 3)
+    queueing.loop.cancel("wide")
+    assert queueing.loop.load == (2, 0)
+    del queueing.answers["wide"]
+    queueing.finish()
+
+
+def test_an_engine_short_of_cache_gets_no_more_until_it_took_what_it_has():
+    seen = []
+
+    class Watched(Engine):
+        def step(self):
+            updates = super().step()
+            seen.append(self.load)
+            return updates
+
+    loop = EngineLoop(Watched(tiny_base(), max_rows=4, cache_tokens=40))
+    queues = []
+    for id in range(8):
+        queues.append(queue.Queue())
+        loop.submit(Request(str(id), (5, 6, 7), params=SamplingParams(12, seed=id)), queues[-1].put)
+    for updates in queues:
+        assert collect(updates)
+    assert max(running for running, _ in seen) <= 2
+    assert max(running + waiting for running, waiting in seen) <= 4
+    wait_until_idle(loop)
+    loop.stop()
+
+
+def test_a_failing_step_leaves_those_who_wait_alone():
+    engine = Failing(tiny_base(), LocalGuide({"good": tiny_value(1)}), 1)
+    loop = EngineLoop(engine)
+    first, second = queue.Queue(), queue.Queue()
+    loop.submit(make_request("first", max_tokens=200), first.put)
+    loop.submit(make_request("second"), second.put)
+    engine.failures = 1
+    while not (finished := first.get(timeout=10).finished):
+        pass
+    assert finished.finish is FinishReason.ERROR
+    assert collect(second) == expected_tokens(make_request())
+    loop.stop()
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+class Replicas:
+    """Base replicas by name, asked as the router would; those that are full say so, and "dies" is lost once."""
+
+    def __init__(self, loop: EngineLoop, *names: str):
+        self._loop, self._names, self.asked, self._deaths_left = loop, names, [], 1
+
+    async def __call__(self, request: Request, entry: Entry):
+        name = next((name for name in self._names if name != entry.avoid), self._names[0])
+        self.asked.append((name, entry))
+        if "full" in name and entry.room != 0:
+            yield Full(name, 2.0 if name == "full" else 3.0)
+            return
+        count = 0
+        async with aclosing(stream(self._loop, request, entry)) as messages:
+            async for message in messages:
+                yield message
+                count += 1
+                if "dies" in name and self._deaths_left and count == 3:
+                    self._deaths_left = 0
+                    raise BaseLost("killed")
+
+
+def test_a_request_that_one_replica_has_no_room_for_is_written_by_another(loop):
+    replicas = Replicas(loop, "full", "free")
+    tokens, last = asyncio.run(tokens_of(make_request(), replicas))
+    assert tokens == expected_tokens(make_request())
+    assert not last.resumed
+    assert [(name, entry.avoid) for name, entry in replicas.asked] == [("full", ""), ("free", "full")]
+
+
+@pytest.mark.parametrize(("names", "wait_s"), [(("full",), 2.0), (("full too", "full", "free"), 2.0)])
+def test_a_request_that_two_replicas_have_no_room_for_is_refused(loop, names, wait_s):
+    replicas = Replicas(loop, *names)
+    with pytest.raises(Overloaded) as refused:
+        asyncio.run(tokens_of(make_request(), replicas))
+    assert refused.value.wait_s == wait_s
+    assert len(replicas.asked) == 2
+    assert loop.load == (0, 0)
+
+
+def test_an_answer_that_has_begun_is_never_refused(loop):
+    class FullAfterwards(Replicas):
+        async def __call__(self, request, entry):
+            self._names = ("dies",) if not self.asked else ("full",)
+            async with aclosing(super().__call__(request, entry)) as messages:
+                async for message in messages:
+                    yield message
+
+    replicas = FullAfterwards(loop)
+    tokens, last = asyncio.run(tokens_of(make_request(max_tokens=40), replicas))
+    assert tokens == expected_tokens(make_request(max_tokens=40))
+    assert last.resumed
+    assert [(entry.room, entry.is_resumed) for _, entry in replicas.asked] == [(None, False), (0, True)]
+
+
+def test_an_answer_that_waits_too_long_is_late():
+    queueing = Queueing(rows=1)
+    queueing.submit("first")
+
+    async def second():
+        opened = partial(stream, queueing.loop)
+        return await tokens_of(make_request("second"), opened, Limits(stall_s=5, deadline_s=0.3))
+
+    with pytest.raises(AnswerLate, match=r"not complete within 0\.3 s"):
+        asyncio.run(second())
+    assert queueing.loop.load == (1, 0)
+    queueing.finish()

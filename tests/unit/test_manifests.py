@@ -156,6 +156,8 @@ def test_service_serves_what_serve_config_says(manifests):
     expected["http_options"]["host"] = "0.0.0.0"  # reached through the cluster's service and network policy
     for application in expected["applications"]:
         application["args"]["storage"] = "/shared/runs"
+        if "keys" in application["args"]:
+            application["args"]["keys"] = "/shared/keys.json"
     assert served == expected
 
 

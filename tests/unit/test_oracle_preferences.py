@@ -17,7 +17,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mavis_dist.core import noise
-from mavis_dist.core.preferences import Accumulation, Earned, adapted_weights, amplification, nucleus, worded_shift
+from mavis_dist.core.merge import anchor, guarded, is_in_nucleus
+from mavis_dist.core.preferences import Accumulation, Earned, adapted_weights, amplification
 from mavis_dist.core.tilt import candidates, choose, tilt
 from mavis_dist.decode import (
     PRESETS,
@@ -82,6 +83,10 @@ WEIGHTS = st.lists(st.just(0.0) | st.floats(1e-6, 1), min_size=1, max_size=5).fi
 )
 
 
+def test_a_tiny_pull_gives_all_to_the_one_that_earned_least():
+    assert adapted_weights([0.5, 0.2, 0.3], [1.0, 2.0, 1.5], 1e-310) == [1.0, 0.0, 0.0]
+
+
 @given(WEIGHTS, st.data(), st.floats(0.05, 10))
 def test_weights_minimise_what_was_earned_plus_the_pull_to_the_given_ones(initial, data, tau):
     initial = [weight / math.fsum(initial) for weight in initial]
@@ -121,26 +126,41 @@ def logits(seed, *shape):
 
 def shift(plain_V, views_KV, weights, c, top_p):
     log_z = [float(x.logsumexp(-1)) for x in (plain_V, *views_KV)]
-    return worded_shift(plain_V, views_KV, log_z, weights, c, top_p)
+    anchor_V = anchor(plain_V, views_KV, log_z, weights)
+    return guarded(plain_V[None], anchor_V[None], torch.tensor([c]), torch.tensor([top_p]))[0]
+
+
+def likely(logits_V, top_p):
+    return is_in_nucleus(logits_V[None], torch.tensor([top_p], dtype=logits_V.dtype))[0]
 
 
 @given(st.integers(0, 1000), st.floats(0.05, 0.999))
 def test_a_nucleus_is_the_smallest_likely_set(seed, top_p):
     logits_V = logits(seed, 200)
-    probs_V, is_in_V = logits_V.softmax(-1), nucleus(logits_V, top_p)
+    probs_V, is_in_V = logits_V.softmax(-1), likely(logits_V, top_p)
     assert probs_V[is_in_V].sum() >= top_p - 1e-6
     assert probs_V[is_in_V].sum() - probs_V[is_in_V].min() < top_p + 1e-6
     assert probs_V[is_in_V].min() >= probs_V[~is_in_V].max()
 
 
+def test_rows_have_nuclei_of_their_own():
+    logits_XV, top_p_X = logits(3, 6, 3000), torch.tensor([0.2, 0.9, 1.0, 0.999, 0.5, 0.99])
+    logits_XV[3] /= 100  # nearly all of it, in no first glance
+    is_in_XV = is_in_nucleus(logits_XV, top_p_X)
+    for row, top_p, is_in_V in zip(logits_XV, top_p_X, is_in_XV, strict=True):
+        assert (likely(row, float(top_p)) == is_in_V).all()
+    assert is_in_XV[2].all()
+    assert 2900 < is_in_XV[3].sum() < 3000
+
+
 @given(st.integers(0, 1000), st.floats(0, 4), st.floats(0.3, 1))
 def test_only_what_is_likely_with_or_without_sentences_gains(seed, c, top_p):
-    plain_V, *views = logits(seed, 3, 120)
+    plain_V, *views = logits(seed, 3, 120).double()
     weights = [0.3, 0.7]
     g_KV = torch.stack(views).log_softmax(-1) - plain_V.log_softmax(-1)
-    anchor_V = torch.tensor(weights) @ g_KV
+    anchor_V = torch.tensor(weights, dtype=torch.float64) @ g_KV
     shift_V = shift(plain_V, torch.stack(views), weights, c, top_p)
-    is_likely_V = nucleus(plain_V, top_p) | nucleus(plain_V + anchor_V, top_p)
+    is_likely_V = likely(plain_V, top_p) | likely(plain_V + anchor_V, top_p)
     free = is_likely_V | (anchor_V < 0) if top_p < 1 else torch.ones_like(is_likely_V)
     torch.testing.assert_close(shift_V[free], c * anchor_V[free], atol=1e-4, rtol=1e-4)
     assert (shift_V[~free] == 0).all()
@@ -238,7 +258,7 @@ def written_out(request, index):
         else:
             shift_V = params.c * (anchor_V - plain_V)
         if params.top_p < 1:
-            is_likely_V = nucleus(plain_V, params.top_p) | nucleus(anchor_V, params.top_p)
+            is_likely_V = likely(plain_V, params.top_p) | likely(anchor_V, params.top_p)
             shift_V = torch.where(is_likely_V, shift_V, shift_V.clamp(max=0))
         logits_1V = (plain_V + shift_V)[None]
         if position == 0:
@@ -261,7 +281,10 @@ def written_out(request, index):
         token = int(ids_1K[0, chosen])
         temperature = sampling.temperature or float("inf")
         p_K = (merged_1K[0] / temperature).log_softmax(-1)
-        ref_K = (plain_V[ids_1K[0]].masked_fill(merged_1K[0].isinf(), float("-inf")) / temperature).log_softmax(-1)
+        plain_1V = plain_V[None].clone()
+        plain_1V[0, EOS] = float("-inf") if position == 0 else plain_1V[0, EOS]
+        plain_ids, _ = candidates(plain_1V, torch.tensor([sampling.top_k]), one, 0 * one, temperature_B)
+        ref_K = plain_V[ids_1K[0]] / temperature - (plain_V[plain_ids[0]] / temperature).logsumexp(-1)
         pi_K = ((merged_1K[0] + delta_1K[0]) / temperature).log_softmax(-1)
         present = merged_1K[0].isfinite()
         total = float((pi_K.exp() * (pi_K - ref_K))[present].sum())
@@ -283,7 +306,7 @@ def test_k_sentences_are_k_more_models_stepped_by_hand(request_):
         np.testing.assert_allclose(choice.preference_rewards, rewards, atol=1e-4)
         if request_.params.temperature == 0:
             assert set(choice.logratios) == {0.0}
-            assert np.isnan(choice.divergences).all()
+            assert np.isnan([*choice.divergences, *choice.worded_divergences]).all()
             continue
         is_estimated = request_.scorer is Scorer.LAZY and request_.weights and request_.tilt_cap is not None
         if not is_estimated:
@@ -407,6 +430,7 @@ FINE = Request("r", PROMPT, preferences=preferences(1.0, 1.0), params=SamplingPa
         ({"preferences": (Preference("x", (VOCAB,)),)}, r"preferences: has the token 97"),
         ({"preferences": (Preference("long", (1,) * 256),)}, r"preferences: make the prompt too long.*'long'.*256"),
         ({"preferences": (Preference("long", (1,) * 253),)}, r"max_tokens: is 4; .*253 tokens.*from 1 to 3"),
+        ({"preferences": (Preference("same", PROMPT),)}, r"preferences: 'same' changes nothing"),
         ({"preferences": preferences(1, 1, 1) * 2}, r"preferences: are 6 sentences; .*at most 5"),
         ({"preference_params": PreferenceParams(tau=0.0)}, r"preference_params\.tau: is 0\.0"),
         ({"preference_params": PreferenceParams(c=9.0)}, r"preference_params\.c: is 9\.0; .*0 to 8"),
@@ -414,6 +438,14 @@ FINE = Request("r", PROMPT, preferences=preferences(1.0, 1.0), params=SamplingPa
         ({"preference_params": PreferenceParams(steps=-1)}, r"preference_params\.steps: is -1"),
         ({"preference_params": PreferenceParams(top_p=0.0)}, r"preference_params\.top_p: is 0\.0"),
         ({"preference_params": PreferenceParams(normalise=False)}, r"preference_params\.adapt: is True"),
+        (
+            {
+                "preference_params": PreferenceParams(adapt=False, normalise=False, c=9 / 2),
+                "preferences": preferences(2),
+            },
+            r"preferences\.0\.weight: is 2; a strength times c = 4.5",
+        ),
+        ({"preferences": (), "preference_params": PreferenceParams(c=99)}, r"preference_params\.c: is 99"),
     ],
 )
 def test_what_cannot_steer_is_refused(changes, message):
@@ -431,7 +463,7 @@ def test_a_cache_has_to_hold_all_views():
 
 def test_several_draws_have_no_sentences():
     request = replace(FINE, weights={"brief": 1.0}, scorer=Scorer.FULL, draws=2)
-    with pytest.raises(RequestError, match="leave out preferences"):
+    with pytest.raises(RequestError, match=r"preferences: follow one answer"):
         engine().prepare(replace(request, params=SamplingParams(max_tokens=1)))
 
 
@@ -440,4 +472,6 @@ def test_prepared_weights_sum_to_one(weights):
     assume(any(weights))
     used = normalise_preferences(tuple(Preference("x", PROMPT, w) for w in weights), PRESETS["mato"])
     assert math.fsum(preference.weight for preference in used) == pytest.approx(1.0)
-    assert len(used) == sum(weight > 0 for weight in weights)
+    assert all(preference.weight > 0 for preference in used)
+    again = normalise_preferences(used, PRESETS["mato"])
+    assert [p.weight for p in again] == pytest.approx([p.weight for p in used])

@@ -23,6 +23,7 @@ class Clockwork:
         self.prefill_tokens = prefill_tokens
         self.encoded: dict[str, int] = {}  # tokens of new prompts, by request
         self.begun: list[str] = []  # requests in the order of their first tokens
+        self.writing: set[int] = set()  # rows that have one
         self.cached: dict[int, list[int]] = {}  # tokens by row number, as a model would hold them
         self.rows: dict[int, Row] = {}
         self.rewarded: dict[str, list[int]] = {}  # answer tokens whose rewards were asked for, by request
@@ -76,8 +77,9 @@ class Clockwork:
                 self.cached.pop(view.number, None)
 
     def write(self, row: Row) -> None:
-        if row.position == 0:
+        if row.number not in self.writing:
             self.begun.append(row.request.id)
+            self.writing.add(row.number)
         for view in row.views:
             assert self.cached[view.number] == view.tokens[:-1]
             self.cached[view.number] = list(view.tokens)
@@ -218,7 +220,8 @@ JOBS = st.lists(
         st.integers(1, 6),
         st.integers(1, 3),
         st.booleans(),
-        st.integers(0, 1),
+        st.integers(0, 2),
+        st.integers(0, 3),
     ),
     max_size=40,
 )
@@ -226,16 +229,18 @@ JOBS = st.lists(
 
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(
-    jobs=JOBS, max_rows=st.integers(2, 5), cache_tokens=st.sampled_from([None, 115, 200]), prefill=st.integers(1, 20)
+    jobs=JOBS, max_rows=st.integers(1, 5), cache_tokens=st.sampled_from([None, 170, 300]), prefill=st.integers(1, 20)
 )
 def test_any_traffic_keeps_to_its_limits_and_comes_to_an_end(jobs, max_rows, cache_tokens, prefill):
     """Room, budget and what a cache holds are checked at every step; answers that nobody hurries begin in order."""
     clock, ids = Clockwork(max_rows, cache_tokens, prefill), []
     hurried, cancelled = set(), set()
-    for verb, prompt, max_tokens, n, first, sentences in jobs:
+    for verb, prompt, max_tokens, n, first, sentences, written in jobs:
         if verb == "submit":
             ids.append(f"{len(ids):02}")
-            clock.submit(ids[-1], prompt, max_tokens, n, first, sentences)
+            sentences = min(sentences, max_rows - 1)
+            answer = (MADE_UP,) * min(written, max_tokens - 1)
+            clock.submit(ids[-1], prompt, max_tokens, n, first, sentences, answer)
             hurried |= {ids[-1]} if first else set()
         elif verb == "cancel" and ids:
             cancelled.add(ids[len(prompt) % len(ids)])

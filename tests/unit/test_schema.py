@@ -11,7 +11,18 @@ from pydantic import ValidationError
 
 from mavis_dist.core.preferences import Accumulation
 from mavis_dist.decode import PRESETS
-from serve.schema import ApiError, ChatRequest, PreferenceParams, TextRequest, event, parse_weights, refusal
+from serve.schema import (
+    ApiError,
+    ChatRequest,
+    GenerationRequest,
+    Message,
+    PreferenceParams,
+    StreamOptions,
+    TextRequest,
+    event,
+    parse_weights,
+    refusal,
+)
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -26,11 +37,62 @@ def refused(**body) -> ApiError:
     return refusal(caught.value.errors())
 
 
-@pytest.mark.parametrize("name", ["tools", "response_format", "logprobs", "logit_bias", "presence_penalty"])
-def test_a_field_that_is_not_served_is_refused_by_its_name(name):
-    error = refused(**{name: None})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+        ("logit_bias", {"50256": -100}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", float("nan")),
+        ("store", True),
+        ("reasoning_effort", None),
+    ],
+)
+def test_a_field_that_would_change_the_answer_is_refused_by_its_name(name, value):
+    error = refused(**{name: value})
     assert (error.status, error.param, error.code) == (400, name, "unsupported_field")
     assert error.body["error"]["type"] == "invalid_request_error"
+    assert "remove it" in error.message
+
+
+@pytest.mark.parametrize("model", [ChatRequest, TextRequest, Message, StreamOptions])
+def test_fields_that_change_nothing_are_accepted_with_these_values_only(model):
+    for name, values in model.NEUTRAL.items():
+        assert name not in model.model_fields
+        for value in values:
+            bodies = {
+                ChatRequest: {"messages": MESSAGES},
+                TextRequest: {"prompt": "Hi"},
+                Message: {"role": "user", "content": "Hi"},
+            }
+            body = bodies.get(model, {}) | ({"model": "m"} if issubclass(model, GenerationRequest) else {})
+            assert model.model_validate({**body, name: value}) == model.model_validate(body)
+
+
+def test_labels_change_nothing():
+    labels = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "c"}
+    assert chat(**labels).messages == chat().messages
+
+
+def test_log_probabilities_as_the_two_endpoints_ask_for_them():
+    assert chat().num_logprobs is chat(logprobs=False).num_logprobs is None
+    assert chat(logprobs=True).num_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=20).num_logprobs == 20
+    assert "logprobs: true" in refused(top_logprobs=1).message
+    assert refused(logprobs=True, top_logprobs=21).param == "top_logprobs"
+    assert TextRequest.model_validate({"model": "m", "prompt": "a", "logprobs": 3}).num_logprobs == 3
+
+
+def test_a_developer_speaks_as_the_system():
+    message = chat(messages=[{"role": "developer", "content": "Be brief"}]).messages[0]
+    assert message.turn == {"role": "system", "content": "Be brief"}
+
+
+def test_errors_can_be_sent_whatever_the_client_wrote():
+    error = refused(**{"\ud800" * 5000: 1})
+    assert len(error.message) < 1100
+    assert json.dumps(error.body, ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize(
@@ -46,6 +108,9 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(name):
         ({"seed": 2**63}, "seed"),
         ({"stream": "yes"}, "stream"),
         ({"messages": []}, "messages"),
+        ({"n": 129}, "n"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"logprobs": 3}, "logprobs"),
         ({"messages": [{"role": "user", "content": "Hi", "name": "x"}]}, "messages.0.name"),
         ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages.0.role"),
         ({"objective_weights": {"positive": float("nan")}}, "objective_weights.positive"),

@@ -19,7 +19,7 @@ def test_a_signal_asks_the_stages_to_stop(number: signal.Signals) -> None:
         signal.raise_signal(number)
         with pytest.raises(Stopped):
             check_stop()
-        assert signal.getsignal(number) is before  # for the impatient
+        assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)  # for the impatient
     assert signal.getsignal(number) is before
     check_stop()
 

@@ -1,0 +1,40 @@
+"""Prompts with sentences in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from mavis_dist.decode.preferences import Preference
+from mavis_dist.models.load import chat_ids
+from mavis_dist.types import NEUTRAL_SYSTEM
+
+
+def chat_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: str | Sequence[Mapping[str, str]],
+    sentences: Iterable[tuple[str, float]],
+    system: str = NEUTRAL_SYSTEM,
+) -> tuple[tuple[int, ...], tuple[Preference, ...]]:
+    """`Request.prompt` and `Request.preferences` for a question, or a conversation as in `chat_ids`, and sentences with
+    their weights.
+
+    A sentence is a line of its own behind the system text, so that it is all that its prompt differs in from the plain
+    one. One of weight 0 gets no prompt.
+
+    Raises:
+        ModelError: if the model's chat template refuses the conversation.
+    """
+    turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+    if all(turn["role"] != "system" for turn in turns):
+        turns.insert(0, {"role": "system", "content": system})
+    place = next(place for place, turn in enumerate(turns) if turn["role"] == "system")
+
+    def prompt(line: str) -> tuple[int, ...]:
+        turn = {**turns[place], "content": turns[place]["content"] + line}
+        return tuple(chat_ids(tokenizer, [*turns[:place], turn, *turns[place + 1 :]], system))
+
+    return prompt(""), tuple(
+        Preference(text, prompt(f"\n{text}") if weight else (), weight) for text, weight in sentences
+    )

@@ -1,0 +1,151 @@
+"""Log-probabilities on the wire: which token brought which text, and how OpenAI's two endpoints word it.
+
+Knows nothing of Ray or HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from mavis_dist.decode import Candidate, TokenLogprobs
+from mavis_dist.decode.text import REPLACEMENT, StoppedText
+
+Json = dict[str, Any]
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # how byte-level vocabularies spell bytes
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how the others do
+
+
+class Spelling(NamedTuple):
+    """A token as text and as bytes; bytes are None where the vocabulary does not tell them."""
+
+    text: str
+    bytes: list[int] | None
+
+
+class Speller:
+    """What tokens of a tokenizer look like."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        # Some tokenizers drop the space before the first word, so that a token is spelt behind another one.
+        self._before = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._known: dict[int, Spelling] = {}
+
+    def __call__(self, token: int) -> Spelling:
+        if token not in self._known:
+            self._known[token] = self._spell(token)
+        return self._known[token]
+
+    def _spell(self, token: int) -> Spelling:
+        text = self._decode([*self._before, token])[len(self._decode(self._before)) :]
+        if REPLACEMENT not in text:
+            return Spelling(text, list(text.encode()))
+        piece = str(self._tokenizer.convert_ids_to_tokens(token))
+        if match := _BYTE_TOKEN.fullmatch(piece):
+            return Spelling(text, [int(match[1], 16)])
+        is_spelt = all(letter in _BYTE_OF for letter in piece)
+        return Spelling(text, [_BYTE_OF[letter] for letter in piece] if is_spelt else None)
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+class LogprobEntry(NamedTuple):
+    """A token whose text has been handed out."""
+
+    law: TokenLogprobs
+    start: int  # of its text, in characters of the answer
+
+
+class Alignment:
+    """Hands out what is known of a token together with its text, never before.
+
+    Text may be held back: a character that is spread over tokens, or what may turn out to be a stop string. Tokens
+    that bring no text, such as the one that ends the answer, are not handed out.
+    """
+
+    def __init__(self, text: StoppedText):
+        self._text = text
+        self._num_sent = 0  # characters handed out
+        self._end = 0  # of the text of all tokens so far, in characters
+        self._unfinished: list[TokenLogprobs] = []  # tokens that the next one shares a character with
+        self._waiting: list[tuple[LogprobEntry, int]] = []  # with the end of their text
+
+    def add(self, tokens: Sequence[int], laws: Sequence[TokenLogprobs], last: bool) -> tuple[str, list[LogprobEntry]]:
+        """The text that is certain by now, and the tokens that it came from."""
+        text = "".join(self._add(token, law) for token, law in zip(tokens, laws, strict=True))
+        if last:
+            rest = self._text.add((), last=True)
+            self._num_sent += len(rest)
+            self._place(self._num_sent)
+            text += rest
+        return text, self._ready(last)
+
+    def _add(self, token: int, law: TokenLogprobs) -> str:
+        text = self._text.add((token,))
+        self._num_sent += len(text)
+        self._unfinished.append(law)
+        self._place(self._num_sent + self._text.num_held)
+        return text
+
+    def _place(self, end: int) -> None:
+        """Note where the text of the unfinished tokens lies, if it is there."""
+        if end > self._end:
+            self._waiting += [(LogprobEntry(law, self._end), end) for law in self._unfinished]
+            self._unfinished, self._end = [], end
+
+    def _ready(self, last: bool) -> list[LogprobEntry]:
+        """Tokens whose text is out, in the end also those that a stop string cut short."""
+        is_out = [entry.start < self._num_sent and (last or end <= self._num_sent) for entry, end in self._waiting]
+        ready = [entry for (entry, _), out in zip(self._waiting, is_out, strict=True) if out]
+        self._waiting = [waiting for waiting, out in zip(self._waiting, is_out, strict=True) if not out]
+        return ready
+
+
+def chat_logprobs(entries: Sequence[LogprobEntry], spell: Speller) -> Json:
+    """`choices[].logprobs` of /v1/chat/completions."""
+
+    def worded(one: Candidate) -> Json:
+        spelling = spell(one.token)
+        return {"token": spelling.text, "logprob": one.logprob, "bytes": spelling.bytes}
+
+    content = [
+        {
+            **worded(law.chosen),
+            "top_logprobs": [{**worded(one), "mavis": {"logratio": one.logratio}} for one in law.top],
+            "mavis": _steering(law),
+        }
+        for law, _ in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(entries: Sequence[LogprobEntry], spell: Speller) -> Json:
+    """`choices[].logprobs` of /v1/completions."""
+
+    def named(token: int) -> str:
+        text, parts = spell(token)
+        if REPLACEMENT not in text or parts is None:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in parts)  # parts of characters stay apart
+
+    return {
+        "tokens": [named(law.chosen.token) for law, _ in entries],
+        "token_logprobs": [law.chosen.logprob for law, _ in entries],
+        "top_logprobs": [{named(one.token): one.logprob for one in law.top} for law, _ in entries],
+        "text_offset": [start for _, start in entries],
+        "mavis": [_steering(law) for law, _ in entries],
+    }
+
+
+def _steering(law: TokenLogprobs) -> Json:
+    divergence = law.divergence if math.isfinite(law.divergence) else None
+    return {"logratio": law.chosen.logratio, "divergence": divergence}

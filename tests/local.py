@@ -1,0 +1,64 @@
+"""The HTTP service in this process: real engine, real routes, no Ray."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from mavis_dist.decode import Engine, LocalGuide
+from mavis_dist.models.load import load_base
+from mavis_dist.store.files import Store
+from serve.answers import Limits
+from serve.api import create_api
+from serve.completions import Completions, Settings
+from serve.door import Edge
+from serve.engine_loop import EngineLoop, stream
+from serve.registry import Registry
+from tests.fakes import tiny_value
+from tests.tiny import MODEL, write_models
+
+NAME = "tiny"
+OBJECTIVES = ("brief", "positive")
+
+
+class LocalService:
+    """A tiny base model with two objectives; apps on top of it differ in their edge only."""
+
+    def __init__(self, folder: Path):
+        write_models(folder, "run", OBJECTIVES)
+        base = load_base(str(folder / MODEL))
+        models = {name: tiny_value(k, vocab=base.model.config.vocab_size) for k, name in enumerate(OBJECTIVES)}
+        self.loop = EngineLoop(Engine(base, LocalGuide(models), max_rows=4))
+        settings = Settings(NAME, "", 1024, 64, 4, 1.0, 3.0, Limits(5, 20), max_prompt_tokens=200, max_n=3)
+        self._completions = Completions(base.tokenizer, settings, lambda *asked: stream(self.loop, *asked))
+        self._registry = Registry(Store(str(folder / "runs"), "run"))
+
+    def app(self, edge: Edge | None = None) -> FastAPI:
+        async def load() -> tuple[int, int]:
+            return self.loop.load
+
+        return create_api(NAME, self._completions, self._registry, load, edge)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The URL of an app on loopback."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(10)
