@@ -127,14 +127,18 @@ def make_bodies(config: Config, count: int, tokens: int) -> list[Body]:
 
 def bare_engine(config: Config, bodies: Sequence[Body]) -> Callable[[int], float]:
     """The same requests to the engine of a base replica, in this process; returns tokens written."""
+    import torch
+
     from mavis_dist.decode import Engine, Request, SamplingParams
-    from mavis_dist.models.load import load_base
     from mavis_dist.decode.published import fetch_published, load_guide
+    from mavis_dist.models.load import load_base
+    from mavis_dist.store.files import Store
     from serve.settings import main_args
 
     args = main_args(config)
     base = load_base(args.base, args.dtype, args.device)
-    engine = Engine(base, load_guide(fetch_published(Store(args.storage, args.run)), getattr(torch, args.dtype), args.device), args.rows)
+    guide = load_guide(fetch_published(Store(args.storage, args.run)), getattr(torch, args.dtype), args.device)
+    engine = Engine(base, guide, args.rows)
     requests = [
         Request(
             id=str(i),

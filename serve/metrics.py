@@ -256,19 +256,22 @@ class _CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500  # what an exception becomes
+        status = "left"  # before there was an answer
 
         async def watched_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = str(message["status"])
             await send(message)
 
         try:
             await self._app(scope, receive, watched_send)
+        except Exception:
+            status = "500" if status == "left" else status
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "other")  # the template: paths may be anything
-            self._record("mavis_requests", 1, route=route, status=str(status))
+            self._record("mavis_requests", 1, route=route, status=status)
 
 
 def _node_addresses() -> list[str]:
