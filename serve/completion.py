@@ -34,7 +34,8 @@ class _Answer:
 
     def add(self, piece: Piece) -> tuple[str, list[LogprobEntry]]:
         """The text that is certain by now, and the tokens that brought it where they are asked for."""
-        is_last, entries = piece.finished is not None, []
+        is_last = piece.finished is not None
+        entries: list[LogprobEntry] = []
         if self.alignment is None:
             text = self.text.add(piece.tokens, is_last)
         else:
