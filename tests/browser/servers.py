@@ -121,8 +121,8 @@ class Script:
     bodies: list[Json] = field(default_factory=list)
     num_broken_off: int = 0  # streams whose client left
 
-    async def iterations(self) -> dict[str, int]:
-        return dict.fromkeys(self.objectives, 0)
+    async def versions(self) -> dict[str, str]:
+        return {name: f"{name}@i2" for name in self.objectives}
 
     async def describe(self) -> list[Json]:
         facts = {"iteration": 2, "reward": {"reward": "sentiment"}, "max_tokens": 48, "explained_variance": 0.61}

@@ -45,7 +45,7 @@ class Slow(Engine):
 
 
 class NoObjectives:
-    async def iterations(self) -> dict[str, int]:
+    async def versions(self) -> dict[str, str]:
         return {}
 
 

@@ -21,6 +21,7 @@ from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.store import values
 from mavis_dist.store.files import Store, StoreError
 from serve import answers, remote_guide, supply
+from serve.admission import Entry
 from serve.answers import AnswerFailed, BaseLost, Limits, follow
 from serve.engine_loop import EngineLoop, stream
 from serve.registry import Registry
@@ -234,7 +235,7 @@ class Bases:
     async def answer(self, request: Request, versions: dict[str, str], **losing) -> list[int]:
         left = [losing]
 
-        def open_stream(current: Request):
+        def open_stream(current: Request, _: Entry):
             return self.open(current, **(left.pop() if left else {}))
 
         tokens: list[int] = []
