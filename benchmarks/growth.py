@@ -89,10 +89,12 @@ class EncodingCounter:
     def __init__(self, slots: Any):
         self._slots, self.num_tokens = slots, 0
 
-    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], outputs: bool = True) -> torch.Tensor:
-        if not outputs:
+    def extend(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], num_read: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        if num_read is not None:
             self.num_tokens += sum(map(len, tokens))
-        return self._slots.extend(rows, tokens, outputs)
+        return self._slots.extend(rows, tokens, num_read)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._slots, name)

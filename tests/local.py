@@ -34,7 +34,8 @@ class LocalService:
     def __init__(self, folder: Path):
         write_models(folder, "run", OBJECTIVES)
         base = load_base(str(folder / MODEL))
-        models = {name: tiny_value(k, vocab=base.model.config.vocab_size) for k, name in enumerate(OBJECTIVES)}
+        versions = [f"{name}@i0" for name in OBJECTIVES]
+        models = {name: tiny_value(k, vocab=base.model.config.vocab_size) for k, name in enumerate(versions)}
         self.loop = EngineLoop(Engine(base, LocalGuide(models), max_rows=4))
         settings = Settings(NAME, "", 1024, 64, 4, 1.0, 3.0, Limits(5, 20), max_prompt_tokens=200, max_n=3)
         self._completions = Completions(base.tokenizer, settings, lambda *asked: stream(self.loop, *asked))

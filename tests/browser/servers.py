@@ -18,9 +18,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp
 
-from mavis_dist.decode import Engine
-from mavis_dist.decode.published import fetch_published, load_guide
+from mavis_dist.decode import Engine, LocalGuide
+from mavis_dist.decode.published import fetch_published, load_models
 from mavis_dist.models.load import load_base
+from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from serve.answers import Limits
 from serve.api import create_api
@@ -62,14 +63,16 @@ def tiny_engine_app(folder: Path, objectives: tuple[str, ...]) -> Iterator[FastA
     write_models(folder, "run", objectives)
     base = load_base(str(folder / MODEL))
     store = Store(str(folder / "runs"), "run")
-    loop = EngineLoop(Engine(base, load_guide(fetch_published(store)), max_rows=8))
+    models = load_models(fetch_published(store))
+    versions = {values.served(store)[name].version: model for name, model in models.items()}
+    loop = EngineLoop(Engine(base, LocalGuide(versions), max_rows=8))
 
     async def load() -> tuple[int, int]:
         return loop.load
 
     settings = Settings("tiny", "", 1024, 400, 8, 8.0, 3.0, Limits(stall_s=10, deadline_s=30))
     try:
-        completions = Completions(base.tokenizer, settings, lambda request: stream(loop, request))
+        completions = Completions(base.tokenizer, settings, lambda *asked: stream(loop, *asked))
         yield create_api("tiny", completions, Registry(store), load)
     finally:
         loop.stop()

@@ -195,6 +195,7 @@ def test_objectives_say_how_good_they_are(open_door):
     assert listed[0] == {
         "id": "brief",
         "object": "objective",
+        "version": "brief@i0",
         "iteration": 0,
         "distilled": False,
         "reward": {"reward": "sentiment"},

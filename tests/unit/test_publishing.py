@@ -403,7 +403,7 @@ def test_loading_holds_up_nobody_else(bases, folder, store, base, monkeypatch):
 
     async def run() -> tuple[list, list[int], list[int]]:
         waiting = asyncio.create_task(bases.answer(make_request("new"), NEW))
-        messages = pinned(bases.open, NEW)(make_request("watched"))
+        messages = pinned(lambda request, _: bases.open(request), NEW)(make_request("watched"), Entry())
         first = [await anext(messages) for _ in range(3)]
         await messages.aclose()
         old = await bases.answer(make_request("old"), OLD)
