@@ -49,13 +49,12 @@ class ValueHandles:
     def __init__(self) -> None:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
 
-    def __call__(self, version: str, session: str, call: Call) -> Pending:
-        objective = objective_of(version)
-        if objective not in self._handles:
-            application = value_application(objective)
+    def __call__(self, objective: str, session: str, call: Call) -> Pending:
+        application = value_application(objective_of(objective))
+        if application not in self._handles:
             # The application may come after its caller, or come back.
-            self._handles[objective] = serve.get_deployment_handle(VALUE_DEPLOYMENT, application, _check_exists=False)
-        handle = self._handles[objective].options(session_id=session, _by_reference=False)
+            self._handles[application] = serve.get_deployment_handle(VALUE_DEPLOYMENT, application, _check_exists=False)
+        handle = self._handles[application].options(session_id=session, _by_reference=False)
         return _PendingReply(cast(DeploymentResponse[Reply], handle.answer.remote(call)))
 
 

@@ -99,10 +99,11 @@ class RayRecord:
 
 
 def _create(name: str, metric: Metric) -> ray_metrics.Counter | ray_metrics.Gauge | ray_metrics.Histogram:
+    labels: Any = metric.labels  # Ray's annotation allows for one label only
     if metric.kind == "histogram":
-        return ray_metrics.Histogram(name, metric.meaning, list(metric.bounds), metric.labels)
+        return ray_metrics.Histogram(name, metric.meaning, list(metric.bounds), labels)
     kind = ray_metrics.Gauge if metric.kind == "gauge" else ray_metrics.Counter
-    return kind(name, metric.meaning, metric.labels)
+    return kind(name, metric.meaning, labels)
 
 
 # --- the base replica ---------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class WatchedEngine(Engine):
 
     def __init__(self, base: Any, guide: Guide | None = None, *arguments: Any, **settings: Any):
         self._timed = TimedGuide(guide) if guide else None
-        super().__init__(base, self._timed, *arguments, **settings)  # type: ignore[arg-type]
+        super().__init__(base, self._timed, *arguments, **settings)
         self._lock = threading.Lock()
         self._sums: dict[tuple[str, str], float] = defaultdict(float)  # (name, objective or "") -> amount
         self._divergences: list[tuple[str, float]] = []  # (objective, nats)
@@ -224,7 +225,7 @@ def watched_streams(open_stream: OpenStream, record: Record) -> OpenStream:
                         if not request.answer:
                             record("mavis_first_token_seconds", first - began)
                     num_tokens += len(update.tokens)
-                    if update.finished is not None:
+                    if update.finished is not None and update.finished.finish is not None:
                         record("mavis_answers", 1, finish=update.finished.finish.value)
                 yield message
         finally:
