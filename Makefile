@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart serve test test-unit test-processes benchmark lint types clean
+.PHONY: help install quickstart serve test test-unit test-cluster test-serving benchmark lint types clean
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
@@ -31,14 +31,17 @@ serve: $(INSTALLED)
 
 # Side by side: one core computes, on the other processes start, wait and are killed.
 test: $(INSTALLED)
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-unit test-processes
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-unit test-cluster test-serving
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
 	$(BIN)/python -m pytest tests/browser
 
-test-processes: $(INSTALLED)
-	$(BIN)/python -m pytest tests/cluster tests/serving
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest tests/cluster
+
+test-serving: $(INSTALLED)
+	$(BIN)/python -m pytest tests/serving
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode
