@@ -23,6 +23,7 @@ from ray.serve import metrics as ray_metrics
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mavis_dist.decode import Choice, Engine, Guide, Request, Update
+from mavis_dist.store.values import objective_of
 from serve.answers import OpenStream
 
 REPORT_EVERY_S = 1.0
@@ -173,10 +174,11 @@ class WatchedEngine(Engine):
     def _add(self, choice: Choice) -> None:
         self._sums["mavis_candidates", ""] += sum(choice.num_scored)
         self._sums["mavis_guided_tokens", ""] += sum(count > 0 for count in choice.num_scored)
-        for objective, values in choice.values.items():
+        objectives = [objective_of(version) for version in choice.values]
+        for objective, values in zip(objectives, choice.values.values(), strict=True):
             self._sums["mavis_objective_tokens", objective] += len(values)
         if math.isfinite(choice.divergence):  # at temperature 0 there is none
-            self._divergences += [(objective, choice.divergence) for objective in choice.values or (NO_OBJECTIVE,)]
+            self._divergences += [(objective, choice.divergence) for objective in objectives or (NO_OBJECTIVE,)]
 
 
 class Loaded(Protocol):

@@ -142,7 +142,7 @@ def test_answers_end_before_a_stop_string(http, url, body):
 
 def test_weights_change_the_answer_and_zero_weights_are_the_base_model(http, url, body):
     plain = ask(http, url, {**body, "objective_weights": None})
-    zero = ask(http, url, {**body, "objective_weights": {"positive": "positive@i0", "brief": "brief@i0"}})
+    zero = ask(http, url, {**body, "objective_weights": {"positive": 0, "brief": 0}})
     no_strength = ask(http, url, {**body, "beta": 0})
     assert text_of(plain) == text_of(zero) == text_of(no_strength)
     assert zero["choices"][0]["mavis"] == {"divergence": 0.0, "values": {}, "candidates_per_token": 0.0}
