@@ -39,6 +39,18 @@ def run(
         write_json(arguments.json, results)
 
 
+def add_outputs(parser: argparse.ArgumentParser, part: str) -> None:
+    """Options of the commands that write a part of the page of results."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        default=Path("docs/results.md"),
+        metavar="FILE",
+        help=f"the page whose part about {part} is written (default: %(default)s)",
+    )
+
+
 def write_json(file: Path, figures: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures, indent=1) + "\n")

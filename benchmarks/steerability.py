@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mavis_dist.environment  # noqa: F401  threads wait as they do in the actors
-from benchmarks.command import write_json
+from benchmarks.command import add_outputs, write_json
 from jobs.arguments import refusing
 
 if TYPE_CHECKING:
@@ -42,14 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.steerability", description="Measure objectives in words."
     )
     parser.add_argument("--quick", action="store_true", help="rough figures in four minutes instead of an hour")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
-    parser.add_argument(
-        "--markdown",
-        type=Path,
-        default=Path("docs/results.md"),
-        metavar="FILE",
-        help="the page whose part about words is written; not by --quick (default: %(default)s)",
-    )
+    add_outputs(parser, "words, but for --quick,")
     parser.add_argument(
         "--run", type=Path, default=Path("runs/study"), help="folder of a finished run (default: %(default)s)"
     )

@@ -11,11 +11,10 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mavis_dist.environment  # noqa: F401  threads wait as they do in the actors
-from benchmarks.command import write_json
+from benchmarks.command import add_outputs, write_json
 from benchmarks.markdown import write_part
 from jobs.arguments import refusing
 from mavis_dist import config as config_module
@@ -30,14 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.study", description="Train and compare iterations and variants of the training."
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, as of jobs.pipeline")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
-    parser.add_argument(
-        "--markdown",
-        type=Path,
-        default=Path("docs/results.md"),
-        metavar="FILE",
-        help="the page whose part is written (default: %(default)s)",
-    )
+    add_outputs(parser, "iterations and variants")
     parser.add_argument(
         "--betas",
         type=_betas,

@@ -31,7 +31,7 @@ def create_api(
     base_load: Callable[[], Awaitable[tuple[int, int]]],
     edge: Edge | None = None,
 ) -> FastAPI:
-    """`base_load` asks a base replica for answers running and waiting, and raises if none is healthy."""
+    """`base_load` asks a base replica for rows in use and waited for, and raises if none is healthy."""
     edge = edge or Edge()
     api = FastAPI(title="mavis_dist", docs_url=None, redoc_url=None, responses=REFUSALS)
     _add_error_handlers(api)

@@ -78,8 +78,7 @@ class Completions:
             request_id: what the id of the completion begins with, for the logs of all deployments.
         """
         key = key or body.user or ""
-        num_views = 1 + sum(sentence.weight != 0 for sentence in body.preferences or ())
-        rows = (body.n or 1) * num_views
+        rows = (body.n or 1) * body.num_views
         try:
             with self._refusals.remembered(key, rows):
                 return await self._start(body, versions, key, request_id)
@@ -124,14 +123,13 @@ class Completions:
         ):
             if count > limit:
                 raise ApiError(400, f"{name}: {count} given; this server takes at most {limit}", name)
+        if body.num_views > self._settings.rows:
+            message = f"preferences: are {body.num_views - 1} sentences; use at most {self._settings.rows - 1}"
+            raise ApiError(400, message, "preferences")
 
     def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, tuple[int, ...], tuple[Preference, ...]]:
         """The token ids of the plain prompt, and those with each sentence in it; raises RequestError."""
         sentences = [(preference.text, preference.weight) for preference in body.preferences or ()]
-        num_rows = 1 + sum(weight != 0 for _, weight in sentences)
-        if num_rows > self._settings.rows:  # before all of them are made into prompts
-            message = f"preferences: are {num_rows - 1} sentences; use at most {self._settings.rows - 1}"
-            raise ApiError(400, message, "preferences")
         if isinstance(body, TextRequest):
             prompt = self._ids(body.prompt)
             self._check_length(prompt)

@@ -6,14 +6,12 @@ import asyncio
 import logging
 import time
 from statistics import fmean
-from typing import Any
 
 from mavis_dist.models import value
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.store.values import Served
-
-Json = dict[str, Any]
+from serve.schema import Json
 
 logger = logging.getLogger(__name__)
 

@@ -177,6 +177,11 @@ class GenerationRequest(Body):
         raise NotImplementedError
 
     @property
+    def num_views(self) -> int:
+        """Rows that an answer takes: its own, and one per sentence that steers it."""
+        return 1 + sum(sentence.weight != 0 for sentence in self.preferences or ())
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
 

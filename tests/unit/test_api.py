@@ -15,20 +15,13 @@ from fastapi.testclient import TestClient
 from serve import keys, logs
 from serve.door import Edge
 from serve.keys import Keys
-from tests.local import NAME, OBJECTIVES, LocalService, listening
+from tests.local import NAME, OBJECTIVES, listening
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hello there"}]
 BODY = {"model": NAME, "messages": MESSAGES, "max_tokens": 8, "top_k": 20, "seed": 7}
 STEERING = {"objective_weights": {"brief": 1.0, "positive": 3.0}, "scorer": "full"}
 SECRET = "the moon is made of cheese"
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory) -> Iterator[LocalService]:
-    service = LocalService(tmp_path_factory.mktemp("local"))
-    yield service
-    service.loop.stop()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from serve.door import Edge
-from tests.local import NAME, OBJECTIVES, LocalService
+from tests.local import NAME, OBJECTIVES
 
 TEXT = st.text(st.characters(), max_size=20)  # with lone surrogates, which JSON can spell and UTF-8 cannot
 NUMBER = st.one_of(st.integers(-3, 40), st.integers(), st.floats(), st.sampled_from([2**63, -(2**63), 10**400, 1e308]))
@@ -64,13 +64,6 @@ FIELDS = optional(
     metadata=st.dictionaries(TEXT, TEXT, max_size=2),
     stream=st.booleans(),
 )
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory) -> Iterator[LocalService]:
-    service = LocalService(tmp_path_factory.mktemp("local"))
-    yield service
-    service.loop.stop()
 
 
 @pytest.fixture(scope="module")
