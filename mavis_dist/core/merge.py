@@ -26,20 +26,25 @@ def anchor(
     return anchor_V.add_(sum(w * (log_normalisers[0] - z) for w, z in zip(weights_K, log_normalisers[1:], strict=True)))
 
 
-def guarded(plain_XV: torch.Tensor, anchor_XV: torch.Tensor, c_X: torch.Tensor, top_p_X: torch.Tensor) -> torch.Tensor:
+def guarded(
+    plain_XV: torch.Tensor, log_z_X: torch.Tensor, anchor_XV: torch.Tensor, c_X: torch.Tensor, top_p_X: torch.Tensor
+) -> torch.Tensor:
     """c sum_k w_k g_k [X, V], without a bonus for tokens that are likely neither in the plain distribution nor in the
     merged one at c = 1: c would multiply what is improbable with every sentence and without one. They may still lose,
     and none is removed. Likely are the tokens of the smallest set of at least probability `top_p`; 1: all are.
+    `log_z_X` normalises the plain logits.
     """
-    is_likely_XV = is_in_nucleus(plain_XV, top_p_X) | is_in_nucleus(plain_XV + anchor_XV, top_p_X)
+    merged_XV = plain_XV + anchor_XV
+    is_likely_XV = is_in_nucleus(plain_XV, log_z_X, top_p_X)
+    is_likely_XV |= is_in_nucleus(merged_XV, merged_XV.logsumexp(-1), top_p_X)
     return c_X[:, None] * torch.where(is_likely_XV, anchor_XV, anchor_XV.clamp(max=0))
 
 
-def is_in_nucleus(logits_XV: torch.Tensor, top_p_X: torch.Tensor) -> torch.Tensor:
+def is_in_nucleus(logits_XV: torch.Tensor, log_z_X: torch.Tensor, top_p_X: torch.Tensor) -> torch.Tensor:
     """The most likely tokens [X, V] whose probabilities sum to at least `top_p`, and those as likely as the last one;
-    all where it is 1.
+    all where it is 1. `log_z_X` normalises the logits.
     """
-    log_z_X1, num_tokens = logits_XV.logsumexp(-1, keepdim=True), logits_XV.shape[1]
+    log_z_X1, num_tokens = log_z_X[:, None], logits_XV.shape[1]
     least_X = torch.full_like(top_p_X, float("-inf"), dtype=logits_XV.dtype)
     left = (top_p_X < 1).nonzero()[:, 0]
     for size in (*NUCLEUS, num_tokens):

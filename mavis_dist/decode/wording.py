@@ -45,7 +45,8 @@ class Wording:
         self.logits_BV = self._plain_BV.clone()  # of the merged distributions, not normalised
         self.weights: dict[int, list[float]] = {}  # w_k by b
         self._views: dict[int, list[int]] = {}  # r of the plain view and of the others, by b
-        self._log_z = self._logits_RV.logsumexp(-1).tolist()
+        log_z_R = self._logits_RV.logsumexp(-1)
+        self._log_z = log_z_R.tolist()
         first, anchors = num_rows, []
         for b, row in enumerate(rows):
             if not row.request.preferences:
@@ -62,7 +63,7 @@ class Wording:
             torch.tensor(column, device=self._logits_RV.device)
             for column in ([p.strength for p in params], [p.top_p for p in params])
         )
-        self.logits_BV[self.rows] += guarded(self.plain_XV, torch.stack(anchors), c_X, top_p_X)
+        self.logits_BV[self.rows] += guarded(self.plain_XV, log_z_R[self.rows], torch.stack(anchors), c_X, top_p_X)
 
     @property
     def rows(self) -> list[int]:
