@@ -10,19 +10,17 @@ Shapes: B rows, V vocabulary, K candidates, M objectives.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from mavis_dist.core import noise
-from mavis_dist.core.tilt import candidates, choose, evaluation_order, ranking
 from mavis_dist.decode.batch import Batch, Values, named
+from mavis_dist.decode.draw import Drawn, draw
 from mavis_dist.decode.guide import Guide, GuideRow
-from mavis_dist.decode.logprobs import token_logprobs
 from mavis_dist.decode.prepare import Bounds, prepare
-from mavis_dist.decode.request import Alternative, Choice, FinishReason, Request, Scorer, TokenLogprobs, Update
+from mavis_dist.decode.request import Choice, FinishReason, Request, Scorer, Update
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
-from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
+from mavis_dist.decode.scorer import Steering
 from mavis_dist.decode.text import StoppedText
 from mavis_dist.decode.wording import Wording, views_of
 from mavis_dist.models.decoder import base_decoder
@@ -31,23 +29,6 @@ from mavis_dist.models.load import BaseModel
 
 # Tokens of new prompts that a step encodes: about what a running answer would not notice.
 PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """One token for every row; lists hold one entry per row."""
-
-    index_B: torch.Tensor  # of the token among its candidates
-    tokens: list[int]
-    logratios: list[float]
-    divergences: list[float]
-    worded: list[float]  # the sentences' part of the divergences
-    values_BM: torch.Tensor  # V_m(s∘a) of the token, nan where not asked for
-    num_candidates: list[int]
-    is_guided: list[bool]
-    faults: list[str | None]
-    alternatives: list[list[Alternative]]  # empty where a row does not ask for them
-    logprobs: dict[int, TokenLogprobs]  # by b, of the rows that ask for them
 
 
 class Engine:
@@ -179,8 +160,8 @@ class Engine:
         batch = self._assemble()
         views = views_of(batch.rows)
         logits_RV = self._base.extend([view.number for view in views], [view.tokens[-1:] for view in views])
-        wording = Wording(batch.rows, logits_RV) if len(views) > len(batch.rows) else None
-        updates = self._absorb(batch, self._draw(batch, logits_RV, wording), wording)
+        wording = Wording(batch.rows, logits_RV)
+        updates = self._absorb(batch, self._draw(batch, wording), wording)
         # Draws are made to be continued: their keys and values stay for the requests that come next.
         if self.is_idle and all(row.request.draws is None for row in batch.rows):
             self._release()
@@ -263,75 +244,11 @@ class Engine:
 
     # --- compute: one token for every row -------------------------------------------------------------------------
 
-    def _draw(self, batch: Batch, logits_RV: torch.Tensor, wording: Wording | None) -> _Drawn:
-        """One token for every row."""
+    def _draw(self, batch: Batch, wording: Wording) -> Drawn:
         positions_B = batch.positions_B()
-        drafts = self._drafts(batch, positions_B, logits_RV, wording)
         steering = batch.steering(positions_B)
         self._catch_up(batch, steering)
-        scores = score(drafts, steering, self._guide)
-        index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
-        every_B = torch.arange(len(index_B), device=self._device)
-        values_BM = scores.values_BKM[every_B, index_B]
-        batch.baseline_BM = torch.where(steering.is_guided_B[:, None], values_BM, batch.baseline_BM)
-        return _Drawn(
-            index_B=index_B,
-            tokens=drafts.ids_BK[every_B, index_B].tolist(),
-            logratios=scores.logratio_BK[every_B, index_B].tolist(),
-            divergences=scores.divergence_B.tolist(),
-            worded=scores.worded_B.tolist(),
-            values_BM=values_BM.cpu(),
-            num_candidates=scores.num_evaluated_B.tolist(),
-            is_guided=steering.is_guided_B.tolist(),
-            faults=_faults(scores.is_sound_B, drafts.logprobs_BK.amax(-1).isfinite(), batch.missing),
-            alternatives=self._alternatives(batch, drafts, scores),
-            logprobs=token_logprobs(drafts, scores, index_B, batch.top_logprobs),
-        )
-
-    def _alternatives(self, batch: Batch, drafts: Drafts, scores: Scores) -> list[list[Alternative]]:
-        """For every row as many distinct draws as it asks for, in order; fewer where it has fewer candidates."""
-        alternatives: list[list[Alternative]] = [[] for _ in batch.rows]
-        asking = [b for b, row in enumerate(batch.rows) if row.request.draws is not None and batch.missing[b] is None]
-        if not asking:
-            return alternatives
-        order_BK = ranking(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
-        for b in asking:
-            request = batch.rows[b].request
-            num_drawn = min(request.draws or 0, int(drafts.logprobs_BK[b].isfinite().sum()))
-            drawn_Q, divergence = order_BK[b, :num_drawn], float(scores.divergence_B[b])
-            logratios = scores.logratio_BK[b, drawn_Q].tolist()
-            values = [dict(zip(self.objectives, v, strict=True)) for v in scores.values_BKM[b, drawn_Q].tolist()]
-            for token, logratio, value in zip(drafts.ids_BK[b, drawn_Q].tolist(), logratios, values, strict=True):
-                used = {name: value[name] for name in request.weights}
-                alternatives[b].append(Alternative(token, logratio, used, divergence))
-        return alternatives
-
-    def _drafts(
-        self, batch: Batch, positions_B: torch.Tensor, logits_RV: torch.Tensor, wording: Wording | None
-    ) -> Drafts:
-        """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
-        logits_BV = logits_RV.float() if wording is None else wording.logits_BV
-        ids_BK, logprobs_BK = self._cut(batch, positions_B, logits_BV)
-        phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
-        is_eos_BK = torch.isin(ids_BK, self._eos)
-        order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
-        ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
-            x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
-        )
-        worded_BK = None
-        if wording is not None:
-            plain = self._cut(batch, positions_B, wording.plain_XV, wording.rows)
-            worded_BK = wording.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B, *plain)
-        return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B, worded_BK)
-
-    def _cut(
-        self, batch: Batch, positions_B: torch.Tensor, logits_XV: torch.Tensor, rows: Sequence[int] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidates and log p of some rows (none: of all) under their sampling parameters; changes the logits."""
-        chosen = slice(None) if rows is None else list(rows)
-        logits_XV[(positions_B[chosen] == 0).nonzero(), self._eos] = float("-inf")  # an answer has at least one token
-        columns = (batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
-        return candidates(logits_XV, *(column[chosen] for column in columns))
+        return draw(batch, positions_B, steering, wording, self._guide, self._eos)
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
         """Tell the guide about tokens that were written without it, where it is about to be asked again."""
@@ -346,7 +263,7 @@ class Engine:
 
     # --- absorb: what was written ---------------------------------------------------------------------------------
 
-    def _absorb(self, batch: Batch, drawn: _Drawn, wording: Wording | None) -> list[Update]:
+    def _absorb(self, batch: Batch, drawn: Drawn, wording: Wording) -> list[Update]:
         """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
         updates, kept = [], []
         for b, row in enumerate(batch.rows):
@@ -370,7 +287,7 @@ class Engine:
         self._scheduler.finish(row for row in batch.rows if row.choice.finish is not None)
         return updates
 
-    def _append(self, row: Row, b: int, drawn: _Drawn, wording: Wording | None) -> None:
+    def _append(self, row: Row, b: int, drawn: Drawn, wording: Wording) -> None:
         choice, token = row.choice, drawn.tokens[b]
         row.append(token)
         choice.tokens.append(token)
@@ -385,7 +302,7 @@ class Engine:
             for name, value in zip(self.objectives, values, strict=True):
                 if name in row.request.weights:
                     choice.values.setdefault(name, []).append(value)
-        if row.earned is not None and wording is not None:
+        if row.earned is not None:
             rewards = wording.rewards(b, token)
             row.earned.add(rewards)
             choice.preference_weights.append(wording.weights[b])
@@ -421,15 +338,3 @@ def _update(row: Row, start: int | None = None, tokens: tuple[int, ...] = ()) ->
     start = row.position if start is None else start
     logprobs = tuple(row.choice.logprobs[-len(tokens) :]) if tokens else ()
     return Update(row.request.id, row.choice.index, start, tokens, finished, logprobs)
-
-
-def _faults(
-    is_value_fine_B: torch.Tensor, is_logit_fine_B: torch.Tensor, missing: Sequence[str | None]
-) -> list[str | None]:
-    """What is wrong with each row."""
-    not_finite, faults = "the {} returned a number that is not finite", []
-    for objective, value, logit in zip(missing, is_value_fine_B.tolist(), is_logit_fine_B.tolist(), strict=True):
-        gone = f"the objective {objective!r} was taken away from the engine" if objective else None
-        broken = None if value and logit else not_finite.format("value model" if logit else "base model")
-        faults.append(gone or broken)
-    return faults

@@ -12,6 +12,7 @@ import torch
 
 from mavis_dist.core.merge import anchor, guarded
 from mavis_dist.core.preferences import Earned, adapted_weights
+from mavis_dist.decode.preferences import PreferenceParams
 from mavis_dist.decode.scheduler import Row, View
 
 
@@ -37,50 +38,43 @@ def weights(row: Row) -> list[float]:
 
 
 class Wording:
-    """One step of rows of which some have sentences."""
+    """One step of all rows, of which some may have sentences."""
 
     def __init__(self, rows: Sequence[Row], logits_RV: torch.Tensor):
-        self._logits_RV, num_rows = logits_RV.float(), len(rows)
-        self._plain_BV = self._logits_RV[:num_rows]
-        self.logits_BV = self._plain_BV.clone()  # of the merged distributions, not normalised
+        """May change the logits."""
+        self.logits_BV = logits_RV[: len(rows)].float()  # merged where there are sentences, not normalised
         self.weights: dict[int, list[float]] = {}  # w_k by b
-        self._views: dict[int, list[int]] = {}  # r of the plain view and of the others, by b
-        log_z_R = self._logits_RV.logsumexp(-1)
-        self._log_z = log_z_R.tolist()
-        first, anchors = num_rows, []
+        self._views: dict[int, range] = {}  # r of the views with a sentence, by b
+        first = len(rows)
         for b, row in enumerate(rows):
-            if not row.request.preferences:
-                continue
-            if row.earned is None:
-                begin(row)
-            end = first + len(row.views) - 1
-            self.weights[b], self._views[b] = weights(row), [b, *range(first, end)]
-            log_z = [self._log_z[r] for r in self._views[b]]
-            anchors.append(anchor(self._plain_BV[b], self._logits_RV[first:end], log_z, self.weights[b]))
-            first = end
-        params = [rows[b].request.preference_params for b in self.rows]
+            if row.request.preferences:
+                if row.earned is None:
+                    begin(row)
+                self.weights[b], self._views[b] = weights(row), range(first, first + len(row.views) - 1)
+                first = self._views[b].stop
+        if self.rows:
+            self._merge(logits_RV, [rows[b].request.preference_params for b in self.rows])
+
+    def _merge(self, logits_RV: torch.Tensor, params: Sequence[PreferenceParams]) -> None:
+        self._logprobs_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
+        self.plain_XV = self.logits_BV[self.rows]  # without a sentence, not normalised
+        plain_XV = self._logprobs_RV[self.rows]
+        views = (self._logprobs_RV[r.start : r.stop] for r in self._views.values())
+        anchors = [anchor(*row) for row in zip(plain_XV, views, self.weights.values(), strict=True)]
         c_X, top_p_X = (
-            torch.tensor(column, device=self._logits_RV.device)
+            torch.tensor(column, device=logits_RV.device)
             for column in ([p.strength for p in params], [p.top_p for p in params])
         )
-        self.logits_BV[self.rows] += guarded(self.plain_XV, log_z_R[self.rows], torch.stack(anchors), c_X, top_p_X)
+        self.logits_BV[self.rows] += guarded(plain_XV, torch.stack(anchors), c_X, top_p_X)
 
     @property
     def rows(self) -> list[int]:
         """b of the rows with sentences."""
         return list(self.weights)
 
-    @property
-    def plain_XV(self) -> torch.Tensor:
-        """The plain logits of these rows."""
-        return self._plain_BV[self.rows]
-
     def rewards(self, b: int, token: int) -> list[float]:
         """g_k of a token of a row."""
-        views = self._views[b]
-        plain, *worded = (
-            logit - self._log_z[r] for r, logit in zip(views, self._logits_RV[views, token].tolist(), strict=True)
-        )
+        plain, *worded = self._logprobs_RV[[b, *self._views[b]], token].tolist()
         return [logprob - plain for logprob in worded]
 
     def logratio_BK(
@@ -97,13 +91,13 @@ class Wording:
 
         Args:
             merged_BK: log p' on the candidates, -inf where a row has no such candidate.
-            plain_XC: log p on the candidates `plain_ids_XC` that the plain logits of `rows` have by themselves.
+            plain_XC: log p on the candidates `plain_ids_XC` that `plain_XV` has by itself.
         """
         logratio_BK = torch.zeros_like(merged_BK)
-        plain_XV, merged_XK, temperature_X1 = self.plain_XV, merged_BK[self.rows], temperature_B[self.rows, None]
+        merged_XK, temperature_X1 = merged_BK[self.rows], temperature_B[self.rows, None]
         divisor_X1 = torch.where(temperature_X1 > 0, temperature_X1, 1.0)
-        log_z_X1 = plain_XV.gather(1, plain_ids_XC[:, :1]).double() - plain_XC[:, :1]  # at temperature 1
-        plain_XK = (plain_XV.gather(1, ids_BK[self.rows]).double() - log_z_X1) / divisor_X1
+        log_z_X1 = self.plain_XV.gather(1, plain_ids_XC[:, :1]).double() - plain_XC[:, :1]  # at temperature 1
+        plain_XK = (self.plain_XV.gather(1, ids_BK[self.rows]).double() - log_z_X1) / divisor_X1
         plain_XK -= (plain_XC / divisor_X1).logsumexp(-1, keepdim=True)
         ratio_XK = (merged_XK / divisor_X1).log_softmax(-1) - plain_XK
         logratio_BK[self.rows] = torch.where(merged_XK > float("-inf"), ratio_XK, 0.0)

@@ -125,14 +125,12 @@ def logits(seed, *shape):
 
 
 def shift(plain_V, views_KV, weights, c, top_p):
-    log_z = [float(x.logsumexp(-1)) for x in (plain_V, *views_KV)]
-    anchor_V = anchor(plain_V, views_KV, log_z, weights)
-    log_z_X = plain_V.logsumexp(-1)[None]
-    return guarded(plain_V[None], log_z_X, anchor_V[None], torch.tensor([c]), torch.tensor([top_p]))[0]
+    anchor_V = anchor(plain_V, views_KV, weights)
+    return guarded(plain_V[None], anchor_V[None], torch.tensor([c]), torch.tensor([top_p]))[0]
 
 
 def likely(logits_V, top_p):
-    return is_in_nucleus(logits_V[None], logits_V.logsumexp(-1)[None], torch.tensor([top_p], dtype=logits_V.dtype))[0]
+    return is_in_nucleus(logits_V.log_softmax(-1)[None], torch.tensor([top_p], dtype=logits_V.dtype))[0]
 
 
 @given(st.integers(0, 1000), st.floats(0.05, 0.999))
@@ -147,7 +145,7 @@ def test_a_nucleus_is_the_smallest_likely_set(seed, top_p):
 def test_rows_have_nuclei_of_their_own():
     logits_XV, top_p_X = logits(3, 6, 3000), torch.tensor([0.2, 0.9, 1.0, 0.999, 0.5, 0.99])
     logits_XV[3] /= 100  # nearly all of it, in no first glance
-    is_in_XV = is_in_nucleus(logits_XV, logits_XV.logsumexp(-1), top_p_X)
+    is_in_XV = is_in_nucleus(logits_XV.log_softmax(-1), top_p_X)
     for row, top_p, is_in_V in zip(logits_XV, top_p_X, is_in_XV, strict=True):
         assert (likely(row, float(top_p)) == is_in_V).all()
     assert is_in_XV[2].all()
@@ -156,9 +154,9 @@ def test_rows_have_nuclei_of_their_own():
 
 @given(st.integers(0, 1000), st.floats(0, 4), st.floats(0.3, 1))
 def test_only_what_is_likely_with_or_without_sentences_gains(seed, c, top_p):
-    plain_V, *views = logits(seed, 3, 120).double()
+    plain_V, *views = logits(seed, 3, 120).double().log_softmax(-1)
     weights = [0.3, 0.7]
-    g_KV = torch.stack(views).log_softmax(-1) - plain_V.log_softmax(-1)
+    g_KV = torch.stack(views) - plain_V
     anchor_V = torch.tensor(weights, dtype=torch.float64) @ g_KV
     shift_V = shift(plain_V, torch.stack(views), weights, c, top_p)
     is_likely_V = likely(plain_V, top_p) | likely(plain_V + anchor_V, top_p)
