@@ -26,7 +26,7 @@ from mavis_dist.types import Prompt, RewardScale, UserError
 SENTENCES = {  # by kind of reward
     "sentiment": "Be warm, positive and encouraging.",
     "brevity": "Answer in as few words as possible.",
-    "relevance": "Stay strictly on the user's question.",
+    "relevance": "Answer the question directly and mention its topic by name.",
 }
 MATO = "MATO"
 PARAMS: Mapping[str, PreferenceParams] = {

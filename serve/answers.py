@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from mavis_dist.decode import Choice, FinishReason, Request, RequestError, TokenLogprobs, Update
 from serve.admission import ANYBODY, Entry, Full, Overloaded
-from serve.engine_loop import Refused, within
+from serve.engine_loop import Refused
+from serve.mailbox import within
 
 logger = logging.getLogger(__name__)
 

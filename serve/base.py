@@ -30,12 +30,14 @@ class Base:
         self._loop = EngineLoop(engine, queue=args.queue, name=replica_name())
         report(engine, self._loop)
         kind: type[Supply] = RemoteSupply if is_remote else LocalSupply
+        self._interval_s = args.stream_interval_ms / 1000
         self._supply = kind(store, base, guide, self._loop)
         self._supply.begin()
 
     async def stream(self, request: Request, entry: Entry = ANYBODY) -> AsyncIterator[Message]:
         """What serve.engine_loop.stream yields, once the models that the request names are there."""
-        async with aclosing(self._supply.stream(request, stream(self._loop, request, entry))) as messages:
+        written = stream(self._loop, request, entry, interval_s=self._interval_s)
+        async with aclosing(self._supply.stream(request, written)) as messages:
             async for message in messages:
                 yield message
 

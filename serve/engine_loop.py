@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 from mavis_dist.decode import Engine, FinishReason, Request, RequestError, Update
 from serve.admission import ANYBODY, Entry, Full, Line
-
-T = TypeVar("T")
+from serve.mailbox import Mailbox
 
 logger = logging.getLogger(__name__)
 
@@ -228,16 +225,15 @@ class EngineLoop:
 
 
 async def stream(
-    loop: EngineLoop, request: Request, entry: Entry = ANYBODY, heartbeat_s: float = 5.0
+    loop: EngineLoop, request: Request, entry: Entry = ANYBODY, heartbeat_s: float = 5.0, interval_s: float = 0.0
 ) -> AsyncGenerator[Request | Refused | Full | list[Update], None]:
     """The accepted request (or why it is not), then lists of updates; an empty list says: still waiting.
 
-    Closing the iterator early cancels the request.
+    Closing the iterator early cancels the request. `interval_s`: least time between two lists.
     """
-    events = asyncio.get_running_loop()
-    updates: asyncio.Queue[Update] = asyncio.Queue()
+    updates = Mailbox(interval_s)
     try:
-        accepted = loop.submit(request, lambda update: _put(events, updates, update), entry)
+        accepted = loop.submit(request, updates.put, entry)
     except RequestError as error:
         yield Refused(error.field, error.message)
         return
@@ -248,43 +244,9 @@ async def stream(
     try:
         yield accepted
         while left:
-            chunk = await _next_updates(updates, heartbeat_s)
+            chunk = await updates.take(heartbeat_s)
             left -= sum(update.finished is not None for update in chunk)
             yield chunk
     finally:
         if left:
             loop.cancel(accepted.id)
-
-
-def _put(events: asyncio.AbstractEventLoop, queue: asyncio.Queue[Update], update: Update) -> None:
-    events.call_soon_threadsafe(queue.put_nowait, update)
-
-
-async def within(limit_s: float, work: Awaitable[T]) -> T:
-    """The result of `work`; raises TimeoutError.
-
-    Where a cancellation comes together with the result, it wins. (In Python 3.11 asyncio.wait_for forgets it, and an
-    answer would be written to its end for a client that has left.)
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait((task,), timeout=limit_s)
-        is_late = not task.done()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))  # nobody may close an iterator that still runs
-    if is_late:
-        raise asyncio.TimeoutError
-    return task.result()
-
-
-async def _next_updates(queue: asyncio.Queue[Update], limit_s: float) -> list[Update]:
-    """All updates that are there, at least one unless none comes in time."""
-    try:
-        chunk = [await within(limit_s, queue.get())]
-    except asyncio.TimeoutError:
-        return []
-    while not queue.empty():
-        chunk.append(queue.get_nowait())
-    return chunk

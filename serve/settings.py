@@ -50,6 +50,9 @@ class MainArgs(Arguments):
         None, description="rows that may wait in a base replica, those of one key at most half; none: 4 times `rows`"
     )
     max_tokens: Annotated[int, Field(ge=1)] = SERVE.max_tokens
+    stream_interval_ms: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        SERVE.stream_interval_ms, description="least time between two pieces of an answer, but for the first and last"
+    )
     beta: Annotated[float, Field(ge=0)] = STEER.beta
     tilt_cap: Annotated[float, Field(gt=0)] | None = STEER.tilt_cap
     stall_s: Annotated[float, Field(gt=0)] = Field(60, description="silence after which a base replica counts as lost")
@@ -98,6 +101,7 @@ def main_args(config: Config, keys: str | None = None) -> MainArgs:
         value_sessions=-(-serve.value_replicas // serve.base_replicas),
         rows=serve.rows,
         max_tokens=serve.max_tokens,
+        stream_interval_ms=serve.stream_interval_ms,
         beta=config.steer.beta,
         tilt_cap=config.steer.tilt_cap,
     )
