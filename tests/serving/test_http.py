@@ -298,3 +298,10 @@ def test_a_client_that_gives_up_waiting_frees_the_rows(http, url, body):
     started = time.monotonic()
     wait_until_idle(http, url)
     assert time.monotonic() - started < 4
+
+
+def test_the_playground_is_the_first_page(http, url):
+    response = http.get(f"{url}/")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/html")
+    assert "v1/objectives" in response.text
