@@ -35,8 +35,9 @@ class Summary:
     """One way over all pairs."""
 
     way: str
+    num_pairs: int  # all but for the value models, which not every objective has
     weighted: Estimate  # weighted reward, sd
-    behind_mato: Estimate | None  # MATO's less this way's, paired by prompt
+    behind_mato: Estimate | None  # MATO's less this way's on the same pairs, paired by prompt
     hypervolume: float
     spearman: float | None  # mean over pairs and objectives
 
@@ -71,7 +72,7 @@ def summarise(measured: Measured) -> Steerability:
 
 
 def _fronts(measured: Measured, pair: tuple[str, str], ways: tuple[str, ...]) -> list[Front]:
-    rewards = {way: _rewards(measured, pair, way) for way in ways}
+    rewards = {way: _rewards(measured, pair, way) for way in ways if measured.has(way, pair)}
     worst_O = np.concatenate([rewards_WOP.mean(-1) for rewards_WOP in rewards.values()]).min(0)
     return [_front(measured, pair, way, rewards_WOP, worst_O) for way, rewards_WOP in rewards.items()]
 
@@ -117,10 +118,12 @@ def _spearman(weights_W: np.ndarray, means_W: np.ndarray) -> float:
 def _summary(way: str, fronts: list[Front]) -> Summary:
     mine = [front for front in fronts if front.way == way]
     weighted_P = np.mean([front.weighted for front in mine], axis=0)
-    mato_P = np.mean([front.weighted for front in fronts if front.way == MATO], axis=0)
+    pairs = {front.pair for front in mine}
+    mato_P = np.mean([front.weighted for front in fronts if front.way == MATO and front.pair in pairs], axis=0)
     correlations = [rho for front in mine for rho in front.spearman]
     return Summary(
         way,
+        len(pairs),
         bootstrap(weighted_P),
         None if way == MATO else bootstrap(mato_P - weighted_P),
         float(np.mean([front.hypervolume for front in mine])),

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -67,7 +68,9 @@ def cpu_s() -> float:
     return total
 
 
+@cache
 def _free_port() -> int:
+    """One for all: Serve keeps the port that it was started with."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from statistics import fmean, pstdev
 from typing import Any
 
 from benchmarks.answers import Answers, answer, scored
 from benchmarks.cells import Subject, cell_path
 from benchmarks.steered import load_engine, template
+from benchmarks.voice import first_person
 from mavis_dist.config import Config
 from mavis_dist.decode import PRESETS, PreferenceParams, Request, chat_prompts
 from mavis_dist.models.load import BaseModel
@@ -26,8 +28,10 @@ from mavis_dist.types import Prompt, RewardScale, UserError
 SENTENCES = {  # by kind of reward
     "sentiment": "Be warm, positive and encouraging.",
     "brevity": "Answer in as few words as possible.",
-    "relevance": "Answer the question directly and mention its topic by name.",
+    "relevance": "Stay strictly on the user's question.",
 }
+# An objective that nobody has trained for: sentences do without.
+PERSONAL, PERSONAL_SENTENCE = "personal", "Write about yourself, in the first person."
 MATO = "MATO"
 PARAMS: Mapping[str, PreferenceParams] = {
     MATO: PRESETS["mato"],
@@ -69,7 +73,7 @@ class Measured:
     """All answers, and what is needed to read them."""
 
     config: Config
-    scales: dict[str, RewardScale]
+    scales: dict[str, RewardScale]  # of the run's objectives and, of these answers of the base model, of PERSONAL
     weights: tuple[float, ...]
     num_prompts: int
     num_samples: int
@@ -78,6 +82,10 @@ class Measured:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         return list(combinations(self.scales, 2))
+
+    def has(self, way: str, pair: tuple[str, str]) -> bool:
+        """Nothing is trained for some pairs."""
+        return setting(way, pair, self.weights[0]) in self.answers
 
 
 def measure(config: Config, store: Store, weights: Sequence[float], num_prompts: int, num_samples: int) -> Measured:
@@ -95,28 +103,32 @@ def measure(config: Config, store: Store, weights: Sequence[float], num_prompts:
     if missing := sorted(sentences.keys() - published.keys()):
         raise UserError(f"run {config.run!r} has published no value model of {', '.join(missing)}: finish it first")
     subjects = [Subject(n, n, n, published[n], values.fetch(store, n, published[n])) for n in sentences]
+    sentences[PERSONAL] = PERSONAL_SENTENCE
     prompts = load_prompts(config.prompts, config.seed)[1][:num_prompts]
-    ways = (PLAIN, PROMPTED, TRAINED, *PARAMS)
-    pairs = list(combinations(sentences, 2))
-    settings = list(dict.fromkeys(setting(way, pair, w) for pair in pairs for way in ways for w in weights))
+    settings = _settings(list(combinations(sentences, 2)), weights)
     paths = _paths(config, prompts, num_samples, sentences, subjects, settings)
     todo = [s for s in settings if not store.exists(paths[s])]
+    questions = [prompt.text for prompt in prompts for _ in range(num_samples)]
     if todo:
         base, engine = load_engine(config, subjects)
-        rewards = {name: build(config.objectives[name]) for name in sentences}
-        questions = [prompt.text for prompt in prompts for _ in range(num_samples)]
+        rewards = {subject.objective: build(config.objectives[subject.objective]) for subject in subjects}
         asked = {s: _requests(s, config, base, questions, sentences) for s in todo}
         for done, (s, choices) in enumerate(answer(engine, asked), 1):
             store.write_json(paths[s], asdict(scored(choices, questions, rewards)))
             print(f"{'measure':<24} {done}/{len(todo)} settings: {s.name}", file=sys.stderr, flush=True)
-    return Measured(
-        config,
-        {subject.objective: subject.scale for subject in subjects},
-        tuple(weights),
-        len(prompts),
-        num_samples,
-        {s: Answers(**store.read_json(path)) for s, path in paths.items()},
-    )
+    answers = {s: Answers(**store.read_json(path)) for s, path in paths.items()}
+    for found in answers.values():
+        found.reward[PERSONAL] = first_person(questions, found.text)
+    plain = answers[Setting(PLAIN)].reward[PERSONAL]
+    scales = {subject.objective: subject.scale for subject in subjects}
+    scales[PERSONAL] = RewardScale(fmean(plain), pstdev(plain) or 1.0)
+    return Measured(config, scales, tuple(weights), len(prompts), num_samples, answers)
+
+
+def _settings(pairs: Sequence[tuple[str, str]], weights: Sequence[float]) -> list[Setting]:
+    ways = (PLAIN, PROMPTED, TRAINED, *PARAMS)
+    used = [(way, pair) for pair in pairs for way in ways if way != TRAINED or PERSONAL not in pair]
+    return list(dict.fromkeys(setting(way, pair, weight) for way, pair in used for weight in weights))
 
 
 def _requests(
@@ -152,7 +164,7 @@ def _paths(
         "prompts": [prompt.text for prompt in prompts],
         "samples": num_samples,
         "params": asdict(template(config).params),
-        "rewards": {name: config.objectives[name].model_dump(mode="json") for name in sentences},
+        "rewards": {s.objective: config.objectives[s.objective].model_dump(mode="json") for s in subjects},
     }
     fingerprints = {subject.objective: subject.fingerprint for subject in subjects}
 

@@ -6,23 +6,25 @@ from collections.abc import Sequence
 
 from benchmarks.fronts import Front, Steerability, Summary
 from benchmarks.markdown import signed, table
-from benchmarks.worded import MATO, PARAMS, SENTENCES
+from benchmarks.worded import MATO, PARAMS, PERSONAL, PERSONAL_SENTENCE, SENTENCES
 
 NONE = "–"
 NOTE = """\
-Rewards are in standard deviations above the run's base answers. The weighted reward of an answer is the sum of weight
-times reward over the two objectives; it is averaged over the weights, prompts and pairs, its 95 % interval resamples
-prompts, and differences are paired by prompt. The hypervolume of a front is that of its mean rewards above the worst of
-each objective among all ways of the pair. Spearman correlates the weights of an objective with its mean rewards. A way
-whose weights cannot be set counts with the same answers at every weight."""
+Rewards are in standard deviations above the run's base answers. `personal` is the share of words in the first person;
+no value model is trained on it, so that value models have the other pairs only, and are compared with MATO on those.
+The weighted reward of an answer is the sum of weight times reward over the two objectives; it is averaged over the
+weights, prompts and pairs, its 95 % interval resamples prompts, and differences are paired by prompt. The hypervolume
+of a front is that of its mean rewards above the worst of each objective among all ways of the pair. Spearman correlates
+the weights of an objective with its mean rewards. A way whose weights cannot be set counts with the same answers at
+every weight."""
 
 
 def render(measured: Steerability, command: str) -> str:
-    conditions = measured.conditions
+    conditions, num_pairs = measured.conditions, len({front.pair for front in measured.fronts})
     rows = [
         ("command", f"`{command}`"),
         ("base model", f"{conditions['model']}, {conditions['dtype']}; system text: {conditions['system']!r}"),
-        ("sentences", "; ".join(f"{reward}: {text!r}" for reward, text in SENTENCES.items())),
+        ("sentences", "; ".join(f"{r}: {text!r}" for r, text in {**SENTENCES, PERSONAL: PERSONAL_SENTENCE}.items())),
         ("weights", ", ".join(f"{weight:g}" for weight in conditions["weights"]) + " of the first objective of a pair"),
         (
             "answers",
@@ -36,7 +38,7 @@ def render(measured: Steerability, command: str) -> str:
         "# Objectives in words",
         table(("what", "with"), rows),
         "## Mean of the pairs",
-        _summary_table(measured.summaries),
+        _summary_table(measured.summaries, num_pairs),
         NOTE,
         "## Pairs",
         *(_pair_table(pair, measured.fronts) for pair in dict.fromkeys(front.pair for front in measured.fronts)),
@@ -47,13 +49,13 @@ def render(measured: Steerability, command: str) -> str:
     return "\n\n".join(parts)
 
 
-def _summary_table(summaries: Sequence[Summary]) -> str:
+def _summary_table(summaries: Sequence[Summary], num_pairs: int) -> str:
     head = ("way", "weighted reward, sd", "MATO above it", "hypervolume, sd²", "Spearman")
     return table(
         head,
         (
             (
-                summary.way,
+                summary.way + (f", {summary.num_pairs} pairs" if summary.num_pairs < num_pairs else ""),
                 signed(summary.weighted),
                 NONE if summary.behind_mato is None else signed(summary.behind_mato),
                 f"{summary.hypervolume:.2f}",

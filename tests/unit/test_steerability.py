@@ -13,7 +13,8 @@ import pytest
 from benchmarks import fronts, worded
 from benchmarks.answers import Answers
 from benchmarks.markdown import write_part
-from benchmarks.worded import MATO, PARAMS, PLAIN, PROMPTED, TRAINED, Measured, Setting, setting
+from benchmarks.voice import first_person
+from benchmarks.worded import MATO, PARAMS, PERSONAL, PLAIN, PROMPTED, TRAINED, Measured, Setting, setting
 from benchmarks.words_page import render
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
@@ -54,7 +55,11 @@ def test_every_setting_is_asked_once_and_kept(tmp_path: Path, monkeypatch: pytes
     config = make_config(tmp_path)
     store = Store(config.storage, config.run)
     first = worded.measure(config, store, WEIGHTS, 3, 2)
-    assert set(first.answers) == {setting(way, PAIR, weight) for way, weight in product(WAYS, WEIGHTS)}
+    every = {setting(way, PAIR, weight) for way, weight in product(WAYS, WEIGHTS)}
+    untrained = [way for way in WAYS if way != TRAINED]
+    pairs = [(name, PERSONAL) for name in PAIR]
+    every |= {setting(way, pair, weight) for pair, way, weight in product(pairs, untrained, WEIGHTS)}
+    assert set(first.answers) == every
     assert all(len(answers.text) == 6 for answers in first.answers.values())
     texts = {s: tuple(answers.text) for s, answers in first.answers.items()}
     assert len(set(texts.values())) >= 6
@@ -63,7 +68,7 @@ def test_every_setting_is_asked_once_and_kept(tmp_path: Path, monkeypatch: pytes
     page = render(fronts.summarise(first), "command")
     assert "### brief and positive" in page
     tables = [[line.count("|") for line in part.splitlines()] for part in page.split("\n\n") if part.startswith("|")]
-    assert [len(set(widths)) for widths in tables] == [1] * 3
+    assert [len(set(widths)) for widths in tables] == [1] * 5
 
 
 def test_a_run_without_two_known_objectives_is_refused(tmp_path: Path) -> None:
@@ -87,6 +92,31 @@ def made_up(tmp_path: Path) -> Measured:
             )
     scales = dict.fromkeys(PAIR, RewardScale(10.0, 2.0))
     return Measured(make_config(tmp_path), scales, WEIGHTS, num_prompts, 1, answers)
+
+
+def test_a_way_that_has_not_all_pairs_is_compared_on_those_it_has(tmp_path: Path) -> None:
+    """What MATO gains on a pair that value models do not have is not held against them."""
+    one = made_up(tmp_path)
+    extra = {
+        setting(way, (name, PERSONAL), weight): Answers(
+            [""] * 20, [5] * 20, [1.0] * 20, dict.fromkeys(PAIR, [99.0] * 20)
+        )
+        for way, name, weight in product(WAYS, PAIR, (0.0, 0.5))
+        if way != TRAINED
+    }
+    scales = {**one.scales, PERSONAL: RewardScale(10.0, 2.0)}
+    found = {**extra, **one.answers}
+    answers = {s: replace(a, reward={**a.reward, PERSONAL: [99.0] * 20}) for s, a in found.items()}
+    many = replace(one, scales=scales, answers=answers)
+    alone, beside = ({s.way: s for s in fronts.summarise(m).summaries} for m in (one, many))
+    assert (beside[MATO].num_pairs, beside[TRAINED].num_pairs) == (3, 1)
+    assert beside[TRAINED].behind_mato == alone[TRAINED].behind_mato
+    assert beside[MATO].weighted.mean > alone[MATO].weighted.mean + 1
+
+
+def test_the_first_person_is_counted_by_words() -> None:
+    answers = ["I'm sure we did.", "Mine, not yours", "island myth", ""]
+    assert first_person([""] * 4, answers) == [2 / 5, 1 / 3, 0.0, 0.0]
 
 
 def test_fronts_are_read_in_units_of_the_run(tmp_path: Path) -> None:
