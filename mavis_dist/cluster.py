@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 from mavis_dist.environment import ENVIRONMENT  # isort: split
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mavis_dist.plan import Node
@@ -38,12 +40,19 @@ def connect() -> None:
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
-    forwarded = {name: os.environ[name] for name in (*ENVIRONMENT, "MAVIS_CACHE", "HF_HOME") if name in os.environ}
     if "RAY_ADDRESS" not in os.environ:
         # Said, or Ray would join whatever cluster was started last on this machine.
         options |= {"address": "local", "dashboard_host": "127.0.0.1"}
-    ray.init(runtime_env={"env_vars": forwarded}, **options)
+    ray.init(runtime_env={"env_vars": forwarded_variables()}, **options)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def forwarded_variables() -> dict[str, str]:
+    """What processes on all machines shall find in their environment, as this one does."""
+    # Those that the job was submitted with reach them anyway, and Ray refuses to be told of a variable twice.
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env", {}).get("env_vars", {})
+    names = (*ENVIRONMENT, "MAVIS_CACHE", "HF_HOME")
+    return {name: os.environ[name] for name in names if name in os.environ and name not in submitted}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from transformers import AutoConfig
 
@@ -74,7 +75,7 @@ class Gateway:
     async def _base_load(self) -> tuple[int, int]:
         try:
             return await asyncio.wait_for(_awaited(self._base.load.remote()), HEALTH_LIMIT_S)
-        except (asyncio.TimeoutError, *LOST):
+        except (asyncio.TimeoutError, DeploymentUnavailableError, *LOST):
             raise ApiError(503, "no base replica answers", code="engine_unavailable") from None
 
 

@@ -8,18 +8,20 @@ from typing import Any, cast
 import grpc
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from mavis_dist.decode import Request
 from mavis_dist.store.values import objective_of
 from serve.admission import Entry
-from serve.answers import BaseLost, Message, OpenStream
+from serve.answers import AnswerFailed, BaseLost, Message, OpenStream
+from serve.engine_loop import EngineStopped
 from serve.remote_guide import Pending, ReplicaLost
 from serve.sessions import Call, Reply
 
-# By value, calls go over gRPC, which has errors of its own for a peer that vanished.
-LOST = (RayActorError, grpc.RpcError)
+# By value, calls go over gRPC, which has errors of its own for a peer that vanished. A replica whose engine has stopped
+# is there until Serve has looked at its health, but of no more use.
+LOST = (RayActorError, grpc.RpcError, EngineStopped)
 
 VALUE_DEPLOYMENT = "Value"
 
@@ -75,6 +77,8 @@ def base_streams(handle: DeploymentHandle[Any]) -> OpenStream:
         try:
             async for message in response:
                 yield message
+        except DeploymentUnavailableError:  # Serve has given up: none comes, however long the answer waits
+            raise AnswerFailed("the base replicas do not start; Serve's log says why") from None
         except LOST as error:
             raise BaseLost(_first_line(error)) from None
         finally:
