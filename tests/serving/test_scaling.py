@@ -17,7 +17,7 @@ from ray import serve
 
 from mavis_dist.config import Config
 from serve.app import MAIN, value_application
-from serve.settings import main_args
+from serve.settings import main_args, value_args
 from tests.serving.test_live_changes import streamed
 from tests.serving.test_survival import LONG, replica_pids, whole_text
 
@@ -41,27 +41,32 @@ def dashboard(ray_address: str) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def declare(url: str, served_config: Config, dashboard: httpx.Client) -> Iterator[Callable[[int], None]]:
-    """Deploys, as a file would, an application that load scales and one with a number of base replicas."""
-    args = main_args(served_config).model_copy(update={"placement": "colocated"}).model_dump(mode="json")
-    scaling = {"replicas": {"min": 1, "max": 2}, "rows": 4, "upscale_delay_s": 0, "downscale_delay_s": 0}
+    """Deploys, as a file would, an application that load scales and one with a number of value replicas."""
+    settings = {"rows": 4, "replicas": {"min": 1, "max": 2}, "upscale_delay_s": 0, "downscale_delay_s": 0}
+    main = {**main_args(served_config).model_dump(mode="json"), "placement": "colocated", **settings}
+    value = value_args(served_config, "brief").model_dump(mode="json")
 
-    def put(replicas: int) -> None:
-        by_load = {**entry(BY_LOAD), "args": {**args, **scaling}}
-        by_file = {**entry(BY_FILE), "args": args, "deployments": [{"name": "Base", "num_replicas": replicas}]}
-        dashboard.put("/api/serve/applications/", json={"applications": [by_load, by_file]}).raise_for_status()
-        wait_for_replicas(BY_FILE, "Base", replicas)
+    def put(*applications: dict) -> None:
+        dashboard.put("/api/serve/applications/", json={"applications": applications}).raise_for_status()
 
-    put(1)
-    for name in (BY_LOAD, BY_FILE):
-        wait_for_replicas(name, "Base", 1)
-        wait_for_replicas(name, "Gateway", 1)
-    yield put
-    serve.delete(BY_LOAD)
-    serve.delete(BY_FILE)
+    def declare(replicas: int) -> None:
+        put(
+            {"name": BY_LOAD, "import_path": "serve.app:build_main", "args": main, "route_prefix": f"/{BY_LOAD}"},
+            {
+                "name": BY_FILE,
+                "import_path": "serve.app:build_value",
+                "args": value,
+                "route_prefix": None,
+                "deployments": [{"name": "Value", "num_replicas": replicas}],
+            },
+        )
+        wait_for_replicas(BY_FILE, "Value", replicas)
 
-
-def entry(name: str) -> dict:
-    return {"name": name, "route_prefix": f"/{name}", "import_path": "serve.app:build_main"}
+    declare(1)
+    wait_for_replicas(BY_LOAD, "Base", 1)
+    wait_for_replicas(BY_LOAD, "Gateway", 1)
+    yield declare
+    put()
 
 
 def scale(dashboard: httpx.Client, application: str, deployment: str, replicas: int) -> None:
@@ -110,14 +115,13 @@ def test_load_begins_a_base_replica_and_calm_ends_it(http, url, declare, bodies)
         wait_for_replicas(BY_LOAD, "Base", 1)
 
 
-def test_another_number_in_the_file_leaves_those_that_run_alone(http, url, declare, bodies):
-    before = replica_pids(BY_FILE, "Base")
-    with streaming(http, f"{url}/{BY_FILE}", bodies):
-        declare(2)
-        between = replica_pids(BY_FILE, "Base")
-        declare(1)
-    assert set(before) < set(between)
-    assert set(replica_pids(BY_FILE, "Base")) < set(between)
+def test_another_number_in_the_file_leaves_those_that_run_alone(declare):
+    begun = [replica_pids(BY_FILE, "Value")]
+    for replicas in (2, 1):
+        declare(replicas)
+        begun.append(replica_pids(BY_FILE, "Value"))
+    assert [len(pids) for pids in begun] == [1, 2, 1]
+    assert set(begun[0]) | set(begun[2]) <= set(begun[1])
 
 
 def test_the_rest_call_scales_what_has_a_fixed_number(http, url, dashboard, bodies):

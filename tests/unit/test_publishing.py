@@ -475,6 +475,15 @@ def test_the_registry_follows_the_store_and_outlives_it(folder, store, monkeypat
         asyncio.run(Registry(store).versions())
 
 
+def test_an_objective_without_replicas_is_described_as_such(store):
+    def described(replicas) -> list[int | None]:
+        return [o["value_replicas"] for o in asyncio.run(Registry(store, replicas=replicas).describe())]
+
+    assert described(lambda: {"positive": 2}) == [0, 2]
+    assert described(dict) == [0, 0]
+    assert described(None) == described(lambda: 1 / 0) == [None, None]
+
+
 def test_what_is_published_is_described_with_its_version(folder, store):
     publish_next(folder, RUN, "positive", 1, seed=8)
     described = asyncio.run(Registry(store).describe())
