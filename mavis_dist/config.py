@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticUndefined
 
 from mavis_dist.types import NEUTRAL_SYSTEM, TILT_CAP, UserError
@@ -216,6 +225,31 @@ class Evaluate(Section):
     samples: Count = Field(1, description="answers per prompt and weight")
 
 
+class Range(Section):
+    """As many as the load asks for, between two numbers."""
+
+    min: Count
+    max: Count
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) must be at least min ({self.min})")
+        return self
+
+
+def _tag(replicas: Any) -> str:
+    return "a range" if isinstance(replicas, (dict, Range)) else "a number"
+
+
+Replicas = Annotated[Annotated[Count, Tag("a number")] | Annotated[Range, Tag("a range")], Discriminator(_tag)]
+
+
+def bounds(replicas: int | Range) -> Range:
+    """Of a number: itself, twice."""
+    return replicas if isinstance(replicas, Range) else Range(min=replicas, max=replicas)
+
+
 class Serve(Section):
     """The HTTP endpoint."""
 
@@ -224,8 +258,10 @@ class Serve(Section):
     placement: Literal["colocated", "replicas"] = Field(
         "replicas", description="value models inside the base replicas, or in replicas of their own"
     )
-    base_replicas: Count = Field(1, description="replicas of the base model")
-    value_replicas: Count = Field(1, description="replicas of each objective's value model")
+    base_replicas: Replicas = Field(
+        1, description="replicas of the base model, or {min: 1, max: 4}: as many as the load asks for"
+    )
+    value_replicas: Replicas = Field(1, description="replicas of each objective's value model, or a range of them")
     cpus_per_replica: NonNegative = Field(0.25, description="CPU cores reserved by every replica")
     gpus_per_replica: NonNegative = Field(0, description="GPUs reserved by every base and value replica")
     rows: Count = Field(16, description="rows of a base replica: one per answer, one more per sentence that steers it")
@@ -392,7 +428,7 @@ def _sentence(error: ValidationError) -> str:
     details = error.errors()
     # An unknown key first: it often is the reason for a missing one.
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
-    kinds = {"sentiment", "brevity", "relevance", "classifier", "function"}
+    kinds = {"sentiment", "brevity", "relevance", "classifier", "function", "a number", "a range"}
     key = ".".join(str(part) for part in first["loc"] if part not in kinds)
     value = first["input"]
     if first["type"] == "extra_forbidden":

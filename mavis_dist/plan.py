@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mavis_dist.config import Config
+from mavis_dist.config import Config, bounds
 from mavis_dist.types import UserError
 
 
@@ -62,11 +62,14 @@ def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
 
 
 def check_serving(config: Config, nodes: Sequence[Node]) -> None:
-    """Raises PlanError if the replicas of the service can never be placed."""
+    """Raises PlanError if the replicas that the service begins with can never be placed.
+
+    Of a range that is the least: for more, machines may come.
+    """
     serve = config.serve
-    num_models = serve.base_replicas
+    num_models = bounds(serve.base_replicas).min
     if serve.placement == "replicas":
-        num_models += serve.value_replicas * len(config.objectives)
+        num_models += bounds(serve.value_replicas).min * len(config.objectives)
     cpus, gpus = (num_models + 1) * serve.cpus_per_replica, num_models * serve.gpus_per_replica
     if cpus > sum(n.cpus for n in nodes) or gpus > sum(n.gpus for n in nodes):
         has = ", ".join(f"{n.cpus:g} CPU + {n.gpus:g} GPU" for n in nodes)

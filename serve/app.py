@@ -22,6 +22,7 @@ from mavis_dist.types import UserError
 from serve.base import Base
 from serve.gateway import Gateway, open_keys
 from serve.handles import value_application
+from serve.scaling import is_fixed, replica_options
 from serve.settings import Arguments, MainArgs, ValueArgs, main_args, value_args
 from serve.value import Value
 
@@ -37,11 +38,10 @@ class DeployError(UserError):
 
 def build_main(args: MainArgs) -> Application:
     router = {"request_router_class": BASE_ROUTER}
-    base = _deployment(Base, **_options(args), request_router_config=router).bind(args)
+    base = _deployment(Base, **_model_options(args), request_router_config=router).bind(args)
     gateway = _deployment(
         serve.ingress()(Gateway),
         max_ongoing_requests=10_000,
-        autoscaling_config=_fixed(1),
         ray_actor_options={"num_cpus": args.cpus},
         # Streams under way end by themselves when the gateway is replaced.
         graceful_shutdown_timeout_s=args.deadline_s + DRAIN_MARGIN_S,
@@ -51,7 +51,7 @@ def build_main(args: MainArgs) -> Application:
 
 def build_value(args: ValueArgs) -> Application:
     router = {"request_router_class": ROUTER}
-    return _deployment(Value, **_options(args), request_router_config=router).bind(args)
+    return _deployment(Value, **_model_options(args), request_router_config=router).bind(args)
 
 
 def deploy(config: Config, limit_s: float = 300.0, keys: str | None = None) -> str:
@@ -71,7 +71,7 @@ def deploy(config: Config, limit_s: float = 300.0, keys: str | None = None) -> s
     open_keys(args)  # a missing file is said here, in one line
     host, port = config.serve.host, config.serve.port
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    targets = [serve.RunTarget(build_main(args), MAIN, route_prefix="/")]
+    targets = [serve.RunTarget(build_main(args), MAIN, "/", external_scaler_enabled=is_fixed(args))]
     if config.serve.placement == "replicas":
         targets += [_value_target(config, name) for name in objectives]
     _run(targets, limit_s)
@@ -103,7 +103,8 @@ def undeploy() -> None:
 
 
 def _value_target(config: Config, objective: str) -> serve.RunTarget:
-    return serve.RunTarget(build_value(value_args(config, objective)), value_application(objective), route_prefix=None)
+    args, name = value_args(config, objective), value_application(objective)
+    return serve.RunTarget(build_value(args), name, None, external_scaler_enabled=is_fixed(args))
 
 
 def _run(targets: list[serve.RunTarget], limit_s: float) -> None:
@@ -119,18 +120,13 @@ def _deployment(replica: type, **options: Any) -> serve.Deployment:
     return serve.deployment(**options)(replica)
 
 
-def _options(args: Arguments) -> dict[str, Any]:
+def _model_options(args: Arguments) -> dict[str, Any]:
     return {
         # Admission is the engine's business, not the router's.
         "max_ongoing_requests": 10_000,
-        "autoscaling_config": _fixed(args.replicas),
         "ray_actor_options": {"num_cpus": args.cpus, "num_gpus": args.gpus},
+        **replica_options(args),
     }
-
-
-def _fixed(replicas: int) -> dict[str, int]:
-    # Going from a fixed number to autoscaling later would restart the deployment.
-    return {"min_replicas": replicas, "max_replicas": replicas}
 
 
 def _applications_ready(names: list[str]) -> str | None:

@@ -15,6 +15,7 @@ from serve.handles import ValueHandles, replica_name
 from serve.logs import configure_logs
 from serve.metrics import WatchedEngine, report
 from serve.remote_guide import RemoteGuide
+from serve.scaling import LOAD
 from serve.settings import MainArgs
 from serve.supply import LocalSupply, RemoteSupply, Supply
 
@@ -26,6 +27,7 @@ class Base:
         base, store = load_base(args.base, args.dtype, args.device), Store(args.storage, args.run)
         is_remote = args.placement == "replicas"
         guide = RemoteGuide((), ValueHandles(), args.value_sessions) if is_remote else LocalGuide({})
+        self._rows = args.rows
         engine = WatchedEngine(base, guide, args.rows)
         self._loop = EngineLoop(engine, queue=args.queue, name=replica_name())
         report(engine, self._loop)
@@ -45,6 +47,9 @@ class Base:
         """Rows in use and rows waited for; raises EngineStopped."""
         self._loop.check()
         return self._loop.load
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {LOAD: sum(self._loop.load) / self._rows}
 
     def check_health(self) -> None:
         self._loop.check()

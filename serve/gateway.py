@@ -17,7 +17,7 @@ from serve.answers import Limits
 from serve.api import create_api
 from serve.completions import Completions, Settings
 from serve.door import Edge
-from serve.handles import LOST, base_streams
+from serve.handles import LOST, base_streams, value_replicas
 from serve.keys import Keys
 from serve.logs import configure_logs
 from serve.metrics import RayRecord, watched_api, watched_streams
@@ -57,7 +57,8 @@ class Gateway:
         self._keys, self._record = open_keys(args), RayRecord()
         streams = watched_streams(base_streams(base), self._record)
         self._completions = Completions(load_tokenizer(args.base), settings_of(args), streams)
-        self._registry = Registry(Store(args.storage, args.run))
+        replicas = value_replicas if args.placement == "replicas" else None
+        self._registry = Registry(Store(args.storage, args.run), replicas=replicas)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args

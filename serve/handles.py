@@ -30,6 +30,16 @@ def value_application(objective: str) -> str:
     return f"value-{objective}"
 
 
+def value_replicas() -> dict[str, int]:
+    """How many value replicas run, by objective; those that are deployed only."""
+    prefix, running = value_application(""), {}
+    for name, application in serve.status().applications.items():
+        if name.startswith(prefix) and VALUE_DEPLOYMENT in application.deployments:
+            states = application.deployments[VALUE_DEPLOYMENT].replica_states
+            running[name.removeprefix(prefix)] = states.get("RUNNING", 0)
+    return running
+
+
 class _PendingReply:
     def __init__(self, response: DeploymentResponse[Reply]):
         self._response = response

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from statistics import fmean
 
 from mavis_dist.models import value
@@ -15,10 +16,13 @@ from serve.schema import Json
 
 logger = logging.getLogger(__name__)
 
+COUNT_LIMIT_S = 5.0
+
 
 class Registry:
-    def __init__(self, store: Store, fresh_s: float = 2.0):
-        self._store, self._fresh_s = store, fresh_s
+    def __init__(self, store: Store, fresh_s: float = 2.0, replicas: Callable[[], dict[str, int]] | None = None):
+        """`replicas` counts the value replicas that run, by objective; none: they have no replicas of their own."""
+        self._store, self._fresh_s, self._replicas = store, fresh_s, replicas
         self._served: dict[str, Served] = {}
         self._read_at = -float("inf")
         self._reading: asyncio.Lock | None = None
@@ -34,7 +38,23 @@ class Registry:
         for model in models:
             if model.version not in self._described:
                 self._described[model.version] = await asyncio.to_thread(self._describe, model)
-        return [self._described[model.version] for model in models]
+        running = await self._running()
+        return [
+            {
+                **self._described[model.version],
+                "value_replicas": None if running is None else running.get(model.objective, 0),
+            }
+            for model in models
+        ]
+
+    async def _running(self) -> dict[str, int] | None:
+        if self._replicas is None:
+            return None
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(self._replicas), COUNT_LIMIT_S)
+        except Exception as error:  # all else can be told without it
+            logger.warning("value replicas cannot be counted: %s", error or "no answer")
+            return None
 
     async def _current(self) -> dict[str, Served]:
         """What is published, a few seconds old at most; older where the store is out of reach."""

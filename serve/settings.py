@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mavis_dist.config import Base, Config, Serve, Steer
+from mavis_dist.config import Base, Config, Replicas, Serve, Steer, bounds
 from serve.schema import MAX_N, MAX_PREFERENCES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +27,16 @@ class Arguments(BaseModel):
     device: str = BASE.device
     cpus: Annotated[float, Field(ge=0)] = SERVE.cpus_per_replica
     gpus: Annotated[float, Field(ge=0)] = SERVE.gpus_per_replica
-    replicas: Annotated[int, Field(ge=1)] = 1
+    replicas: Replicas = Field(
+        1, description="a number, or {min: 1, max: 4}: as many as bring the load of each to `target_load`"
+    )
+    target_load: Annotated[float, Field(gt=0)] = Field(
+        0.8,
+        description="of a base replica: rows in use and waited for, as a share of `rows`; of a value replica: calls "
+        "under way, on average",
+    )
+    upscale_delay_s: Annotated[float, Field(ge=0)] = Field(10, description="how long load stays high before more begin")
+    downscale_delay_s: Annotated[float, Field(ge=0)] = Field(300, description="how long it stays low before one ends")
 
     @field_validator("storage")
     @classmethod
@@ -43,7 +52,7 @@ class MainArgs(Arguments):
     system: str = BASE.system
     placement: Literal["colocated", "replicas"] = SERVE.placement
     value_sessions: Annotated[int, Field(ge=1)] = Field(
-        1, description="shares of a base replica's rows; value replicas per base replica, rounded up"
+        1, description="shares of a base replica's rows; most value replicas per base replica, rounded up"
     )
     rows: Annotated[int, Field(ge=1)] = SERVE.rows
     queue: Annotated[int, Field(ge=1)] | None = Field(
@@ -98,7 +107,7 @@ def main_args(config: Config, keys: str | None = None) -> MainArgs:
         base=config.base.model,
         system=config.base.system,
         placement=serve.placement,
-        value_sessions=-(-serve.value_replicas // serve.base_replicas),
+        value_sessions=-(-bounds(serve.value_replicas).max // bounds(serve.base_replicas).min),
         rows=serve.rows,
         max_tokens=serve.max_tokens,
         stream_interval_ms=serve.stream_interval_ms,

@@ -57,13 +57,13 @@ class Shelf(Generic[T]):
             load: called in a thread, once for all who ask for the same name.
             wanted: names of things that stay though nobody uses them; called in a thread.
             drop: told of a thing that leaves; must return at once.
-            idle_s: how long a thing that is not wanted stays after its last use.
+            idle_s: how long a thing that is not wanted stays after its last use, and at most a quarter longer.
         """
         self._load, self._wanted, self._drop, self._idle_s = load, wanted, drop, idle_s
         self._items: dict[str, _Item[T]] = {}
         self._lock = threading.Lock()
-        self._tidy_at = 0.0
         self._threads = ThreadPoolExecutor(LOADERS, thread_name_prefix="shelf")
+        threading.Thread(target=self._tidy, name="shelf-tidy", daemon=True).start()
 
     def __contains__(self, name: str) -> bool:
         """Whether a thing is loaded."""
@@ -89,7 +89,6 @@ class Shelf(Generic[T]):
                 for item in items:
                     item.num_users -= 1
                     item.used_at = now
-                self._tidy(now)
 
     def _item(self, name: str, now: float) -> _Item[T]:
         item = self._items.get(name)
@@ -105,11 +104,15 @@ class Shelf(Generic[T]):
             logger.exception("%s cannot be loaded", name)
             raise Unavailable(name, str(error) or type(error).__name__) from None
 
-    def _tidy(self, now: float) -> None:
-        """Have idle things dropped, now and then, after a use: whoever is idle waits for the next use of another."""
-        if now > self._tidy_at and any(self._is_idle(item, now) for item in self._items.values()):
-            self._tidy_at = now + self._idle_s / 4
-            self._threads.submit(self._drop_idle)
+    def _tidy(self) -> None:
+        """Drop idle things, also where nothing is used any more."""
+        while True:
+            time.sleep(self._idle_s / 4)
+            now = time.monotonic()
+            with self._lock:
+                is_any_idle = any(self._is_idle(item, now) for item in self._items.values())
+            if is_any_idle:
+                self._drop_idle()
 
     def _is_idle(self, item: _Item[T], now: float) -> bool:
         return not item.num_users and item.loading.done() and now - item.used_at > self._idle_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
@@ -12,6 +13,7 @@ from mavis_dist.decode.published import load_models
 from mavis_dist.store import values
 from mavis_dist.store.files import Store, StoreError
 from serve.logs import configure_logs
+from serve.scaling import LOAD
 from serve.sessions import Call, Reply, Sessions
 from serve.settings import ValueArgs
 from serve.shelf import Shelf, Unavailable, loaded
@@ -32,6 +34,7 @@ class Value:
             wait(loads)  # one that cannot be loaded is an error for its requests, not for those on older versions
         # One thread: the sessions take calls one at a time, and the event loop stays free for health checks.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="value")
+        self._call_seconds, self._told_at = 0.0, time.monotonic()
 
     async def answer(self, call: Call) -> Reply:
         """The reply of the model that the call names, which may have to be loaded first."""
@@ -41,7 +44,18 @@ class Value:
             except Unavailable as error:
                 return Reply(np.empty(0, dtype=np.float32), error=str(error))
             sessions = loads[0].result()
-            return await asyncio.get_running_loop().run_in_executor(self._thread, sessions.answer, call)
+            began = time.monotonic()
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._thread, sessions.answer, call)
+            finally:
+                self._call_seconds += time.monotonic() - began
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Calls answered or waiting, on average since the last time; below 1 it is the share of time they take."""
+        seconds, now = self._call_seconds, time.monotonic()
+        load = seconds / (now - self._told_at)
+        self._call_seconds, self._told_at = 0.0, now
+        return {LOAD: load}
 
     def _load(self, version: str) -> Sessions:
         objective, folder = values.objective_of(version), values.folder_of(version)

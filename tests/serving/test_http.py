@@ -206,9 +206,9 @@ def test_lists(http, url, model):
     assert [m["id"] for m in http.get(f"{url}/v1/models").json()["data"]] == [model]
     assert http.get(f"{url}/v1/models/{model.lstrip('/')}").status_code in (200, 404)
     listed = http.get(f"{url}/v1/objectives").json()["data"]
-    assert [(o["id"], o["version"], o["iteration"]) for o in listed] == [
-        ("brief", "brief@i0", 0),
-        ("positive", "positive@i0", 0),
+    assert [(o["id"], o["version"], o["iteration"], o["value_replicas"]) for o in listed] == [
+        ("brief", "brief@i0", 0, 1),
+        ("positive", "positive@i0", 0, 1),
     ]
     assert http.get(f"{url}/health").json()["status"] == "ok"
 

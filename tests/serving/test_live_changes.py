@@ -68,12 +68,12 @@ def in_process(config: Config, store: Store, body: dict) -> str:
     return choice.text
 
 
-def streamed(http: httpx.Client, url: str, body: dict, begun: threading.Barrier) -> str:
-    """The text of a stream of which a part has been read when all others have begun, too."""
+def streamed(http: httpx.Client, url: str, body: dict, begun: threading.Barrier | None = None) -> str:
+    """The text of a stream; with a barrier, one of which a part has been read when all others have begun, too."""
     text, is_done = "", False
     with http.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}) as response:
         for count, line in enumerate(filter(None, response.iter_lines())):
-            if count == 5:
+            if begun and count == 5:
                 begun.wait(30)
             is_done = line == "data: [DONE]"
             if not is_done:

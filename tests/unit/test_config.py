@@ -36,6 +36,9 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ({"objectives": {"../a": {"reward": "brevity"}}}, ["'../a'", "letters"]),
         ({"prompts": {"train": 4, "validation": 4}}, ["validation (4)", "train (4)"]),
         ({"train": {"trees_per_step": 3, "workers": 2}}, ["trees_per_step (3)", "workers (2)"]),
+        ({"serve": {"base_replicas": 0}}, ["'serve.base_replicas'", "0", "greater than or equal to 1"]),
+        ({"serve": {"value_replicas": {"min": 3, "max": 2}}}, ["'serve.value_replicas'", "max (2)", "min (3)"]),
+        ({"serve": {"base_replicas": {"min": 1}}}, ["'serve.base_replicas.max'", "missing"]),
         ({"run": "../elsewhere"}, ["'run'", "../elsewhere"]),
     ],
 )

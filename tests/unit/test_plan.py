@@ -52,3 +52,10 @@ def test_a_service_that_can_never_fit_is_named() -> None:
     check_serving(config(serve={"cpus_per_replica": 0.4}), [Node(2)])
     with pytest.raises(PlanError, match=r"needs 2\.5 CPU .* lower serve\.cpus_per_replica"):
         check_serving(config(serve={"cpus_per_replica": 0.5}), [Node(2)])
+
+
+def test_more_replicas_than_fit_may_come_with_more_machines() -> None:
+    several = {"base_replicas": {"min": 1, "max": 9}, "value_replicas": {"min": 1, "max": 9}, "cpus_per_replica": 0.4}
+    check_serving(config(serve=several), [Node(2)])
+    with pytest.raises(PlanError, match=r"serve\.base_replicas"):
+        check_serving(config(serve={**several, "base_replicas": {"min": 9, "max": 9}}), [Node(2)])

@@ -12,7 +12,8 @@ from mavis_dist import config
 
 pytest.importorskip("ray.serve")
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
-from ray.serve.schema import ServeDeploySchema
+from ray.serve._private.build_app import build_app
+from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
 from serve import app
 from serve.settings import ROOT, MainArgs, ValueArgs, main_args, value_args
@@ -31,9 +32,11 @@ def at_root(args):
 
 def test_every_key_is_one_that_serve_knows():
     schema = ServeDeploySchema.model_validate(FILE)  # drops keys it does not know
-    assert set(FILE) <= set(schema.model_dump())
+    assert set(FILE) <= set(ServeDeploySchema.model_fields)
     for entry in FILE["applications"]:
-        assert set(entry) <= set(schema.applications[0].model_dump())
+        assert set(entry) <= set(ServeApplicationSchema.model_fields)
+        for deployment in entry["deployments"]:
+            assert set(deployment) <= set(DeploymentSchema.model_fields)
     assert schema.http_options.host == "127.0.0.1"
 
 
@@ -49,7 +52,11 @@ def test_serve_can_build_every_application():
     for entry in FILE["applications"]:
         module, _, function = entry["import_path"].partition(":")
         assert module == app.__name__
-        assert build(getattr(app, function), entry["args"])
+        application = build(getattr(app, function), entry["args"])
+        built = build_app(application, name=entry["name"], default_runtime_env=None)
+        # What is scaled must be there, and have no autoscaler.
+        fixed = {d.name for d in built.deployments if d._deployment_config.autoscaling_config is None}
+        assert {part["name"] for part in entry["deployments"]} <= fixed
 
 
 def test_a_misspelt_argument_is_refused():

@@ -1,0 +1,142 @@
+"""Replicas come and go while clients stream, and no client notices."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+from ray import serve
+
+from mavis_dist.config import Config
+from serve.app import MAIN, value_application
+from serve.settings import main_args, value_args
+from tests.serving.test_live_changes import streamed
+from tests.serving.test_survival import LONG, replica_pids, whole_text
+
+LIMIT_S = 90
+BY_LOAD, BY_FILE = "by-load", "by-file"
+
+
+@pytest.fixture(scope="module")
+def bodies(served_config: Config) -> list[dict]:
+    return [{**LONG, "model": served_config.base.model, "seed": seed} for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def dashboard(ray_address: str) -> Iterator[httpx.Client]:
+    context = ray.init(ignore_reinit_error=True)
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().read_text().strip()
+    headers = {"Authorization": f"Bearer {token}"}
+    with httpx.Client(base_url=f"http://{context.dashboard_url}", headers=headers, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def declare(url: str, served_config: Config, dashboard: httpx.Client) -> Iterator[Callable[[int], None]]:
+    """Deploys, as a file would, an application that load scales and one with a number of value replicas."""
+    settings = {"rows": 4, "replicas": {"min": 1, "max": 2}, "upscale_delay_s": 0, "downscale_delay_s": 0}
+    main = {**main_args(served_config).model_dump(mode="json"), "placement": "colocated", **settings}
+    value = value_args(served_config, "brief").model_dump(mode="json")
+
+    def put(*applications: dict) -> None:
+        dashboard.put("/api/serve/applications/", json={"applications": applications}).raise_for_status()
+
+    def declare(replicas: int) -> None:
+        put(
+            {"name": BY_LOAD, "import_path": "serve.app:build_main", "args": main, "route_prefix": f"/{BY_LOAD}"},
+            {
+                "name": BY_FILE,
+                "import_path": "serve.app:build_value",
+                "args": value,
+                "route_prefix": None,
+                "deployments": [{"name": "Value", "num_replicas": replicas}],
+            },
+        )
+        wait_for_replicas(BY_FILE, "Value", replicas)
+
+    declare(1)
+    wait_for_replicas(BY_LOAD, "Base", 1)
+    wait_for_replicas(BY_LOAD, "Gateway", 1)
+    yield declare
+    put()
+
+
+def scale(dashboard: httpx.Client, application: str, deployment: str, replicas: int) -> None:
+    path = f"/api/v1/applications/{application}/deployments/{deployment}/scale"
+    dashboard.post(path, json={"target_num_replicas": replicas}).raise_for_status()
+
+
+def wait_for_replicas(application: str, deployment: str, replicas: int) -> None:
+    """Until so many run, and none begins or ends."""
+    deadline = time.monotonic() + LIMIT_S
+    while (states := replica_states(application, deployment)) != {"RUNNING": replicas}:
+        assert time.monotonic() < deadline, states
+        time.sleep(0.2)
+
+
+def replica_states(application: str, deployment: str) -> dict[str, int]:
+    status = serve.status().applications.get(application)
+    return dict(status.deployments[deployment].replica_states) if status and deployment in status.deployments else {}
+
+
+@contextmanager
+def streaming(http: httpx.Client, url: str, bodies: list[dict]) -> Iterator[None]:
+    """One client for each body, who asks for it again and again; checks that it always gets the same text."""
+    expected = [whole_text(http, url, body) for body in bodies]
+    stop = threading.Event()
+
+    def ask_on(body: dict) -> set[str]:
+        texts = set()
+        while not stop.is_set():
+            texts.add(streamed(http, url, body))
+        return texts
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        asking = [pool.submit(ask_on, body) for body in bodies]
+        try:
+            yield
+        finally:
+            stop.set()
+        assert [future.result(60) for future in asking] == [{text} for text in expected]
+
+
+def test_load_begins_a_base_replica_and_calm_ends_it(http, url, declare, bodies):
+    with streaming(http, f"{url}/{BY_LOAD}", bodies[:1]):
+        with streaming(http, f"{url}/{BY_LOAD}", bodies[1:]):
+            wait_for_replicas(BY_LOAD, "Base", 2)
+        wait_for_replicas(BY_LOAD, "Base", 1)
+
+
+def test_another_number_in_the_file_leaves_those_that_run_alone(declare):
+    begun = [replica_pids(BY_FILE, "Value")]
+    for replicas in (2, 1):
+        declare(replicas)
+        begun.append(replica_pids(BY_FILE, "Value"))
+    assert [len(pids) for pids in begun] == [1, 2, 1]
+    assert set(begun[0]) | set(begun[2]) <= set(begun[1])
+
+
+def test_the_rest_call_scales_what_has_a_fixed_number(http, url, dashboard, bodies):
+    value = value_application("positive")
+    with streaming(http, url, bodies):
+        scale(dashboard, MAIN, "Base", 1)
+        scale(dashboard, value, "Value", 2)
+        wait_for_replicas(MAIN, "Base", 1)
+        wait_for_replicas(value, "Value", 2)
+        scale(dashboard, MAIN, "Base", 2)
+        scale(dashboard, value, "Value", 1)
+        wait_for_replicas(MAIN, "Base", 2)
+        wait_for_replicas(value, "Value", 1)
+
+
+def test_the_rest_call_is_refused_where_load_decides(declare, dashboard):
+    with pytest.raises(httpx.HTTPStatusError, match="412"):
+        scale(dashboard, BY_LOAD, "Base", 2)
