@@ -79,8 +79,10 @@ def text(model: str, fields: Json, told: int | None = None) -> Json:
 def questions(model: str) -> st.SearchStrategy[tuple[str, Json]]:
     """Paths and bodies."""
     fields = st.builds(lambda known, extra: {**known, **extra}, FIELDS, EXTRA)
-    worded = fields | st.builds(lambda messages: {"messages": messages}, MESSAGES)
-    flat = fields | st.builds(lambda weights: {"vllm_xargs": {"objective_weights": weights}}, FLAT_WEIGHTS)
+    worded = st.one_of(*[fields] * 4, st.builds(lambda messages: {"messages": messages}, MESSAGES))
+    flat = st.one_of(
+        *[fields] * 4, st.builds(lambda weights: {"vllm_xargs": {"objective_weights": weights}}, FLAT_WEIGHTS)
+    )
     return st.one_of(
         st.tuples(st.just(CHAT), st.builds(chat, st.just(model), worded, TOLD)),
         st.tuples(st.just(TEXTS), st.builds(text, st.just(model), flat, TOLD)),
