@@ -37,7 +37,7 @@ def create_api(
     _add_error_handlers(api)
     _add_door(api, edge)
     # The door has looked at the key; here it is for the description alone.
-    keyed = [Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one"))]
+    keyed = [Depends(HTTPBearer(auto_error=False, description="An API key"))] if edge.keys else []
     model_object = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "mavis_dist"}
 
     async def complete(request: Request, body: ChatRequest | TextRequest) -> Any:

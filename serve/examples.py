@@ -55,6 +55,7 @@ TEXT_BODIES: dict[str, Any] = {
 
 _STEERING = {"objective_weights": {"positive": 0.7, "brief": 0.3}, "beta": 6.0, "tilt_cap": 3.0, "guide_every": 1}
 _REPORT = {"divergence": 9.4, "values": {"positive": 1.2, "brief": 0.4}, "candidates_per_token": 5.1}
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 _HEAD = {"created": 1795323600, "model": MODEL}
 
 
@@ -66,7 +67,7 @@ def answer(kind: str, text: dict[str, Any], id_prefix: str) -> dict[str, Any]:
     whole = {**head, "object": kind, "choices": [choice], "usage": usage, "mavis": steering}
     content = {
         "application/json": {"schema": {"type": "object"}, "example": whole},
-        "text/event-stream": {"schema": {"type": "string"}, "example": event({**head, "choices": [choice]}) + DONE},
+        "text/event-stream": {"itemSchema": _EVENT, "example": event({**head, "choices": [choice]}) + DONE},
     }
     return {"description": "The answer; with `stream` as events", "content": content}
 

@@ -119,7 +119,9 @@ def _as_list(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 # One or several. As a list in either case, so that a refusal names the text at fault.
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)]
+StopText = Annotated[str, Field(min_length=1)]
+StopTexts = Annotated[list[StopText], Field(max_length=4)]
+Stop = Annotated[StopTexts, BeforeValidator(_as_list, json_schema_input_type=StopText | StopTexts)]
 
 
 class GenerationRequest(Body):

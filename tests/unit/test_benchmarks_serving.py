@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 from aiohttp import web
 
-from benchmarks import chaos, clients, serving, storm
+from benchmarks import clients, kills, serving, storm
 from benchmarks.clients import Load, Outcome, arrivals, failures, goodput, note, percentiles, summary
 from benchmarks.serving import Cost, Measured, headlines
 from benchmarks.storm import MACHINE, WEIGHTS, Storm
@@ -237,7 +237,7 @@ def test_one_misled_client_is_enough() -> None:
 
 def test_conclusions_count_every_stream_once() -> None:
     outcomes = [WHOLE, WHOLE, CUT, replace(CUT, broken="reset"), Outcome(0, 0.0, status=503)]
-    results = chaos.conclude(outcomes, [TEXT], {"base replica": 2, MACHINE: 1})
+    results = kills.conclude(outcomes, [TEXT], {"base replica": 2, MACHINE: 1})
     assert (results["kills"], results["streams_opened"], results["turned_away"]) == (3, 4, 1)
     assert (results["silent_truncations"], results["broken_connections"], results["wrong_tokens"]) == (1, 1, 0)
     assert sum(results["verdicts"].values()) == len(outcomes)
@@ -246,9 +246,9 @@ def test_conclusions_count_every_stream_once() -> None:
 
 
 def test_answers_to_compare_with_have_to_be_whole() -> None:
-    assert chaos.texts([WHOLE], 1) == [TEXT]
+    assert kills.texts([WHOLE], 1) == [TEXT]
     with pytest.raises(UserError, match="1 of 1 answers failed before anything was killed"):
-        chaos.texts([CUT], 1)
+        kills.texts([CUT], 1)
 
 
 class Victim:
