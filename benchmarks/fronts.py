@@ -6,6 +6,7 @@ Rewards are in standard deviations of the run's base answers. Shapes: W weights,
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import moocore
@@ -63,7 +64,7 @@ def summarise(measured: Measured) -> Steerability:
         "dtype": config.base.dtype,
         "system": config.base.system,
         "prompts": measured.num_prompts,
-        "samples": measured.num_samples,
+        "samples": dict(measured.samples),
         "weights": list(measured.weights),
         "max_tokens": config.rollout.max_tokens,
         "beta": config.steer.beta,
@@ -85,7 +86,7 @@ def _rewards(measured: Measured, pair: tuple[str, str], way: str) -> np.ndarray:
         rows.append(
             [
                 np.array([measured.scales[name].standardise(r) for r in answers.reward[name]])
-                .reshape(-1, measured.num_samples)
+                .reshape(measured.num_prompts, -1)
                 .mean(1)
                 for name in pair
             ]
@@ -105,8 +106,8 @@ def _front(measured: Measured, pair: tuple[str, str], way: str, rewards_WOP: np.
         hypervolume=float(moocore.hypervolume(means_WO, ref=worst_O, maximise=True)),
         spearman=[_spearman(weights_WO[:, o], means_WO[:, o]) for o in (0, 1)] if has_weights else [],
         weighted=(weights_WO[:, :, None] * rewards_WOP).sum(1).mean(0).tolist(),
-        divergence=float(np.mean([a.divergence for a in answers])),
-        num_tokens=float(np.mean([a.num_tokens for a in answers])),
+        divergence=fmean(fmean(a.divergence) for a in answers),
+        num_tokens=fmean(fmean(a.num_tokens) for a in answers),
     )
 
 

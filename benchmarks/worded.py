@@ -76,7 +76,7 @@ class Measured:
     scales: dict[str, RewardScale]  # of the run's objectives and, of these answers of the base model, of PERSONAL
     weights: tuple[float, ...]
     num_prompts: int
-    num_samples: int
+    samples: Mapping[str, int]  # answers per prompt, by way; one where it is not named
     answers: dict[Setting, Answers]
 
     @property
@@ -88,8 +88,10 @@ class Measured:
         return setting(way, pair, self.weights[0]) in self.answers
 
 
-def measure(config: Config, store: Store, weights: Sequence[float], num_prompts: int, num_samples: int) -> Measured:
-    """Answers for every pair, way and weight, those already in the store from there.
+def measure(
+    config: Config, store: Store, weights: Sequence[float], num_prompts: int, samples: Mapping[str, int]
+) -> Measured:
+    """Answers for every pair, way and weight, those already in the store from there; `samples` as in Measured.
 
     Raises:
         UserError: the run has fewer than two objectives that a sentence is known for.
@@ -106,23 +108,23 @@ def measure(config: Config, store: Store, weights: Sequence[float], num_prompts:
     sentences[PERSONAL] = PERSONAL_SENTENCE
     prompts = load_prompts(config.prompts, config.seed)[1][:num_prompts]
     settings = _settings(list(combinations(sentences, 2)), weights)
-    paths = _paths(config, prompts, num_samples, sentences, subjects, settings)
+    paths = _paths(config, prompts, samples, sentences, subjects, settings)
     todo = [s for s in settings if not store.exists(paths[s])]
-    questions = [prompt.text for prompt in prompts for _ in range(num_samples)]
+    questions = {s: [p.text for p in prompts for _ in range(samples.get(s.way, 1))] for s in settings}
     if todo:
         base, engine = load_engine(config, subjects)
         rewards = {subject.objective: build(config.objectives[subject.objective]) for subject in subjects}
-        asked = {s: _requests(s, config, base, questions, sentences) for s in todo}
+        asked = {s: _requests(s, config, base, questions[s], sentences) for s in todo}
         for done, (s, choices) in enumerate(answer(engine, asked), 1):
-            store.write_json(paths[s], asdict(scored(choices, questions, rewards)))
+            store.write_json(paths[s], asdict(scored(choices, questions[s], rewards)))
             print(f"{'measure':<24} {done}/{len(todo)} settings: {s.name}", file=sys.stderr, flush=True)
     answers = {s: Answers(**store.read_json(path)) for s, path in paths.items()}
-    for found in answers.values():
-        found.reward[PERSONAL] = first_person(questions, found.text)
+    for s, found in answers.items():
+        found.reward[PERSONAL] = first_person(questions[s], found.text)
     plain = answers[Setting(PLAIN)].reward[PERSONAL]
     scales = {subject.objective: subject.scale for subject in subjects}
     scales[PERSONAL] = RewardScale(fmean(plain), pstdev(plain) or 1.0)
-    return Measured(config, scales, tuple(weights), len(prompts), num_samples, answers)
+    return Measured(config, scales, tuple(weights), len(prompts), samples, answers)
 
 
 def _settings(pairs: Sequence[tuple[str, str]], weights: Sequence[float]) -> list[Setting]:
@@ -154,7 +156,7 @@ def _requests(
 def _paths(
     config: Config,
     prompts: Sequence[Prompt],
-    num_samples: int,
+    samples: Mapping[str, int],
     sentences: Mapping[str, str],
     subjects: Sequence[Subject],
     settings: Sequence[Setting],
@@ -162,7 +164,6 @@ def _paths(
     common: dict[str, Any] = {
         "base": config.base.model_dump(mode="json", exclude={"device"}),
         "prompts": [prompt.text for prompt in prompts],
-        "samples": num_samples,
         "params": asdict(template(config).params),
         "rewards": {s.objective: config.objectives[s.objective].model_dump(mode="json") for s in subjects},
     }
@@ -174,6 +175,6 @@ def _paths(
             steering = {"models": [fingerprints[name] for name, _ in s.weights], **config.steer.model_dump(mode="json")}
         if s.way in PARAMS:
             steering["params"] = asdict(PARAMS[s.way])
-        return {**common, **steering, "weights": s.weights}
+        return {**common, **steering, "samples": samples.get(s.way, 1), "weights": s.weights}
 
     return {s: cell_path("words", s.name.replace(" ", "-"), inputs(s)) for s in settings}

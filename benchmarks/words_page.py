@@ -28,8 +28,8 @@ def render(measured: Steerability, command: str) -> str:
         ("weights", ", ".join(f"{weight:g}" for weight in conditions["weights"]) + " of the first objective of a pair"),
         (
             "answers",
-            f"{conditions['prompts']} unseen prompts, {conditions['samples']} samples, at most "
-            f"{conditions['max_tokens']} tokens, the same seeds under every setting",
+            f"{conditions['prompts']} unseen prompts, at most {conditions['max_tokens']} tokens, one sample"
+            + "".join(f", {count} of {way}" for way, count in conditions["samples"].items()),
         ),
         ("strengths", ", ".join(f"{way}: c = {params.strength:.3g}" for way, params in PARAMS.items())),
         ("value models", f"beta {conditions['beta']:g}"),

@@ -54,17 +54,17 @@ def test_every_setting_is_asked_once_and_kept(tmp_path: Path, monkeypatch: pytes
     write_models(tmp_path, "study", PAIR)
     config = make_config(tmp_path)
     store = Store(config.storage, config.run)
-    first = worded.measure(config, store, WEIGHTS, 3, 2)
+    first = worded.measure(config, store, WEIGHTS, 3, {MATO: 2})
     every = {setting(way, PAIR, weight) for way, weight in product(WAYS, WEIGHTS)}
     untrained = [way for way in WAYS if way != TRAINED]
     pairs = [(name, PERSONAL) for name in PAIR]
     every |= {setting(way, pair, weight) for pair, way, weight in product(pairs, untrained, WEIGHTS)}
     assert set(first.answers) == every
-    assert all(len(answers.text) == 6 for answers in first.answers.values())
+    assert all(len(found.text) == (6 if s.way == MATO else 3) for s, found in first.answers.items())
     texts = {s: tuple(answers.text) for s, answers in first.answers.items()}
     assert len(set(texts.values())) >= 6
     monkeypatch.setattr(worded, "load_engine", lambda *_: pytest.fail("nothing is left to measure"))
-    assert worded.measure(config, store, WEIGHTS, 3, 2).answers == first.answers
+    assert worded.measure(config, store, WEIGHTS, 3, {MATO: 2}).answers == first.answers
     page = render(fronts.summarise(first), "command")
     assert "### brief and positive" in page
     tables = [[line.count("|") for line in part.splitlines()] for part in page.split("\n\n") if part.startswith("|")]
@@ -74,7 +74,7 @@ def test_every_setting_is_asked_once_and_kept(tmp_path: Path, monkeypatch: pytes
 def test_a_run_without_two_known_objectives_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path, objectives={"brief": {"reward": "brevity"}})
     with pytest.raises(UserError, match="no two objectives"):
-        worded.measure(config, Store(config.storage, config.run), WEIGHTS, 3, 2)
+        worded.measure(config, Store(config.storage, config.run), WEIGHTS, 3, {})
 
 
 def made_up(tmp_path: Path) -> Measured:
@@ -91,7 +91,7 @@ def made_up(tmp_path: Path) -> Measured:
                 [""] * num_prompts, [5] * num_prompts, [1.0] * num_prompts, reward
             )
     scales = dict.fromkeys(PAIR, RewardScale(10.0, 2.0))
-    return Measured(make_config(tmp_path), scales, WEIGHTS, num_prompts, 1, answers)
+    return Measured(make_config(tmp_path), scales, WEIGHTS, num_prompts, {}, answers)
 
 
 def test_a_way_that_has_not_all_pairs_is_compared_on_those_it_has(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_ways_are_compared_by_prompt(tmp_path: Path) -> None:
 
 def test_samples_of_a_prompt_count_as_one(tmp_path: Path) -> None:
     measured = made_up(tmp_path)
-    halves = replace(measured, num_prompts=10, num_samples=2)
+    halves = replace(measured, num_prompts=10, samples=dict.fromkeys(WAYS, 2))
     whole, half = (fronts.summarise(m).summaries[0].weighted for m in (measured, halves))
     assert half.mean == pytest.approx(whole.mean)
     json.dumps(fronts.summarise(halves).to_json())
