@@ -28,7 +28,7 @@ class Base:
         is_remote = args.placement == "replicas"
         guide = RemoteGuide((), ValueHandles(), args.value_sessions) if is_remote else LocalGuide({})
         self._rows = args.rows
-        engine = WatchedEngine(base, guide, args.rows)
+        engine = WatchedEngine(base, guide, args.rows, args.cache_tokens)
         self._loop = EngineLoop(engine, queue=args.queue, name=replica_name())
         report(engine, self._loop)
         kind: type[Supply] = RemoteSupply if is_remote else LocalSupply

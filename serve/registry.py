@@ -12,7 +12,7 @@ from mavis_dist.models import value
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.store.values import Served
-from serve.schema import Json
+from serve.schema import ApiError, Json
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,10 @@ class Registry:
             return None
 
     async def _current(self) -> dict[str, Served]:
-        """What is published, a few seconds old at most; older where the store is out of reach."""
+        """What is published, a few seconds old at most; older where the store is out of reach.
+
+        Raises ApiError where it never was in reach.
+        """
         if self._reading is None:
             self._reading = asyncio.Lock()  # made here, where the event loop runs
         async with self._reading:
@@ -66,7 +69,9 @@ class Registry:
                     self._served = await asyncio.to_thread(values.served, self._store)
                 except Exception as error:  # every file system has errors of its own
                     if not self._served:
-                        raise
+                        logger.exception("what is published cannot be read")
+                        message = "what is published cannot be read; the service's log says why"
+                        raise ApiError(503, message, code="engine_unavailable") from None
                     logger.warning("what is published cannot be read; what was known is served: %s", error)
                 self._read_at = time.monotonic()
         return self._served

@@ -55,6 +55,9 @@ class MainArgs(Arguments):
         1, description="shares of a base replica's rows; most value replicas per base replica, rounded up"
     )
     rows: Annotated[int, Field(ge=1)] = SERVE.rows
+    cache_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="room for keys and values of a base replica: rows times longest row; none: what `rows` need"
+    )
     queue: Annotated[int, Field(ge=1)] | None = Field(
         None, description="rows that may wait in a base replica, those of one key at most half; none: 4 times `rows`"
     )

@@ -20,7 +20,7 @@ from mavis_dist.types import TILT_CAP
 from serve.base import Base
 from serve.completions import Completions
 from serve.gateway import settings_of
-from serve.schema import ChatRequest
+from serve.schema import ApiError, ChatRequest
 from serve.settings import main_args
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -90,6 +90,15 @@ def test_a_stream_says_what_the_whole_answer_says(http, url, body):
     assert [event["mavis"] for event in endings] == [whole["mavis"]] * 2
     assert events[-1]["choices"] == []
     assert events[-1]["usage"] == whole["usage"]
+
+
+def test_a_request_that_never_fits_the_cache_is_refused(served_config, body):
+    args = main_args(served_config).model_copy(update={"placement": "colocated", "cache_tokens": 20})
+    completions = Completions(load_tokenizer(args.base), settings_of(args), Base(args).stream)
+    with pytest.raises(ApiError, match="cache of 20 tokens"):
+        asyncio.run(
+            completions.start(ChatRequest.model_validate(body), {"positive": "positive@i0", "brief": "brief@i0"})
+        )
 
 
 def test_both_placements_write_the_same(http, url, served_config, body):

@@ -26,6 +26,7 @@ from serve.answers import AnswerFailed, BaseLost, Limits, follow
 from serve.engine_loop import EngineLoop, stream
 from serve.registry import Registry
 from serve.remote_guide import RemoteGuide
+from serve.schema import ApiError
 from serve.sessions import Call, Reply
 from serve.settings import ValueArgs
 from serve.shelf import Shelf, Unavailable, loaded
@@ -471,8 +472,9 @@ def test_the_registry_follows_the_store_and_outlives_it(folder, store, monkeypat
     assert asyncio.run(registry.versions()) == {"brief": "brief@i0", "positive": "positive@i1"}
     monkeypatch.setattr(values, "served", lambda _: 1 / 0)
     assert asyncio.run(registry.versions()) == {"brief": "brief@i0", "positive": "positive@i1"}
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ApiError, match="cannot be read") as caught:
         asyncio.run(Registry(store).versions())
+    assert (caught.value.status, caught.value.code) == (503, "engine_unavailable")
 
 
 def test_an_objective_without_replicas_is_described_as_such(store):
