@@ -196,6 +196,7 @@ def test_objectives_say_how_good_they_are(open_door):
         "max_tokens": 400,
         "explained_variance": None,
         "gate": None,
+        "value_replicas": None,
     }
 
 
