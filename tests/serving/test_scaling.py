@@ -21,7 +21,7 @@ from serve.settings import main_args, value_args
 from tests.serving.test_live_changes import streamed
 from tests.serving.test_survival import LONG, replica_pids, whole_text
 
-LIMIT_S = 90
+LIMIT_S = 180
 BY_LOAD, BY_FILE = "by-load", "by-file"
 
 
