@@ -32,7 +32,7 @@ class Scale:
     limit: float  # share by which a process may grow over the last two thirds
 
 
-# Two per cent in twenty minutes are a few hundred bytes per request: whoever kept requests would keep more.
+# How small a leak per request this finds depends on how many requests there were: the page says both.
 FULL = Scale(30, 64, 5.0, 0.02)
 # Processes still warm up.
 QUICK = Scale(1, 32, 1.0, 0.15)
