@@ -46,7 +46,8 @@ def measure(scale: Scale, seed: int) -> dict[str, Any]:
         held = left_held(lambda: figures_held(served.url), IDLE_LIMIT_S)
     results = conclude(times, sizes, ends, held, scale.limit)
     say(headline_table({key: figure for key, figure in results.items() if key not in ("processes", "ends")}))
-    say(headline_table({f"{one['kind']}, MB per hour": one["per_hour_mb"] for one in results["processes"]}))
+    slopes = {f"{i}: {one['kind']}, MB per hour": one["per_hour_mb"] for i, one in enumerate(results["processes"])}
+    say(headline_table(slopes))
     say(headline_table(results["ends"]))
     return {**results, "seed": seed, "scale": asdict(scale), "times": times, "sizes": _by_name(sizes)}
 
