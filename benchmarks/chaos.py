@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ from benchmarks.command import say, write_json
 from jobs.arguments import refusing
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
-PARTS = ("kills", "fuzz", "soak")
+# A module with measure, page and two scales, and the field of a scale that the command line may change.
+PARTS = {
+    "kills": ("benchmarks.kills", "kills"),
+    "fuzz": ("benchmarks.fuzz", "requests"),
+    "soak": ("benchmarks.endurance", "minutes"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description="Treat the service badly.")
-    parser.add_argument("--parts", type=_parts, default=PARTS, help=f"some of {','.join(PARTS)} (default: all)")
+    parser.add_argument("--parts", type=_parts, default=tuple(PARTS), help=f"some of {','.join(PARTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="a little of each in minutes; no page is written")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
     parser.add_argument("--kills", type=int, help="how many (default: 200)")
@@ -50,31 +56,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of one part, which are on the page when this returns."""
-    from benchmarks import endurance, fuzz, kills
     from benchmarks.markdown import write_part
 
-    is_quick, seed = arguments.quick, arguments.seed
-    if part == "kills":
-        figures = kills.measure(_scaled(kills, is_quick, kills=arguments.kills), seed)
-        page: Callable[..., str] = kills.page
-    elif part == "fuzz":
-        figures, page = fuzz.measure(_scaled(fuzz, is_quick, requests=arguments.requests), seed), fuzz.page
-    else:
-        figures, page = endurance.measure(_scaled(endurance, is_quick, minutes=arguments.minutes), seed), endurance.page
-    if not is_quick:
-        write_part(PAGE, part, page(figures))
+    name, field = PARTS[part]
+    module = import_module(name)
+    scale = module.QUICK if arguments.quick else module.FULL
+    given = getattr(arguments, field)
+    figures = module.measure(scale if given is None else replace(scale, **{field: given}), arguments.seed)
+    if not arguments.quick:
+        write_part(PAGE, part, module.page(figures))
     return figures
-
-
-def _scaled(module: Any, is_quick: bool, **given: float | None) -> Any:
-    """The module's scale, with what the command line says."""
-    scale = module.QUICK if is_quick else module.FULL
-    return replace(scale, **{name: figure for name, figure in given.items() if figure is not None})
 
 
 def _parts(text: str) -> tuple[str, ...]:
     parts = tuple(text.split(","))
-    unknown = set(parts) - set(PARTS)
+    unknown = set(parts) - PARTS.keys()
     if unknown:
         raise argparse.ArgumentTypeError(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     return parts

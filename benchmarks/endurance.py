@@ -32,7 +32,7 @@ class Scale:
     limit: float  # share by which a process may grow over the last two thirds
 
 
-# Two per cent in twenty minutes are a few hundred bytes per request: whoever kept requests would keep more.
+# How small a leak per request this finds depends on how many requests there were: the page says both.
 FULL = Scale(30, 64, 5.0, 0.02)
 # Processes still warm up.
 QUICK = Scale(1, 32, 1.0, 0.15)
@@ -46,6 +46,9 @@ def measure(scale: Scale, seed: int) -> dict[str, Any]:
         held = left_held(lambda: figures_held(served.url), IDLE_LIMIT_S)
     results = conclude(times, sizes, ends, held, scale.limit)
     say(headline_table({key: figure for key, figure in results.items() if key not in ("processes", "ends")}))
+    slopes = {f"{i}: {one['kind']}, MB per hour": one["per_hour_mb"] for i, one in enumerate(results["processes"])}
+    say(headline_table(slopes))
+    say(headline_table(results["ends"]))
     return {**results, "seed": seed, "scale": asdict(scale), "times": times, "sizes": _by_name(sizes)}
 
 

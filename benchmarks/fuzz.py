@@ -63,6 +63,8 @@ def measure(scale: Scale, number: int) -> dict[str, Any]:
             health = http.get("/health").status_code
     results = conclude(answers, health)
     say(headline_table({key: figure for key, figure in results.items() if key not in ("statuses", "faults")}))
+    for fault in results["faults"]:
+        say(f"{fault['status']} {fault['route']}\n{fault['asked']}\n{fault['fault']}")
     return {**results, "seed": number, "scale": asdict(scale)}
 
 

@@ -242,7 +242,7 @@ def watched_api(api: FastAPI, record: Record) -> FastAPI:
     """The same routes, counted, and GET /metrics."""
     api.add_middleware(_CountRequests, record=record)
 
-    @api.get("/metrics")
+    @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         addresses = await asyncio.to_thread(_node_addresses)
         pages = await asyncio.gather(*map(_page, addresses))

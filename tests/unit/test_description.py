@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import BaseSchema, Case
 
 from benchmarks.described import answerable, boundary_cases, made_up, of_app, operations
-from serve import keys
+from serve import keys, metrics
 from serve.door import Edge
 from serve.keys import Keys
 from tests.local import NAME
 
 OPERATIONS = [
     "GET /health",
+    "GET /metrics",
     "GET /v1/models",
     "GET /v1/models/{name}",
     "GET /v1/objectives",
@@ -37,8 +40,11 @@ def headers(key_file) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def described(service, headers, key_file) -> BaseSchema:
-    return of_app(service.app(Edge(keys=Keys(key_file), log_access=False)))
+def described(service, headers, key_file) -> Iterator[BaseSchema]:
+    app = service.app(Edge(keys=Keys(key_file), log_access=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_node_addresses", list)  # a cluster without nodes
+        yield of_app(metrics.watched_api(app, lambda *figure, **labels: None))
 
 
 def check(case: Case, headers: dict[str, str]) -> None:
