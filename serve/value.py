@@ -25,6 +25,8 @@ IDLE_S = 600.0
 class Value:
     def __init__(self, args: ValueArgs):
         configure_logs()
+        # All objectives are asked at the same time: more threads than cores would wait for each other at every product.
+        torch.set_num_threads(max(1, int(args.cpus)))
         self._args, self._store = args, Store(args.storage, args.run)
         published = self._published()
         if not published:
