@@ -10,6 +10,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.schema import ReplicaState
 
 from mavis_dist.decode import Request
 from mavis_dist.store.values import objective_of
@@ -36,7 +37,7 @@ def value_replicas() -> dict[str, int]:
     for name, application in serve.status().applications.items():
         if name.startswith(prefix) and VALUE_DEPLOYMENT in application.deployments:
             states = application.deployments[VALUE_DEPLOYMENT].replica_states
-            running[name.removeprefix(prefix)] = states.get("RUNNING", 0)
+            running[name.removeprefix(prefix)] = states.get(ReplicaState.RUNNING, 0)
     return running
 
 

@@ -45,4 +45,5 @@ def by_load(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
     loads = (context.aggregated_metrics or {}).get(LOAD)
     if not loads:  # none has told it yet
         return context.target_num_replicas, {}
+    assert context.config is not None
     return sum(loads.values()) / context.config.target_ongoing_requests, {}
