@@ -266,9 +266,6 @@ class Serve(Section):
     gpus_per_replica: NonNegative = Field(0, description="GPUs reserved by every base and value replica")
     rows: Count = Field(16, description="rows of a base replica: one per answer, one more per sentence that steers it")
     max_tokens: Count = Field(512, description="longest answer a request may ask for, in tokens")
-    stream_interval_ms: int = Field(
-        50, ge=0, le=10_000, description="least time between two pieces of an answer, but for the first and the last"
-    )
 
 
 class Config(Section):

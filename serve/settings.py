@@ -63,7 +63,7 @@ class MainArgs(Arguments):
     )
     max_tokens: Annotated[int, Field(ge=1)] = SERVE.max_tokens
     stream_interval_ms: Annotated[int, Field(ge=0, le=10_000)] = Field(
-        SERVE.stream_interval_ms, description="least time between two pieces of an answer, but for the first and last"
+        50, description="least time between two pieces of an answer, but for the first and last"
     )
     beta: Annotated[float, Field(ge=0)] = STEER.beta
     tilt_cap: Annotated[float, Field(gt=0)] | None = STEER.tilt_cap
@@ -113,7 +113,6 @@ def main_args(config: Config, keys: str | None = None) -> MainArgs:
         value_sessions=-(-bounds(serve.value_replicas).max // bounds(serve.base_replicas).min),
         rows=serve.rows,
         max_tokens=serve.max_tokens,
-        stream_interval_ms=serve.stream_interval_ms,
         beta=config.steer.beta,
         tilt_cap=config.steer.tilt_cap,
     )
