@@ -21,6 +21,7 @@ import aiohttp
 import numpy as np
 
 Body = dict[str, Any]
+CHAT, TEXTS = "/v1/chat/completions", "/v1/completions"
 PERCENTILES = (50, 95, 99)
 PAUSE_S = 0.5  # of a client that was turned away
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
@@ -208,7 +209,7 @@ async def _ask(
 
 
 async def _stream(session: aiohttp.ClientSession, clock: Clock, url: str, body: Body, outcome: Outcome) -> None:
-    async with session.post(f"{url}/v1/chat/completions", json={**body, **STREAMED}) as response:
+    async with session.post(f"{url}{CHAT}", json={**body, **STREAMED}) as response:
         outcome.status, outcome.retry_after = response.status, response.headers.get("Retry-After")
         if response.status != 200:
             await response.read()

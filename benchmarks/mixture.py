@@ -17,7 +17,8 @@ from typing import Any
 
 import aiohttp
 
-CHAT, TEXTS = "/v1/chat/completions", "/v1/completions"
+from benchmarks.clients import CHAT, TEXTS
+
 SENTENCES = [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]
 PATIENCE_S = 120.0
 MANY = 16  # answers at once, of one user: some of them are refused with 429

@@ -6,9 +6,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from benchmarks.clients import CHAT, TEXTS
+
 Json = dict[str, Any]
 
-CHAT, TEXTS = "/v1/chat/completions", "/v1/completions"
 OBJECTIVES = ("brief", "positive")
 
 

@@ -74,7 +74,7 @@ def draw(
 
 def _drafts(batch: Batch, positions_B: torch.Tensor, wording: Wording, eos: torch.Tensor) -> Drafts:
     """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
-    ids_BK, logprobs_BK = _cut(batch, positions_B, eos, wording.logits_BV, range(len(batch.rows)))
+    ids_BK, logprobs_BK = _cut(batch, positions_B, eos, wording.logits_BV)
     phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
     is_eos_BK = torch.isin(ids_BK, eos)
     order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
@@ -87,10 +87,14 @@ def _drafts(batch: Batch, positions_B: torch.Tensor, wording: Wording, eos: torc
 
 
 def _cut(
-    batch: Batch, positions_B: torch.Tensor, eos: torch.Tensor, logits_XV: torch.Tensor, rows: Sequence[int]
+    batch: Batch,
+    positions_B: torch.Tensor,
+    eos: torch.Tensor,
+    logits_XV: torch.Tensor,
+    rows: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates and log p of these rows under their sampling parameters; changes the logits."""
-    chosen = list(rows)
+    """Candidates and log p of these rows (none: of all) under their sampling parameters; changes the logits."""
+    chosen = slice(None) if rows is None else list(rows)
     logits_XV[(positions_B[chosen] == 0).nonzero(), eos] = float("-inf")  # an answer has at least one token
     columns = (batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
     return candidates(logits_XV, *(column[chosen] for column in columns))

@@ -9,7 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, example, given, settings
 
-from benchmarks.strategies import ANYTHING, CHAT, EXTRA, FIELDS, FLAT_WEIGHTS, MESSAGES, TEXTS, TOLD, chat, text
+from benchmarks.clients import CHAT, TEXTS
+from benchmarks.strategies import ANYTHING, EXTRA, FIELDS, FLAT_WEIGHTS, MESSAGES, TOLD, chat, text
 from serve.door import Edge
 from tests.local import NAME
 
