@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from benchmarks.turns import Speeds
     from mavis_dist.config import Config
 
-THREADS = 2
+# The bare engine has the machine to itself; a replica has the threads that Ray gives for the cores that it reserves.
+ENGINE_THREADS = 2
 ROWS = 16
 PLACEMENTS = ("colocated", "replicas")
 RAMP = 0.25  # of a window
@@ -37,13 +38,13 @@ class Scale:
 
     clients: tuple[int, ...]  # streams at a time, closed loop
     rounds: int  # answers of each client
-    repetitions: int  # of service and bare engine, in turns
+    repetitions: int  # of service and bare engine, in turns, each with all rounds
     tokens: int  # longest answer
     overload: tuple[float, ...]  # requests that arrive, over those that can be answered
     window_s: float  # of every overload
 
 
-FULL = Scale((1, 4, 16, 32), 3, 5, 64, (1, 2, 5, 10), 60.0)
+FULL = Scale((1, 4, 16, 32), 3, 4, 64, (1, 2, 5, 10), 60.0)
 QUICK = Scale((1, 16), 1, 1, 16, (1, 2, 5, 10), 8.0)
 
 
@@ -76,34 +77,43 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(run: Path, scale: Scale) -> dict[str, Any]:
-    from benchmarks.clients import clients
-    from benchmarks.service import give_threads, served, service
-    from benchmarks.workload import open_run
+    import torch
+
+    from benchmarks.workload import open_run, without_distilled
 
     config, _ = open_run(run)
-    give_threads(THREADS)
+    torch.set_num_threads(ENGINE_THREADS)
     conditions = {"model": config.base.model, "load_before": os.getloadavg()[0], "rows": ROWS, **asdict(scale)}
     say(f"{conditions}\nService, clients and bare engine share these cores; other load on them spoils the figures.")
-    settings = {"rows": ROWS, "base_replicas": 1, "value_replicas": 1, "cpus_per_replica": 0.25}
-    bodies = make_bodies(config, ROWS, scale.tokens)
-    engine = bare_engine(served(config, run, **settings, placement="colocated"), bodies)
-    measured: dict[str, Measured] = {}
-    with clients() as process:
-        for placement in PLACEMENTS:
-            with service(served(config, run, **settings, placement=placement)) as url:
-                measured[placement] = _against_engine(process, url, bodies, engine, scale.repetitions)
-                for count in scale.clients:
-                    asked = make_bodies(config, count * scale.rounds, scale.tokens)
-                    measured[placement].closed[count] = _closed(process, url, asked, count)
-                if placement == PLACEMENTS[-1]:
-                    capacity = measured[placement].closed[ROWS]["requests_per_s"]
-                    overloads = _overloads(process, url, make_bodies(config, 200, scale.tokens), capacity, scale)
+    with without_distilled(run) as copy:
+        measured, overloads = _measure(config, copy, scale)
     say(closed_table(measured))
     say(overload_table(overloads))
     figures = headlines(measured, overloads)
     say(headline_table(figures))
     details = {name: asdict(placement) for name, placement in measured.items()}
     return {**figures, "conditions": conditions, **details, "overload": overloads}
+
+
+def _measure(config: Config, run: Path, scale: Scale) -> tuple[dict[str, Measured], dict[str, dict[str, Any]]]:
+    """Both placements against the engine, and what becomes of overload where value models have replicas."""
+    from benchmarks.clients import clients
+    from benchmarks.service import served, service
+
+    settings = {"rows": ROWS, "base_replicas": 1, "value_replicas": 1, "cpus_per_replica": 0.25}
+    bodies = {count: make_bodies(config, count * scale.rounds, scale.tokens) for count in {ROWS, *scale.clients}}
+    engine = bare_engine(served(config, run, **settings, placement="colocated"), bodies[ROWS])
+    measured: dict[str, Measured] = {}
+    with clients() as process:
+        for placement in PLACEMENTS:
+            with service(served(config, run, **settings, placement=placement)) as url:
+                measured[placement] = _against_engine(process, url, bodies[ROWS], engine, scale.repetitions)
+                for count in scale.clients:
+                    measured[placement].closed[count] = _closed(process, url, bodies[count], count)
+                if placement == PLACEMENTS[-1]:
+                    capacity = measured[placement].closed[ROWS]["requests_per_s"]
+                    overloads = _overloads(process, url, make_bodies(config, 200, scale.tokens), capacity, scale)
+    return measured, overloads
 
 
 def make_bodies(config: Config, count: int, tokens: int) -> list[Body]:
@@ -168,13 +178,13 @@ def _against_engine(
 
     def over_http(repetition: int) -> float:
         began = cpu_s()
-        load = closed_loop(process, url, bodies, len(bodies)).result()
+        load = closed_loop(process, url, bodies, ROWS).result()
         cost.service_cpu_s += cpu_s() - began
         cost.clients_cpu_s += load.cpu_s
         cost.num_tokens += load.num_tokens
         return load.num_tokens
 
-    closed_loop(process, url, bodies, len(bodies)).result()  # what is done once is done before the clock runs
+    closed_loop(process, url, bodies[:ROWS], ROWS).result()  # what is done once is done before the clock runs
     engine(0)
     cost.num_tokens, cost.service_cpu_s, cost.clients_cpu_s = 0, 0.0, 0.0
     return Measured(take_turns({"engine": engine, "http": over_http}, repetitions), cost)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +81,23 @@ def open_run(run: Path) -> tuple[Config, Store]:
     if not store.exists("run.yaml") or len(values.published(store)) < 2:
         raise UserError(f"{run} is no finished run with two objectives: run `make quickstart` first")
     return config_module.parse(yaml.safe_load(store.read_bytes("run.yaml"))), store
+
+
+@contextmanager
+def without_distilled(run: Path) -> Iterator[Path]:
+    """A copy of a run, until the end of the block, in which two objectives are served by a model of its own each.
+
+    Objectives of a distilled model share it inside a base replica and share nothing in value replicas, so that the two
+    placements would be compared on different work.
+    """
+    config, store = open_run(run)
+    published = values.published(store)
+    with tempfile.TemporaryDirectory(prefix="mavis-") as folder:
+        copy = Path(folder) / run.name
+        for name in [name for name in config.objectives if name in published][:2]:
+            shutil.copytree(run / values.folder(name, published[name]), copy / values.folder(name, published[name]))
+            values.publish_distilled(Store(folder, run.name), name, published[name], None)
+        yield copy
 
 
 def load(run: Path) -> Workload:
