@@ -14,7 +14,7 @@ from benchmarks.deployment import CPUS_PER_MACHINE, deployment
 from benchmarks.markdown import table
 from benchmarks.mixture import SENTENCES
 from benchmarks.storm import Storm
-from benchmarks.verdicts import Verdict, is_kept, judge, tally
+from benchmarks.verdicts import NEVER, Verdict, is_kept, judge, tally
 from mavis_dist.types import UserError
 
 NUM_CLIENTS = 8
@@ -46,7 +46,7 @@ def measure(scale: Scale, seed: int) -> dict[str, Any]:
             outcomes += _round(process, served.url, bodies, storm, scale.kills)
             counts = {verdict.value: count for verdict, count in tally(outcomes, expected).items()}
             say(f"{storm.num_kills} kills, {len(outcomes)} streams: {counts}")
-    misled = [asdict(o) for o in outcomes if judge(o, expected[o.asked]) in (Verdict.TRUNCATED, Verdict.WRONG)]
+    misled = [asdict(outcome) for outcome in outcomes if judge(outcome, expected[outcome.asked]) in NEVER]
     results = conclude(outcomes, expected, storm.kills)
     say(headline_table({key: figure for key, figure in results.items() if key != "verdicts"}))
     return {**results, "seed": seed, "scale": asdict(scale), "misled": misled}
@@ -118,7 +118,8 @@ def page(results: Mapping[str, Any]) -> str:
         "## Kill -9 under load\n\n"
         f"{results['kills']} kills with seed {results['seed']} ({killed}), while {NUM_CLIENTS} clients read streams of "
         f"up to {results['scale']['tokens']} tokens from a tiny random model in float32. There are two replicas of "
-        "everything but the gateway, on two machines (Ray nodes) of one computer. Every text is compared with the one "
+        "everything but the gateway, on two machines (Ray nodes) of one computer. The next kill comes some seconds after all "
+        "processes have been started again, before all have loaded their models. Every text is compared with the one "
         "that the same request had before anything was killed.\n\n"
         f"{table(['what became of a stream', 'streams'], rows)}\n\n"
         "Repeat with `python -m benchmarks.chaos --parts kills`."

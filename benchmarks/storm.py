@@ -23,6 +23,8 @@ TITLES = {
     "proxy": "ray::ProxyActor",
 }
 MACHINE = "machine"
+RECOVERY_S = 60.0
+POLL_S = 0.2
 WEIGHTS = {"base replica": 5, "value replica": 5, "controller": 2, "gateway": 1, "proxy": 1, MACHINE: 1}
 
 
@@ -37,6 +39,7 @@ class Storm:
 
     def __post_init__(self) -> None:
         self._source = random.Random(self.seed)
+        self._whole = _alive()
 
     @property
     def num_kills(self) -> int:
@@ -52,11 +55,21 @@ class Storm:
         return kind
 
     def rage(self, until: Callable[[], bool], pause_s: float, limit: int) -> None:
-        """Strike again and again, with pauses around `pause_s`, until told or until there were `limit` kills."""
+        """Strike again and again, with pauses around `pause_s`, until told or until there were `limit` kills.
+
+        As many processes as in the beginning have to be there again before the next pause, though they may still load
+        their models: where nothing is up, no stream is open that could be harmed.
+        """
         while not until() and self.num_kills < limit:
+            self._recover(until)
             time.sleep(pause_s * self._source.uniform(0.5, 1.5))
             if not until():
                 self.strike()
+
+    def _recover(self, until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + RECOVERY_S
+        while self._whole - _alive() and not until() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def _kill(self, title: str) -> bool:
         alive = processes(title)
@@ -75,3 +88,8 @@ class Storm:
         self.machines.remove_node(self._source.choice(nodes), allow_graceful=False)
         self.machines.add_node(num_cpus=self.cpus_per_machine)
         return True
+
+
+def _alive() -> Counter[str]:
+    """How many processes there are of every kind."""
+    return Counter({kind: len(processes(title)) for kind, title in TITLES.items()})

@@ -291,6 +291,40 @@ def test_a_seed_decides_who_dies_and_every_kind_does(monkeypatch: pytest.MonkeyP
     assert dead == rage()[0]
 
 
+def test_a_storm_waits_until_the_dead_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    dead: list[int] = []
+    polls = iter(range(1000))
+    looks: list[int] = []  # when a strike chose its victim
+
+    def processes(title: str) -> list[Victim]:
+        now = next(polls)
+        is_missing = bool(dead) and now < looks[-1] + 40
+        return [] if is_missing else [Victim(1, dead)]
+
+    def kill(self: Storm, title: str) -> bool:
+        looks.append(next(polls))
+        dead.append(1)
+        return True
+
+    monkeypatch.setattr(storm, "processes", processes)
+    monkeypatch.setattr(storm, "POLL_S", 0.0)
+    monkeypatch.setattr(storm, "WEIGHTS", {"proxy": 1})
+    monkeypatch.setattr(Storm, "_kill", kill)
+    Storm(Machines(), 1).rage(lambda: False, pause_s=0.0, limit=3)
+    assert len(looks) == 3
+    assert all(later - earlier >= 40 for earlier, later in pairwise(looks))
+
+
+def test_a_storm_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    dead: list[int] = []
+    monkeypatch.setattr(storm, "processes", lambda title: [] if dead else [Victim(1, dead)])
+    monkeypatch.setattr(storm, "RECOVERY_S", 0.0)
+    monkeypatch.setattr(storm, "WEIGHTS", {"proxy": 5, MACHINE: 5})
+    raging = Storm(Machines(), 1, seed=1)
+    raging.rage(lambda: False, pause_s=0.0, limit=3)
+    assert raging.num_kills == 3
+
+
 def test_nothing_is_counted_where_nothing_was_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storm, "processes", lambda title: [])
     monkeypatch.setattr(storm, "WEIGHTS", {"proxy": 1})
