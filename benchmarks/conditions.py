@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from mavis_dist.config import Config, TreeShape
+from mavis_dist.config import Config
+from mavis_dist.sections import TreeShape
 
 CPU_FACTS = Path("/proc/cpuinfo")
 

@@ -118,9 +118,9 @@ def page(results: Mapping[str, Any]) -> str:
         "## Kill -9 under load\n\n"
         f"{results['kills']} kills with seed {results['seed']} ({killed}), while {NUM_CLIENTS} clients read streams of "
         f"up to {results['scale']['tokens']} tokens from a tiny random model in float32. There are two replicas of "
-        "everything but the gateway, on two machines (Ray nodes) of one computer. The next kill comes some seconds after all "
-        "processes have been started again, before all have loaded their models. Every text is compared with the one "
-        "that the same request had before anything was killed.\n\n"
+        "everything but the gateway, on two machines (Ray nodes) of one computer. The next kill comes some seconds "
+        "after all processes are there again, though some may still load their models. Every text is compared with "
+        "the one that the same request had before anything was killed.\n\n"
         f"{table(['what became of a stream', 'streams'], rows)}\n\n"
         "Repeat with `python -m benchmarks.chaos --parts kills`."
     )

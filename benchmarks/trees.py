@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mavis_dist.config import Config, Rollout, TreeShape
+from mavis_dist.config import Config
 from mavis_dist.core.tree import Shape, Tree
 from mavis_dist.decode import Engine
 from mavis_dist.models.load import BaseModel
 from mavis_dist.prompts import load_prompts
 from mavis_dist.rollout.trees import Sampling, TreeGrower
+from mavis_dist.sections import Rollout, TreeShape
 from mavis_dist.types import Policy, Prompt
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mavis_dist.config import Config, bounds
+from mavis_dist.config import Config
+from mavis_dist.sections import bounds
 from mavis_dist.types import UserError
 
 

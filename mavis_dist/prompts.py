@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mavis_dist.config import Prompts
+from mavis_dist.sections import Prompts
 from mavis_dist.types import Prompt, UserError
 
 BUILTIN = Path(__file__).parent / "data" / "prompts.jsonl"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from mavis_dist.config import bounds
+from mavis_dist.sections import bounds
 from serve.settings import Arguments
 
 LOAD = "load"

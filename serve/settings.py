@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mavis_dist.config import Base, Config, Replicas, Serve, Steer, bounds
+from mavis_dist.config import Config
+from mavis_dist.sections import Base, Replicas, Serve, Steer, bounds
 from serve.schema import MAX_N, MAX_PREFERENCES
 
 ROOT = Path(__file__).resolve().parents[1]

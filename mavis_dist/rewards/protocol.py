@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from mavis_dist.config import Classifier, Function, Objective, Relevance, TextRule
+from mavis_dist.sections import Classifier, Function, Objective, Relevance, TextRule
 from mavis_dist.types import UserError
 
 

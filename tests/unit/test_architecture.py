@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 # A room may import from itself and from every room of a lower floor.
 FLOORS = [
     {"types", "environment"},
+    {"sections"},
     {"config"},
     {"plan", "prompts"},
     {"core"},
@@ -26,7 +27,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 RAY = {"cluster.py", "rollout/worker.py", "train/parallel.py"}
-SERVE_MAY_USE = {"environment", "models", "decode", "store", "config", "types", "plan", "cluster", "core"}
+SERVE_MAY_USE = {"environment", "sections", "models", "decode", "store", "config", "types", "plan", "cluster", "core"}
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:

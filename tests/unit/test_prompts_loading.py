@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mavis_dist import config
 from mavis_dist import prompts as loading
+from mavis_dist import sections
 from mavis_dist.prompts import PromptError, load_prompts
 
 
@@ -30,7 +30,7 @@ def questions(num, **extra):
 
 
 def settings(source, **changes):
-    return config.Prompts(**{"source": str(source), "train": 6, "validation": 1, "evaluation": 3, **changes})
+    return sections.Prompts(**{"source": str(source), "train": 6, "validation": 1, "evaluation": 3, **changes})
 
 
 def write_table(path, rows):

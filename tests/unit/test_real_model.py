@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mavis_dist.config import Prompts
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer, TiltProcessor
 from mavis_dist.models.fetch import fetch
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.models.value import ValueModel, from_base
 from mavis_dist.prompts import load_prompts
+from mavis_dist.sections import Prompts
 
 pytestmark = pytest.mark.real_model
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mavis_dist import config, rewards
+from mavis_dist import rewards, sections
 from mavis_dist.models.load import ModelError
 from mavis_dist.rewards.classifier import Classifier, fill
 from mavis_dist.rewards.embedding import Relevance
@@ -80,8 +80,8 @@ def make(request, bert, gpt2, embedder):
     """A function from batch size to reward."""
     template = "what {prompt} is {answer} end"
     return {
-        "sentiment": lambda size: rewards.build(config.TextRule(reward="sentiment")),
-        "brevity": lambda size: rewards.build(config.TextRule(reward="brevity")),
+        "sentiment": lambda size: rewards.build(sections.TextRule(reward="sentiment")),
+        "brevity": lambda size: rewards.build(sections.TextRule(reward="brevity")),
         "relevance": lambda size: Relevance(embedder, batch_size=size),
         "classifier": lambda size: Classifier(bert, "kind", template, batch_size=size),
         "causal": lambda size: Classifier(gpt2, 0, template, batch_size=size),
@@ -103,14 +103,14 @@ def test_braces_in_texts_are_text():
 
 
 def test_text_rules():
-    sentiment, brevity = (rewards.build(config.TextRule(reward=kind)) for kind in ("sentiment", "brevity"))
+    sentiment, brevity = (rewards.build(sections.TextRule(reward=kind)) for kind in ("sentiment", "brevity"))
     good, bad = sentiment.score(["q", "q"], ["What a wonderful day!", "This is a horrible mess."])
     assert -1 <= bad < 0 < good <= 1
     assert brevity.score(["q", "q"], ["three  short\nwords", ""]) == [-3.0, 0.0]
 
 
 def test_relevance_of_equal_and_of_empty_texts(embedder):
-    reward = rewards.build(config.Relevance(reward="relevance", model=embedder))
+    reward = rewards.build(sections.Relevance(reward="relevance", model=embedder))
     same, empty, blank = reward.score(["good bread"] * 3, ["good bread", "", " \n"])
     assert same == pytest.approx(1, abs=1e-5)
     assert (empty, blank) == (0.0, 0.0)
@@ -124,7 +124,7 @@ def test_a_label_by_name_is_the_label_by_index(bert):
 @pytest.mark.parametrize("label", ["gentle", 3, -1])
 def test_an_unknown_label_lists_the_labels(bert, label):
     with pytest.raises(rewards.RewardError, match=r"no label .*: choose one of 0 \(rude\), 1 \(kind\), 2 \(dull\)"):
-        rewards.build(config.Classifier(reward="classifier", model=bert, label=label))
+        rewards.build(sections.Classifier(reward="classifier", model=bert, label=label))
 
 
 def test_probabilities_sum_to_one(bert):
@@ -188,7 +188,7 @@ def user_module(tmp_path, monkeypatch):
 
 
 def build_function(path):
-    return rewards.build(config.Function(reward="function", path=path))
+    return rewards.build(sections.Function(reward="function", path=path))
 
 
 @pytest.mark.usefixtures("user_module")
@@ -232,7 +232,7 @@ def test_unusable_results_are_named(monkeypatch, user_module, name, sentence):
 
 def test_prompts_and_answers_come_in_pairs():
     with pytest.raises(rewards.RewardError, match="1 prompts for 2 answers"):
-        rewards.build(config.TextRule(reward="brevity")).score(["q"], ["a", "b"])
+        rewards.build(sections.TextRule(reward="brevity")).score(["q"], ["a", "b"])
 
 
 def test_importing_rewards_is_light():
@@ -243,7 +243,7 @@ def test_importing_rewards_is_light():
 
 @pytest.mark.real_model
 def test_an_answer_on_the_topic_is_more_relevant():
-    reward = rewards.build(config.Relevance(reward="relevance"))
+    reward = rewards.build(sections.Relevance(reward="relevance"))
     question = "How do I bake bread at home?"
     on, off, empty = reward.score(
         [question] * 3,

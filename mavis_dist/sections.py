@@ -1,0 +1,246 @@
+"""The sections of a config: every key with its bounds, default and meaning. Pydantic models, nothing else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from mavis_dist.types import NEUTRAL_SYSTEM, TILT_CAP
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Base(Section):
+    """The language model that is steered; it is never trained."""
+
+    model: str = Field(
+        "smollm2-135m-instruct", description="named default, Hugging Face hub id, local directory, or .gguf file"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of base and value models")
+    device: str = Field("cpu", description="torch device of every model, such as cpu or cuda")
+    system: str = Field(NEUTRAL_SYSTEM, description="neutral system sentence for prompts that bring none")
+
+
+class Prompts(Section):
+    """Where the questions come from."""
+
+    source: str = Field("builtin", description="builtin, a .jsonl or .parquet file, or a Hugging Face data set id")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    field: str = Field("prompt", description="column that holds the question")
+    train_split: str = Field("train", description="split that training prompts come from")
+    eval_split: str = Field(
+        "eval", description="split that unseen prompts come from; may equal train_split, rows never overlap"
+    )
+    train: Count = Field(96, description="number of prompts that trees grow on")
+    validation: int = Field(8, ge=0, description="number of the training prompts held out to measure the value models")
+    evaluation: Count = Field(32, description="number of unseen prompts in the evaluation sweep")
+
+    @model_validator(mode="after")
+    def _leave_some_to_train_on(self) -> Prompts:
+        if self.validation >= self.train:
+            raise ValueError(f"validation ({self.validation}) must be smaller than train ({self.train})")
+        return self
+
+
+class TextRule(Section):
+    """A reward computed from the text alone."""
+
+    reward: Literal["sentiment", "brevity"] = Field(
+        description="sentiment (VADER compound, -1 to 1) or brevity (minus the number of words)"
+    )
+
+
+class Relevance(Section):
+    """Cosine similarity of question and answer under a sentence embedding."""
+
+    reward: Literal["relevance"] = Field(description="relevance (cosine similarity, -1 to 1)")
+    model: str = Field("all-minilm-l6-v2", description="named default or local directory of the sentence embedder")
+
+
+class Classifier(Section):
+    """A Hugging Face sequence classifier read as a reward."""
+
+    reward: Literal["classifier"] = Field(description="a Hugging Face sequence classifier")
+    model: str = Field(description="hub id or local directory")
+    label: int | str = Field(0, description="output that is the reward, by index or by name")
+    template: str = Field("{answer}", description="text given to the classifier; {prompt} and {answer} are filled in")
+    output: Literal["logit", "probability"] = Field("logit", description="raw output, or softmax over the labels")
+
+    @field_validator("template")
+    @classmethod
+    def _has_answer(cls, template: str) -> str:
+        if "{answer}" not in template:
+            raise ValueError("the template must contain {answer}")
+        return template
+
+
+class Function(Section):
+    """The user's own Python."""
+
+    reward: Literal["function"] = Field(description="a Python function (prompts, answers) -> scores")
+    path: str = Field(description="module:function", pattern=r"^[\w.]+:\w+$")
+
+
+Objective = Annotated[TextRule | Relevance | Classifier | Function, Field(discriminator="reward")]
+
+
+class TreeShape(Section):
+    """Branching of one tree of rollouts (arXiv 2508.13415, tree-structured data collection)."""
+
+    root: Count = Field(4, description="segments that start at the prompt")
+    children: Count = Field(2, description="segments that start at every inner node")
+    layers: Count = Field(5, description="number of segments from the prompt to a leaf")
+
+
+class Rollout(Section):
+    """How answers are sampled for training, and with how many machines."""
+
+    first: TreeShape = Field(TreeShape(), description="trees of iteration 0, sampled from the base model")
+    later: TreeShape = Field(TreeShape(root=2), description="trees of later iterations, sampled from the tilted policy")
+    max_tokens: Count = Field(128, description="longest answer, in tokens (T_max)")
+    top_k: Count = Field(40, description="candidates per step; with top_p and min_p this defines the reference policy")
+    top_p: Fraction = Field(1.0, description="nucleus of the reference policy, a probability")
+    min_p: float = Field(0.0, ge=0, lt=1, description="least probability relative to the most likely token")
+    dynamic_split: bool = Field(True, description="give answers that finished in the first layer a second branching")
+    actors: Count = Field(1, description="rollout actors, each with its own copy of the models")
+    cpus_per_actor: NonNegative = Field(2, description="CPU cores per rollout actor")
+    gpus_per_actor: NonNegative = Field(0, description="GPUs per rollout actor")
+    rows: Count = Field(64, description="answers written at the same time by one actor")
+    prompts_per_shard: Count = Field(16, description="trees per stored file, the unit of resuming")
+
+    @model_validator(mode="after")
+    def _every_layer_gets_a_token(self) -> Rollout:
+        deepest = max(self.first.layers, self.later.layers)
+        if self.max_tokens < deepest:
+            raise ValueError(f"max_tokens ({self.max_tokens}) must be at least the number of layers ({deepest})")
+        return self
+
+
+class Steer(Section):
+    """The tilt of the base model's distribution."""
+
+    beta: NonNegative = Field(8.0, description="strength: nats of tilt per standard deviation of reward")
+    tilt_cap: Annotated[float, Field(gt=0)] | None = Field(
+        TILT_CAP, description="upper bound of the tilt of one token, in nats; null: unbounded, as published"
+    )
+
+
+class Value(Section):
+    """The small model that predicts one objective's reward from an unfinished answer."""
+
+    backbone: str = Field("base", description="base: the first layers of the base model; else a hub id or directory")
+    layers: Count | None = Field(8, description="layers kept of the backbone; none keeps all")
+    lora_rank: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains the whole backbone")
+    lora_alpha: Count = Field(256, description="scale of the low-rank adapters")
+    lora_dropout: float = Field(0.2, ge=0, lt=1, description="dropout of the low-rank adapters, a probability")
+
+
+class Train(Section):
+    """DeepSpeed under Ray Train; one worker group per objective, all objectives at the same time."""
+
+    epochs: Count = Field(3, description="passes over the training trees")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate of AdamW")
+    weight_decay: NonNegative = Field(0.01, description="decoupled weight decay")
+    warmup: float = Field(0.05, ge=0, lt=1, description="part of the steps with a rising learning rate")
+    trees_per_step: Count = Field(4, description="whole trees per optimiser step, over all workers")
+    accumulation: Count = Field(1, description="forward passes that a worker's trees of a step are spread over")
+    patience: Count | None = Field(None, description="epochs without a better validation before it stops; null: never")
+    targets: Literal["token", "node"] = Field("token", description="targets at every token, or at segment ends only")
+    split_backup: Literal["fresh", "paper"] = Field(
+        "fresh", description="value of a cut: of its fresh children alone, or the finished answer among them (biased)"
+    )
+    depth_balance: bool = Field(True, description="give every layer of the trees the same total weight in the loss")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of training")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    offload: bool = Field(False, description="keep optimiser states in CPU memory; needs zero_stage 1 or more")
+    workers: Count = Field(1, description="data-parallel workers per objective")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPU cores per training worker")
+    gpus_per_worker: NonNegative = Field(0, description="GPUs per training worker")
+
+    @model_validator(mode="after")
+    def _workers_share_the_trees(self) -> Train:
+        if self.trees_per_step % (self.workers * self.accumulation):
+            raise ValueError(
+                f"trees_per_step ({self.trees_per_step}) must be a multiple of "
+                f"workers ({self.workers}) times accumulation ({self.accumulation})"
+            )
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload needs DeepSpeed's own optimiser states: set zero_stage to 1, 2 or 3")
+        return self
+
+
+class Gate(Section):
+    """Whether an iteration takes the place of the one before it."""
+
+    samples: Count = Field(4, description="answers per validation prompt that compare two iterations")
+    margin: NonNegative = Field(0.05, description="loss of soft value, in sd, that the 95 % bound may still hold")
+
+
+class Distill(Section):
+    """One model for all objectives: a shared trunk with a head each, and a student that predicts candidates."""
+
+    layers: Count | None = Field(
+        None, description="first layers of the base model that the trunk starts from; null: the value models' average"
+    )
+    epochs: Count = Field(2, description="passes over the stored trees that train trunk and heads")
+    extends: str | None = Field(
+        None, description="name of a distilled model that gets heads for further objectives, itself left as it is"
+    )
+    publish: bool = Field(True, description="serve the distilled model; false: each objective's own value model")
+
+
+class Evaluate(Section):
+    """Answers to unseen prompts over a grid of weights."""
+
+    grid: Annotated[int, Field(ge=2)] = Field(3, description="weights per pair of objectives, corners included")
+    samples: Count = Field(1, description="answers per prompt and weight")
+
+
+class Range(Section):
+    """As many as the load asks for, between two numbers."""
+
+    min: Count
+    max: Count
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) must be at least min ({self.min})")
+        return self
+
+
+def _tag(replicas: Any) -> str:
+    return "a range" if isinstance(replicas, (dict, Range)) else "a number"
+
+
+Replicas = Annotated[Annotated[Count, Tag("a number")] | Annotated[Range, Tag("a range")], Discriminator(_tag)]
+
+
+def bounds(replicas: int | Range) -> Range:
+    """Of a number: itself, twice."""
+    return replicas if isinstance(replicas, Range) else Range(min=replicas, max=replicas)
+
+
+class Serve(Section):
+    """The HTTP endpoint."""
+
+    host: str = Field("127.0.0.1", description="address that the endpoint listens on")
+    port: int = Field(8000, ge=1, le=65535, description="port that the endpoint listens on")
+    placement: Literal["colocated", "replicas"] = Field(
+        "replicas", description="value models inside the base replicas, or in replicas of their own"
+    )
+    base_replicas: Replicas = Field(
+        1, description="replicas of the base model, or {min: 1, max: 4}: as many as the load asks for"
+    )
+    value_replicas: Replicas = Field(1, description="replicas of each objective's value model, or a range of them")
+    cpus_per_replica: NonNegative = Field(0.25, description="CPU cores reserved by every replica")
+    gpus_per_replica: NonNegative = Field(0, description="GPUs reserved by every base and value replica")
+    rows: Count = Field(16, description="rows of a base replica: one per answer, one more per sentence that steers it")
+    max_tokens: Count = Field(512, description="longest answer a request may ask for, in tokens")
