@@ -26,6 +26,7 @@ class Registry:
         self._served: dict[str, Served] = {}
         self._read_at = -float("inf")
         self._reading: asyncio.Lock | None = None
+        self._count: asyncio.Task[dict[str, int]] | None = None
         self._described: dict[str, Json] = {}  # by version; what is published never changes
 
     async def versions(self) -> dict[str, str]:
@@ -50,8 +51,11 @@ class Registry:
     async def _running(self) -> dict[str, int] | None:
         if self._replicas is None:
             return None
+        # One at a time: whoever counts may hang, and reading the store needs threads, too.
+        if self._count is None or self._count.done():
+            self._count = asyncio.create_task(asyncio.to_thread(self._replicas))
         try:
-            return await asyncio.wait_for(asyncio.to_thread(self._replicas), COUNT_LIMIT_S)
+            return await asyncio.wait_for(asyncio.shield(self._count), COUNT_LIMIT_S)
         except Exception as error:  # all else can be told without it
             logger.warning("value replicas cannot be counted: %s", error or "no answer")
             return None

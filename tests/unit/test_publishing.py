@@ -20,7 +20,7 @@ from mavis_dist.models import qhead, value
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.store import values
 from mavis_dist.store.files import Store, StoreError
-from serve import answers, remote_guide, supply
+from serve import answers, registry, remote_guide, supply
 from serve.admission import Entry
 from serve.answers import AnswerFailed, BaseLost, Limits, follow
 from serve.engine_loop import EngineLoop, stream
@@ -466,12 +466,12 @@ def test_a_value_replica_values_its_own_objective_only(folder):
 
 
 def test_the_registry_follows_the_store_and_outlives_it(folder, store, monkeypatch):
-    registry = Registry(store, fresh_s=0.0)
-    assert asyncio.run(registry.versions()) == {"brief": "brief@i0", "positive": "positive@i0"}
+    followed = Registry(store, fresh_s=0.0)
+    assert asyncio.run(followed.versions()) == {"brief": "brief@i0", "positive": "positive@i0"}
     publish_next(folder, RUN, "positive", 1, seed=8)
-    assert asyncio.run(registry.versions()) == {"brief": "brief@i0", "positive": "positive@i1"}
+    assert asyncio.run(followed.versions()) == {"brief": "brief@i0", "positive": "positive@i1"}
     monkeypatch.setattr(values, "served", lambda _: 1 / 0)
-    assert asyncio.run(registry.versions()) == {"brief": "brief@i0", "positive": "positive@i1"}
+    assert asyncio.run(followed.versions()) == {"brief": "brief@i0", "positive": "positive@i1"}
     with pytest.raises(ApiError, match="cannot be read") as caught:
         asyncio.run(Registry(store).versions())
     assert (caught.value.status, caught.value.code) == (503, "engine_unavailable")
@@ -484,6 +484,28 @@ def test_an_objective_without_replicas_is_described_as_such(store):
     assert described(lambda: {"positive": 2}) == [0, 2]
     assert described(dict) == [0, 0]
     assert described(None) == described(lambda: 1 / 0) == [None, None]
+
+
+def test_a_count_that_hangs_holds_up_neither_the_store_nor_another_thread(folder, store, monkeypatch):
+    monkeypatch.setattr(registry, "COUNT_LIMIT_S", 0.05)
+    counts, goes_on = [], threading.Event()
+
+    def hanging() -> dict[str, int]:
+        counts.append(1)
+        goes_on.wait(timeout=60)
+        return {"brief": 1, "positive": 1}
+
+    async def ask() -> list[list[int | None]]:
+        asked = Registry(store, fresh_s=0.0, replicas=hanging)
+        seen = await asyncio.gather(*(asked.describe() for _ in range(40)))
+        assert await asyncio.wait_for(asked.versions(), 10)
+        goes_on.set()
+        return [[one["value_replicas"] for one in objectives] for objectives in (*seen, await asked.describe())]
+
+    *before, after = asyncio.run(ask())
+    assert before == [[None, None]] * 40
+    assert after == [1, 1]
+    assert len(counts) <= 2  # and the one after it went on
 
 
 def test_what_is_published_is_described_with_its_version(folder, store):
