@@ -19,7 +19,7 @@ from mavis_dist.types import UserError
 
 NUM_CLIENTS = 8
 PATIENCE_S = 180.0
-PAUSE_S = 5.0
+PAUSE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scale:
     tokens: int  # of an answer
 
 
-FULL = Scale(200, 24, 400)
+FULL = Scale(200, 48, 400)
 QUICK = Scale(10, 16, 150)
 
 
@@ -119,8 +119,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"{results['kills']} kills with seed {results['seed']} ({killed}), while {NUM_CLIENTS} clients read streams of "
         f"up to {results['scale']['tokens']} tokens from a tiny random model in float32. There are two replicas of "
         "everything but the gateway, on two machines (Ray nodes) of one computer. The next kill comes some seconds "
-        "after all processes are there again, though some may still load their models. Every text is compared with "
-        "the one that the same request had before anything was killed.\n\n"
+        "after half of the processes of every kind are there again, though they may still load their models. Every "
+        "text is compared with the one that the same request had before anything was killed.\n\n"
         f"{table(['what became of a stream', 'streams'], rows)}\n\n"
         "Repeat with `python -m benchmarks.chaos --parts kills`."
     )

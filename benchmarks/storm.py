@@ -57,7 +57,7 @@ class Storm:
     def rage(self, until: Callable[[], bool], pause_s: float, limit: int) -> None:
         """Strike again and again, with pauses around `pause_s`, until told or until there were `limit` kills.
 
-        As many processes as in the beginning have to be there again before the next pause, though they may still load
+        Half of the processes of every kind have to be there again before the next pause, though they may still load
         their models: where nothing is up, no stream is open that could be harmed.
         """
         while not until() and self.num_kills < limit:
@@ -68,8 +68,12 @@ class Storm:
 
     def _recover(self, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + RECOVERY_S
-        while self._whole - _alive() and not until() and time.monotonic() < deadline:
+        while not self._is_half_there() and not until() and time.monotonic() < deadline:
             time.sleep(POLL_S)
+
+    def _is_half_there(self) -> bool:
+        alive = _alive()
+        return all(2 * alive[kind] >= count for kind, count in self._whole.items())
 
     def _kill(self, title: str) -> bool:
         alive = processes(title)
