@@ -73,6 +73,7 @@ class Load:
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
     cpu_s: float = 0.0  # of the clients' process
+    began: float = 0.0  # time.perf_counter(), which is one clock for all processes of a machine
 
     @property
     def num_tokens(self) -> int:
@@ -189,7 +190,7 @@ def _timed(load: Callable[[aiohttp.ClientSession, Clock], Any]) -> Load:
         connector = aiohttp.TCPConnector(limit=0)  # or clients would wait for each other
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
             outcomes = await load(session, lambda: time.perf_counter() - began)
-        return Load(outcomes, time.perf_counter() - began, time.process_time() - cpu_began)
+        return Load(outcomes, time.perf_counter() - began, time.process_time() - cpu_began, began)
 
     return asyncio.run(run())
 

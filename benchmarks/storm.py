@@ -35,7 +35,7 @@ class Storm:
     machines: Any
     cpus_per_machine: float
     seed: int = 0
-    kills: Counter[str] = field(default_factory=Counter)
+    strikes: list[tuple[float, str]] = field(default_factory=list)  # time.perf_counter() and what died
 
     def __post_init__(self) -> None:
         self._source = random.Random(self.seed)
@@ -43,15 +43,21 @@ class Storm:
 
     @property
     def num_kills(self) -> int:
-        return self.kills.total()
+        return len(self.strikes)
+
+    @property
+    def kills(self) -> Counter[str]:
+        """How many of every kind."""
+        return Counter(kind for _, kind in self.strikes)
 
     def strike(self) -> str | None:
         """Kill something; what it was, or None where nothing of the chosen kind was alive."""
         kind = self._source.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        now = time.perf_counter()
         is_killed = self._lose_machine() if kind == MACHINE else self._kill(TITLES[kind])
         if not is_killed:
             return None
-        self.kills[kind] += 1
+        self.strikes.append((now, kind))
         return kind
 
     def rage(self, until: Callable[[], bool], pause_s: float, limit: int) -> None:

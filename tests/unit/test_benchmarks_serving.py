@@ -237,7 +237,7 @@ def test_one_misled_client_is_enough() -> None:
 
 def test_conclusions_count_every_stream_once() -> None:
     outcomes = [WHOLE, WHOLE, CUT, replace(CUT, broken="reset"), Outcome(0, 0.0, status=503)]
-    results = kills.conclude(outcomes, [TEXT], {"base replica": 2, MACHINE: 1})
+    results = kills.conclude(outcomes, [TEXT], {"base replica": 2, MACHINE: 1}, unexplained=0)
     assert (results["kills"], results["streams_opened"], results["turned_away"]) == (3, 4, 1)
     assert (results["silent_truncations"], results["broken_connections"], results["wrong_tokens"]) == (1, 1, 0)
     assert sum(results["verdicts"].values()) == len(outcomes)
@@ -271,6 +271,17 @@ class Machines:
 
     def add_node(self, num_cpus: float) -> None:
         self.num_new += 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "num"),
+    [("gateway", 101, 0), ("proxy", 90, 0), (MACHINE, 102.9, 0), ("base replica", 102, 1), ("gateway", 104, 1)],
+)
+def test_a_connection_breaks_because_of_who_held_it(kind: str, at: float, num: int) -> None:
+    broken = replace(CUT, broken="reset", ended=3.0)
+    load = Load([broken, WHOLE, replace(broken, status=None)], began=100.0)
+    assert kills.num_unexplained(load, [(1.0, "gateway"), (at, kind)]) == num
+    assert not kills.conclude([broken], [TEXT], {}, unexplained=1)["is_kept"]
 
 
 def test_a_seed_decides_who_dies_and_every_kind_does(monkeypatch: pytest.MonkeyPatch) -> None:
