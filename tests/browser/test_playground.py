@@ -100,6 +100,20 @@ def test_every_control_has_a_name_and_every_id_is_its_own(play):
     assert len(ids) == len(set(ids))
 
 
+def test_what_was_typed_before_the_objectives_came_stays(open_page, tiny_url):
+    page = open_page(tiny_url)
+    limit = page.get_by_label("Max. tokens")
+    expect(limit).not_to_have_value("64")  # which is the page's own
+    held = []
+    page.route("**/v1/objectives", lambda route: held.append(route))
+    with page.expect_request("**/v1/objectives"):
+        page.reload()
+    limit.fill("12")
+    held[0].continue_()
+    expect(page.get_by_role("slider", name="brief")).to_be_visible()
+    expect(limit).to_have_value("12")
+
+
 def test_works_without_objectives(play):
     page = play(script(objectives=()))
     expect(page.get_by_text("This server has no trained objectives.")).to_be_visible()
