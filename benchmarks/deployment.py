@@ -27,9 +27,6 @@ class Deployment:
 @contextmanager
 def deployment(tokens: int) -> Iterator[Deployment]:
     """The service until the end of the block; `tokens`: the longest answer."""
-    from benchmarks.service import give_threads
-
-    give_threads(1)
     with tempfile.TemporaryDirectory(prefix="mavis-chaos-") as folder:
         config = tiny_service(Path(folder), tokens)
         with machines() as cluster, served_on(cluster, config) as url:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,6 @@ from pathlib import Path
 import psutil
 
 from mavis_dist.config import Config
-
-ENGINE_THREADS = "OMP_NUM_THREADS"
 
 
 def served(config: Config, run: Path, **settings: object) -> Config:
@@ -33,14 +30,6 @@ def service(config: Config) -> Iterator[str]:
         yield deploy(config)
     finally:
         undeploy()
-
-
-def give_threads(num_threads: int) -> None:
-    """To replicas as to this process: Ray would give one to a replica that reserves less than a core."""
-    import torch
-
-    os.environ.setdefault(ENGINE_THREADS, str(num_threads))
-    torch.set_num_threads(int(os.environ[ENGINE_THREADS]))
 
 
 def processes(title: str = "") -> list[psutil.Process]:

@@ -73,7 +73,7 @@ class Measured:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command.run("serving", "Measure the service.", "three minutes instead of fifteen", (QUICK, FULL), measure, argv)
+    command.run("serving", "Measure the service.", "three minutes instead of twelve", (QUICK, FULL), measure, argv)
 
 
 def measure(run: Path, scale: Scale) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -94,9 +94,9 @@ def without_distilled(run: Path) -> Iterator[Path]:
     published = values.published(store)
     with tempfile.TemporaryDirectory(prefix="mavis-") as folder:
         copy = Path(folder) / run.name
-        for name in [name for name in config.objectives if name in published][:2]:
+        for name in _two(config, published):
             shutil.copytree(run / values.folder(name, published[name]), copy / values.folder(name, published[name]))
-            values.publish_distilled(Store(folder, run.name), name, published[name], None)
+            values.publish(Store(folder, run.name), name, published[name])
         yield copy
 
 
@@ -105,7 +105,7 @@ def load(run: Path) -> Workload:
     config, store = open_run(run)
     published = values.published(store)
     base = load_base(config.base.model, DTYPE)
-    objectives = tuple(name for name in config.objectives if name in published)[:2]
+    objectives = _two(config, published)
     models = {}
     for copy in ("", "_again"):
         for name in objectives:
@@ -113,6 +113,11 @@ def load(run: Path) -> Workload:
             card.check(base.fingerprint, base.tokenizer_fingerprint)
             models[name + copy] = model
     return Workload(config, base, objectives, models, _evaluation_prompts(config, base), _students(store, objectives))
+
+
+def _two(config: Config, published: Collection[str]) -> tuple[str, ...]:
+    """The first two objectives of the config that have a value model."""
+    return tuple(name for name in config.objectives if name in published)[:2]
 
 
 def _students(store: Store, objectives: Sequence[str]) -> dict[str, tuple[Student, int]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from mavis_dist.config import Config
 from mavis_dist.evaluate import gate
-from mavis_dist.evaluate.report import ModelFacts, StageFacts, render
+from mavis_dist.evaluate.facts import ModelFacts, StageFacts
+from mavis_dist.evaluate.report import render
 from mavis_dist.evaluate.sweep import Sweep
 from mavis_dist.store import values
 from mavis_dist.store.files import Store, StoreError

@@ -6,91 +6,19 @@ and prompts from anywhere, so every text is escaped; besides, a content policy i
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
-from itertools import combinations
 from typing import Any
 
 import jinja2
 import matplotlib
-import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
-from mavis_dist.evaluate.sweep import Estimate, PointResult, Sweep
+from mavis_dist.evaluate.facts import ModelFacts, StageFacts
+from mavis_dist.evaluate.plots import NUM_SERIES, RC, alone, gain_per_nat, learning, series, smooth, steered, trade_offs
+from mavis_dist.evaluate.sweep import Sweep
+from mavis_dist.evaluate.words import bounds, duration, number, plain, signed, verdict
 
 NUM_EXAMPLES = 6
-CURVE_POINTS = 200
-NUM_SERIES = 6
-
-# Matplotlib wants fixed colours, the page has two themes: each of these stands for a CSS variable, put in by _svg.
-INK, MUTED, GRID, PAPER, MIX = (f"#0000{index:02x}" for index in range(1, 6))
-SERIES = tuple(f"#0001{index:02x}" for index in range(NUM_SERIES))
-THEME = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "card", MIX: "mix"} | {
-    colour: f"s{index}" for index, colour in enumerate(SERIES)
-}
-RC: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "text.parse_math": False,
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "figure.facecolor": "none",
-    "legend.frameon": False,
-}
-DASHES = ("-", "--", ":", "-.")
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """One trained value model."""
-
-    objective: str
-    iteration: int
-    explained_variance: float | None  # of the rewards of held-out trees, 1 is perfect; None without any
-    losses: list[float]  # training loss per optimiser step, sd^2
-    reward: str  # what the objective rewards, in words
-    gate: str = ""  # whether it took the place of the iteration before it, and why
-
-
-@dataclass(frozen=True)
-class StageFacts:
-    """One stage of the run."""
-
-    name: str
-    seconds: float | None  # None when it was not timed
-    detail: str
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One picture with its words; `alt` says what the picture shows to those who cannot see it."""
-
-    title: str
-    caption: str
-    alt: str
-    svg: Markup
 
 
 def render(
@@ -111,17 +39,17 @@ def render(
     """
     objectives = list(sweep.points[0].gain)
     with matplotlib.rc_context(RC):
-        plots = [*_trade_offs(sweep, objectives), *_gain_per_nat(sweep, objectives)]
-        losses = [plot for index, name in enumerate(objectives) for plot in _losses(name, _series(index), models)]
+        plots = [*trade_offs(sweep, objectives), *gain_per_nat(sweep, objectives)]
+        losses = [plot for index, name in enumerate(objectives) for plot in learning(name, series(index), models)]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        signed=_signed, number=_number, bounds=_bounds, verdict=_verdict, duration=_duration, plain=_plain
+        signed=signed, number=number, bounds=bounds, verdict=verdict, duration=duration, plain=plain
     )
     colours = {name: f"var(--s{index % NUM_SERIES})" for index, name in enumerate(objectives)}
-    corners = {name: point for point in sweep.points if (name := _alone(point))}
-    base = [(point.name, "var(--mix)") for point in sweep.points if not _steered(point)]
+    corners = {name: point for point in sweep.points if (name := alone(point))}
+    base = [(point.name, "var(--mix)") for point in sweep.points if not steered(point)]
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
         run=run,
@@ -132,306 +60,10 @@ def render(
         shown=base + [(point.name, colours[name]) for name, point in corners.items()],
         examples=sweep.examples[:NUM_EXAMPLES],
         plots=plots,
-        models=[(model, _smooth(model.losses)[1]) for model in models],
+        models=[(model, smooth(model.losses)[1]) for model in models],
         losses=losses,
         stages=stages,
         longest=max((stage.seconds or 0 for stage in stages), default=0),
         total=sum(stage.seconds or 0 for stage in stages),
         settings=settings,
     )
-
-
-# Points and what they are
-
-
-def _steered(point: PointResult) -> dict[str, float]:
-    """The weights that do something."""
-    return {name: weight for name, weight in point.weights.items() if weight > 0}
-
-
-def _alone(point: PointResult) -> str | None:
-    """The objective that this point asks for alone, if it is such a corner."""
-    names = list(_steered(point))
-    return names[0] if len(names) == 1 else None
-
-
-# Plots
-
-
-def _trade_offs(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
-    """Rewards against each other for every pair of objectives; with one objective, its gain."""
-    if len(objectives) == 1:
-        return [_gain_bars(sweep, objectives[0])]
-    return [_front(sweep, objectives, first, second) for first, second in combinations(objectives, 2)]
-
-
-def _front(sweep: Sweep, objectives: Sequence[str], first: str, second: str) -> Plot:
-    """Mean reward of two objectives, one marker per point."""
-    figure, axes = _canvas(f"mean reward: {first}, sd", f"mean reward: {second}, sd")
-    axes.margins(0.16)
-    between = [point for point in sweep.points if _steered(point) and _steered(point).keys() <= {first, second}]
-    between.sort(key=lambda point: point.weights.get(second, 0.0))
-    axes.plot(
-        [point.reward[first].mean for point in between],
-        [point.reward[second].mean for point in between],
-        color=MIX,
-        linewidth=1.2,
-        alpha=0.5,
-        zorder=2,
-    )
-    labels = []
-    for point in sweep.points:
-        x, y = point.reward[first], point.reward[second]
-        corner = _alone(point)
-        colour = _series(objectives.index(corner)) if corner else MIX
-        if not _steered(point):
-            colour = INK
-            axes.axvline(x.mean, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
-            axes.axhline(y.mean, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
-        axes.hlines(y.mean, x.low, x.high, color=colour, linewidth=1.4, alpha=0.45, zorder=3)
-        axes.vlines(x.mean, y.low, y.high, color=colour, linewidth=1.4, alpha=0.45, zorder=3)
-        marker, size = ("D", 7.5) if not _steered(point) else ("o", 9)
-        axes.plot(x.mean, y.mean, marker, markersize=size, color=colour, markeredgecolor=PAPER, zorder=4)
-        labels.append((x.mean, y.mean, point.name, colour))
-    _label(axes, labels)
-    spots = "; ".join(
-        f"{point.name} {_signed(point.reward[first].mean)}, {_signed(point.reward[second].mean)}"
-        for point in sweep.points
-    )
-    return Plot(
-        title=f"The front: {first} against {second}",
-        caption="Each marker is one setting of the weights; further right and further up is better. The diamond is the "
-        "base model, dotted lines pass through it, bars are 95 % intervals.",
-        alt=f"Scatter plot of the mean reward of {first} and of {second}, in sd. {spots}.",
-        svg=_svg(figure, f"front-{objectives.index(first)}-{objectives.index(second)}"),
-    )
-
-
-def _gain_bars(sweep: Sweep, name: str) -> Plot:
-    """Gain of the only objective, one bar per point."""
-    figure, axes = _canvas(f"gain in {name}, sd", "")
-    axes.grid(False, axis="y")
-    axes.axvline(0, color=MUTED, linewidth=1)
-    for row, point in enumerate(sweep.points):
-        gain = point.gain[name]
-        axes.barh(row, gain.mean, height=0.5, color=_series(0) if _steered(point) else INK)
-        axes.hlines(row, gain.low, gain.high, color=INK, linewidth=2)
-    axes.set_yticks(range(len(sweep.points)), [_folded(point.name) for point in sweep.points], color=INK)
-    axes.set_ylim(len(sweep.points) - 0.4, -0.6)
-    bars = "; ".join(f"{point.name} {_signed(point.gain[name].mean)}" for point in sweep.points)
-    return Plot(
-        title=f"The gain in {name}",
-        caption="How much better the answers score than the base model's answers to the same prompts; "
-        "lines are 95 % intervals.",
-        alt=f"Bars of the gain in {name}, in sd. {bars}.",
-        svg=_svg(figure, "gain"),
-    )
-
-
-def _gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
-    """Gain against divergence; nothing where the divergence is undefined (greedy decoding)."""
-    points = [point for point in sweep.points if math.isfinite(point.divergence)]
-    if not any(_steered(point) for point in points):
-        return []
-    figure, axes = _canvas("KL divergence from the base model, nats per answer", "gain, sd")
-    axes.margins(0.12)
-    axes.axhline(0, color=MUTED, linewidth=1)
-    for index, name in enumerate(objectives):
-        colour = _series(index)
-        for point in points:
-            gain, weight = point.gain[name], point.weights.get(name, 0.0)
-            axes.vlines(point.divergence, gain.low, gain.high, color=colour, linewidth=1.4, alpha=0.45, zorder=3)
-            axes.plot(
-                point.divergence,
-                gain.mean,
-                "o",
-                markersize=5 + 6 * math.sqrt(max(weight, 0.0) / max(sum(point.weights.values()), 1e-9)),
-                color=colour,
-                markeredgecolor=PAPER,
-                zorder=4,
-            )
-        axes.plot([], [], "o", color=colour, label=name)
-    figure.legend(loc="outside upper center", ncols=3, handletextpad=0.2)
-    # Mixtures stay without labels: they would hide each other, and the sizes of their markers say what they are.
-    corners = [(point, corner) for point in points if (corner := _alone(point))]
-    _label(
-        axes,
-        [(point.divergence, 0.0, point.name, INK) for point in points if not _steered(point)]
-        + [(p.divergence, p.gain[name].mean, p.name, _series(objectives.index(name))) for p, name in corners],
-        [(point.divergence, gain.mean) for point in points for gain in point.gain.values()],
-    )
-    spots = "; ".join(
-        f"{point.name}: {_number(point.divergence)} nats, "
-        + ", ".join(f"{name} {_signed(gain.mean)}" for name, gain in point.gain.items())
-        for point in points
-    )
-    return [
-        Plot(
-            title="Gain per nat",
-            caption="What a gain costs: further right, the wording is further from the base model's. The larger the "
-            "marker, the greater the weight of that objective.",
-            alt=f"Scatter plot of the gain of each objective, in sd, against KL divergence, in nats. {spots}.",
-            svg=_svg(figure, "nats"),
-        )
-    ]
-
-
-def _losses(objective: str, colour: str, models: Sequence[ModelFacts]) -> list[Plot]:
-    """Training curves of one objective, one per iteration; nothing without any."""
-    trained = [model for model in models if model.objective == objective and model.losses]
-    if not trained:
-        return []
-    figure, axes = _canvas("optimiser step", "training loss, sd²")
-    words = []
-    for order, model in enumerate(trained):
-        steps, curve = _smooth(model.losses)
-        style = DASHES[order % len(DASHES)]
-        axes.plot(
-            steps,
-            curve,
-            style if len(curve) > 1 else "o",
-            color=colour,
-            linewidth=2,
-            label=f"iteration {model.iteration}, {_explained(model)}",
-        )
-        words.append(f"iteration {model.iteration} from {curve[0]:.3g} to {curve[-1]:.3g}, {_explained(model)}")
-    axes.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", handlelength=3)
-    return [
-        Plot(
-            title=f"Learning {objective}",
-            caption="How far the value model's predictions were from the rewards while it learned; lower is better.",
-            alt=f"Training loss of {objective} over the steps: {'; '.join(words)}.",
-            svg=_svg(figure, f"loss-{THEME[colour]}-{objective}"),
-        )
-    ]
-
-
-def _explained(model: ModelFacts) -> str:
-    if model.explained_variance is None:
-        return "no validation"
-    return f"explained variance {_number(model.explained_variance)}"
-
-
-def _smooth(losses: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Running mean over a twelfth of the steps, thinned to CURVE_POINTS: (steps, losses)."""
-    if not losses:
-        return [], []
-    window = max(1, len(losses) // 12)
-    curve = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-    kept = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), CURVE_POINTS)).round().astype(int))
-    return [float(step) for step in kept + (window + 1) / 2], [float(loss) for loss in curve[kept]]
-
-
-def _series(index: int) -> str:
-    return SERIES[index % NUM_SERIES]
-
-
-def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    # Narrow, so that text stays readable where the page is as wide as a phone.
-    figure = Figure(figsize=(5, 3.9), dpi=72, layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    axes.tick_params(length=0)
-    return figure, axes
-
-
-def _folded(name: str) -> str:
-    return name.replace(" + ", "\n+ ")
-
-
-def _label(
-    axes: Axes, labels: Sequence[tuple[float, float, str, str]], others: Sequence[tuple[float, float]] = ()
-) -> None:
-    """Write each (x, y, text, colour) beside its marker, where it hides the least of markers, labels and edges."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    # Where a label lies is known only once the layout is; Agg measures it without drawing.
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw_without_rendering()
-    markers = axes.transData.transform([(x, y) for x, y, *_ in labels] + list(others))
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in markers]
-    inside = axes.get_window_extent(renderer)
-
-    def hidden(box: Bbox) -> float:
-        cut = Bbox.intersection(box, inside)
-        outside = box.width * box.height - (cut.width * cut.height if cut else 0.0)
-        overlaps = (Bbox.intersection(box, other) for other in taken)
-        return 3 * outside + sum(overlap.width * overlap.height for overlap in overlaps if overlap)
-
-    places = [
-        (dx * reach, dy * reach)
-        for reach in (8, 16, 28)
-        for dx, dy in ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1.2), (0, -1.2), (1.2, 0), (-1.2, 0))
-    ]
-    for x, y, text, colour in labels:
-        note = axes.annotate(
-            _folded(text), (x, y), xytext=places[0], textcoords="offset points", color=colour, fontsize=9, zorder=5
-        )
-        note.set_in_layout(False)
-        costs = []
-        for dx, dy in places:
-            _place(note, dx, dy)
-            costs.append(hidden(note.get_window_extent(renderer)))
-        _place(note, *places[int(np.argmin(costs))])
-        taken.append(note.get_window_extent(renderer))
-
-
-def _place(note: Any, dx: float, dy: float) -> None:
-    note.set(
-        position=(dx, dy),
-        horizontalalignment="left" if dx > 0 else "right" if dx < 0 else "center",
-        verticalalignment="bottom" if dy > 0 else "top" if dy < 0 else "center",
-    )
-
-
-def _svg(figure: Figure, name: str) -> Markup:
-    """The figure as an SVG element in the colours of the theme; `name` keeps its ids apart from those of others."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    prefix = re.sub(r"[^\w-]", "", name)
-    text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{prefix}-", text)
-    for colour, variable in THEME.items():
-        text = text.replace(colour, f"var(--{variable})")
-    # Matplotlib escapes the labels; everything else in here is its own.
-    return Markup(text)
-
-
-# Words for numbers
-
-
-def _number(value: float, digits: int = 2) -> str:
-    """Fixed digits with a real minus sign; a dash for what is undefined."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
-
-
-def _signed(value: float) -> str:
-    text = _number(value)
-    return text if text[0] in "−–" else f"+{text}"
-
-
-def _bounds(estimate: Estimate) -> str:
-    return f"[{_signed(estimate.low)}, {_signed(estimate.high)}]"
-
-
-def _verdict(estimate: Estimate) -> str:
-    """Whether the interval leaves zero on one side."""
-    return "up" if estimate.low > 0 else "down" if estimate.high < 0 else ""
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

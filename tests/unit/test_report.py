@@ -10,8 +10,11 @@ from html.parser import HTMLParser
 import matplotlib
 import pytest
 
-from mavis_dist.evaluate.report import ModelFacts, StageFacts, _duration, _smooth, render
+from mavis_dist.evaluate.facts import ModelFacts, StageFacts
+from mavis_dist.evaluate.plots import smooth
+from mavis_dist.evaluate.report import render
 from mavis_dist.evaluate.sweep import Estimate, PointResult, Sweep, grid
+from mavis_dist.evaluate.words import duration
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x onerror=alert(1)> & \"quoted\" {{ 7 * 7 }} \u202e"
 NAMES = ["positive", "brief", "relevant"]
@@ -248,9 +251,9 @@ def test_settings_of_matplotlib_are_left_as_they_were():
 
 
 def test_smoothing_keeps_the_level_and_the_last_steps():
-    assert _smooth([]) == ([], [])
-    assert _smooth([2.0]) == ([1.0], [2.0])
-    steps, curve = _smooth([1.0] * 5000)
+    assert smooth([]) == ([], [])
+    assert smooth([2.0]) == ([1.0], [2.0])
+    steps, curve = smooth([1.0] * 5000)
     assert len(steps) == len(curve) == 200
     assert curve == pytest.approx([1.0] * 200)
     assert steps[0] == pytest.approx(208.5)  # the middle of the first 416 steps, counted from 1
@@ -262,4 +265,4 @@ def test_smoothing_keeps_the_level_and_the_last_steps():
     [(None, "–"), (4.21, "4.2 s"), (60.0, "1 min 00 s"), (3599.9, "1 h 00 min"), (7500, "2 h 05 min")],
 )
 def test_durations(seconds, text):
-    assert _duration(seconds) == text
+    assert duration(seconds) == text
