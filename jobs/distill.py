@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jobs import arguments
+from mavis_dist.actors import start_progress_actor
 from mavis_dist.config import Config
+from mavis_dist.progress import say
+from mavis_dist.store import layout
 
 COLUMNS = {
     "teacher EV": "teacher_explained_variance",
@@ -28,25 +31,26 @@ def main() -> None:
 def run(config: Config) -> None:
     from mavis_dist import cluster
     from mavis_dist.prompts import held_out, load_prompts
-    from mavis_dist.run import check_same_run
+    from mavis_dist.run_state import check_same_run
     from mavis_dist.store import values
     from mavis_dist.store.files import Store
-    from mavis_dist.train import course, parallel
+    from mavis_dist.train import launch
+    from mavis_dist.train.distill import job
 
     check_same_run(Store(config.storage, config.run), config)
     prompts, _ = load_prompts(config.prompts, config.seed)
-    plan = course.plan(config, frozenset(prompt.id for prompt in held_out(config.prompts, prompts)))
-    folder = values.distilled_folder(plan.name)
-    if plan.store.facts(folder) is None:
+    plan = job.plan_job(config, frozenset(prompt.id for prompt in held_out(config.prompts, prompts)))
+    folder = layout.distilled_folder(plan.name)
+    if plan.store.metadata(folder) is None:
         cluster.connect()
         with cluster.stop_on_signals():
-            parallel.distill(plan, cluster.make_board())
+            launch.distill(plan, start_progress_actor())
     else:
-        cluster.say("distill", f"{folder} finished before, skipped")
+        say("distill", f"{folder} finished before, skipped")
     served = plan.name if config.distill.publish else None
     for teacher in plan.teachers:
         values.publish_distilled(plan.store, teacher.objective, teacher.iteration, served)
-    facts = plan.store.facts(folder)
+    facts = plan.store.metadata(folder)
     assert facts is not None
     print(f"{table(facts['figures'])}\n{plan.store.root}/{folder}")
 

@@ -1,8 +1,8 @@
-"""API keys of the HTTP service: make, list, remove.
+"""API api_keys of the HTTP service: make, list, remove.
 
-    python -m jobs.keys add NAME --file keys.json
-    python -m jobs.keys list --file keys.json
-    python -m jobs.keys remove NAME --file keys.json
+    python -m jobs.keys add NAME --file api_keys.json
+    python -m jobs.keys list --file api_keys.json
+    python -m jobs.keys remove NAME --file api_keys.json
 
 A key is printed once; the file holds its hash. A running service sees the change within seconds.
 """
@@ -17,26 +17,28 @@ from jobs import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m jobs.keys", description="Make, list and remove API keys.")
+    parser = argparse.ArgumentParser(prog="python -m jobs.keys", description="Make, list and remove API api_keys.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="add | list | remove")
     for action, purpose in (("add", "make a key and print it once"), ("remove", "forget a key"), ("list", "names")):
         command = actions.add_parser(action, help=purpose)
         if action != "list":
             command.add_argument("name", help="whose key it is")
-        command.add_argument("--file", type=Path, default=Path("keys.json"), help="the key file (default: keys.json)")
+        command.add_argument(
+            "--file", type=Path, default=Path("keys.json"), help="the key file (default: api_keys.json)"
+        )
     given = parser.parse_args(argv)
     arguments.refusing(lambda: run(given.action, given.file, getattr(given, "name", "")))
 
 
 def run(action: str, file: Path, name: str) -> None:
-    from serve import keys
+    from serve.gateway import api_keys
 
     if action == "add":
-        print(keys.add(file, name))
+        print(api_keys.add(file, name))
     elif action == "remove":
-        keys.remove(file, name)
+        api_keys.remove(file, name)
     else:
-        print("\n".join(sorted(keys.read(file))))
+        print("\n".join(sorted(api_keys.read(file))))
 
 
 if __name__ == "__main__":

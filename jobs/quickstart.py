@@ -26,9 +26,9 @@ def main() -> None:
 
 def run(config: Config) -> None:
     from mavis_dist import cluster, pipeline
-    from mavis_dist.evaluate.collect import REPORT_FILE
     from mavis_dist.evaluate.sweep import table
     from mavis_dist.plan import check_serving
+    from mavis_dist.store import layout
     from mavis_dist.store.files import Store
     from serve.app import deploy, undeploy
 
@@ -50,7 +50,7 @@ def run(config: Config) -> None:
     print(side_by_side([_describe(w) for w in weights], answers))
     root = Store(config.storage, config.run).root
     print(
-        f"\nreport: {root}/{REPORT_FILE}\n\nnext:\n"
+        f"\nreport: {root}/{layout.REPORT_FILE}\n\nnext:\n"
         f"  make serve                       keep the endpoint running, then ask it with curl\n"
         f"  make quickstart CONFIG=my.yaml   your own objectives, prompts or model (see README)\n"
         f"  make test                        check this machine"

@@ -11,21 +11,34 @@ from collections.abc import Sequence
 
 from mavis_dist import cluster
 from mavis_dist import config as config_module
-from mavis_dist.cluster import say
+from mavis_dist.actors import map_tasks
 from mavis_dist.config import Config
 from mavis_dist.evaluate import gate
 from mavis_dist.evaluate import sweep as sweeping
 from mavis_dist.evaluate.collect import write_report
 from mavis_dist.evaluate.sweep import Sweep
+from mavis_dist.progress import Meter, say
 from mavis_dist.prompts import held_out
 from mavis_dist.rollout.labels import label_shards
-from mavis_dist.rollout.worker import Ask, Grow
-from mavis_dist.run import Run, answer_params, ask, current, finished, open_run, scale_of, score_all, timed, work
-from mavis_dist.store import values
+from mavis_dist.rollout.worker import Ask, Grow, Grown
+from mavis_dist.run_state import (
+    RunState,
+    answer_params,
+    ask,
+    current,
+    finished,
+    open_run,
+    scale_of,
+    score_all,
+    timed,
+    work,
+)
+from mavis_dist.store import layout, values
+from mavis_dist.store.layout import label_folder, rollout_folder
+from mavis_dist.store.shards import shard_names
 from mavis_dist.store.tree_folder import TreeFolder
-from mavis_dist.train.data import label_folder, rollout_folder, shard_names
 from mavis_dist.train.fit import Fit
-from mavis_dist.train.parallel import fit_all
+from mavis_dist.train.launch import fit_all
 from mavis_dist.types import Policy
 
 
@@ -46,7 +59,7 @@ def run(config: Config) -> Sweep:
                 compare(state, iteration)
             sweep = evaluate(state)
     finally:
-        state.rest()
+        state.release_workers()
     publish(state)
     page = write_report(state.store, config, config_module.flatten(config), sweep)
     say("report", page)
@@ -58,7 +71,7 @@ def policies_of(config: Config, iteration: int) -> list[Policy]:
     return [Policy()] if iteration == 0 else [Policy(name, iteration) for name in config.objectives]
 
 
-def grow(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
+def grow(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
     """Trees of every policy on all training prompts, in the order in which they are complete."""
     stage, size = f"rollouts i{iteration}", state.config.rollout.prompts_per_shard
     prompts = {prompt.id: prompt for prompt in state.train}
@@ -73,18 +86,19 @@ def grow(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
     models = {p.objective: current(state, p.objective, iteration) for p in folders if p.objective}
     num_trees, grown, num_tokens = sum(map(len, batches)), set(), 0
     with timed(state, stage, f"{num_trees} trees", bool(batches)):
-        meter, started = cluster.Meter(stage, "trees"), time.monotonic()
-        for policy, tree in work(state, stage, batches, models):
-            folders[policy].add(tree)
-            grown.add((policy, tree.prompt_id))
-            num_tokens += len(tree.tokens)
+        meter, started = Meter(stage, "trees"), time.monotonic()
+        for result in work(state, stage, batches, models):
+            assert isinstance(result, Grown)
+            folders[result.policy].add(result.tree)
+            grown.add((result.policy, result.tree.prompt_id))
+            num_tokens += len(result.tree.tokens)
             speed = f"{num_tokens / (time.monotonic() - started):.0f} tokens/s"
             meter.show(len(grown), num_trees, speed, final=len(grown) == num_trees)
     for folder in folders.values():
         folder.finish()
 
 
-def label(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
+def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
     """Rewards of all leaves: every objective scores the base model's trees, and the trees of its own policy."""
     stage = f"labels i{iteration}"
     pairs = [
@@ -98,14 +112,14 @@ def label(state: Run, iteration: int, policies: Sequence[Policy]) -> None:
         tasks.append((state.config, name, state.train, shards))
     if not tasks:
         return
-    state.rest()  # labels need the cores that the writing actors hold
+    state.release_workers()  # labels need the cores that the writing actors hold
     with timed(state, stage, f"{len(tasks)} sets of leaves"):
-        counts = cluster.map_tasks(label_shards, tasks, stage, "sets of leaves")
+        counts = map_tasks(label_shards, tasks, stage, "sets of leaves")
     for (policy, name), count in zip(todo, counts, strict=True):
         state.store.finish(label_folder(policy, name), {"leaves": count})
 
 
-def fit(state: Run, iteration: int) -> None:
+def fit(state: RunState, iteration: int) -> None:
     """One value model per objective, all objectives at the same time."""
     stage = f"train i{iteration}"
     fits = [
@@ -117,19 +131,19 @@ def fit(state: Run, iteration: int) -> None:
             state.validation_ids,
         )
         for name in state.config.objectives
-        if not finished(state, values.folder(name, iteration), stage)
+        if not finished(state, layout.value_folder(name, iteration), stage)
     ]
     if not fits:
         return
-    state.rest()
+    state.release_workers()
     with timed(state, stage, f"{len(fits)} value models, {state.plan.fits_at_once} at a time"):
-        fit_all(fits, state.config, state.plan.fits_at_once, state.board)
+        fit_all(fits, state.config, state.plan.fits_at_once, state.progress)
 
 
-def compare(state: Run, iteration: int) -> None:
+def compare(state: RunState, iteration: int) -> None:
     """Soft value of every new policy on the validation prompts, and whether it takes the place of the current one."""
     stage, config = f"gate i{iteration}", state.config
-    names = [name for name in config.objectives if not finished(state, gate.folder(name, iteration), stage)]
+    names = [name for name in config.objectives if not finished(state, layout.gate_folder(name, iteration), stage)]
     prompts = held_out(config.prompts, state.train)
     params = answer_params(config, config.gate.samples)
     steer, groups = config.steer, []
@@ -146,14 +160,14 @@ def compare(state: Run, iteration: int) -> None:
         say(stage, f"{name} iteration {iteration} {decision.verdict()}")
 
 
-def evaluate(state: Run) -> Sweep:
+def evaluate(state: RunState) -> Sweep:
     """Answers to unseen prompts under every weight of the grid, with the current value models."""
-    config, folder, stage = state.config, "eval/sweep", "evaluate"
+    config, folder, stage = state.config, layout.SWEEP_FOLDER, "evaluate"
     newest = {name: current(state, name, config.iterations) for name in config.objectives}
     inputs = {"values": newest, "evaluate": config.evaluate.model_dump(mode="json")}
-    if state.store.facts(folder) == inputs:
+    if state.store.metadata(folder) == inputs:
         say(stage, "finished before, skipped")
-        return sweeping.sweep_from_json(state.store.read_json(f"{folder}/sweep.json"))
+        return sweeping.sweep_from_json(state.store.read_json(layout.SWEEP_FILE))
 
     points = sweeping.grid(list(config.objectives), config.evaluate.grid)
     params = answer_params(config, config.evaluate.samples)
@@ -172,12 +186,12 @@ def evaluate(state: Run) -> Sweep:
     }
     scales = {name: scale_of(state, name) for name in config.objectives}
     result = sweeping.summarise(points, answers, scores, scales, state.evaluation, config.steer.beta)
-    state.store.write_json(f"{folder}/sweep.json", result.to_json())
+    state.store.write_json(layout.SWEEP_FILE, result.to_json())
     state.store.finish(folder, inputs)
     return result
 
 
-def publish(state: Run) -> None:
+def publish(state: RunState) -> None:
     """Make the current value models the ones that are served."""
     for name in state.config.objectives:
         values.publish(state.store, name, current(state, name, state.config.iterations))

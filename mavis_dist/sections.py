@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from mavis_dist.types import NEUTRAL_SYSTEM, TILT_CAP
 
+# Largest values that a request may ever have; a service may be set to less.
+MAX_N = 128
+MAX_PREFERENCES = 64
+
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BASE_POLICY = "base"
+R2_KEY = "explained_variance"  # what stored cards and metrics and the HTTP API call R²
 NEUTRAL_SYSTEM = "You are a helpful assistant."  # for conversations that bring no system text
 
 # Upper bound of one token's tilt, in nats. At 3 the next-token distribution differs from the unbounded one by less than

@@ -19,16 +19,16 @@ from mavis_dist.plan import check_serving
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
-from serve.base import Base
-from serve.gateway import Gateway, open_keys
-from serve.handles import value_application
+from serve.base.replica import Base
+from serve.gateway.replica import Gateway, open_keys
+from serve.ray_handles import value_application
 from serve.scaling import is_fixed, replica_options
 from serve.settings import Arguments, MainArgs, ValueArgs, main_args, value_args
-from serve.value import Value
+from serve.value.replica import Value
 
 MAIN = "main"
 DRAIN_MARGIN_S = 30
-BASE_ROUTER = "serve.routing.AnotherReplicaRouter"
+BASE_ROUTER = "serve.router.AnotherReplicaRouter"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 

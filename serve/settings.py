@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mavis_dist.config import Config
-from mavis_dist.sections import Base, Replicas, Serve, Steer, bounds
-from serve.schema import MAX_N, MAX_PREFERENCES
+from mavis_dist.sections import MAX_N, MAX_PREFERENCES, Base, Replicas, Serve, Steer, bounds
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -123,7 +122,7 @@ def value_args(config: Config, objective: str) -> ValueArgs:
     return ValueArgs(**_common(config), replicas=config.serve.value_replicas, objective=objective)
 
 
-def _common(config: Config) -> dict:
+def _common(config: Config) -> dict[str, Any]:
     storage = config.storage if "://" in config.storage else str(Path(config.storage).expanduser().absolute())
     return {
         "storage": storage,

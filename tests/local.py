@@ -15,12 +15,12 @@ from fastapi import FastAPI
 from mavis_dist.decode import Engine, LocalGuide
 from mavis_dist.models.load import load_base
 from mavis_dist.store.files import Store
-from serve.answers import Limits
-from serve.api import create_api
-from serve.completions import Completions, Settings
-from serve.door import Edge
-from serve.engine_loop import EngineLoop, stream
-from serve.registry import Registry
+from serve.base.engine_loop import EngineLoop, stream
+from serve.gateway.build_request import Completions, Settings
+from serve.gateway.failover import Limits
+from serve.gateway.middleware import Edge
+from serve.gateway.registry import Registry
+from serve.gateway.routes import create_api
 from tests.fakes import tiny_value
 from tests.tiny import MODEL, write_models
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTo
 
 from mavis_dist.models import value
 from mavis_dist.models.load import load_base
-from mavis_dist.store import values
+from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
 from mavis_dist.types import RewardScale
 
@@ -100,8 +100,8 @@ def _publish(store, work, objective, iteration, seed, config, base_fingerprint, 
         tokenizer_fingerprint=tokenizer_fingerprint,
         max_tokens=400,
         beta=1.0,
-        explained_variance=None,
+        r2=None,
     )
     value.save(model, card, work)
-    store.upload(work, values.folder(objective, iteration), {"iteration": iteration})
+    store.upload(work, layout.value_folder(objective, iteration), {"iteration": iteration})
     values.publish(store, objective, iteration)

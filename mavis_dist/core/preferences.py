@@ -53,7 +53,7 @@ def adapted_weights(initial_K: Sequence[float], earned_K: Sequence[float], tau: 
 
 
 @dataclass
-class Earned:
+class RewardTracker:
     """S_k of one answer, token by token."""
 
     accumulation: Accumulation

@@ -15,9 +15,9 @@ from mavis_dist.core.tilt import candidates, choose, evaluation_order, ranking
 from mavis_dist.decode.batch import Batch
 from mavis_dist.decode.guide import Guide
 from mavis_dist.decode.logprobs import token_logprobs
+from mavis_dist.decode.preference_step import PreferenceStep
 from mavis_dist.decode.request import Alternative, TokenLogprobs
 from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
-from mavis_dist.decode.wording import Wording
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def draw(
     batch: Batch,
     positions_B: torch.Tensor,
     steering: Steering,
-    wording: Wording,
+    merged: PreferenceStep,
     guide: Guide | None,
     eos: torch.Tensor,
 ) -> Drawn:
@@ -51,7 +51,7 @@ def draw(
         positions_B: index in the answer of the token.
         eos: the ids of end-of-answer tokens.
     """
-    drafts = _drafts(batch, positions_B, wording, eos)
+    drafts = _drafts(batch, positions_B, merged, eos)
     scores = score(drafts, steering, guide)
     index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
     every_B = torch.arange(len(index_B), device=index_B.device)
@@ -72,17 +72,17 @@ def draw(
     )
 
 
-def _drafts(batch: Batch, positions_B: torch.Tensor, wording: Wording, eos: torch.Tensor) -> Drafts:
+def _drafts(batch: Batch, positions_B: torch.Tensor, merged: PreferenceStep, eos: torch.Tensor) -> Drafts:
     """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
-    ids_BK, logprobs_BK = _cut(batch, positions_B, eos, wording.logits_BV)
+    ids_BK, logprobs_BK = _cut(batch, positions_B, eos, merged.logits_BV)
     phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
     is_eos_BK = torch.isin(ids_BK, eos)
     order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
     ids_BK, logprobs_BK, phi_BK, is_eos_BK = (x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK))
     worded_BK = None
-    if wording.rows:
-        plain_XC = _cut(batch, positions_B, eos, wording.plain_XV, wording.rows)
-        worded_BK = wording.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B, *plain_XC)
+    if merged.rows:
+        plain_XC = _cut(batch, positions_B, eos, merged.plain_XV, merged.rows)
+        worded_BK = merged.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B, *plain_XC)
     return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B, worded_BK)
 
 

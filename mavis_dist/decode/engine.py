@@ -17,12 +17,12 @@ import torch
 from mavis_dist.decode.batch import Batch, Values, named
 from mavis_dist.decode.draw import Drawn, draw
 from mavis_dist.decode.guide import Guide, GuideRow
-from mavis_dist.decode.prepare import Bounds, prepare
+from mavis_dist.decode.preference_step import PreferenceStep, variants_of
 from mavis_dist.decode.request import Choice, FinishReason, Request, Scorer, Update
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
 from mavis_dist.decode.scorer import Steering
 from mavis_dist.decode.text import StoppedText
-from mavis_dist.decode.wording import Wording, views_of
+from mavis_dist.decode.validate import Bounds, validate
 from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.load import BaseModel
@@ -47,7 +47,7 @@ class Engine:
         max_rows: int = 32,
         cache_tokens: int | None = None,
         prefill_tokens: int | None = None,
-        portable: bool = False,
+        use_hf_forward: bool = False,
     ):
         """
         Args:
@@ -58,12 +58,12 @@ class Engine:
                 context alone.
             prefill_tokens: tokens of new prompts that a step encodes beside writing, so that long prompts do not hold
                 up running answers. None: 128 on a CPU, 2048 on a GPU.
-            portable: run the base model through its own forward pass, also where there is a faster one.
+            use_hf_forward: run the base model through its own forward pass, also where there is a faster one.
         """
         self.max_context, self.max_rows, self.cache_tokens = base.max_context, max_rows, cache_tokens
         self._guide = guide
         self._scheduler = Scheduler(max_rows, cache_tokens)
-        self._base = SlotModel(base_decoder(base.model, portable))
+        self._base = SlotModel(base_decoder(base.model, use_hf_forward))
         self.tokenizer, self.eos_ids = base.tokenizer, frozenset(base.eos_ids)
         self._vocabulary = base.model.config.get_text_config().vocab_size
         self._device = base.model.device
@@ -91,8 +91,8 @@ class Engine:
         """Tokens whose keys and values the base model holds."""
         return self._base.num_tokens
 
-    def prepare(self, request: Request) -> Request:
-        """The request as `submit` takes it, with a seed and normalised weights; any thread may call this.
+    def validate(self, request: Request) -> Request:
+        """The request with a seed and normalised weights; a validated request stays as it is. Any thread may call this.
 
         Raises:
             RequestError: naming the field, its value and the remedy.
@@ -105,13 +105,17 @@ class Engine:
             self.cache_tokens,
             self._scheduler.max_rows,
         )
-        return prepare(request, bounds)
+        return validate(request, bounds)
 
     def submit(self, request: Request, first: bool = False) -> Request:
-        """Queue a request (`first`: before all others); returns it prepared. Raises RequestError."""
-        request = self.prepare(request)
-        self._scheduler.submit(request, first)
+        """Validate and queue a request (`first`: before all others); returns it validated. Raises RequestError."""
+        request = self.validate(request)
+        self.enqueue(request, first)
         return request
+
+    def enqueue(self, request: Request, first: bool = False) -> None:
+        """Queue a request that `validate` has returned."""
+        self._scheduler.submit(request, first)
 
     def cancel(self, request_id: str) -> list[Update]:
         """Stop a request's answers, running or waiting."""
@@ -129,8 +133,8 @@ class Engine:
         place = {request.id: i for i, request in enumerate(requests)}
         if len(place) < len(requests):
             raise ValueError("two requests have the same id: give every request an id of its own")
-        for request in [self.prepare(request) for request in requests]:  # all are refused before any is begun
-            self._scheduler.submit(request)
+        for request in [self.validate(request) for request in requests]:  # all are refused before any is begun
+            self.enqueue(request)
         answers: list[list[Choice]] = [[] for _ in requests]
         while not self.is_idle:
             for update in self.step():
@@ -158,10 +162,12 @@ class Engine:
         if not self._scheduler.running:
             return []
         batch = self._assemble()
-        views = views_of(batch.rows)
-        logits_RV = self._base.extend([view.number for view in views], [view.tokens[-1:] for view in views])
-        wording = Wording(batch.rows, logits_RV)
-        updates = self._absorb(batch, self._draw(batch, wording), wording)
+        variants = variants_of(batch.rows)
+        logits_RV = self._base.extend(
+            [variant.number for variant in variants], [variant.tokens[-1:] for variant in variants]
+        )
+        merged = PreferenceStep(batch.rows, logits_RV)
+        updates = self._absorb(batch, self._draw(batch, merged), merged)
         # Draws are made to be continued: their keys and values stay for the requests that come next.
         if self.is_idle and all(row.request.draws is None for row in batch.rows):
             self._release()
@@ -175,7 +181,7 @@ class Engine:
         budget = self._prefill_tokens
         while budget > 0 and (pieces := self._scheduler.pieces(budget)):
             self._encode_base(pieces)
-            plain = [piece for piece in pieces if piece.view is piece.row.views[0]]
+            plain = [piece for piece in pieces if piece.variant is piece.row.variants[0]]
             self._encode_guide([piece for piece in plain if piece.row.request.is_guided])
             self._scheduler.encoded(pieces)
             budget -= sum(piece.end - piece.start for piece in pieces)
@@ -184,18 +190,18 @@ class Engine:
     def _encode_base(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             if piece.is_first:
-                self._base.open(piece.view.number, piece.source.number if piece.source else None, piece.start)
+                self._base.open(piece.variant.number, piece.source.number if piece.source else None, piece.start)
         new = [piece for piece in pieces if piece.end > piece.start]
         if new:
-            tokens = [piece.view.tokens[piece.start : piece.end] for piece in new]
+            tokens = [piece.variant.tokens[piece.start : piece.end] for piece in new]
             rewarded = [piece.rewarded for piece in new]
-            logits_RV = self._base.extend([piece.view.number for piece in new], tokens, [len(r) for r in rewarded])
+            logits_RV = self._base.extend([piece.variant.number for piece in new], tokens, [len(r) for r in rewarded])
             logits = logits_RV.split([len(r) for r in rewarded])
             for piece, following, logits_TV in zip(new, rewarded, logits, strict=True):
                 if following:
                     chosen = torch.tensor(following, device=self._device)[:, None]
                     logprobs_T = logits_TV.gather(1, chosen)[:, 0].float() - logits_TV.float().logsumexp(-1)
-                    piece.view.logprobs += logprobs_T.tolist()
+                    piece.variant.logprobs += logprobs_T.tolist()
 
     def _encode_guide(self, pieces: Sequence[Piece]) -> None:
         """The last piece brings the last token as well: V(s) is its value."""
@@ -230,9 +236,9 @@ class Engine:
         """Free the rows that finished; nobody shares their first tokens any more."""
         released = self._scheduler.release()
         for row in released:
-            for view in row.views:
-                if view.number in self._base:
-                    self._base.close(view.number)
+            for variant in row.variants:
+                if variant.number in self._base:
+                    self._base.close(variant.number)
             self._opened.pop(row.number, None)
             self._unseen.pop(row.number, None)
         # A step that failed may have opened a row without taking note of it.
@@ -244,11 +250,11 @@ class Engine:
 
     # --- compute: one token for every row -------------------------------------------------------------------------
 
-    def _draw(self, batch: Batch, wording: Wording) -> Drawn:
+    def _draw(self, batch: Batch, merged: PreferenceStep) -> Drawn:
         positions_B = batch.positions_B()
         steering = batch.steering(positions_B)
         self._catch_up(batch, steering)
-        return draw(batch, positions_B, steering, wording, self._guide, self._eos)
+        return draw(batch, positions_B, steering, merged, self._guide, self._eos)
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
         """Tell the guide about tokens that were written without it, where it is about to be asked again."""
@@ -263,7 +269,7 @@ class Engine:
 
     # --- absorb: what was written ---------------------------------------------------------------------------------
 
-    def _absorb(self, batch: Batch, drawn: Drawn, wording: Wording) -> list[Update]:
+    def _absorb(self, batch: Batch, drawn: Drawn, merged: PreferenceStep) -> list[Update]:
         """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
         updates, kept = [], []
         for b, row in enumerate(batch.rows):
@@ -273,7 +279,7 @@ class Engine:
                 updates.append(_update(row))
                 continue
             start = row.position
-            self._append(row, b, drawn, wording)
+            self._append(row, b, drawn, merged)
             # A student predicts without a forward pass over the token, so that it has not seen it yet.
             is_seen = drawn.is_guided[b] and row.request.scorer is not Scorer.QHEAD
             if row.choice.finish is None and is_seen:
@@ -287,7 +293,7 @@ class Engine:
         self._scheduler.finish(row for row in batch.rows if row.choice.finish is not None)
         return updates
 
-    def _append(self, row: Row, b: int, drawn: Drawn, wording: Wording) -> None:
+    def _append(self, row: Row, b: int, drawn: Drawn, merged: PreferenceStep) -> None:
         choice, token = row.choice, drawn.tokens[b]
         row.append(token)
         choice.tokens.append(token)
@@ -303,11 +309,11 @@ class Engine:
                 if name in row.request.weights:
                     choice.values.setdefault(name, []).append(value)
         if row.earned is not None:
-            rewards = wording.rewards(b, token)
+            rewards = merged.rewards(b, token)
             row.earned.add(rewards)
-            choice.preference_weights.append(wording.weights[b])
+            choice.preference_weights.append(merged.weights[b])
             choice.preference_rewards.append(rewards)
-            choice.worded_divergences.append(drawn.worded[b])
+            choice.preference_divergences.append(drawn.worded[b])
         if token in self.eos_ids or self._is_stopped(row, token):
             self._finish(row, FinishReason.STOP)
         elif row.position == row.request.params.max_tokens:

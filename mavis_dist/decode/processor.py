@@ -15,8 +15,8 @@ from transformers import LogitsProcessor
 
 from mavis_dist.core.tilt import candidates, tilt
 from mavis_dist.decode.guide import Guide, GuideRow
-from mavis_dist.decode.prepare import normalise_weights
 from mavis_dist.decode.request import RequestError
+from mavis_dist.decode.validate import normalise_weights
 from mavis_dist.models.value import ValueModelError
 from mavis_dist.types import TILT_CAP
 

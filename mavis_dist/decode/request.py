@@ -115,7 +115,7 @@ class Choice:
     text: str = ""  # when finished: the whole answer, without what stopped it
     logratios: list[float] = field(default_factory=list)  # log pi(a) - log pi_ref(a) of the chosen tokens
     divergences: list[float] = field(default_factory=list)  # KL(pi || pi_ref) of the steps, nats; nan at temperature 0
-    worded_divergences: list[float] = field(default_factory=list)  # the sentences' part of it, may be negative
+    preference_divergences: list[float] = field(default_factory=list)  # the sentences' part of it, may be negative
     values: dict[str, list[float]] = field(default_factory=dict)  # objective -> V after each token, in sd of its reward
     num_scored: list[int] = field(default_factory=list)  # candidates that value models were asked about
     preference_weights: list[list[float]] = field(default_factory=list)  # of every sentence that steers
@@ -136,7 +136,7 @@ class Choice:
     @property
     def worded_divergence(self) -> float:
         """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution."""
-        return math.fsum(self.worded_divergences)
+        return math.fsum(self.preference_divergences)
 
 
 @dataclass(frozen=True)

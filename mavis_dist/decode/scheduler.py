@@ -2,7 +2,7 @@
 
 A row waits, is opened (its tokens are encoded piece by piece), runs (a token a step), and is finished. A finished row
 stays until the next admission, so that the answers which continue it find its keys and values. A row with objectives
-in words is several to the base model: its views differ in the prompt and share the answer.
+in words is several to the base model: its variants differ in the prompt and share the answer.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mavis_dist.core.preferences import Earned
+from mavis_dist.core.preferences import RewardTracker
 from mavis_dist.decode.request import Choice, Request, stream_of
 from mavis_dist.decode.text import StoppedText
 
-# Tokens shared with a view that is still being encoded, from which on waiting for them beats encoding them again.
+# Tokens shared with a variant that is still being encoded, from which on waiting for them beats encoding them again.
 WORTH_WAITING_FOR = 32
 
 
 @dataclass(eq=False)
-class View:
+class PromptVariant:
     """A row of the base model: the prompt as it stands, or with a sentence in it, and the answer so far."""
 
     number: int  # unique in the life of the engine; the name that models and guides know it by
     prompt_length: int
     tokens: list[int]  # prompt and answer
-    max_shared: int  # tokens that may be copied from another view instead of being encoded
+    max_shared: int  # tokens that may be copied from another variant instead of being encoded
     num_encoded: int | None = None  # tokens whose keys and values the base model has; none: not opened
     logprobs: list[float] = field(default_factory=list)  # of the answer's tokens, where sentences reward them
 
@@ -43,19 +43,19 @@ class Row:
     request: Request
     choice: Choice
     stream: int
-    views: list[View]  # the plain one, then one per sentence
+    variants: list[PromptVariant]  # the plain one, then one per sentence
     text: StoppedText | None = None  # followed only where stop strings are looked for
-    earned: Earned | None = None  # by the sentences, where there are any
+    earned: RewardTracker | None = None  # by the sentences, where there are any
 
     @property
     def number(self) -> int:
-        """The name of the answer: that of its plain view."""
-        return self.views[0].number
+        """The name of the answer: that of its plain variant."""
+        return self.variants[0].number
 
     @property
     def tokens(self) -> list[int]:
         """Prompt and answer."""
-        return self.views[0].tokens
+        return self.variants[0].tokens
 
     @property
     def position(self) -> int:
@@ -64,48 +64,48 @@ class Row:
 
     @property
     def is_encoded(self) -> bool:
-        return all(view.is_encoded for view in self.views)
+        return all(variant.is_encoded for variant in self.variants)
 
     @property
     def reserved(self) -> int:
-        """The tokens that its longest view may grow to."""
-        return max(view.prompt_length for view in self.views) + self.request.params.max_tokens
+        """The tokens that its longest variant may grow to."""
+        return max(variant.prompt_length for variant in self.variants) + self.request.params.max_tokens
 
     def append(self, token: int) -> None:
         """Add a token to the answer, after a step that encoded the one before."""
-        for view in self.views:
-            view.num_encoded = len(view.tokens)
-            view.tokens.append(token)
+        for variant in self.variants:
+            variant.num_encoded = len(variant.tokens)
+            variant.tokens.append(token)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of a view to encode now: [start, end). The first piece opens the view, sharing tokens with another."""
+    """Tokens of a variant to encode now: [start, end). The first piece opens the variant, which may share tokens."""
 
     row: Row
-    view: View
+    variant: PromptVariant
     start: int
     end: int
     is_first: bool
-    source: View | None = None
+    source: PromptVariant | None = None
 
     @property
     def is_last(self) -> bool:
-        return self.end == len(self.view.tokens) - 1
+        return self.end == len(self.variant.tokens) - 1
 
     @property
     def rewarded(self) -> list[int]:
         """The tokens of the answer that follow those of the piece, where sentences reward them."""
         if not self.row.request.preferences:
             return []
-        first = max(self.start + 1, self.view.prompt_length)
-        return self.view.tokens[first : self.end + 1]
+        first = max(self.start + 1, self.variant.prompt_length)
+        return self.variant.tokens[first : self.end + 1]
 
 
 class Scheduler:
-    """First come, first served, up to `max_rows` views at a time, in a cache of `cache_tokens` tokens.
+    """First come, first served, up to `max_rows` variants at a time, in a cache of `cache_tokens` tokens.
 
-    The cache is rectangular: views side by side take as many tokens each as the longest of them may grow to.
+    The cache is rectangular: variants side by side take as many tokens each as the longest of them may grow to.
     """
 
     def __init__(self, max_rows: int, cache_tokens: int | None = None):
@@ -137,24 +137,24 @@ class Scheduler:
         """Queue every choice of a prepared request, `first` before all others."""
         rows = []
         for index in range(request.params.n):
-            worded = [self._view(request, preference.prompt) for preference in request.preferences]
-            views = [self._view(request, request.prompt, self._next_number), *worded]
+            worded = [self._variant(request, preference.prompt) for preference in request.preferences]
+            variants = [self._variant(request, request.prompt, self._next_number), *worded]
             self._next_number += 1
-            rows.append(Row(request, Choice(index), stream_of(request, index), views))
+            rows.append(Row(request, Choice(index), stream_of(request, index), variants))
         if first:
             self._waiting.extendleft(reversed(rows))
         else:
             self._waiting.extend(rows)
 
-    def _view(self, request: Request, prompt: Sequence[int], number: int | None = None) -> View:
-        """Numbers of plain views count answers, so that guides may share them out; the others get negative ones."""
+    def _variant(self, request: Request, prompt: Sequence[int], number: int | None = None) -> PromptVariant:
+        """Numbers of plain variants count answers, so that guides may share them out; the others get negative ones."""
         if number is None:
             self._num_worded += 1
             number = -self._num_worded
         tokens = [*prompt, *request.answer]
         # What a sentence says to tokens that are there already is seen only where they are encoded.
         is_rewarded = bool(request.preferences and request.answer)
-        return View(number, len(prompt), tokens, (len(prompt) if is_rewarded else len(tokens)) - 1)
+        return PromptVariant(number, len(prompt), tokens, (len(prompt) if is_rewarded else len(tokens)) - 1)
 
     def admit(self) -> None:
         """Let waiting rows in while there is room."""
@@ -165,20 +165,20 @@ class Scheduler:
         """What to encode next, at most `budget` tokens, first come first served. The caller reports it as `encoded`."""
         pieces: list[Piece] = []
         for row in self._opening:
-            for view in row.views:
+            for variant in row.variants:
                 if budget == 0:
                     break
-                if view.is_encoded:
+                if variant.is_encoded:
                     continue
-                if view.num_encoded is not None:
-                    end = min(view.num_encoded + budget, len(view.tokens) - 1)
-                    piece = Piece(row, view, view.num_encoded, end, False)
+                if variant.num_encoded is not None:
+                    end = min(variant.num_encoded + budget, len(variant.tokens) - 1)
+                    piece = Piece(row, variant, variant.num_encoded, end, False)
                 else:
-                    source, shared = self._best_source(view)
-                    if self._is_worth_waiting(view, shared):
+                    source, shared = self._best_source(variant)
+                    if self._is_worth_waiting(variant, shared):
                         continue
-                    end = min(shared + budget, len(view.tokens) - 1)
-                    piece = Piece(row, view, shared, end, True, source)
+                    end = min(shared + budget, len(variant.tokens) - 1)
+                    piece = Piece(row, variant, shared, end, True, source)
                 pieces.append(piece)
                 budget -= piece.end - piece.start
         return pieces
@@ -186,7 +186,7 @@ class Scheduler:
     def encoded(self, pieces: Iterable[Piece]) -> None:
         """Take note of encoded pieces; rows that are complete run."""
         for piece in pieces:
-            piece.view.num_encoded = piece.end
+            piece.variant.num_encoded = piece.end
         ready = [row for row in self._opening if row.is_encoded]
         self.running.extend(ready)
         self._opening = [row for row in self._opening if not row.is_encoded]
@@ -217,42 +217,44 @@ class Scheduler:
         yield from self._opening
 
     def _fits(self, row: Row) -> bool:
-        if self.num_admitted + len(row.views) > self.max_rows:
+        if self.num_admitted + len(row.variants) > self.max_rows:
             return False
         if self.cache_tokens is None:
             return True
         rows = [row, *self._resident(), *self._finished]
         return _num_views(rows) * max(r.reserved for r in rows) <= self.cache_tokens
 
-    def _best_source(self, view: View) -> tuple[View | None, int]:
-        """The view that shares most encoded tokens, as far as they may be shared."""
+    def _best_source(self, variant: PromptVariant) -> tuple[PromptVariant | None, int]:
+        """The variant that shares most encoded tokens, as far as they may be shared."""
         best, best_shared = None, 0
-        for source in _views((*self._finished, *self._resident())):
+        for source in _variants((*self._finished, *self._resident())):
             if source.num_encoded is not None:
-                shared = min(_common_prefix(view.tokens, source.tokens, best_shared), source.num_encoded)
-                shared = min(shared, view.max_shared)
+                shared = min(_common_prefix(variant.tokens, source.tokens, best_shared), source.num_encoded)
+                shared = min(shared, variant.max_shared)
                 if shared > best_shared:
                     best, best_shared = source, shared
         return best, best_shared
 
-    def _is_worth_waiting(self, view: View, shared: int) -> bool:
-        """Whether a view before this one is about to encode many more of its tokens."""
-        for other in _views(self._opening):
-            if other is view:
+    def _is_worth_waiting(self, variant: PromptVariant, shared: int) -> bool:
+        """Whether a variant before this one is about to encode many more of its tokens."""
+        for other in _variants(self._opening):
+            if other is variant:
                 return False
-            common = min(_common_prefix(view.tokens, other.tokens, shared), len(other.tokens) - 1, view.max_shared)
-            if common - shared >= WORTH_WAITING_FOR or (common > shared and common == view.max_shared):
+            common = min(
+                _common_prefix(variant.tokens, other.tokens, shared), len(other.tokens) - 1, variant.max_shared
+            )
+            if common - shared >= WORTH_WAITING_FOR or (common > shared and common == variant.max_shared):
                 return True
         return False
 
 
-def _views(rows: Iterable[Row]) -> Iterator[View]:
+def _variants(rows: Iterable[Row]) -> Iterator[PromptVariant]:
     for row in rows:
-        yield from row.views
+        yield from row.variants
 
 
 def _num_views(rows: Iterable[Row]) -> int:
-    return sum(len(row.views) for row in rows)
+    return sum(len(row.variants) for row in rows)
 
 
 def _common_prefix(a: list[int], b: list[int], at_least: int) -> int:

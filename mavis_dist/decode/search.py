@@ -36,7 +36,7 @@ def best_of(engine: Engine, requests: Sequence[Request], n: int, score: Score | 
     """
     prepared = []
     for request in requests:
-        request = engine.prepare(replace(request, params=replace(request.params, n=n)))
+        request = engine.validate(replace(request, params=replace(request.params, n=n)))
         if score is None:
             _need_values(request, "guide every token, or give a score")
         prepared.append(request)
@@ -97,7 +97,7 @@ class _Search:
     def __init__(self, engine: Engine, request: Request, width: int):
         self._eos_ids, self._tokenizer, self._width = engine.eos_ids, engine.tokenizer, width
         # The lazy scorer knows the best candidate, not the second.
-        self._request = engine.prepare(replace(request, scorer=Scorer.FULL))
+        self._request = engine.validate(replace(request, scorer=Scorer.FULL))
         seed = self._request.params.seed
         assert seed is not None
         self._root = seed if request.stream is None else request.stream
@@ -107,7 +107,7 @@ class _Search:
         self.beams = [Choice(0)]
         self._drawn: dict[int, Choice] = {}  # what came back of this step, by place
         for _, draw in self.draws():
-            engine.prepare(draw)
+            engine.validate(draw)
 
     def draws(self) -> Iterator[tuple[int, Request]]:
         """For every beam that goes on, its place and a request for its next token."""

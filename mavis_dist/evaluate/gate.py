@@ -15,8 +15,8 @@ import numpy as np
 from mavis_dist.decode import Choice, Request, SamplingParams, Scorer
 from mavis_dist.evaluate import sweep
 from mavis_dist.evaluate.sweep import Point, bootstrap
+from mavis_dist.store import layout
 from mavis_dist.store.files import Store
-from mavis_dist.store.values import gate_folder as folder
 from mavis_dist.types import Prompt, RewardScale
 
 
@@ -75,15 +75,15 @@ def decide(store: Store, objective: str, iteration: int, soft_values: list[float
     if before is None or not soft_values:
         decision = Decision(objective, iteration, True, before, soft_values)
     else:
-        facts = store.facts(folder(objective, before)) or {}
+        facts = store.metadata(layout.gate_folder(objective, before)) or {}
         gain = bootstrap(np.array(soft_values) - np.array(facts["soft_values"]))
         accepted = gain.low > -margin
         decision = Decision(objective, iteration, accepted, before, soft_values, gain.mean, gain.low, gain.high)
-    store.finish(folder(objective, iteration), asdict(decision))
+    store.finish(layout.gate_folder(objective, iteration), asdict(decision))
     return decision
 
 
 def current(store: Store, objective: str, before: int) -> int | None:
     """The newest accepted iteration below `before`; None if there is none."""
-    accepted = ((store.facts(folder(objective, i)) or {}).get("accepted") for i in range(before))
+    accepted = ((store.metadata(layout.gate_folder(objective, i)) or {}).get("accepted") for i in range(before))
     return max((i for i, is_accepted in enumerate(accepted) if is_accepted), default=None)

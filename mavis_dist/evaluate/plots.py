@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from mavis_dist.evaluate.facts import ModelFacts
+from mavis_dist.evaluate.metadata import ModelMetadata
 from mavis_dist.evaluate.sweep import PointResult, Sweep
 from mavis_dist.evaluate.words import number, signed
 
@@ -194,7 +194,7 @@ def gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
     ]
 
 
-def learning(objective: str, colour: str, models: Sequence[ModelFacts]) -> list[Plot]:
+def learning(objective: str, colour: str, models: Sequence[ModelMetadata]) -> list[Plot]:
     """Training curves of one objective, one per iteration; nothing without any."""
     trained = [model for model in models if model.objective == objective and model.losses]
     if not trained:
@@ -210,9 +210,9 @@ def learning(objective: str, colour: str, models: Sequence[ModelFacts]) -> list[
             style if len(curve) > 1 else "o",
             color=colour,
             linewidth=2,
-            label=f"iteration {model.iteration}, {_explained(model)}",
+            label=f"iteration {model.iteration}, {_r2(model)}",
         )
-        words.append(f"iteration {model.iteration} from {curve[0]:.3g} to {curve[-1]:.3g}, {_explained(model)}")
+        words.append(f"iteration {model.iteration} from {curve[0]:.3g} to {curve[-1]:.3g}, {_r2(model)}")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", handlelength=3)
     return [
@@ -225,10 +225,10 @@ def learning(objective: str, colour: str, models: Sequence[ModelFacts]) -> list[
     ]
 
 
-def _explained(model: ModelFacts) -> str:
-    if model.explained_variance is None:
+def _r2(model: ModelMetadata) -> str:
+    if model.r2 is None:
         return "no validation"
-    return f"explained variance {number(model.explained_variance)}"
+    return f"R² {number(model.r2)}"
 
 
 def smooth(losses: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import matplotlib
 
-from mavis_dist.evaluate.facts import ModelFacts, StageFacts
+from mavis_dist.evaluate.metadata import ModelMetadata, StageMetadata
 from mavis_dist.evaluate.plots import NUM_SERIES, RC, alone, gain_per_nat, learning, series, smooth, steered, trade_offs
 from mavis_dist.evaluate.sweep import Sweep
 from mavis_dist.evaluate.words import bounds, duration, number, plain, signed, verdict
@@ -24,8 +24,8 @@ NUM_EXAMPLES = 6
 def render(
     run: str,
     sweep: Sweep,
-    models: Sequence[ModelFacts],
-    stages: Sequence[StageFacts],
+    models: Sequence[ModelMetadata],
+    stages: Sequence[StageMetadata],
     settings: Mapping[str, Any],
 ) -> str:
     """The whole report as one HTML page.

@@ -21,24 +21,24 @@ from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
 
 
-def base_decoder(model: Any, portable: bool = False) -> Decoder:
+def base_decoder(model: Any, use_hf_forward: bool = False) -> Decoder:
     """Logits [R, V] of a causal language model, by the fastest path that its architecture has."""
-    if not portable and FusedDecoder.supports(model.base_model):
+    if not use_hf_forward and FusedDecoder.supports(model.base_model):
         return FusedDecoder(model.base_model, linear_head(model.lm_head))
     return PortableDecoder(model.base_model, lambda **inputs: model(**inputs).logits)
 
 
-def value_decoder(model: ValueModel, portable: bool = False) -> Decoder:
+def value_decoder(model: ValueModel, use_hf_forward: bool = False) -> Decoder:
     """Values [R, O] in float32 of all heads of a value model."""
-    if not portable and FusedDecoder.supports(model.backbone):
+    if not use_hf_forward and FusedDecoder.supports(model.backbone):
         return FusedDecoder(model.backbone, lambda hidden: model.heads(hidden.float()))
     return PortableDecoder(model.backbone, model)
 
 
-def student_decoder(student: Student, portable: bool = False) -> Decoder:
+def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
     """Outputs [R, O] of a student, which `Student.split` takes apart."""
     backbone = student.model.backbone
-    if not portable and FusedDecoder.supports(backbone):
+    if not use_hf_forward and FusedDecoder.supports(backbone):
         return FusedDecoder(backbone, student.read)
     return PortableDecoder(backbone, student)
 

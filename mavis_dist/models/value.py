@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from mavis_dist.types import RewardScale, UserError
+from mavis_dist.types import R2_KEY, RewardScale, UserError
 
 CARD_FILE = "mavis.json"
 
@@ -52,7 +52,7 @@ class Card:
     tokenizer_fingerprint: str
     max_tokens: int  # longest answer of the training trees (T_max)
     beta: float  # strength of the policies that wrote the training trees
-    explained_variance: float | None  # on validation trees, the mean over objectives; None without any
+    r2: float | None  # on validation trees, the mean over objectives; None without any
     teachers: tuple[Teacher, ...] = ()  # by objective, where the model was distilled from others
 
     def check(self, base_fingerprint: str, tokenizer_fingerprint: str) -> None:
@@ -146,7 +146,9 @@ def save(model: ValueModel, card: Card, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.backbone.config.save_pretrained(folder)
     save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / CARD_FILE).write_text(json.dumps(asdict(card), indent=1))
+    stored = asdict(card)
+    stored[R2_KEY] = stored.pop("r2")
+    (folder / CARD_FILE).write_text(json.dumps(stored, indent=1))
 
 
 def load_card(folder: Path) -> Card:
@@ -165,7 +167,8 @@ def parse_card(content: bytes, file: str) -> Card:
         scales = tuple(RewardScale(**scale) for scale in raw.pop("scales"))
         objectives, rewards = tuple(raw.pop("objectives")), tuple(raw.pop("rewards"))
         teachers = tuple(Teacher(**teacher) for teacher in raw.pop("teachers", ()))
-        return Card(objectives=objectives, rewards=rewards, scales=scales, teachers=teachers, **raw)
+        r2 = raw.pop(R2_KEY)
+        return Card(objectives=objectives, rewards=rewards, scales=scales, teachers=teachers, r2=r2, **raw)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueModelError(f"{file} cannot be read ({error}): train this value model again") from None
 

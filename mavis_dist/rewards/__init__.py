@@ -3,6 +3,7 @@
 Light to import; models and lexicons are loaded when a reward is built.
 """
 
-from mavis_dist.rewards.protocol import Reward, RewardError, build
+from mavis_dist.rewards.build import build
+from mavis_dist.rewards.protocol import Reward, RewardError
 
 __all__ = ["Reward", "RewardError", "build"]

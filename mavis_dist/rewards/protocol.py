@@ -1,12 +1,10 @@
-"""What a reward is, and how one is built from its settings."""
+"""The interface of a reward."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from mavis_dist.sections import Classifier, Function, Objective, Relevance, TextRule
 from mavis_dist.types import UserError
 
 
@@ -20,63 +18,3 @@ class Reward(Protocol):
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """One finite score per pair of prompt and answer, both N long, plain text without any chat template."""
         ...
-
-
-class Checked:
-    """A reward whose every result is known to be as many finite floats as there are answers."""
-
-    def __init__(self, inner: Reward, kind: str) -> None:
-        self.inner, self.kind = inner, kind
-
-    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        if len(prompts) != len(answers):
-            raise RewardError(f"reward {self.kind!r} was given {len(prompts)} prompts for {len(answers)} answers")
-        if not answers:
-            return []
-        scores = self._as_list(self.inner.score(prompts, answers))
-        if len(scores) != len(answers):
-            raise RewardError(f"reward {self.kind!r} returned {len(scores)} scores for {len(answers)} answers")
-        return [self._as_float(score, index) for index, score in enumerate(scores)]
-
-    def _as_list(self, scores: Any) -> list[Any]:
-        try:
-            return list(scores)
-        except TypeError:
-            raise RewardError(f"reward {self.kind!r} returned {type(scores).__name__}, not a list of floats") from None
-
-    def _as_float(self, score: Any, index: int) -> float:
-        try:
-            number = float(score)
-        except (TypeError, ValueError):
-            number = math.nan
-        if isinstance(score, str) or not math.isfinite(number):
-            raise RewardError(f"reward {self.kind!r} returned {score!r} for answer {index}: it must be a finite number")
-        return number
-
-
-def build(objective: Objective, device: str = "cpu") -> Reward:
-    """The reward that an objective's settings describe; `device` is where its model runs, if it has one.
-
-    Its scores are checked: a wrong number of them or one that is not finite raises RewardError.
-
-    Raises:
-        RewardError or ModelError: naming the setting or file and the remedy.
-    """
-    kind = objective.path if isinstance(objective, Function) else objective.reward
-    return Checked(_build(objective, device), kind)
-
-
-def _build(objective: Objective, device: str) -> Reward:
-    from mavis_dist.rewards import classifier, embedding, function, text
-
-    match objective:
-        case TextRule(reward="sentiment"):
-            return text.Sentiment()
-        case TextRule():
-            return text.Brevity()
-        case Relevance(model=model):
-            return embedding.Relevance(model, device)
-        case Classifier():
-            return classifier.Classifier(objective.model, objective.label, objective.template, objective.output, device)
-        case Function(path=path):
-            return function.Function(path)

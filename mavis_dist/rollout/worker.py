@@ -8,9 +8,10 @@ from typing import Any
 
 import ray
 import torch
+from ray.actor import ActorHandle
 
 from mavis_dist.config import Config
-from mavis_dist.core.tree import Shape
+from mavis_dist.core.tree import Shape, Tree
 from mavis_dist.decode import Choice, Engine, LocalGuide, Request
 from mavis_dist.decode.request import Update
 from mavis_dist.models.load import load_base
@@ -42,6 +43,25 @@ class Ask:
 Batch = Sequence[Grow | Ask]  # what is written side by side
 
 
+@dataclass(frozen=True, eq=False)
+class Grown:
+    """A finished tree."""
+
+    policy: Policy
+    tree: Tree
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """All answers to one request."""
+
+    request_id: str
+    answers: list[Answer]
+
+
+Result = Grown | Answered
+
+
 @ray.remote
 class Worker:
     """Writes one batch at a time; all it is told, and makes, fits in a message.
@@ -60,17 +80,17 @@ class Worker:
         self._value_iterations: dict[str, int] = {}
         self._load({})
 
-    def work(self, value_iterations: Mapping[str, int], batch: Batch | None) -> tuple[list[tuple[Any, Any]], bool]:
+    def work(self, value_iterations: Mapping[str, int], batch: Batch | None) -> tuple[list[Result], bool]:
         """Begin a batch, or go on with the one that was begun, and write until anything is finished.
 
         `value_iterations` are the value models that guide: objective -> iteration.
-        Returns what is finished, as (policy, tree) or (request id, answers), and whether the whole batch is.
+        Returns what is finished, and whether the whole batch is.
         """
         if batch is not None:
             self._load(value_iterations)
             for item in batch:
                 self._begin(item)
-        done: list[tuple[Any, Any]] = []
+        done: list[Result] = []
         while not done and not self._engine.is_idle:
             for update in self._engine.step():
                 done += self._absorb(update)
@@ -101,17 +121,21 @@ class Worker:
             self._engine.submit(replace(item.request, prompt=prompt_tokens))
             self._answers[item.request.id] = [None] * item.request.params.n
 
-    def _absorb(self, update: Update) -> list[tuple[Any, Any]]:
+    def _absorb(self, update: Update) -> list[Result]:
         """What an update finishes: a tree, the last answer to a request, or nothing."""
         if update.request_id not in self._answers:
             trees = ((policy, grower.absorb(update)) for policy, grower in self._growers.items())
-            return [(policy, tree) for policy, tree in trees if tree is not None]
+            return [Grown(policy, tree) for policy, tree in trees if tree is not None]
         if update.finished is None:
             return []
         answers = self._answers[update.request_id]
         text = self._base.tokenizer.decode(update.finished.tokens, skip_special_tokens=True)
         answers[update.index] = update.finished, str(text)
-        return [] if None in answers else [(update.request_id, self._answers.pop(update.request_id))]
+        finished = [answer for answer in answers if answer is not None]
+        if len(finished) < len(answers):
+            return []
+        del self._answers[update.request_id]
+        return [Answered(update.request_id, finished)]
 
 
 def make_grower(config: Config, engine: Engine, policy: Policy) -> TreeGrower:
@@ -123,7 +147,7 @@ def make_grower(config: Config, engine: Engine, policy: Policy) -> TreeGrower:
     return TreeGrower(engine, shape, policy, sampling, config.seed)
 
 
-def worker_factory(config: Config) -> Callable[[], Any]:
+def worker_factory(config: Config) -> Callable[[], ActorHandle[Any]]:
     """Starts an actor as `rollout.cpus_per_actor` and `rollout.gpus_per_actor` say."""
     options = Worker.options(  # type: ignore[attr-defined]
         num_cpus=config.rollout.cpus_per_actor, num_gpus=config.rollout.gpus_per_actor

@@ -107,7 +107,7 @@ class Store:
         """Write the marker: everything else in the folder must be there already, and stays as it is."""
         self.write_json(f"{folder}/{MARKER}", {"facts": facts, "files": self._sizes(folder)})
 
-    def facts(self, folder: str) -> dict[str, Any] | None:
+    def metadata(self, folder: str) -> dict[str, Any] | None:
         """What the marker of a finished folder says; None if the folder is not finished.
 
         A folder that lost a file, or part of one, is not finished either: its work is redone.

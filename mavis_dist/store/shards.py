@@ -40,6 +40,11 @@ class Labels:
     score: np.ndarray  # float64, in the reward's own unit
 
 
+def shard_names(store: Store, folder: str) -> list[str]:
+    """Files of trees or labels in a folder, in order."""
+    return [name for name in store.list(folder) if name.endswith(".parquet")]
+
+
 def write_trees(store: Store, path: str, trees: Sequence[Tree]) -> None:
     rows = [{f.name: getattr(tree, f.name) for f in fields(Tree)} for tree in trees]
     _write(store, path, pa.Table.from_pylist(rows, schema=TREE_SCHEMA))

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mavis_dist.store.files import Store, StoreError
-
-METRICS_FILE = "metrics.jsonl"  # what was measured while a value model was trained, in its folder
+from mavis_dist.store.layout import VALUES, distilled_folder, published_file, value_folder
 
 # The parts of folder names are what this pattern lets through, so that a version can name no other folder.
 _VERSION = re.compile(r"(?P<objective>\w+)@(?:i(?P<iteration>\d+)|d(?P<distilled>\w+))", re.ASCII)
@@ -28,7 +27,9 @@ class Served:
 
     @property
     def folder(self) -> str:
-        return folder(self.objective, self.iteration) if self.distilled is None else distilled_folder(self.distilled)
+        return (
+            value_folder(self.objective, self.iteration) if self.distilled is None else distilled_folder(self.distilled)
+        )
 
     @property
     def version(self) -> str:
@@ -52,26 +53,13 @@ def folder_of(version: str) -> str:
         raise StoreError(f"there is no version {version!r} of an objective: use one like name@i0")
     if named["distilled"] is not None:
         return distilled_folder(named["distilled"])
-    return folder(named["objective"], int(named["iteration"]))
-
-
-def folder(objective: str, iteration: int) -> str:
-    return f"values/{objective}/i{iteration}"
-
-
-def distilled_folder(name: str) -> str:
-    return f"distilled/{name}"
-
-
-def gate_folder(objective: str, iteration: int) -> str:
-    """Where the decision about an iteration is kept."""
-    return f"gate/{objective}/i{iteration}"
+    return value_folder(named["objective"], int(named["iteration"]))
 
 
 def publish(store: Store, objective: str, iteration: int) -> None:
     """Make a finished iteration the one that is served; a distilled model that is served for it stays."""
     _check_finished(store, objective, iteration)
-    pointer = _pointer_file(objective)
+    pointer = published_file(objective)
     try:
         is_served = store.exists(pointer) and store.read_json(pointer)["iteration"] == iteration
     except StoreError:
@@ -83,14 +71,14 @@ def publish(store: Store, objective: str, iteration: int) -> None:
 def publish_distilled(store: Store, objective: str, iteration: int, name: str | None) -> None:
     """Serve a distilled model in place of the iteration that it learnt from; None: the iteration itself."""
     _check_finished(store, objective, iteration)
-    if name is not None and store.facts(distilled_folder(name)) is None:
+    if name is not None and store.metadata(distilled_folder(name)) is None:
         raise StoreError(f"the distilled model {name!r} is not finished in {store.root}: distil it first")
-    store.write_json(_pointer_file(objective), {"iteration": iteration} | ({"distilled": name} if name else {}))
+    store.write_json(published_file(objective), {"iteration": iteration} | ({"distilled": name} if name else {}))
 
 
 def served(store: Store) -> dict[str, Served]:
     """objective -> what is served for it, sorted by name."""
-    files = {name: _pointer_file(name) for name in store.list("values")}
+    files = {name: published_file(name) for name in store.list(VALUES)}
     pointers = {name: store.read_json(file) for name, file in files.items() if store.exists(file)}
     return {name: Served(name, p["iteration"], p.get("distilled")) for name, p in pointers.items()}
 
@@ -107,20 +95,16 @@ def published_folders(store: Store) -> dict[str, str]:
 
 def fetch(store: Store, objective: str, iteration: int) -> Path:
     """A local folder with a finished value model."""
-    return fetch_folder(store, folder(objective, iteration))
+    return fetch_folder(store, value_folder(objective, iteration))
 
 
 def fetch_folder(store: Store, path: str) -> Path:
     """A local folder with a finished value model, distilled or not."""
-    if store.facts(path) is None:
+    if store.metadata(path) is None:
         raise StoreError(f"there is no finished value model {path!r} in {store.root}")
     return store.download(path)
 
 
 def _check_finished(store: Store, objective: str, iteration: int) -> None:
-    if store.facts(folder(objective, iteration)) is None:
+    if store.metadata(value_folder(objective, iteration)) is None:
         raise StoreError(f"iteration {iteration} of {objective!r} is not finished in {store.root}: train it first")
-
-
-def _pointer_file(objective: str) -> str:
-    return f"values/{objective}/published.json"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mavis_dist.store.files import Store
-from mavis_dist.train.team import Team
+from mavis_dist.train.worker_group import WorkerGroup
 
 KEPT = 2  # the newest may be unreadable
 ENGINE, STATE_FILE, BEST_FILE = "engine", "state.json", "best.safetensors"
@@ -37,34 +37,34 @@ class State:
 class Checkpoints:
     """The checkpoints of one value model's training."""
 
-    def __init__(self, store: Store, folder: str, team: Team, layout: dict[str, Any]):
-        """`layout` is what a checkpoint must have been written under: states are cut up by workers and ZeRO stage."""
-        self._store, self._folder, self._team, self._layout = store, folder, team, layout
+    def __init__(self, store: Store, folder: str, group: WorkerGroup, sharding: dict[str, Any]):
+        """`sharding` is what a checkpoint must have been written under: states are cut up by workers and ZeRO stage."""
+        self._store, self._folder, self._group, self._sharding = store, folder, group, sharding
 
     def save(self, engine: Any, state: State) -> None:
         """Needs all workers."""
         name = f"step-{state.step:08d}"
         target = f"{self._folder}/{name}"
-        if self._team.rank == 0:
+        if self._group.rank == 0:
             self._store.delete(target)  # what an attempt left that died while saving
-        self._team.wait()
+        self._group.barrier()
         with tempfile.TemporaryDirectory() as local:
             engine.save_checkpoint(local, tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
             folder = Path(local) / ENGINE
             folder.mkdir(exist_ok=True)
-            if self._team.rank == 0:
+            if self._group.rank == 0:
                 _write_state(folder, state)
             for file in sorted(folder.iterdir()):
                 self._store.write_bytes(f"{target}/{file.name}", file.read_bytes())
-        self._team.wait()
-        if self._team.rank == 0:
-            self._store.finish(target, self._layout)
+        self._group.barrier()
+        if self._group.rank == 0:
+            self._store.finish(target, self._sharding)
             for old in self._store.list(self._folder)[:-KEPT]:
                 self._store.delete(f"{self._folder}/{old}")
 
     def load(self, engine: Any) -> State:
         """Put the newest whole checkpoint into the engine; a fresh state if there is none. Needs all workers."""
-        name = self._team.say(self._newest() if self._team.rank == 0 else None)
+        name = self._group.broadcast(self._newest() if self._group.rank == 0 else None)
         if name is None:
             return State()
         folder = self._store.download(f"{self._folder}/{name}")
@@ -76,7 +76,7 @@ class Checkpoints:
 
     def _newest(self) -> str | None:
         names = reversed(self._store.list(self._folder))
-        return next((name for name in names if self._store.facts(f"{self._folder}/{name}") == self._layout), None)
+        return next((name for name in names if self._store.metadata(f"{self._folder}/{name}") == self._sharding), None)
 
 
 def _write_state(folder: Path, state: State) -> None:

@@ -11,24 +11,13 @@ from mavis_dist.config import Config
 from mavis_dist.core.packing import PackedBatch, pack, subtrees
 from mavis_dist.core.tree import Targets, Tree, backup, depth_weights, targets
 from mavis_dist.store.files import Store, StoreError
-from mavis_dist.store.shards import Labels, read_labels, read_trees
+from mavis_dist.store.layout import label_folder, rollout_folder
+from mavis_dist.store.shards import Labels, read_labels, read_trees, shard_names
 from mavis_dist.types import Policy, RewardScale
 
 STEPS_PER_BUCKET = 8
 WHOLE_TREE_TOKENS = 512  # a longer tree is cut: its attention would cost more than reading the prompt again
 PADDED_PART = 0.15  # of a batch, at most
-
-
-def rollout_folder(policy: Policy) -> str:
-    return f"rollouts/{policy.name}"
-
-
-def label_folder(policy: Policy, objective: str) -> str:
-    return f"labels/{policy.name}/{objective}"
-
-
-def shard_names(store: Store, folder: str) -> list[str]:
-    return [name for name in store.list(folder) if name.endswith(".parquet")]
 
 
 def load_trees(store: Store, policy: Policy, objective: str) -> list[tuple[Tree, Labels]]:

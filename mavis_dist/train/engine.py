@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mavis_dist.sections import Train
 
-def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, trees_per_pass: int) -> Any:
+
+def make_engine(model: nn.Module, settings: Train, num_steps: int, trees_per_pass: int) -> Any:
     """A DeepSpeed engine around `model`, with AdamW, linear warm-up and linear decay.
 
     `settings` is the `train` section of the config. Needs an initialised process group (Ray Train makes one).
@@ -21,9 +23,9 @@ def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, tree
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=settings["learning_rate"], weight_decay=settings["weight_decay"], betas=(0.9, 0.95)
+        trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
     )
-    warmup = max(1, int(settings["warmup"] * num_steps))
+    warmup = max(1, int(settings.warmup * num_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, max(0.0, (num_steps - step) / max(1, num_steps - warmup)))
     )
@@ -35,13 +37,13 @@ def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, tree
         dist_init_required=False,
         config={
             "train_micro_batch_size_per_gpu": trees_per_pass,
-            "gradient_accumulation_steps": settings["accumulation"],
+            "gradient_accumulation_steps": settings.accumulation,
             "gradient_clipping": 1.0,
             "zero_optimization": _zero(settings),
             # ZeRO shards the states of any torch optimizer; DeepSpeed wants that said.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "torch_autocast": {"enabled": settings["dtype"] == "bfloat16", "dtype": "bfloat16"},
+            "torch_autocast": {"enabled": settings.dtype == "bfloat16", "dtype": "bfloat16"},
             "steps_per_print": 1_000_000_000,
             "wall_clock_breakdown": False,
         },
@@ -50,9 +52,9 @@ def make_engine(model: nn.Module, settings: dict[str, Any], num_steps: int, tree
     return engine
 
 
-def _zero(settings: dict[str, Any]) -> dict[str, Any]:
-    offload = {"offload_optimizer": {"device": "cpu"}} if settings["offload"] else {}
-    return {"stage": settings["zero_stage"], **offload}
+def _zero(settings: Train) -> dict[str, Any]:
+    offload = {"offload_optimizer": {"device": "cpu"}} if settings.offload else {}
+    return {"stage": settings.zero_stage, **offload}
 
 
 def _prepare_compiler() -> None:
@@ -90,6 +92,5 @@ def warm_up() -> None:
     """Compile DeepSpeed's operators once, so that no training waits for them."""
     os.environ.setdefault("LOCAL_RANK", "0")
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0, "zero_stage": 0, "dtype": "float32"}
-    make_engine(nn.Linear(2, 2), {**settings, "accumulation": 1, "offload": False}, num_steps=1, trees_per_pass=1)
+    make_engine(nn.Linear(2, 2), Train(), num_steps=1, trees_per_pass=1)
     torch.distributed.destroy_process_group()

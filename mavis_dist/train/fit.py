@@ -14,7 +14,7 @@ from mavis_dist.config import Config
 from mavis_dist.core import noise
 from mavis_dist.core.packing import PackedBatch
 from mavis_dist.models.value import save
-from mavis_dist.store import values
+from mavis_dist.store import layout
 from mavis_dist.store.files import Store
 from mavis_dist.train.checkpoints import Checkpoints, State
 from mavis_dist.train.data import Fit, TreeSet, data_of, passes, steps
@@ -22,7 +22,8 @@ from mavis_dist.train.engine import make_engine, trained_state
 from mavis_dist.train.journal import Journal, json_lines
 from mavis_dist.train.metrics import Predictions, summary
 from mavis_dist.train.model import make_card, merge_adapters, trainable_model
-from mavis_dist.train.team import Team
+from mavis_dist.train.worker_group import WorkerGroup
+from mavis_dist.types import R2_KEY
 
 CHECKPOINT_EVERY_S = 60.0  # and at the end of every epoch
 
@@ -58,13 +59,13 @@ def predict(model: Any, tree_set_: TreeSet, device: str) -> Predictions:
     parts = []
     for i in range(len(tree_set_)):
         batch = tree_set_.batch([i])
-        said_1X = target_values(model, batch, device)
-        columns = (said_1X, batch.value_BX, batch.weight_BX)
+        pred_1X = target_values(model, batch, device)
+        columns = (pred_1X, batch.value_BX, batch.weight_BX)
         parts.append([*(x[0].double().cpu().numpy() for x in columns), tree_set_.targets[i].depth_X])
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def train(fit: Fit, config: Config, store: Store, team: Team) -> bool:
+def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
     """Fit, keep the epoch that explains the validation trees best, and store it.
 
     Goes on from the newest checkpoint of an earlier attempt. Returns False if it was asked to stop: it has saved a
@@ -80,37 +81,40 @@ def train(fit: Fit, config: Config, store: Store, team: Team) -> bool:
     ]
     torch.manual_seed(config.seed)  # adapters start at random
     model = trainable_model(fit, config, store).to(device)
-    trees_per_pass = settings.trees_per_step // (team.size * settings.accumulation)
-    engine = make_engine(model, settings.model_dump(), len(schedule), trees_per_pass)
-    layout = {"workers": team.size, "zero_stage": settings.zero_stage, "offload": settings.offload}
-    work = f"train/{fit.objective}/i{fit.iteration}"
-    checkpoints = Checkpoints(store, f"{work}/checkpoints", team, layout)
+    trees_per_pass = settings.trees_per_step // (group.size * settings.accumulation)
+    engine = make_engine(model, settings, len(schedule), trees_per_pass)
+    sharding = {"workers": group.size, "zero_stage": settings.zero_stage, "offload": settings.offload}
+    checkpoints = Checkpoints(store, layout.checkpoint_folder(fit.objective, fit.iteration), group, sharding)
     state = checkpoints.load(engine)
-    journal = Journal(store.uri(f"{work}/tensorboard"), state.step) if team.rank == 0 else None
+    journal = (
+        Journal(store.uri(layout.tensorboard_folder(fit.objective, fit.iteration)), state.step)
+        if group.rank == 0
+        else None
+    )
 
     engine.train()
     saved_at = time.monotonic()
     while state.step < len(schedule) and not is_enough(state, schedule[state.step][0], settings.patience):
         epoch, indices = schedule[state.step]
-        torch.manual_seed(noise.stream(config.seed, state.step, team.rank))  # dropout
-        loss = take_step(engine, training, indices, team, settings.accumulation, device, settings.zero_stage == 3)
+        torch.manual_seed(noise.stream(config.seed, state.step, group.rank))  # dropout
+        loss = take_step(engine, training, indices, group, settings.accumulation, device, settings.zero_stage == 3)
         state.step += 1
         note({"step": state.step, "epoch": epoch, "loss": loss, "learning_rate": engine.get_lr()[0]}, state, journal)
-        team.progress(state.step, len(schedule), f"loss {loss:.3f}")
+        group.progress(fit.objective, state.step, len(schedule), f"loss {loss:.3f}")
         ends_epoch = state.step % (len(schedule) // settings.epochs) == 0
         if ends_epoch:
-            end_epoch(engine, validation, epoch, state, journal, device, team)
-        is_stopping, is_due = team.say((team.wants_stop(), time.monotonic() - saved_at > CHECKPOINT_EVERY_S))
+            end_epoch(engine, validation, epoch, state, journal, device, group)
+        is_stopping, is_due = group.broadcast((group.wants_stop(), time.monotonic() - saved_at > CHECKPOINT_EVERY_S))
         if is_stopping or is_due or ends_epoch:
             checkpoints.save(engine, state)
             saved_at = time.monotonic()
         if is_stopping:
             return False
-    team.progress(len(schedule), len(schedule), "done")
-    if team.rank == 0:
+    group.progress(fit.objective, len(schedule), len(schedule), "done")
+    if group.rank == 0:
         store_best(fit, config, store, state)
         checkpoints.delete()
-    team.wait()
+    group.barrier()
     return True
 
 
@@ -118,21 +122,21 @@ def take_step(
     engine: Any,
     training: TreeSet,
     indices: list[int],
-    team: Team,
+    group: WorkerGroup,
     accumulation: int,
     device: str,
     one_batch: bool = False,
 ) -> float:
     """One optimiser step on some trees; returns the loss over all workers."""
     total_weight, mine = training.total_weight(indices), 0.0
-    for part in passes(indices, team.rank, team.size, accumulation):
+    for part in passes(indices, group.rank, group.size, accumulation):
         # Workers make the same number of passes: one without a tree adds a zero of the right shape.
         error = squared_error(engine, training, part or indices[:1], device, one_batch) * (1.0 if part else 0.0)
         # DeepSpeed averages over workers and passes.
-        engine.backward(error / total_weight * (team.size * accumulation))
+        engine.backward(error / total_weight * (group.size * accumulation))
         engine.step()
         mine += error.item() / total_weight
-    return team.total(mine)
+    return group.sum(mine)
 
 
 def end_epoch(
@@ -142,7 +146,7 @@ def end_epoch(
     state: State,
     journal: Journal | None,
     device: str,
-    team: Team,
+    group: WorkerGroup,
 ) -> None:
     """Measure on the validation trees, and remember the parameters if none were better."""
     engine.eval()
@@ -150,11 +154,11 @@ def end_epoch(
     engine.train()
     if figures:
         note({"step": state.step, "epoch": epoch, **figures}, state, journal)
-    score = figures.get("explained_variance", float(epoch))  # without validation the last epoch counts as best
+    score = figures.get(R2_KEY, float(epoch))  # without validation the last epoch counts as best
     if state.best_score is None or score > state.best_score:
         weights = trained_state(engine)
         state.best_score, state.best_epoch, state.best_figures = score, epoch, figures
-        state.best = weights if team.rank == 0 else {}
+        state.best = weights if group.rank == 0 else {}
 
 
 def is_enough(state: State, epochs_so_far: int, patience: int | None) -> bool:
@@ -174,9 +178,9 @@ def store_best(fit: Fit, config: Config, store: Store, state: State) -> None:
     model = trainable_model(fit, config, store)
     unknown = model.load_state_dict(state.best, strict=False).unexpected_keys
     assert not unknown, unknown
-    explained = state.best_figures.get("explained_variance")
+    r2 = state.best_figures.get(R2_KEY)
     with tempfile.TemporaryDirectory() as local:
-        save(merge_adapters(model), make_card(fit, config, explained), Path(local))
-        (Path(local) / values.METRICS_FILE).write_text(json_lines(state.metrics))
+        save(merge_adapters(model), make_card(fit, config, r2), Path(local))
+        (Path(local) / layout.METRICS_FILE).write_text(json_lines(state.metrics))
         facts = {"steps": state.step, "epoch": state.best_epoch, **state.best_figures}
-        store.upload(Path(local), values.folder(fit.objective, fit.iteration), facts)
+        store.upload(Path(local), layout.value_folder(fit.objective, fit.iteration), facts)

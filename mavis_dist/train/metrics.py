@@ -6,8 +6,11 @@ Shapes: X targets. Errors are in squared standard deviations of the reward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from mavis_dist.types import R2_KEY
 
 CALIBRATION_BINS = 10
 
@@ -16,28 +19,35 @@ CALIBRATION_BINS = 10
 class Predictions:
     """What a model says of targets, and what they are."""
 
-    said_X: np.ndarray
+    pred_X: np.ndarray
     target_X: np.ndarray
     weight_X: np.ndarray  # in the loss
     depth_X: np.ndarray  # layer of the tree, 0 for the prompt
 
     def __len__(self) -> int:
-        return len(self.said_X)
+        return len(self.pred_X)
+
+    @property
+    def r2(self) -> float:
+        return float(r2(self.pred_X, self.target_X, self.weight_X))
 
     def part(self, is_chosen_X: np.ndarray) -> Predictions:
-        return Predictions(*(x[is_chosen_X] for x in (self.said_X, self.target_X, self.weight_X, self.depth_X)))
+        return Predictions(*(x[is_chosen_X] for x in (self.pred_X, self.target_X, self.weight_X, self.depth_X)))
 
 
 def squared_error(p: Predictions) -> float:
     """Weighted mean of (V - target)^2."""
-    return float(np.average((p.said_X - p.target_X) ** 2, weights=p.weight_X))
+    return float(np.average((p.pred_X - p.target_X) ** 2, weights=p.weight_X))
 
 
-def explained_variance(p: Predictions) -> float:
-    """1 - squared error / variance of the targets: 1 is perfect, 0 is as good as saying their mean."""
-    mean = np.average(p.target_X, weights=p.weight_X)
-    variance = float(np.average((p.target_X - mean) ** 2, weights=p.weight_X))
-    return 1.0 - squared_error(p) / max(variance, 1e-12)
+def r2(pred_X: np.ndarray, target_X: np.ndarray, weight_X: np.ndarray | None = None) -> Any:
+    """1 - squared error / variance of the targets, weighted: 1 is perfect, 0 is as good as predicting their mean.
+
+    A number for vectors, one per column for arrays of more columns. Stored and served as "explained_variance".
+    """
+    mean = np.average(target_X, axis=0, weights=weight_X)
+    variance = np.average((target_X - mean) ** 2, axis=0, weights=weight_X)
+    return 1.0 - np.average((pred_X - target_X) ** 2, axis=0, weights=weight_X) / np.maximum(variance, 1e-12)
 
 
 def calibration(p: Predictions) -> dict[str, float]:
@@ -46,16 +56,16 @@ def calibration(p: Predictions) -> dict[str, float]:
     `slope` and `intercept` of the weighted regression of targets on values (1 and 0 are ideal), and `gap`: the mean
     distance between values and targets within ten equally large groups of similar values.
     """
-    mean_said, mean_target = (np.average(x, weights=p.weight_X) for x in (p.said_X, p.target_X))
-    spread = np.average((p.said_X - mean_said) ** 2, weights=p.weight_X)
-    together = np.average((p.said_X - mean_said) * (p.target_X - mean_target), weights=p.weight_X)
+    mean_pred, mean_target = (np.average(x, weights=p.weight_X) for x in (p.pred_X, p.target_X))
+    spread = np.average((p.pred_X - mean_pred) ** 2, weights=p.weight_X)
+    together = np.average((p.pred_X - mean_pred) * (p.target_X - mean_target), weights=p.weight_X)
     slope = float(together / max(spread, 1e-12))
-    groups = [group for group in np.array_split(np.argsort(p.said_X, kind="stable"), CALIBRATION_BINS) if len(group)]
-    gaps = [np.average(p.said_X[g] - p.target_X[g], weights=p.weight_X[g]) for g in groups]
+    groups = [group for group in np.array_split(np.argsort(p.pred_X, kind="stable"), CALIBRATION_BINS) if len(group)]
+    gaps = [np.average(p.pred_X[g] - p.target_X[g], weights=p.weight_X[g]) for g in groups]
     sizes = [p.weight_X[g].sum() for g in groups]
     return {
         "slope": slope,
-        "intercept": float(mean_target - slope * mean_said),
+        "intercept": float(mean_target - slope * mean_pred),
         "gap": float(np.average(np.abs(gaps), weights=sizes)),
     }
 
@@ -67,7 +77,7 @@ def summary(p: Predictions) -> dict[str, float]:
     depths = [int(depth) for depth in np.unique(p.depth_X)]
     return {
         "validation_error": squared_error(p),
-        "explained_variance": explained_variance(p),
-        **{f"explained_variance/depth_{d}": explained_variance(p.part(p.depth_X == d)) for d in depths if d > 0},
+        R2_KEY: p.r2,
+        **{f"{R2_KEY}/depth_{d}": p.part(p.depth_X == d).r2 for d in depths if d > 0},
         **{f"calibration/{name}": figure for name, figure in calibration(p).items()},
     }

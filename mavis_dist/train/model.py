@@ -5,7 +5,7 @@ from __future__ import annotations
 from mavis_dist.config import Config
 from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
 from mavis_dist.models.value import Card, ValueModel, from_base, load
-from mavis_dist.store import values
+from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit
 
@@ -48,16 +48,16 @@ def merge_adapters(model: ValueModel) -> ValueModel:
     return model
 
 
-def make_card(fit: Fit, config: Config, explained: float | None) -> Card:
+def make_card(fit: Fit, config: Config, r2: float | None) -> Card:
     return Card(
         objectives=(fit.objective,),
         scales=(fit.scale,),
         rewards=(config.objectives[fit.objective].model_dump(mode="json"),),
         iteration=fit.iteration,
-        parent=None if fit.parent is None else values.folder(fit.objective, fit.parent),
+        parent=None if fit.parent is None else layout.value_folder(fit.objective, fit.parent),
         base_fingerprint=fingerprint_model(fetch(config.base.model)),
         tokenizer_fingerprint=fingerprint_tokenizer(load_tokenizer(config.base.model)),
         max_tokens=config.rollout.max_tokens,
         beta=config.steer.beta if fit.iteration > 0 else 0.0,
-        explained_variance=explained,
+        r2=r2,
     )

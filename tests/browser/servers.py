@@ -19,16 +19,16 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp
 
 from mavis_dist.decode import Engine, LocalGuide
-from mavis_dist.decode.published import fetch_published, load_models
+from mavis_dist.decode.load_guide import fetch_published, load_models
 from mavis_dist.models.load import load_base
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
-from serve.answers import Limits
-from serve.api import create_api
-from serve.completions import Completions, Settings
-from serve.engine_loop import EngineLoop, stream
-from serve.registry import Registry
-from serve.schema import DONE, ApiError, Json, event
+from serve.base.engine_loop import EngineLoop, stream
+from serve.gateway.build_request import Completions, Settings
+from serve.gateway.failover import Limits
+from serve.gateway.protocol import DONE, ApiError, Json, event
+from serve.gateway.registry import Registry
+from serve.gateway.routes import create_api
 from tests.tiny import MODEL, write_models
 
 START_LIMIT_S = 20.0

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
-from serve.schema import ApiError
+from serve.gateway.protocol import ApiError
 from tests.browser.servers import Script, Written, as_events, scripted_app, served, tiny_engine_app, token
 
 BASE = Written.of(token("Just", -0.4), token(" start", -0.7, 0, {" go": (-1.2, 0.0)}), token(".", -0.1))

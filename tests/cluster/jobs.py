@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from mavis_dist.store.files import Store
+from tests.root import ROOT
 
-ROOT = Path(__file__).parents[2]
 LIMIT_S = 420
 
 

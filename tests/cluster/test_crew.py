@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from mavis_dist.cluster import Crew, CrewError
+from mavis_dist.actors import WorkerPool, WorkerPoolError
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
@@ -39,7 +39,7 @@ class Stillborn:
 
 
 def test_what_a_dead_actor_had_begun_is_begun_again(tmp_path: Path) -> None:
-    crew = Crew(lambda: Doubler.remote(str(tmp_path / "grave")), 2)
+    crew = WorkerPool(lambda: Doubler.remote(str(tmp_path / "grave")), 2)
     try:
         results = list(crew.run("first", 2, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(7)]))
         assert set(results) == {(number, 2 * number) for number in range(21)}
@@ -52,16 +52,16 @@ def test_what_a_dead_actor_had_begun_is_begun_again(tmp_path: Path) -> None:
 
 
 def test_actors_that_die_again_and_again_are_an_error(tmp_path: Path) -> None:
-    crew = Crew(lambda: Doubler.remote(str(tmp_path / "grave"), True), 1)
+    crew = WorkerPool(lambda: Doubler.remote(str(tmp_path / "grave"), True), 1)
     try:
-        with pytest.raises(CrewError, match="died one after the other and finished nothing"):
+        with pytest.raises(WorkerPoolError, match="died one after the other and finished nothing"):
             list(crew.run("doomed", 2, [[1]]))
     finally:
         crew.release()
 
 
 def test_an_actor_that_cannot_start_is_an_error_at_once() -> None:
-    crew = Crew(Stillborn.remote, 1)
+    crew = WorkerPool(Stillborn.remote, 1)
     try:
         with pytest.raises(ray.exceptions.RayActorError, match="no such model"):
             list(crew.run("stillborn", 2, [[1]]))

@@ -14,15 +14,16 @@ from jobs.distill import table
 from mavis_dist.config import Config, load
 from mavis_dist.core.tree import Shape
 from mavis_dist.decode import Engine, Request, SamplingParams, Scorer
-from mavis_dist.decode.published import fetch_published, load_guide
+from mavis_dist.decode.load_guide import fetch_published, load_guide
 from mavis_dist.models import qhead, value
 from mavis_dist.models.load import load_base
 from mavis_dist.rollout.trees import Sampling, TreeGrower
-from mavis_dist.store import values
+from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
+from mavis_dist.store.layout import label_folder, rollout_folder
 from mavis_dist.store.shards import Labels, write_labels, write_trees
-from mavis_dist.train import course
-from mavis_dist.train.data import label_folder, rollout_folder
+from mavis_dist.train.distill import job
+from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import Policy, Prompt
 from tests import tiny
 
@@ -43,7 +44,7 @@ def quick() -> Iterator[None]:
     """Numbers for tiny models."""
     with pytest.MonkeyPatch.context() as patch:
         for name, number in {"LEARNING_RATE": 3e-3, "QHEAD_STEPS": 300, "STATES": 8, "RANK": 8}.items():
-            patch.setattr(course, name, number)
+            patch.setattr(job, name, number)
         yield
 
 
@@ -83,21 +84,21 @@ def of(config_file: Path, names: tuple[str, ...], *overrides: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def two(config_file: Path) -> course.Course:
+def two(config_file: Path) -> job.DistillJob:
     """The first two objectives, distilled."""
-    plan = course.plan(of(config_file, NAMES[:2]), HELD_OUT)
-    course.distill(plan, lambda part, done, total, text: None)
+    plan = job.plan(of(config_file, NAMES[:2]), HELD_OUT)
+    job.distill(plan, WorkerGroup())
     return plan
 
 
-def loaded(plan: course.Course) -> tuple[qhead.Student, value.Card]:
-    folder = values.fetch_folder(plan.store, values.distilled_folder(plan.name))
+def loaded(plan: job.DistillJob) -> tuple[qhead.Student, value.Card]:
+    folder = values.fetch_folder(plan.store, layout.distilled_folder(plan.name))
     model, card = value.load(folder)
     return qhead.load(folder, model), card
 
 
-def test_a_trunk_from_the_base_model_learns_both_teachers(two: course.Course) -> None:
-    facts = two.store.facts(values.distilled_folder(two.name))
+def test_a_trunk_from_the_base_model_learns_both_teachers(two: job.DistillJob) -> None:
+    facts = two.store.metadata(layout.distilled_folder(two.name))
     assert facts is not None
     assert set(facts["figures"]) == set(NAMES[:2])
     for row in facts["figures"].values():
@@ -107,35 +108,35 @@ def test_a_trunk_from_the_base_model_learns_both_teachers(two: course.Course) ->
     assert len(table(facts["figures"]).splitlines()) == 4
 
 
-def test_the_card_knows_the_teachers_and_a_changed_one_is_another_distillation(two: course.Course) -> None:
+def test_the_card_knows_the_teachers_and_a_changed_one_is_another_distillation(two: job.DistillJob) -> None:
     _, card = loaded(two)
     assert [(t.objective, t.iteration) for t in card.teachers] == [("first", 0), ("second", 0)]
-    assert course.plan(two.config, HELD_OUT).name == two.name
+    assert job.plan(two.config, HELD_OUT).name == two.name
     folder = values.fetch(two.store, "first", 0)
     model, teacher_card = value.load(folder)
     before = (folder / "model.safetensors").read_bytes()
     model.heads.bias.add_(1.0)
     value.save(model, teacher_card, folder)
     try:
-        assert course.plan(two.config, HELD_OUT).name != two.name
-        with pytest.raises(course.DistillError, match="'first' is not the one"):
-            course.plan(of_extended(two, NAMES[:2]), HELD_OUT)
+        assert job.plan(two.config, HELD_OUT).name != two.name
+        with pytest.raises(job.DistillError, match="'first' is not the one"):
+            job.plan(of_extended(two, NAMES[:2]), HELD_OUT)
     finally:
         (folder / "model.safetensors").write_bytes(before)
 
 
-def of_extended(plan: course.Course, names: tuple[str, ...]) -> Config:
+def of_extended(plan: job.DistillJob, names: tuple[str, ...]) -> Config:
     config = plan.config
     reward = config.objectives[NAMES[0]]
     extending = config.distill.model_copy(update={"extends": plan.name})
     return config.model_copy(update={"objectives": dict.fromkeys(names, reward), "distill": extending})
 
 
-def test_another_objective_changes_nothing_of_the_others(two: course.Course) -> None:
-    with pytest.raises(course.DistillError, match="has all of the run's objectives"):
-        course.plan(of_extended(two, NAMES[:2]), HELD_OUT)
-    plan = course.plan(of_extended(two, NAMES), HELD_OUT)
-    course.distill(plan, lambda part, done, total, text: None)
+def test_another_objective_changes_nothing_of_the_others(two: job.DistillJob) -> None:
+    with pytest.raises(job.DistillError, match="has all of the run's objectives"):
+        job.plan(of_extended(two, NAMES[:2]), HELD_OUT)
+    plan = job.plan(of_extended(two, NAMES), HELD_OUT)
+    job.distill(plan, WorkerGroup())
     (before, _), (after, card) = loaded(two), loaded(plan)
     assert card.objectives == NAMES
     grown = after.state_dict()
@@ -146,15 +147,15 @@ def test_another_objective_changes_nothing_of_the_others(two: course.Course) -> 
     new_values, new_queries = after.split(after(input_ids=inputs))
     assert torch.equal(new_values[..., :2], old_values)
     assert torch.equal(new_queries[..., :2, :], old_queries)
-    facts = plan.store.facts(values.distilled_folder(plan.name))
+    facts = plan.store.metadata(layout.distilled_folder(plan.name))
     assert facts is not None
     assert facts["figures"]["third"]["r2_values"] > 0.1  # what a trunk made for others happens to know
-    old_facts = two.store.facts(values.distilled_folder(two.name))
+    old_facts = two.store.metadata(layout.distilled_folder(two.name))
     assert old_facts is not None
     assert {name: facts["figures"][name] for name in NAMES[:2]} == old_facts["figures"]
 
 
-def test_published_objectives_share_the_trunk_and_qhead_is_served(two: course.Course) -> None:
+def test_published_objectives_share_the_trunk_and_qhead_is_served(two: job.DistillJob) -> None:
     store = two.store
     for name in NAMES[:2]:
         values.publish_distilled(store, name, 0, two.name)
@@ -171,4 +172,4 @@ def test_published_objectives_share_the_trunk_and_qhead_is_served(two: course.Co
     with pytest.raises(StoreError, match="'nothing' is not finished"):
         values.publish_distilled(store, "first", 0, "nothing")
     values.publish_distilled(store, "first", 0, None)
-    assert values.published_folders(store)["first"] == values.folder("first", 0)
+    assert values.published_folders(store)["first"] == layout.value_folder("first", 0)

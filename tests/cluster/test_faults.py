@@ -103,9 +103,9 @@ def test_whatever_file_is_damaged_its_folder_is_not_finished(undisturbed: Store,
             continue
         content = path.read_bytes()
         folder = str(Path(name).parent)
-        assert store.facts(folder) is not None
+        assert store.metadata(folder) is not None
         path.write_bytes(content[:-1]) if damage == "truncate" else path.unlink()
-        assert store.facts(folder) is None, name
+        assert store.metadata(folder) is None, name
         path.write_bytes(content)
     events = {name for name in unmarked if "/tensorboard/" in name}
     assert unmarked - events == UNMARKED
@@ -149,7 +149,7 @@ def test_damage_in_every_stage_is_mended_to_the_same_bytes_and_an_objective_adde
 @pytest.mark.parametrize("damage", ["truncate", "delete"])
 def test_a_damaged_config_of_a_run_is_named(undisturbed: Store, config_file: Path, tmp_path: Path, damage: str) -> None:
     from mavis_dist.config import load
-    from mavis_dist.run import check_same_run
+    from mavis_dist.run_state import check_same_run
 
     root = tmp_path / "undisturbed"
     (root / "rollouts").mkdir(parents=True)

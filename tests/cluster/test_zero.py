@@ -19,12 +19,11 @@ from mavis_dist.decode import Engine
 from mavis_dist.models.load import load_base
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store.files import Store
+from mavis_dist.store.layout import label_folder, rollout_folder
 from mavis_dist.store.shards import Labels, write_labels, write_trees
-from mavis_dist.train.data import label_folder, rollout_folder
 from mavis_dist.types import Policy, Prompt
+from tests.root import ROOT
 from tests.tiny import write_base
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mavis_dist.config import load
 from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit
 from mavis_dist.train.fit import train
-from mavis_dist.train.team import Team
+from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import RewardScale
 
 FIT = Fit("vowels", 0, None, RewardScale(3.0, 2.0), frozenset({"p0"}))
@@ -42,8 +42,8 @@ def main(config_file: str, output: str, rank: int, size: int, port: int) -> None
         store = Store(config.storage, config.run)
         for stop in stops:
             steps = itertools.count(1)
-            assert not train(FIT, config, store, Team(rank, size, wants_stop=lambda: next(steps) == stop))  # noqa: B023
-        assert train(FIT, config, store, Team(rank, size))
+            assert not train(FIT, config, store, WorkerGroup(rank, size, wants_stop=lambda: next(steps) == stop))  # noqa: B023
+        assert train(FIT, config, store, WorkerGroup(rank, size))
 
 
 if __name__ == "__main__":

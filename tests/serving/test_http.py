@@ -13,14 +13,14 @@ import openai
 import pytest
 
 from mavis_dist.decode import Engine, Request, SamplingParams
-from mavis_dist.decode.published import fetch_published, load_guide
+from mavis_dist.decode.load_guide import fetch_published, load_guide
 from mavis_dist.models.load import chat_ids, load_base, load_tokenizer
 from mavis_dist.store.files import Store
 from mavis_dist.types import TILT_CAP
-from serve.base import Base
-from serve.completions import Completions
-from serve.gateway import settings_of
-from serve.schema import ApiError, ChatRequest
+from serve.base.replica import Base
+from serve.gateway.build_request import Completions
+from serve.gateway.protocol import ApiError, ChatRequest
+from serve.gateway.replica import settings_of
 from serve.settings import main_args
 
 HELLO = [{"role": "user", "content": "Hello there"}]

@@ -16,7 +16,7 @@ from ray import serve
 
 from mavis_dist.config import Config
 from mavis_dist.decode import Engine, Request, SamplingParams
-from mavis_dist.decode.published import fetch_published, load_guide
+from mavis_dist.decode.load_guide import fetch_published, load_guide
 from mavis_dist.models.load import chat_ids, load_base
 from mavis_dist.store import values
 from mavis_dist.store.files import Store

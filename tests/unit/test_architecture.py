@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.root import ROOT
+
 # A room may import from itself and from every room of a lower floor.
 FLOORS = [
-    {"types", "environment"},
+    {"types", "environment", "progress"},
     {"sections"},
     {"config"},
     {"plan", "prompts"},
@@ -21,17 +23,23 @@ FLOORS = [
     {"rewards"},
     {"decode"},
     {"cluster"},
+    {"actors"},
     {"rollout", "train", "evaluate"},
-    {"run"},
+    {"run_state"},
     {"pipeline"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-RAY = {"cluster.py", "rollout/worker.py", "train/parallel.py"}
+RAY = {"cluster.py", "actors.py", "rollout/worker.py", "train/launch.py"}
+PROCESSES = {"gateway", "base", "value"}  # folders of serve/, one per process
 SERVE_MAY_USE = {"environment", "sections", "models", "decode", "store", "config", "types", "plan", "cluster", "core"}
 
 
-def imports(path: Path, top_level: bool = False) -> set[str]:
-    """Dotted names of the modules that a file imports."""
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path, top_level: bool = False, with_members: bool = False) -> set[str]:
+    """Dotted names of the modules that a file imports; `with_members`: also of what it imports from them."""
     tree = ast.parse(path.read_text())
     found: set[str] = set()
     for node in tree.body if top_level else ast.walk(tree):
@@ -39,8 +47,8 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-            if node.module == "mavis_dist":
-                found.update(f"mavis_dist.{alias.name}" for alias in node.names)
+            if node.module == "mavis_dist" or with_members:
+                found.update(f"{node.module}.{alias.name}" for alias in node.names)
     return found
 
 
@@ -87,7 +95,40 @@ def test_mathematics_knows_no_machinery(path: Path) -> None:
     assert {room(module) for module in imports(path)} <= {None, "core"}
 
 
-@pytest.mark.parametrize("path", files("serve"), ids=lambda path: path.name)
+def place(path: Path, folder: str) -> str:
+    """The folder below `folder` that a file lies in; empty for a file of its own."""
+    parts = path.relative_to(ROOT / folder).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def below(folder: str, modules: set[str]) -> set[str]:
+    """The parts directly below a package that dotted names belong to."""
+    return {module.split(".")[1] for module in modules if module.startswith(f"{folder}.")}
+
+
+@pytest.mark.parametrize("path", files("serve"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_processes_of_the_service_share_messages_only(path: Path) -> None:
+    """Gateway, base replica and value replica never import one another; what they share does not know them."""
+    if path.name == "app.py":  # composes all three
+        return
+    used = below("serve", imports(path)) & PROCESSES
+    assert used <= {place(path, "serve")}
+
+
+@pytest.mark.parametrize("path", files("benchmarks"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_benchmark_imports_what_is_common_only(path: Path) -> None:
+    own = place(path, "benchmarks")
+    assert own or path.name == "__init__.py", "every command has a folder"
+    assert below("benchmarks", imports(path)) <= {own, "common"}
+
+
+def test_no_imports_in_a_circle() -> None:
+    modules = {dotted(path): path for path in files("mavis_dist", "serve", "jobs", "benchmarks")}
+    graph = {module: imports(path, with_members=True) & modules.keys() - {module} for module, path in modules.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("path", files("serve"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_service_does_not_train(path: Path) -> None:
     used = {room(module) for module in imports(path)} - {None}
     assert used <= SERVE_MAY_USE
@@ -109,7 +150,7 @@ def test_help_is_instant_and_loads_no_framework() -> None:
     assert "in tokens" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["mavis_dist.cluster", "serve.app", "serve.gateway"])
+@pytest.mark.parametrize("module", ["mavis_dist.cluster", "mavis_dist.actors", "serve.app", "serve.gateway.replica"])
 def test_ray_never_loads_before_token_mode_is_set(module: str) -> None:
     script = (
         "import os, sys\n"

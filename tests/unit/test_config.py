@@ -10,8 +10,8 @@ import yaml
 
 from mavis_dist import config as config_module
 from mavis_dist.config import Config, ConfigError, conflicts, describe, flatten, load, parse
+from tests.root import ROOT
 
-ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {"run": "r", "objectives": {"a": {"reward": "sentiment"}}}
 
 

@@ -5,12 +5,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.root import ROOT
+
 K8S = ROOT / "k8s"
 CLUSTER_YAML = ROOT / "ray_cluster.yaml"
 RAY_VERSION = "2.60.0"

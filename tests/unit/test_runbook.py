@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.root import ROOT
+
 RUNBOOK = (ROOT / "docs" / "serving.md").read_text().partition("## Runbook")[2]
-SERVICE = [ast.parse(file.read_text()) for file in sorted(ROOT.glob("serve/*.py"))]
+SERVICE = [ast.parse(file.read_text()) for file in sorted(ROOT.glob("serve/**/*.py"))]
 STORE = [ast.parse((ROOT / "mavis_dist" / "store" / name).read_text()) for name in ("files.py", "values.py")]
 OTHERS = [ast.parse(file.read_text()) for room in ("decode", "models") for file in ROOT.glob(f"mavis_dist/{room}/*.py")]
 PLAN = ast.parse((ROOT / "mavis_dist" / "plan.py").read_text())

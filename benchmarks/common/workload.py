@@ -1,0 +1,133 @@
+"""What the benchmarks run on: the models of a finished run, and requests for prompts that it never trained on."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import yaml
+
+from mavis_dist import config as config_module
+from mavis_dist.config import Config
+from mavis_dist.decode import Request, SamplingParams, Scorer
+from mavis_dist.decode.load_guide import fetch_published, load_models, load_students
+from mavis_dist.models import value
+from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.models.qhead import Student
+from mavis_dist.models.value import ValueModel
+from mavis_dist.prompts import load_prompts
+from mavis_dist.store import layout, values
+from mavis_dist.store.files import Store
+from mavis_dist.types import UserError
+
+DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Models and questions."""
+
+    config: Config
+    base: BaseModel
+    objectives: tuple[str, ...]  # the two trained ones
+    models: dict[str, ValueModel]  # four: each of the two is loaded twice, as four models would be
+    prompts: list[tuple[int, ...]]  # token ids of the evaluation prompts
+    students: dict[str, tuple[Student, int]]  # of the two objectives, where a distilled model is published
+
+    @cached_property
+    def endless(self) -> BaseModel:
+        """The base model with an end-of-answer token that it never writes: every answer has max_tokens tokens."""
+        unused = max(self.base.tokenizer.added_tokens_decoder)
+        assert unused not in self.base.eos_ids
+        return replace(self.base, eos_ids=(unused,))
+
+    def requests(
+        self,
+        count: int,
+        weights: Sequence[dict[str, float]],
+        max_tokens: int,
+        scorer: Scorer = Scorer.FULL,
+        cap: float | None = None,
+    ) -> list[Request]:
+        """One request per prompt, each with a seed of its own; `weights` are taken in turn."""
+        return [
+            Request(
+                id=str(i),
+                prompt=prompt,
+                weights=weights[i % len(weights)],
+                beta=self.config.steer.beta,
+                tilt_cap=cap,
+                params=SamplingParams(max_tokens, seed=i),
+                scorer=scorer,
+            )
+            for i, prompt in enumerate(self.prompts[:count])
+        ]
+
+
+def mixtures(objectives: Sequence[str]) -> list[dict[str, float]]:
+    """Four different weights of the objectives."""
+    return [{name: 1.0 + (i + m) % 4 for m, name in enumerate(objectives)} for i in range(4)]
+
+
+def open_run(run: Path) -> tuple[Config, Store]:
+    """The config and the folder of a run; raises UserError if it is missing or not finished."""
+    store = Store(str(run.parent), run.name)
+    if not store.exists(layout.CONFIG_FILE) or len(values.published(store)) < 2:
+        raise UserError(f"{run} is no finished run with two objectives: run `make quickstart` first")
+    return config_module.parse(yaml.safe_load(store.read_bytes(layout.CONFIG_FILE))), store
+
+
+@contextmanager
+def without_distilled(run: Path) -> Iterator[Path]:
+    """A copy of a run, until the end of the block, in which two objectives are served by a model of its own each.
+
+    Objectives of a distilled model share it inside a base replica and share nothing in value replicas, so that the two
+    placements would be compared on different work.
+    """
+    config, store = open_run(run)
+    published = values.published(store)
+    with tempfile.TemporaryDirectory(prefix="mavis-") as folder:
+        copy = Path(folder) / run.name
+        for name in _two(config, published):
+            shutil.copytree(
+                run / layout.value_folder(name, published[name]), copy / layout.value_folder(name, published[name])
+            )
+            values.publish(Store(folder, run.name), name, published[name])
+        yield copy
+
+
+def load(run: Path) -> Workload:
+    """Raises UserError if the run is missing or not finished."""
+    config, store = open_run(run)
+    published = values.published(store)
+    base = load_base(config.base.model, DTYPE)
+    objectives = _two(config, published)
+    models = {}
+    for copy in ("", "_again"):
+        for name in objectives:
+            model, card = value.load(values.fetch(store, name, published[name]), getattr(torch, DTYPE))
+            card.check(base.fingerprint, base.tokenizer_fingerprint)
+            models[name + copy] = model
+    return Workload(config, base, objectives, models, _evaluation_prompts(config, base), _students(store, objectives))
+
+
+def _two(config: Config, published: Collection[str]) -> tuple[str, ...]:
+    """The first two objectives of the config that have a value model."""
+    return tuple(name for name in config.objectives if name in published)[:2]
+
+
+def _students(store: Store, objectives: Sequence[str]) -> dict[str, tuple[Student, int]]:
+    published = {name: folder for name, folder in fetch_published(store).items() if name in objectives}
+    folders = {name: folder for name, folder in published.items() if value.load_card(folder).teachers}
+    return load_students(folders, load_models(folders, getattr(torch, DTYPE)))
+
+
+def _evaluation_prompts(config: Config, base: BaseModel) -> list[tuple[int, ...]]:
+    _, prompts = load_prompts(config.prompts, config.seed)
+    return [base.chat(prompt.text, config.base.system) for prompt in prompts]

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.serving`: the service under load."""

@@ -1,0 +1,263 @@
+"""The service under load, through its real HTTP endpoint, and against the bare engine.
+
+    python -m benchmarks.serving [--quick] [--json FILE] [--run runs/quickstart]
+
+Needs the value models of a finished run. Deploys the service on loopback, with the value models inside the base replica
+and then in replicas of their own, and takes it down again. Prints tables and, with --json, writes every number.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import command
+from benchmarks.common.command import headline_table, say, table
+
+if TYPE_CHECKING:
+    from benchmarks.common.http_load import Body
+    from benchmarks.common.interleave import Speeds
+    from mavis_dist.config import Config
+
+# The bare engine has the machine to itself; a replica has the threads that Ray gives for the cores that it reserves.
+ENGINE_THREADS = 2
+ROWS = 16
+PLACEMENTS = ("colocated", "replicas")
+RAMP = 0.25  # of a window
+LEAVE_S = 2.0  # for the rows of clients that left
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    clients: tuple[int, ...]  # streams at a time, closed loop
+    rounds: int  # answers of each client
+    repetitions: int  # of service and bare engine, in turns, each with all rounds
+    tokens: int  # longest answer
+    overload: tuple[float, ...]  # requests that arrive, over those that can be answered
+    window_s: float  # of every overload
+
+
+FULL = Scale((1, 4, 16, 32), 3, 4, 64, (1, 2, 5, 10), 60.0)
+QUICK = Scale((1, 16), 1, 1, 16, (1, 2, 5, 10), 8.0)
+
+
+@dataclass
+class Cost:
+    """What the service spent while it was measured against the engine."""
+
+    num_tokens: int = 0
+    service_cpu_s: float = 0.0
+    clients_cpu_s: float = 0.0
+
+    def per_token_ms(self) -> dict[str, float]:
+        return {
+            "service": 1000 * self.service_cpu_s / self.num_tokens,
+            "clients": 1000 * self.clients_cpu_s / self.num_tokens,
+        }
+
+
+@dataclass
+class Measured:
+    """One placement."""
+
+    speeds: Speeds
+    cost: Cost
+    closed: dict[int, dict[str, Any]] = field(default_factory=dict)  # clients -> summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command.run("serving", "Measure the service.", "three minutes instead of twelve", (QUICK, FULL), measure, argv)
+
+
+def measure(run: Path, scale: Scale) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.common.workload import open_run, without_distilled
+
+    config, _ = open_run(run)
+    torch.set_num_threads(ENGINE_THREADS)
+    conditions = {"model": config.base.model, "load_before": os.getloadavg()[0], "rows": ROWS, **asdict(scale)}
+    say(f"{conditions}\nService, clients and bare engine share these cores; other load on them spoils the figures.")
+    with without_distilled(run) as copy:
+        measured, overloads = _measure(config, copy, scale)
+    say(closed_table(measured))
+    say(overload_table(overloads))
+    figures = headlines(measured, overloads)
+    say(headline_table(figures))
+    details = {name: asdict(placement) for name, placement in measured.items()}
+    return {**figures, "conditions": conditions, **details, "overload": overloads}
+
+
+def _measure(config: Config, run: Path, scale: Scale) -> tuple[dict[str, Measured], dict[str, dict[str, Any]]]:
+    """Both placements against the engine, and what becomes of overload where value models have replicas."""
+    from benchmarks.common.http_load import clients
+    from benchmarks.common.service import served, service
+
+    settings = {"rows": ROWS, "base_replicas": 1, "value_replicas": 1, "cpus_per_replica": 0.25}
+    bodies = {count: make_bodies(config, count * scale.rounds, scale.tokens) for count in {ROWS, *scale.clients}}
+    engine = bare_engine(served(config, run, **settings, placement="colocated"), bodies[ROWS])
+    measured: dict[str, Measured] = {}
+    with clients() as process:
+        for placement in PLACEMENTS:
+            with service(served(config, run, **settings, placement=placement)) as url:
+                measured[placement] = _against_engine(process, url, bodies[ROWS], engine, scale.repetitions)
+                for count in scale.clients:
+                    measured[placement].closed[count] = _closed(process, url, bodies[count], count)
+                if placement == PLACEMENTS[-1]:
+                    capacity = measured[placement].closed[ROWS]["requests_per_s"]
+                    overloads = _overloads(process, url, make_bodies(config, 200, scale.tokens), capacity, scale)
+    return measured, overloads
+
+
+def make_bodies(config: Config, count: int, tokens: int) -> list[Body]:
+    """Different questions, seeds and weights, as many users would send them."""
+    from benchmarks.common.workload import mixtures
+    from mavis_dist.prompts import load_prompts
+
+    _, prompts = load_prompts(config.prompts, config.seed)
+    weights = mixtures([*config.objectives][:2])
+    return [
+        {
+            "model": config.base.model,
+            "messages": [{"role": "user", "content": prompts[i % len(prompts)].text}],
+            "max_tokens": tokens,
+            "seed": i,
+            "objective_weights": weights[i % len(weights)],
+        }
+        for i in range(count)
+    ]
+
+
+def bare_engine(config: Config, bodies: Sequence[Body]) -> Callable[[int], float]:
+    """The same requests to the engine of a base replica, in this process; returns tokens written."""
+    import torch
+
+    from mavis_dist.decode import Engine, Request, SamplingParams
+    from mavis_dist.decode.load_guide import fetch_published, load_guide
+    from mavis_dist.models.load import load_base
+    from mavis_dist.store.files import Store
+    from serve.settings import main_args
+
+    args = main_args(config)
+    base = load_base(args.base, args.dtype, args.device)
+    guide = load_guide(fetch_published(Store(args.storage, args.run)), getattr(torch, args.dtype), args.device)
+    engine = Engine(base, guide, args.rows)
+    requests = [
+        Request(
+            id=str(i),
+            prompt=base.chat(body["messages"][0]["content"], args.system),
+            weights=body["objective_weights"],
+            beta=args.beta,
+            tilt_cap=args.tilt_cap,
+            params=SamplingParams(body["max_tokens"], seed=body["seed"]),
+        )
+        for i, body in enumerate(bodies)
+    ]
+
+    def write(repetition: int) -> float:
+        return sum(len(choice.tokens) for choices in engine.generate(requests) for choice in choices)
+
+    return write
+
+
+def _against_engine(
+    process: ProcessPoolExecutor, url: str, bodies: list[Body], engine: Callable[[int], float], repetitions: int
+) -> Measured:
+    from benchmarks.common.http_load import closed_loop
+    from benchmarks.common.interleave import take_turns
+    from benchmarks.common.service import cpu_s
+
+    cost = Cost()
+
+    def over_http(repetition: int) -> float:
+        began = cpu_s()
+        load = closed_loop(process, url, bodies, ROWS).result()
+        cost.service_cpu_s += cpu_s() - began
+        cost.clients_cpu_s += load.cpu_s
+        cost.num_tokens += load.num_tokens
+        return load.num_tokens
+
+    closed_loop(process, url, bodies[:ROWS], ROWS).result()  # what is done once is done before the clock runs
+    engine(0)
+    cost.num_tokens, cost.service_cpu_s, cost.clients_cpu_s = 0, 0.0, 0.0
+    return Measured(take_turns({"engine": engine, "http": over_http}, repetitions), cost)
+
+
+def _closed(process: ProcessPoolExecutor, url: str, bodies: list[Body], count: int) -> dict[str, Any]:
+    from benchmarks.common.http_load import closed_loop, summary
+
+    return summary(closed_loop(process, url, bodies, count).result())
+
+
+def _overloads(
+    process: ProcessPoolExecutor, url: str, bodies: list[Body], capacity: float, scale: Scale
+) -> dict[str, dict[str, Any]]:
+    """By factor: tokens/s that reach clients in whole, and what becomes of the other requests."""
+    from benchmarks.common.http_load import arrivals, failures, goodput, open_loop, percentiles
+
+    window = scale.window_s
+    figures = {}
+    for factor in scale.overload:
+        times = arrivals(factor * capacity, window, seed=0)
+        load = open_loop(process, url, bodies, times, window).result()
+        whole = [outcome for outcome in load.outcomes if outcome.is_whole]
+        figures[f"{factor:g}x"] = {
+            "goodput": goodput(load, RAMP * window, window),
+            "requests": len(load.outcomes),
+            "whole": len(whole),
+            "left": sum(outcome.has_left for outcome in load.outcomes),
+            "first_token_ms": percentiles([outcome.time_to_first for outcome in whole]),
+            **failures(load.outcomes),
+        }
+        time.sleep(LEAVE_S)
+    return figures
+
+
+def headlines(measured: dict[str, Measured], overloads: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The bare engine is the yardstick of both placements: it was measured in turns with each."""
+    from benchmarks.common.interleave import ratio
+
+    ratios = {name: ratio(m.speeds.per_s["http"], m.speeds.per_s["engine"]) for name, m in measured.items()}
+    goodputs = {name: figures["goodput"] for name, figures in overloads.items()}
+    first = next(iter(goodputs.values()))
+    return {
+        "http_vs_engine": ratios["colocated"],
+        "http_vs_engine_replicas": ratios["replicas"],
+        "replicas_vs_colocated": ratios["replicas"] / ratios["colocated"],
+        "cpu_ms_per_token": measured["colocated"].cost.per_token_ms(),
+        "cpu_ms_per_token_replicas": measured["replicas"].cost.per_token_ms(),
+        "goodput_tokens_per_s": goodputs,
+        "goodput_kept": {name: figure / first if first else float("nan") for name, figure in goodputs.items()},
+    }
+
+
+def closed_table(measured: dict[str, Measured]) -> str:
+    head = ["streams at a time", "tokens/s", "first: p50", "p95", "p99 ms", "token: p50", "p95", "p99 ms"]
+    rows = [
+        [
+            f"{placement}, {count}",
+            figures["tokens_per_s"],
+            *(figures[name][p] for name in ("first_token_ms", "token_ms") for p in ("p50", "p95", "p99")),
+        ]
+        for placement, m in measured.items()
+        for count, figures in m.closed.items()
+    ]
+    return table(head, rows, first=24)
+
+
+def overload_table(overloads: dict[str, dict[str, Any]]) -> str:
+    columns = {"goodput": "tokens/s", "requests": "requests", "whole": "whole", "left": "left", "refused_429": "429"}
+    columns |= {"refused_429_with_retry_after": "retry after", "answered_5xx": "5xx", "broken": "broken"}
+    rows = [[name, *(figures[key] for key in columns)] for name, figures in overloads.items()]
+    return table(["load over capacity", *columns.values()], rows, first=24)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.study`: iterations and variants of the training."""

@@ -1,0 +1,71 @@
+"""Other ways to train iteration 0, each a run of its own that learns from the same labelled trees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mavis_dist.config import Config
+from mavis_dist.store.files import MARKER, Store, StoreError
+from mavis_dist.store.layout import label_folder, rollout_folder
+from mavis_dist.types import Policy
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of the training, changed."""
+
+    name: str
+    section: str
+    key: str
+    value: Any
+
+    @property
+    def label(self) -> str:
+        return f"{self.section}.{self.key} {self.value}"
+
+    def is_new(self, config: Config) -> bool:
+        """Whether it differs from what the run does anyway."""
+        return getattr(getattr(config, self.section), self.key) != self.value
+
+    def config(self, study: Config) -> Config:
+        """The variant's run: that of the study with one setting changed, in the same storage, iteration 0 alone."""
+        section = getattr(study, self.section).model_copy(update={self.key: self.value})
+        return study.model_copy(update={"run": f"{study.run}-{self.name}", "iterations": 1, self.section: section})
+
+
+VARIANTS = (Variant("node", "train", "targets", "node"), Variant("8-layers", "value", "layers", 8))
+
+
+def train(study: Config, variant: Variant) -> None:
+    """Fit the variant's value models, all objectives at the same time; needs a connected cluster."""
+    from mavis_dist import pipeline
+
+    config = variant.config(study)
+    state = pipeline.open_run(config)  # first: results without the config that they belong to are refused
+    copy_trees(study, config)
+    pipeline.fit(state, 0)
+
+
+def copy_trees(source: Config, target: Config) -> None:
+    """The base model's trees with their labels, from one run to another.
+
+    Raises:
+        StoreError: the source has not finished them.
+    """
+    folders = [rollout_folder(Policy()), *(label_folder(Policy(), name) for name in source.objectives)]
+    for folder in folders:
+        copy_stage(Store(source.storage, source.run), Store(target.storage, target.run), folder)
+
+
+def copy_stage(source: Store, target: Store, folder: str) -> None:
+    """Copy a finished stage unless it is there, the marker last; raises StoreError if it is not finished."""
+    if target.metadata(folder) is not None:
+        return
+    facts = source.metadata(folder)
+    if facts is None:
+        raise StoreError(f"{source.root}/{folder} is not finished: run the pipeline of {source.run!r} first")
+    for name in source.list(folder):
+        if name != MARKER:
+            target.write_bytes(f"{folder}/{name}", source.read_bytes(f"{folder}/{name}"))
+    target.finish(folder, facts)

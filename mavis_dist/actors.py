@@ -1,0 +1,195 @@
+"""Ray actors and tasks at work for the driver: the worker pool, mapped tasks, and progress across processes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic, TypeAlias, TypeVar, cast
+
+from mavis_dist import environment as environment  # isort: split
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mavis_dist.cluster import check_stop, is_stopping
+from mavis_dist.progress import Meter, StallWarning, say
+from mavis_dist.types import UserError
+
+Settings = TypeVar("Settings")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+POLL_S = 1.0
+DEATHS_WITHOUT_RESULT = 5
+
+
+class WorkerPoolError(UserError):
+    """Actors that cannot do their work."""
+
+
+@ray.remote(num_cpus=0)
+class ProgressActor:
+    """Collects the progress of workers for the driver, and carries its request to stop to them."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[str, tuple[int, int, str]]] = {}
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Ask all workers to save and to stop."""
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
+    def post(self, stage: str, part: str, done: int, total: int, text: str = "") -> None:
+        self._parts.setdefault(stage, {})[part] = (done, total, text)
+
+    def read(self, stage: str) -> dict[str, tuple[int, int, str]]:
+        return dict(self._parts.get(stage, {}))
+
+
+Progress: TypeAlias = ActorHandle[ProgressActor]
+
+
+def start_progress_actor() -> Progress:
+    """Start the actor on the driver's machine, so that losing another machine does not take it away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ProgressActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+class ProgressReader:
+    """Prints the progress that workers post for one stage."""
+
+    def __init__(self, actor: Progress, stage: str, unit: str):
+        self.actor, self._stage = actor, stage
+        self._meter = Meter(stage, unit)
+
+    def show(self, final: bool = False) -> None:
+        parts = cast("dict[str, tuple[int, int, str]]", ray.get(self.actor.read.remote(self._stage), timeout=60))
+        if total := sum(part[1] for part in parts.values()):
+            text = ", ".join(f"{name} {part[2]}" for name, part in parts.items() if part[2])
+            self._meter.show(sum(part[0] for part in parts.values()), total, text, final)
+
+
+class WorkerPool(Generic[Settings, Item, Result]):
+    """Actors that work on one queue, one item each at a time. Actors may start late or die: another one starts the item
+    of a dead actor again. An item must give the same results whichever actor works on it, however often it is started.
+
+    Ray's own ActorPool neither replaces dead actors nor streams the results of an item.
+    """
+
+    def __init__(self, start: Callable[[], ActorHandle[Any]], count: int):
+        """`start` creates an actor with a method `work(settings: Settings, item: Item | None)`. It starts an item, or
+        continues the one it has if given None, and returns (results so far, whether the item is finished).
+        """
+        self._start = start
+        self._calls: dict[ray.ObjectRef[Any], ActorHandle[Any]] = {}  # under way
+        self._idle: list[ActorHandle[Any]] = []  # actors that have loaded their models
+        self._busy: dict[ActorHandle[Any], Item] = {}
+        self._num_deaths = 0  # since anything was finished
+        for _ in range(count):
+            self._hire()
+
+    def run(self, stage: str, settings: Settings, items: Iterable[Item]) -> Iterator[Result]:
+        """All results of all items as they arrive; the results of an item that was started again arrive again.
+
+        Raises:
+            WorkerPoolError: actors keep dying and no item makes progress.
+        """
+        queue, stall = deque(items), StallWarning(stage)
+        while queue or self._busy:
+            check_stop()
+            while queue and self._idle:
+                actor = self._idle.pop()
+                self._busy[actor] = queue.popleft()
+                self._calls[actor.work.remote(settings, self._busy[actor])] = actor
+            ready, _ = ray.wait(list(self._calls), timeout=POLL_S)
+            stall.check(bool(ready), f"{len(self._busy)} of {len(self._actors)} actors work, the others load or wait")
+            for ref in ready:
+                actor = self._calls.pop(ref)
+                try:
+                    outcome = ray.get(ref)
+                except ray.exceptions.RayActorError as error:
+                    if actor in self._busy:
+                        queue.appendleft(self._busy.pop(actor))
+                    self._replace(stage, actor, error)
+                    continue
+                if actor not in self._busy:  # it is ready for its first item
+                    self._idle.append(actor)
+                    continue
+                results, is_finished = outcome
+                self._num_deaths = 0
+                yield from results
+                if is_finished:
+                    del self._busy[actor]
+                    self._idle.append(actor)
+                else:
+                    self._calls[actor.work.remote(settings, None)] = actor
+
+    def wait_until_loaded(self, limit_s: float = 600.0) -> None:
+        """Wait until all actors are ready; raises GetTimeoutError."""
+        ray.get([actor.__ray_ready__.remote() for actor in self._actors], timeout=limit_s)
+
+    def release(self) -> None:
+        """End the actors, so that the next stage finds their cores free."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    @property
+    def _actors(self) -> list[ActorHandle[Any]]:
+        return [*self._idle, *self._calls.values()]
+
+    def _hire(self) -> None:
+        """Start an actor. It gets its first item only when it is ready: an actor that finds no room may never be."""
+        actor = self._start()
+        self._calls[actor.__ray_ready__.remote()] = actor
+
+    def _replace(self, stage: str, actor: ActorHandle[Any], error: ray.exceptions.RayActorError) -> None:
+        """A new actor in the place of a dead one."""
+        self._num_deaths += 1
+        ray.kill(actor)  # one that cannot be reached may still be alive
+        if error.actor_init_failed:
+            raise error
+        if self._num_deaths > DEATHS_WITHOUT_RESULT:
+            raise WorkerPoolError(
+                f"{stage}: {self._num_deaths} actors died in a row without any result "
+                f"({' '.join(str(error).split())[:300]}): give them more memory, or lower rollout.rows"
+            ) from error
+        say(stage, "an actor died; its item is started again")
+        self._hire()
+
+
+def map_tasks(function: Callable[..., Result], items: Sequence[tuple[Any, ...]], stage: str, unit: str) -> list[Result]:
+    """`function(*item)` for every item as a Ray task of one core; results in the order of the items."""
+    meter = Meter(stage, unit)
+    task = ray.remote(function)
+    refs = [task.options(num_cpus=1).remote(*item) for item in items]
+    left = refs
+    while left:
+        check_stop()
+        _, left = ray.wait(left, num_returns=len(left), timeout=POLL_S)
+        meter.show(len(refs) - len(left), len(refs))
+    meter.show(len(refs), len(refs), final=True)
+    return ray.get(refs)
+
+
+def wait_for(futures: Sequence[Future[Any]], reader: ProgressReader) -> None:
+    """Wait for threads of the driver; the first failure is raised once all have ended.
+
+    When the job is to stop, the progress actor is told; workers that ask it end early.
+    """
+    is_told = False
+    while not all(future.done() for future in futures):
+        time.sleep(POLL_S)
+        reader.show()
+        if is_stopping() and not is_told:
+            is_told = True
+            ray.get(reader.actor.stop.remote(), timeout=60)
+    for future in futures:
+        future.result()
+    check_stop()
+    reader.show(final=True)

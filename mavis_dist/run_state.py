@@ -1,0 +1,177 @@
+"""What the stages of a run share: the opened run, actors at work, answers and their scores, times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from mavis_dist import cluster
+from mavis_dist import config as config_module
+from mavis_dist.actors import Progress, WorkerPool, start_progress_actor
+from mavis_dist.config import Config
+from mavis_dist.decode import Choice, SamplingParams
+from mavis_dist.evaluate import gate
+from mavis_dist.evaluate.collect import record_stage
+from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
+from mavis_dist.models.value import load_card
+from mavis_dist.plan import Plan, make_plan
+from mavis_dist.progress import Meter, say
+from mavis_dist.prompts import held_out, load_prompts
+from mavis_dist.rewards import build
+from mavis_dist.rollout.labels import reward_scale
+from mavis_dist.rollout.worker import Answered, Ask, Batch, Result, worker_factory
+from mavis_dist.store import layout, values
+from mavis_dist.store.files import Store, StoreError
+from mavis_dist.store.layout import label_folder
+from mavis_dist.store.shards import shard_names
+from mavis_dist.types import Policy, Prompt, RewardScale
+
+LAST_LINE = "# end of the config"
+Pool = WorkerPool[Mapping[str, int], Batch, Result]
+
+BATCH = 32  # requests that are answered side by side
+
+
+@dataclass
+class RunState:
+    """What every stage needs."""
+
+    config: Config
+    store: Store
+    plan: Plan
+    progress: Progress
+    train: list[Prompt]
+    evaluation: list[Prompt]
+    _pool: Pool | None = None
+
+    def worker_pool(self) -> Pool:
+        """The rollout actors, started when they are first needed."""
+        if self._pool is None:
+            self._pool = WorkerPool(worker_factory(self.config), self.config.rollout.actors)
+        return self._pool
+
+    def release_workers(self) -> None:
+        """End the rollout actors, so that their cores are free."""
+        if self._pool is not None:
+            self._pool.release()
+            self._pool = None
+
+    @property
+    def validation_ids(self) -> frozenset[str]:
+        """The prompts that measure the value models."""
+        return frozenset(prompt.id for prompt in held_out(self.config.prompts, self.train))
+
+
+def open_run(config: Config) -> RunState:
+    """Refuse what cannot work before anything is written; needs a connected cluster."""
+    store = Store(config.storage, config.run)
+    plan = make_plan(config, cluster.nodes())
+    train, evaluation = load_prompts(config.prompts, config.seed)
+    fetch(config.base.model)
+    for objective in config.objectives.values():
+        build(objective)
+    store.check_writable()
+    check_same_run(store, config)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    store.write_bytes(layout.CONFIG_FILE, f"{text}{LAST_LINE}\n".encode())
+    for note in plan.notes:
+        say("plan", note)
+    return RunState(config, store, plan, start_progress_actor(), train, evaluation)
+
+
+def check_same_run(store: Store, config: Config) -> None:
+    """Refuse a config that would mix its results with those of another."""
+    remedy = f"restore {store.root}/run.yaml, or choose another name with run=NAME"
+    if not store.exists(layout.CONFIG_FILE):
+        if store.exists("rollouts"):
+            raise StoreError(f"the run has results but its config run.yaml is missing: {remedy}")
+        return
+    text = store.read_bytes(layout.CONFIG_FILE).decode(errors="replace")
+    if not text.endswith(f"{LAST_LINE}\n"):  # the beginning of a config may well be a config
+        raise StoreError(f"the config of the run is damaged (run.yaml has no last line {LAST_LINE!r}): {remedy}")
+    try:
+        started = config_module.parse(yaml.safe_load(text))
+    except (yaml.YAMLError, config_module.ConfigError) as error:
+        raise StoreError(f"the config of the run is damaged ({' '.join(str(error).split())}): {remedy}") from None
+    if conflicts := config_module.conflicts(started, config):
+        raise config_module.ConfigError(conflicts[0])
+
+
+def scale_of(state: RunState, objective: str) -> RewardScale:
+    """The unit of an objective: its mean and spread over the base model's answers to the training prompts."""
+    folder = label_folder(Policy(), objective)
+    paths = [f"{folder}/{name}" for name in shard_names(state.store, folder)]
+    training = {prompt.id for prompt in state.train} - state.validation_ids
+    return reward_scale(state.store, objective, paths, training)
+
+
+def current(state: RunState, objective: str, before: int) -> int:
+    """The newest accepted iteration of an objective's value model among those before `before`, which is at least 1."""
+    iteration = gate.current(state.store, objective, before)
+    assert iteration is not None  # the first one is always accepted
+    return iteration
+
+
+def answer_params(config: Config, samples: int) -> SamplingParams:
+    """Answers under the reference policy of the rollouts."""
+    rollout = config.rollout
+    return SamplingParams(rollout.max_tokens, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p, n=samples)
+
+
+def ask(
+    state: RunState, stage: str, groups: Sequence[Sequence[Ask]], value_iterations: Mapping[str, int]
+) -> dict[str, list[tuple[Choice, str]]]:
+    """Answers with their texts by request id. Those of a group do not depend on the other groups, to the last bit."""
+    batches = [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
+    meter, num_items, answers = Meter(stage, "prompts"), sum(map(len, batches)), {}
+    for result in work(state, stage, batches, value_iterations):
+        assert isinstance(result, Answered)
+        answers[result.request_id] = result.answers
+        meter.show(len(answers), num_items, final=len(answers) == num_items)
+    return answers
+
+
+def work(
+    state: RunState, stage: str, batches: Sequence[Batch], value_iterations: Mapping[str, int]
+) -> Iterator[Result]:
+    """Results of all batches under these value models; those of another base are refused here, not in an actor.
+
+    Nothing is started where there is nothing to do.
+    """
+    if not batches:
+        return
+    model = state.config.base.model
+    base, tokenizer = fingerprint_model(fetch(model)), fingerprint_tokenizer(load_tokenizer(model))
+    for name, iteration in value_iterations.items():
+        load_card(values.fetch(state.store, name, iteration)).check(base, tokenizer)
+    yield from state.worker_pool().run(stage, value_iterations, batches)
+
+
+def score_all(
+    config: Config, objectives: Iterable[str], prompts: Sequence[Prompt], answers: Sequence[Sequence[tuple[Any, str]]]
+) -> dict[str, list[float]]:
+    """Raw rewards of all answers by objective, prompt by prompt."""
+    questions = [prompt.text for prompt, row in zip(prompts, answers, strict=True) for _ in row]
+    texts = [text for row in answers for _, text in row]
+    return {name: build(config.objectives[name]).score(questions, texts) for name in objectives}
+
+
+@contextmanager
+def timed(state: RunState, stage: str, detail: str, is_needed: bool = True) -> Iterator[None]:
+    """Remember how long the work of a stage took, for the report."""
+    started = time.monotonic()
+    yield
+    if is_needed:
+        record_stage(state.store, stage, time.monotonic() - started, detail)
+
+
+def finished(state: RunState, folder: str, stage: str) -> bool:
+    if state.store.metadata(folder) is None:
+        return False
+    say(stage, f"{folder} finished before, skipped")
+    return True

@@ -1,0 +1,64 @@
+"""Where everything of a run lies, relative to its folder `{storage}/{run}`. Plain strings: nothing is read or written.
+
+A folder is finished when its marker exists (mavis_dist.store.files).
+"""
+
+from __future__ import annotations
+
+from mavis_dist.types import Policy
+
+CONFIG_FILE = "run.yaml"  # the config that the run was started with
+STAGES_FILE = "stages.json"  # how long every stage took
+REPORT_FILE = "report.html"
+METRICS_FILE = "metrics.jsonl"  # measurements of a value model's training, in its folder
+
+ROLLOUTS = "rollouts"
+VALUES = "values"
+TRAINING = "train"  # of training that is not finished
+SWEEP_FOLDER = "eval/sweep"
+SWEEP_FILE = f"{SWEEP_FOLDER}/sweep.json"
+RAY_TRAIN_FOLDER = f"{TRAINING}/.ray"  # Ray Train's own bookkeeping
+
+
+def rollout_folder(policy: Policy) -> str:
+    """The trees of a policy."""
+    return f"{ROLLOUTS}/{policy.name}"
+
+
+def label_folder(policy: Policy, objective: str) -> str:
+    """An objective's rewards of the leaves of a policy's trees."""
+    return f"labels/{policy.name}/{objective}"
+
+
+def value_folder(objective: str, iteration: int) -> str:
+    """A finished value model."""
+    return f"{VALUES}/{objective}/i{iteration}"
+
+
+def published_file(objective: str) -> str:
+    """Which model is served for an objective."""
+    return f"{VALUES}/{objective}/published.json"
+
+
+def distilled_folder(name: str) -> str:
+    """A distilled model."""
+    return f"distilled/{name}"
+
+
+def gate_folder(objective: str, iteration: int) -> str:
+    """The decision whether an iteration replaces the one before it."""
+    return f"gate/{objective}/i{iteration}"
+
+
+def checkpoint_folder(objective: str, iteration: int) -> str:
+    """Checkpoints of a value model that is being trained."""
+    return f"{_training_folder(objective, iteration)}/checkpoints"
+
+
+def tensorboard_folder(objective: str, iteration: int) -> str:
+    """TensorBoard's files of a value model's training; they stay."""
+    return f"{_training_folder(objective, iteration)}/tensorboard"
+
+
+def _training_folder(objective: str, iteration: int) -> str:
+    return f"{TRAINING}/{objective}/i{iteration}"

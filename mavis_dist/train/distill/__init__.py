@@ -1,0 +1,1 @@
+"""Distillation of several value models into one, with a student that predicts candidates."""

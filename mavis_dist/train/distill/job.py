@@ -1,0 +1,258 @@
+"""A distillation from the stored run to the stored model: what is taught by whom, the parts in order, the report.
+
+Knows nothing of Ray: every worker calls `distill`, in a process group that its caller has made.
+
+Shapes: M objectives, C candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mavis_dist.config import Config
+from mavis_dist.core.tree import Tree
+from mavis_dist.models import qhead, value
+from mavis_dist.models.load import fetch, fingerprint_model, load_base
+from mavis_dist.models.qhead import QHead, Student
+from mavis_dist.models.value import Card, Teacher, ValueModel
+from mavis_dist.store import layout, values
+from mavis_dist.store.files import Store
+from mavis_dist.store.layout import rollout_folder
+from mavis_dist.store.shards import read_trees, shard_names
+from mavis_dist.train.data import Fit, TreeSet, data_of
+from mavis_dist.train.distill.fit import agreement, fit_heads, fit_qhead, fit_trunk, trunk_statistics
+from mavis_dist.train.distill.labels import DistillLabels, Sampling, label_tree
+from mavis_dist.train.fit import predict
+from mavis_dist.train.worker_group import WorkerGroup
+from mavis_dist.types import Policy, UserError
+
+LEARNING_RATE = 2e-4
+QHEAD_LEARNING_RATE = 1e-3  # the student's head is small and sees many candidates at a step
+QHEAD_STEPS = 600
+RANK = 64  # of the student's predictions
+STATES, CANDIDATES = 24, 8  # of every tree, and of each of these states
+
+
+class DistillError(UserError):
+    """A distillation that cannot be done."""
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """One distillation."""
+
+    config: Config
+    teachers: tuple[Teacher, ...]  # those of the model that is extended first
+    validation_ids: frozenset[str]  # prompts whose trees measure and do not train
+
+    @property
+    def name(self) -> str:
+        """A hash of everything that the result depends on: a finished one is never overwritten."""
+        settings = self.config.distill.model_dump(exclude={"publish"})
+        facts = [settings, [asdict(teacher) for teacher in self.teachers]]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def store(self) -> Store:
+        return Store(self.config.storage, self.config.run)
+
+    @property
+    def num_old(self) -> int:
+        """Objectives of the model that is extended; their heads stay as they are."""
+        extended = self.config.distill.extends
+        return 0 if extended is None else len(_extended_card(self.store, extended).teachers)
+
+
+def plan_job(config: Config, validation_ids: frozenset[str]) -> DistillJob:
+    """The distillation of the published value models of a config's objectives.
+
+    Raises:
+        DistillError: if there is nothing to learn from, or nothing to add to the model that is extended.
+    """
+    store = Store(config.storage, config.run)
+    iterations = values.published(store)
+    for name in config.objectives:
+        if name not in iterations:
+            raise DistillError(f"no value model of {name!r} is published in {store.root}: run the pipeline first")
+    teachers = {
+        name: Teacher(name, iterations[name], fingerprint_model(values.fetch(store, name, iterations[name])))
+        for name in config.objectives
+    }
+    old: tuple[Teacher, ...] = ()
+    if config.distill.extends is not None:
+        old = _extended_card(store, config.distill.extends).teachers
+        for teacher in old:
+            if teachers.get(teacher.objective) != teacher:
+                raise DistillError(
+                    f"distill.extends={config.distill.extends}: the value model of {teacher.objective!r} is not the "
+                    f"one that it learnt from: leave distill.extends out"
+                )
+        if len(old) == len(teachers):
+            raise DistillError(
+                f"distill.extends={config.distill.extends} has all of the run's objectives: leave distill.extends out"
+            )
+    return DistillJob(config, (*old, *(t for t in teachers.values() if t not in old)), validation_ids)
+
+
+def distill(job: DistillJob, group: WorkerGroup) -> None:
+    """Teach, train, measure, and store the distilled model; called by every worker of a process group."""
+    config, store = job.config, job.store
+    torch.manual_seed(config.seed)
+    trees = stored_trees(store, job.teachers)
+    mine = labels_of(job, trees[group.rank :: group.size], group)
+    labels = [label for share in group.gather(mine) for label in share]
+    training = [label for label in labels if label.tree.prompt_id not in job.validation_ids]
+
+    student = train(job, training, group)
+    if group.rank == 0:
+        validation = [label for label in labels if label.tree.prompt_id in job.validation_ids]
+        keep(job, student, report(job, student, validation))
+
+
+def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
+    """The base policy's trees, and those of every later policy up to the teachers' own."""
+    later = [Policy(t.objective, i) for t in teachers for i in range(1, t.iteration + 1)]
+    folders = [rollout_folder(policy) for policy in (Policy(), *later)]
+    shards = [f"{folder}/{name}" for folder in folders for name in shard_names(store, folder)]
+    return [tree for shard in shards for tree in read_trees(store, shard)]
+
+
+def labels_of(job: DistillJob, trees: Sequence[Tree], group: WorkerGroup) -> list[DistillLabels]:
+    """What the teachers say of some trees."""
+    config, device = job.config, job.config.base.device
+    rollout = config.rollout
+    base = load_base(config.base.model, config.base.dtype, device)
+    teachers = [(load_teacher(job.store, teacher, device)[0], 0) for teacher in job.teachers]
+    sampling = Sampling(STATES, CANDIDATES, rollout.top_k, rollout.top_p, rollout.min_p)
+    labels = []
+    for tree in trees:
+        labels.append(label_tree(base, teachers, tree, sampling, config.seed, device))
+        group.check_stop()
+        group.progress("labels", len(labels), len(trees), "")
+    return labels
+
+
+def load_teacher(store: Store, teacher: Teacher, device: str) -> tuple[ValueModel, Card]:
+    return value.load(values.fetch(store, teacher.objective, teacher.iteration), device=device)
+
+
+def train(job: DistillJob, labels: Sequence[DistillLabels], group: WorkerGroup) -> Student:
+    """Both parts, on all workers; the finished student on each of them."""
+    config, device, first = job.config, job.config.base.device, job.num_old
+    settings = config.train.model_copy(update={"learning_rate": LEARNING_RATE, "accumulation": 1})
+    student = start(job).to(device)
+    if first == 0:
+        trained = fit_trunk(student, labels, settings, config.distill.epochs, config.seed, group)
+        student = start(job)  # ZeRO 3 has cut the parameters of the one that was trained into pieces
+        unknown = student.load_state_dict(trained, strict=False).unexpected_keys  # embeddings stay as they are
+        assert not unknown, unknown
+        student.to(device)
+    student.eval().requires_grad_(False)
+    seen = trunk_statistics(student.model, labels)
+    fit_heads(student.model, seen, first)
+    head_settings = settings.model_copy(update={"learning_rate": QHEAD_LEARNING_RATE})
+    learning = Student(student.model, copy.deepcopy(student.qhead))
+    trained = fit_qhead(learning, seen, head_settings, QHEAD_STEPS, config.seed, group, first)
+    unknown = student.qhead.load_state_dict(trained, strict=False).unexpected_keys  # old objectives likewise
+    assert not unknown, unknown
+    return student
+
+
+def start(job: DistillJob) -> Student:
+    """The model that is extended, with heads for what is new; else a trunk that knows something, and a silent head."""
+    config, store = job.config, job.store
+    if config.distill.extends is not None:
+        folder = values.fetch_folder(store, layout.distilled_folder(config.distill.extends))
+        student = qhead.load(folder, value.load(folder)[0])
+        for _ in job.teachers[job.num_old :]:
+            student.add_objective()
+        return student
+    if config.distill.layers is not None:
+        model = value.from_base(fetch(config.base.model), config.distill.layers, len(job.teachers))
+    else:
+        model = average([load_teacher(store, teacher, "cpu")[0] for teacher in job.teachers])
+    torch.manual_seed(config.seed)
+    return Student(model, QHead(model.heads.in_features, len(job.teachers), RANK))
+
+
+@torch.no_grad()
+def average(models: Sequence[ValueModel]) -> ValueModel:
+    """One trunk of the mean weights of several with a common origin, with all their heads; raises DistillError."""
+    states = [model.backbone.state_dict() for model in models]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if any(shape != shapes[0] for shape in shapes):
+        raise DistillError("the value models differ in shape and have no average: set distill.layers=NUMBER")
+    mean = ValueModel(copy.deepcopy(models[0].backbone), len(models))
+    mean.backbone.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
+    mean.heads.weight.copy_(torch.cat([model.heads.weight for model in models]))
+    mean.heads.bias.copy_(torch.cat([model.heads.bias for model in models]))
+    return mean
+
+
+@torch.no_grad()
+def report(
+    job: DistillJob, student: Student, validation: Sequence[DistillLabels]
+) -> dict[str, dict[str, float | None]]:
+    """By objective, on validation trees: the explained variance of the targets by teacher and by student, and how the
+    student agrees with the teacher; None without validation trees.
+    """
+    device = job.config.base.device
+    agreements = agreement(student, validation)
+    figures = {}
+    for m, teacher in enumerate(job.teachers):
+        model, card = load_teacher(job.store, teacher, device)
+        fit = Fit(teacher.objective, teacher.iteration, None, card.scales[0], job.validation_ids)
+        trees = data_of(fit, job.config, job.store)[1]
+
+        def head(m: int = m, **inputs: Any) -> torch.Tensor:
+            return student.model(**inputs)[..., m : m + 1]
+
+        figures[teacher.objective] = {
+            "teacher_explained_variance": _r2(model, trees, device),
+            "student_explained_variance": _r2(head, trees, device),
+            **{name: None if r2_M is None else float(r2_M[m]) for name, r2_M in agreements.items()},
+        }
+    return figures
+
+
+def _r2(model: Any, trees: TreeSet, device: str) -> float | None:
+    return predict(model, trees, device).r2 if len(trees) else None
+
+
+def keep(job: DistillJob, student: Student, figures: dict[str, dict[str, float | None]]) -> None:
+    """Store the student with its card, the report in the marker."""
+    store = job.store
+    cards = [value.load_card(values.fetch(store, t.objective, t.iteration)) for t in job.teachers]
+    explained = [f["student_explained_variance"] for f in figures.values()]
+    known = [e for e in explained if e is not None]
+    extended = job.config.distill.extends
+    card = Card(
+        objectives=tuple(t.objective for t in job.teachers),
+        scales=tuple(card.scales[0] for card in cards),
+        rewards=tuple(card.rewards[0] for card in cards),
+        iteration=max(t.iteration for t in job.teachers),
+        parent=None if extended is None else layout.distilled_folder(extended),
+        base_fingerprint=cards[0].base_fingerprint,
+        tokenizer_fingerprint=cards[0].tokenizer_fingerprint,
+        max_tokens=min(card.max_tokens for card in cards),
+        beta=cards[0].beta,
+        r2=sum(known) / len(known) if known else None,
+        teachers=job.teachers,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        value.save(student.model, card, Path(folder))
+        qhead.save(student.qhead, Path(folder))
+        store.upload(Path(folder), layout.distilled_folder(job.name), {"figures": figures})
+
+
+def _extended_card(store: Store, name: str) -> Card:
+    return value.load_card(values.fetch_folder(store, layout.distilled_folder(name)))

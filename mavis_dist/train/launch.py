@@ -1,0 +1,141 @@
+"""Training under Ray Train: one run per value model or distillation, started from threads of the driver."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import ray
+import ray.train
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from mavis_dist import cluster
+from mavis_dist.actors import Progress, ProgressReader, wait_for
+from mavis_dist.config import Config
+from mavis_dist.progress import say
+from mavis_dist.store import layout
+from mavis_dist.store.files import Store
+from mavis_dist.train.data import Fit
+from mavis_dist.train.distill.job import DistillJob
+from mavis_dist.train.worker_group import WorkerGroup
+from mavis_dist.types import UserError
+
+MAX_DEATHS = 3  # of workers, from which one training recovers
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One Ray Train run: `train.workers` workers in a process group, which all call `work`."""
+
+    name: str  # in messages
+    stage: str  # whose progress the workers post
+    work: Callable[[WorkerGroup], object]  # crosses processes; must resume by itself from what it has stored
+    config: Config
+    progress: Progress
+
+
+def fit_all(fits: Sequence[Fit], config: Config, at_once: int, progress: Progress) -> None:
+    """Train every value model, `at_once` at a time; the first failure is raised when all have ended."""
+    stage = f"train i{fits[0].iteration}"
+    run_all(
+        [Launch(f"{stage} {fit.objective}", stage, partial(_fit, fit, config), config, progress) for fit in fits],
+        at_once,
+    )
+
+
+def distill(job: DistillJob, progress: Progress) -> None:
+    """One distillation, with its progress on stderr. It keeps nothing when it is stopped."""
+    run_all([Launch("distill", "distill", partial(_distill, job), job.config, progress)], at_once=1)
+
+
+def run_all(launches: Sequence[Launch], at_once: int) -> None:
+    """Run launches of one stage, `at_once` at a time, and print their progress until all have ended."""
+    reader = ProgressReader(launches[0].progress, launches[0].stage, "steps")
+    with ThreadPoolExecutor(at_once, thread_name_prefix="launch") as threads:
+        futures: list[Future[None]] = [threads.submit(run, launch) for launch in launches]
+        wait_for(futures, reader)
+
+
+def run(launch: Launch) -> None:
+    """Run until the work is done; a run that lost a worker is started again. Errors of the user are raised at once."""
+    for deaths in range(MAX_DEATHS + 1):
+        cluster.check_stop()
+        try:
+            _run_once(launch)
+            return
+        except TrainingFailedError as error:
+            cluster.check_stop()
+            failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+            if refused := next((failure for failure in failures if isinstance(failure, UserError)), None):
+                raise refused from None
+            if deaths == MAX_DEATHS:
+                raise
+            say(launch.name, "a worker died; resuming from the newest checkpoint")
+
+
+def _run_once(launch: Launch) -> None:
+    # Checkpoints go to the project's own store. Ray Train's folder holds bookkeeping only, in a new place every time:
+    # it is not written atomically, and a torn file would stop the next attempt.
+    name, train = uuid.uuid4().hex, launch.config.train
+    store = Store(launch.config.storage, launch.config.run)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"launch": launch},
+        scaling_config=ScalingConfig(
+            num_workers=train.workers,
+            use_gpu=train.gpus_per_worker > 0,
+            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
+        ),
+        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker > 0 else "gloo"),
+        run_config=RunConfig(name=name, storage_path=store.uri(layout.RAY_TRAIN_FOLDER)),
+    )
+    try:
+        trainer.fit()
+    finally:
+        store.delete(f"{layout.RAY_TRAIN_FOLDER}/{name}")
+
+
+def _work(arguments: dict[str, Launch]) -> None:
+    """A worker: its share of the cores, what DeepSpeed must know of the machine, then the work."""
+    import torch
+
+    launch = arguments["launch"]
+    torch.set_num_threads(max(1, int(launch.config.train.cpus_per_worker)))
+    os.environ.setdefault("LOCAL_SIZE", str(ray.train.get_context().get_local_world_size()))
+    launch.work(_worker_group(launch))
+
+
+def _worker_group(launch: Launch) -> WorkerGroup:
+    """This worker's place among the others; worker 0 posts the progress."""
+    context, actor = ray.train.get_context(), launch.progress
+    rank = context.get_world_rank()
+
+    def post(part: str, done: int, total: int, text: str) -> None:
+        if rank == 0:
+            actor.post.remote(launch.stage, part, done, total, text)
+
+    def wants_stop() -> bool:
+        return bool(ray.get(actor.is_stopping.remote(), timeout=60))
+
+    return WorkerGroup(rank, context.get_world_size(), post, wants_stop)
+
+
+# Imported in the workers: the driver needs neither DeepSpeed nor what trains with it.
+
+
+def _fit(fit: Fit, config: Config, group: WorkerGroup) -> None:
+    from mavis_dist.train.fit import train
+
+    train(fit, config, Store(config.storage, config.run), group)
+
+
+def _distill(job: DistillJob, group: WorkerGroup) -> None:
+    from mavis_dist.train.distill.job import distill
+
+    distill(job, group)

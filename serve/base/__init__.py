@@ -1,0 +1,1 @@
+"""The base replica process: one decode engine and what feeds it."""

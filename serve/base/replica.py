@@ -1,0 +1,54 @@
+"""The base replica: base model, guide and engine behind one streaming method. A shell around EngineLoop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from mavis_dist.decode import LocalGuide, Request
+from mavis_dist.models.load import load_base
+from mavis_dist.store.files import Store
+from serve.base.engine_loop import EngineLoop, stream
+from serve.base.model_loader import LocalModelLoader, ModelLoader, RemoteModelLoader
+from serve.base.remote_guide import RemoteGuide
+from serve.base.watched_engine import WatchedEngine, report
+from serve.logs import configure_logs
+from serve.messages import ANYBODY, Admission, Message
+from serve.ray_handles import ValueHandles, replica_name
+from serve.scaling import LOAD
+from serve.settings import MainArgs
+
+
+class Base:
+    def __init__(self, args: MainArgs):
+        """Raises Unavailable if nothing that is published can be used with this base model."""
+        configure_logs()
+        base, store = load_base(args.base, args.dtype, args.device), Store(args.storage, args.run)
+        is_remote = args.placement == "replicas"
+        guide = RemoteGuide((), ValueHandles(), args.value_sessions) if is_remote else LocalGuide({})
+        self._rows = args.rows
+        engine = WatchedEngine(base, guide, args.rows, args.cache_tokens)
+        self._loop = EngineLoop(engine, queue=args.queue, name=replica_name())
+        report(engine, self._loop)
+        kind: type[ModelLoader] = RemoteModelLoader if is_remote else LocalModelLoader
+        self._interval_s = args.stream_interval_ms / 1000
+        self._loader = kind(store, base, guide, self._loop)
+        self._loader.begin()
+
+    async def stream(self, request: Request, entry: Admission = ANYBODY) -> AsyncIterator[Message]:
+        """What serve.base.engine_loop.stream yields, once the models that the request names are there."""
+        written = stream(self._loop, request, entry, interval_s=self._interval_s)
+        async with aclosing(self._loader.stream(request, written)) as messages:
+            async for message in messages:
+                yield message
+
+    async def load(self) -> tuple[int, int]:
+        """Rows in use and rows waited for; raises EngineStopped."""
+        self._loop.check()
+        return self._loop.load
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {LOAD: sum(self._loop.load) / self._rows}
+
+    def check_health(self) -> None:
+        self._loop.check()

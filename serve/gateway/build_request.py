@@ -1,0 +1,211 @@
+"""From a body to a running completion: defaults, templates, checks. Knows nothing of Ray or HTTP."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from mavis_dist.decode import (
+    PRESETS,
+    Preference,
+    PreferenceParams,
+    Request,
+    RequestError,
+    SamplingParams,
+    Scorer,
+    chat_prompts,
+)
+from mavis_dist.decode.validate import Bounds, validate
+from mavis_dist.models.load import ModelError
+from serve.gateway.failover import Limits
+from serve.gateway.logprobs import Speller
+from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, GenerationRequest, Shape, TextRequest
+from serve.gateway.refusals import Overloaded, Refusals
+from serve.gateway.versions import pinned
+from serve.gateway.write_response import Completion
+from serve.messages import OpenStream
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server decides where a request does not."""
+
+    model: str
+    system: str
+    max_context: int
+    max_tokens: int  # longest answer a request may ask for
+    rows: int  # of a base replica; a request's sentences and its plain prompt take one each
+    beta: float
+    tilt_cap: float | None
+    limits: Limits
+    max_prompt_tokens: int | None = None  # none: what the model's context has room for
+    max_n: int = 16  # answers to one request
+    max_preferences: int = 16  # sentences in one request
+
+
+class Completions:
+    """Turns bodies into running completions."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings, open_stream: OpenStream):
+        self._tokenizer, self._settings, self._open_stream = tokenizer, settings, open_stream
+        self._spell = Speller(tokenizer)
+        self._refusals = Refusals()
+
+    async def start(
+        self,
+        body: ChatRequest | TextRequest,
+        versions: Mapping[str, str],
+        key: str = "",
+        request_id: str | None = None,
+    ) -> Completion:
+        """Begin to write the answers, to their end with these versions of the objectives.
+
+        Raises ApiError before anything is sent if they are refused.
+
+        Args:
+            key: whose request it is, for keys take turns; empty: the body's `user`, or nobody in particular.
+            request_id: what the id of the completion begins with, for the logs of all deployments.
+        """
+        key = key or body.user or ""
+        rows = (body.n or 1) * body.num_variants
+        try:
+            with self._refusals.remembered(key, rows):
+                return await self._start(body, versions, key, request_id)
+        except Overloaded as error:
+            raise ApiError(429, str(error), code="overloaded", retry_after_s=error.wait_s) from None
+
+    async def _start(
+        self, body: ChatRequest | TextRequest, versions: Mapping[str, str], key: str, request_id: str | None
+    ) -> Completion:
+        if body.model != self._settings.model:
+            raise ApiError(
+                404,
+                f"the model {body.model!r:.100} does not exist here; use {self._settings.model!r}",
+                "model",
+                "model_not_found",
+            )
+        self._check_counts(body)
+        # Ids of requests are the client's to choose, and may be used twice.
+        identity = f"{request_id}-{secrets.token_hex(4)}" if request_id else uuid.uuid4().hex
+        try:
+            shape, prompt, preferences = self._prompt(body)
+            # Whether there are students only the base replica knows; it refuses by itself.
+            bounds = Bounds(versions, self._settings.max_context, predicted=versions, max_rows=self._settings.rows)
+            request = validate(self._request(identity, body, prompt, preferences), bounds)
+        except RequestError as error:
+            raise _refused(error, body) from None
+        completion = Completion(
+            body, shape, request, self._settings.model, self._settings.limits, self._tokenizer, self._spell
+        )
+        try:
+            await completion.open(pinned(self._open_stream, {name: versions[name] for name in request.weights}), key)
+        except RequestError as error:
+            raise _refused(error, body) from None
+        return completion
+
+    def _check_counts(self, body: GenerationRequest) -> None:
+        """What multiplies the work of a request is bounded before any work is done."""
+        num_sentences = len(body.preferences or ())
+        for name, count, limit in (
+            ("n", body.n or 1, self._settings.max_n),
+            ("preferences", num_sentences, self._settings.max_preferences),
+        ):
+            if count > limit:
+                raise ApiError(400, f"{name}: {count} given; this server takes at most {limit}", name)
+        if body.num_variants > self._settings.rows:
+            message = f"preferences: are {body.num_variants - 1} sentences; use at most {self._settings.rows - 1}"
+            raise ApiError(400, message, "preferences")
+
+    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, tuple[int, ...], tuple[Preference, ...]]:
+        """The token ids of the plain prompt, and those with each sentence in it; raises RequestError."""
+        sentences = [(preference.text, preference.weight) for preference in body.preferences or ()]
+        if isinstance(body, TextRequest):
+            prompt = self._ids(body.prompt)
+            self._check_length(prompt)
+            preferences = tuple(
+                Preference(text, self._ids(f"{text}\n\n{body.prompt}") if weight else (), weight)
+                for text, weight in sentences
+            )
+            return TEXT, prompt, preferences
+        messages = [message.turn for message in body.messages]
+        try:
+            prompt, preferences = chat_prompts(self._tokenizer, messages, sentences, self._settings.system)
+        except ModelError as error:
+            raise ApiError(400, str(error), "messages") from None
+        self._check_length(prompt)
+        return CHAT, prompt, preferences
+
+    def _check_length(self, prompt: tuple[int, ...]) -> None:
+        limit = self._settings.max_prompt_tokens
+        if limit is not None and len(prompt) > limit:
+            raise RequestError("prompt", f"has {len(prompt)} tokens; this server takes at most {limit}")
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text)["input_ids"])
+
+    def _request(
+        self, identity: str, body: GenerationRequest, prompt: tuple[int, ...], preferences: tuple[Preference, ...]
+    ) -> Request:
+        settings, default = self._settings, SamplingParams()
+        limit = body.token_limit
+        if limit is not None and limit > settings.max_tokens:
+            name = _limit_field(body)
+            raise ApiError(400, f"{name} is {limit}; this server writes at most {settings.max_tokens} tokens", name)
+        longest_prompt = max(len(prompt), *(len(preference.prompt) for preference in preferences), 1)
+        params = SamplingParams(
+            # A request without a limit gets the longest answer that has room.
+            max_tokens=limit or max(1, min(settings.max_tokens, settings.max_context - longest_prompt)),
+            temperature=default.temperature if body.temperature is None else body.temperature,
+            top_k=default.top_k if body.top_k is None else body.top_k,
+            top_p=default.top_p if body.top_p is None else body.top_p,
+            min_p=default.min_p if body.min_p is None else body.min_p,
+            seed=body.seed,
+            n=body.n or 1,
+            stop=body.stops,
+        )
+        return Request(
+            id=identity,
+            prompt=prompt,
+            weights=body.weights(),
+            beta=settings.beta if body.beta is None else body.beta,
+            tilt_cap=settings.tilt_cap if body.tilt_cap is None else body.tilt_cap,
+            preferences=preferences,
+            preference_params=_preference_params(body),
+            params=params,
+            scorer=Scorer(body.scorer or "lazy"),
+            guide_every=body.guide_every or 1,
+            top_logprobs=body.num_logprobs,
+        )
+
+
+def _preference_params(body: GenerationRequest) -> PreferenceParams:
+    """The preset with what the body changes of it; raises ApiError."""
+    given = {} if body.preference_params is None else body.preference_params.model_dump(exclude_none=True)
+    preset = PRESETS[given.pop("preset", "mato")]
+    optimisation = given.keys() & {"alpha", "lam", "nu", "steps"}
+    if optimisation and "c" in given:
+        name = f"preference_params.{min(optimisation)}"
+        raise ApiError(400, f"{name}: c is given as well, and stands in its place; leave out one of them", name)
+    if optimisation:
+        preset = replace(preset, c=None)
+    return replace(preset, **given)
+
+
+def _limit_field(body: GenerationRequest) -> str:
+    return "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
+
+
+def _refused(error: RequestError, body: GenerationRequest) -> ApiError:
+    """The engine's refusal in the words of the body."""
+    names = {
+        "prompt": "messages" if isinstance(body, ChatRequest) else "prompt",
+        "max_tokens": _limit_field(body),
+        "objective_weights": "vllm_xargs.objective_weights" if body.vllm_xargs else "objective_weights",
+    }
+    param = names.get(error.field, error.field)
+    code = "context_length_exceeded" if error.field in ("prompt", "max_tokens") else None
+    return ApiError(400, f"{param}: {error.message}", param, code)

@@ -1,0 +1,106 @@
+"""Examples for /openapi.json: bodies to begin with, and what comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve.gateway.protocol import DONE, ApiError, event
+
+MODEL = "smollm2-135m-instruct"
+QUESTION = [{"role": "user", "content": "I start a new job on Monday. Any advice?"}]
+SENTENCES = [
+    {"text": "Answer in as few words as possible.", "weight": 0.6},
+    {"text": "Be warm, positive and encouraging.", "weight": 0.4},
+]
+
+CHAT_BODIES: dict[str, Any] = {
+    "base": {"summary": "The base model", "value": {"model": MODEL, "messages": QUESTION}},
+    "objectives": {
+        "summary": "Trained objectives, by weight",
+        "value": {
+            "model": MODEL,
+            "messages": QUESTION,
+            "objective_weights": {"positive": 0.7, "brief": 0.3},
+            "beta": 6,
+            "seed": 1,
+        },
+    },
+    "words": {
+        "summary": "Objectives in words",
+        "value": {"model": MODEL, "messages": QUESTION, "preferences": SENTENCES, "seed": 1},
+    },
+    "logprobs": {
+        "summary": "How far every token was moved, streamed",
+        "value": {
+            "model": MODEL,
+            "messages": QUESTION,
+            "objective_weights": {"positive": 1},
+            "logprobs": True,
+            "top_logprobs": 5,
+            "stream": True,
+        },
+    },
+}
+TEXT_BODIES: dict[str, Any] = {
+    "objectives": {
+        "summary": "Trained objectives, in the flat field",
+        "value": {
+            "model": MODEL,
+            "prompt": "My first day at work was",
+            "max_tokens": 40,
+            "vllm_xargs": {"objective_weights": "positive=0.7,brief=0.3"},
+        },
+    }
+}
+
+_STEERING = {"objective_weights": {"positive": 0.7, "brief": 0.3}, "beta": 6.0, "tilt_cap": 3.0, "guide_every": 1}
+_REPORT = {"divergence": 9.4, "values": {"positive": 1.2, "brief": 0.4}, "candidates_per_token": 5.1}
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+_HEAD = {"created": 1795323600, "model": MODEL}
+
+
+def answer(kind: str, text: dict[str, Any], id_prefix: str) -> dict[str, Any]:
+    """The documented answers of one endpoint, whole and streamed."""
+    choice = {"index": 0, **text, "finish_reason": "stop", "logprobs": None, "mavis": _REPORT}
+    usage = {"prompt_tokens": 31, "completion_tokens": 12, "total_tokens": 43}
+    head, steering = {"id": f"{id_prefix}-1f0c", **_HEAD}, {**_STEERING, "seed": 1}
+    whole = {**head, "object": kind, "choices": [choice], "usage": usage, "mavis": steering}
+    content = {
+        "application/json": {"schema": {"type": "object"}, "example": whole},
+        "text/event-stream": {"itemSchema": _EVENT, "example": event({**head, "choices": [choice]}) + DONE},
+    }
+    return {"description": "The answer; with `stream` as events", "content": content}
+
+
+def refusal(description: str, status: int, message: str, param: str | None = None, code: str | None = None) -> Any:
+    """A documented error."""
+    body = ApiError(status, message, param, code).body
+    return {"description": description, "content": {"application/json": {"schema": _ERROR, "example": body}}}
+
+
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT_OR_NULL,
+                "code": _TEXT_OR_NULL,
+            },
+        }
+    },
+}
+REFUSALS: dict[int | str, Any] = {
+    "4XX": refusal(
+        "The request is refused: 400 a field, 401 the key, 404 the model, 413 the body's size, 429 too busy",
+        400,
+        "objective_weights: there is no objective 'fame'; available: brief, positive",
+        "objective_weights",
+    ),
+    "5XX": refusal("The service failed", 503, "the answer was not complete within 600 s", code="engine_unavailable"),
+}

@@ -1,0 +1,125 @@
+"""What every request passes before any route: an id, a key, a limit on its body, a line in the log.
+
+Knows nothing of Ray.
+
+Routes find in `request.state`: `request_id`; `key`, the name of the caller's key (none where no key was asked for);
+and `facts`, a function of what the log should know in the end, which they may replace.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.gateway.api_keys import Keys
+from serve.gateway.protocol import ApiError
+
+logger = logging.getLogger(__name__)
+access = logging.getLogger("serve.access")
+
+# Everything else asks for a key: the page and the description are the same for all, probes have none.
+OPEN_PATHS = {"/", "/health", "/openapi.json"}
+SANE_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+ID_HEADER = "x-request-id"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What the service asks of callers, and what it writes down about them."""
+
+    keys: Keys | None = None  # none: everyone may enter
+    cors_origins: tuple[str, ...] = ()  # whose pages may call from a browser
+    max_body_bytes: int = 2**19
+    log_access: bool = True  # a line per request
+    log_prompts: bool = False  # with the body of the request in it
+    returns_id: bool = True  # in the answer's headers; not where a proxy does it
+
+
+class Door:
+    def __init__(self, app: ASGIApp, edge: Edge):
+        self._app, self._edge = app, edge
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, started, status = Headers(scope=scope), time.monotonic(), None
+        given = headers.get(ID_HEADER, "")
+        request_id = given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        state = scope["state"] = {**scope.get("state", {}), "request_id": request_id, "key": None, "facts": dict}
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self._edge.returns_id:
+                    MutableHeaders(scope=message)[ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            state["key"] = self._owner(scope["path"], headers)
+            await self._app(scope, self._limited(receive), answer)
+        except ApiError as error:
+            refused = JSONResponse(error.body, error.status, {"WWW-Authenticate": "Bearer"})
+            await refused(scope, receive, answer)
+        except Exception as error:
+            logger.exception("%s %s failed", scope["method"], scope["path"], extra={"facts": {ID_HEADER: request_id}})
+            if status is not None:
+                raise  # the server breaks the connection: the client must see that the answer is not whole
+            failed = ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
+            await JSONResponse(failed.body, failed.status)(scope, receive, answer)
+        finally:
+            if self._edge.log_access:
+                self._log(scope, status, time.monotonic() - started)
+
+    def _owner(self, path: str, headers: Headers) -> str | None:
+        """The name of the caller's key; raises ApiError."""
+        if self._edge.keys is None or path in OPEN_PATHS:
+            return None
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        owner = self._edge.keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+        if owner is None:
+            raise ApiError(
+                401,
+                "no valid API key; send one of this server's as `Authorization: Bearer KEY`",
+                None,
+                "invalid_api_key",
+            )
+        return owner
+
+    def _limited(self, receive: Receive) -> Receive:
+        """The body, as long as it is not too large."""
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._edge.max_body_bytes:
+                limit = self._edge.max_body_bytes
+                raise HTTPException(413, f"the body is larger than {limit} bytes; send a shorter one")
+            return message
+
+        return counted
+
+    def _log(self, scope: Scope, status: int | None, duration_s: float) -> None:
+        """One line; without a status the client left before there was an answer."""
+        method, path, state = scope["method"], scope["path"][:200], scope["state"]
+        facts = {
+            "request_id": state["request_id"],
+            "key": state["key"],
+            "method": method,
+            "path": path,
+            "status": status,
+            "duration_ms": round(1000 * duration_s, 1),
+            **state["facts"](),
+        }
+        access.info("%s %s %s", method, path, status, extra={"facts": facts})

@@ -1,0 +1,372 @@
+"""The HTTP bodies: requests as pydantic models that refuse what they do not know, and builders for answers and errors.
+
+Knows nothing of Ray, models or tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from mavis_dist.sections import MAX_N, MAX_PREFERENCES
+from mavis_dist.types import MAX_COUNT
+
+Json = dict[str, Any]
+
+MAX_ERROR = 1000  # characters of an error message
+MAX_TOP_LOGPROBS = 20
+
+
+class ApiError(Exception):
+    """An error that the client sees, in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ):
+        super().__init__(status, message, param, code, retry_after_s)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+        self.message, self.param = _sendable(message), None if param is None else _sendable(param)
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def body(self) -> Json:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.retry_after_s is None:
+            return {}
+        # The official client waits for as long as it is told, up to a minute.
+        return {"Retry-After": str(min(max(math.ceil(self.retry_after_s), 1), 60))}
+
+
+def _sendable(text: str) -> str:
+    """What a client sent and reads again in an error: not all of JSON's strings are UTF-8, and they may be long."""
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    # Fields that are not served, with the values that change nothing: official clients send them. Others are refused.
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value not in cls.NEUTRAL.get(name, ())}
+
+
+class StreamOptions(Body):
+    NEUTRAL = {"include_obfuscation": (False, None)}
+
+    include_usage: bool = False
+
+
+class FlatArgs(Body):
+    """Steering for clients that cannot send nested extras."""
+
+    objective_weights: Annotated[str, Field(examples=["positive=0.7,brief=0.3"])]
+
+
+class Preference(Body):
+    """An objective in words."""
+
+    text: Annotated[str, Field(min_length=1, max_length=4000)]
+    weight: float = 1.0
+
+
+class PreferenceParams(Body):
+    """How sentences steer. None means: as the preset has it."""
+
+    preset: Literal["mato", "anchor", "linear_alignment", "opad", "context_steering", "amulet"] = "mato"
+    adapt: bool | None = None
+    tau: float | None = None
+    accumulation: Literal["mean", "sum", "decay"] | None = None
+    decay: float | None = None
+    clip: float | None = None
+    c: float | None = None
+    alpha: float | None = None
+    lam: float | None = None
+    nu: float | None = None
+    steps: int | None = None
+    top_p: float | None = None
+    normalise: bool | None = None
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+# One or several. As a list in either case, so that a refusal names the text at fault.
+StopText = Annotated[str, Field(min_length=1)]
+StopTexts = Annotated[list[StopText], Field(max_length=4)]
+Stop = Annotated[StopTexts, BeforeValidator(_as_list, json_schema_input_type=StopText | StopTexts)]
+
+
+class GenerationRequest(Body):
+    """What both endpoints take. None means: the server's default."""
+
+    NEUTRAL = {
+        "frequency_penalty": (0, None),
+        "presence_penalty": (0, None),
+        "logit_bias": ({}, None),
+        "store": (False, None),
+        "service_tier": ("auto", "default", None),
+    }
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Count | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="a label, as the next three: none of them changes the answer")
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    objective_weights: dict[str, float] | None = Field(
+        None, description="objective -> weight >= 0, as /v1/objectives names them; only their proportions count"
+    )
+    beta: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="strength: nats of tilt per standard deviation of reward; 0: the base model"
+    )
+    tilt_cap: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="most nats that a token can gain; what lets the lazy scorer leave candidates out"
+    )
+    preferences: Annotated[list[Preference], Field(max_length=MAX_PREFERENCES)] | None = Field(
+        None, description="objectives in words"
+    )
+    preference_params: PreferenceParams | None = Field(None, description="how the sentences steer")
+    scorer: Literal["full", "lazy", "qhead"] | None = Field(
+        None, description="which candidates value models look at; full and lazy write the same tokens"
+    )
+    guide_every: Count | None = Field(None, description="tilt every so many tokens; the base model writes the others")
+    vllm_xargs: FlatArgs | None = Field(None, description="for clients that forbid nested extras")
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most likely tokens are reported beside each token; None: not even the token's own law."""
+        raise NotImplementedError
+
+    @property
+    def num_variants(self) -> int:
+        """Rows that an answer takes: its own, and one per sentence that steers it."""
+        return 1 + sum(sentence.weight != 0 for sentence in self.preferences or ())
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed with stream: true")
+        return self
+
+    def weights(self) -> dict[str, float]:
+        """The objective weights, from whichever field holds them; raises ApiError."""
+        if self.vllm_xargs is None:
+            return dict(self.objective_weights or {})
+        if self.objective_weights is not None:
+            raise ApiError(400, "give objective_weights or vllm_xargs.objective_weights, not both", "vllm_xargs")
+        return parse_weights(self.vllm_xargs.objective_weights)
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    # An answer's message can be sent back as it came.
+    NEUTRAL = {
+        "name": (None,),
+        "refusal": (None,),
+        "annotations": ([], None),
+        "audio": (None,),
+        "function_call": (None,),
+        "tool_calls": ([], None),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def turn(self) -> dict[str, str]:
+        """As chat templates know it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    NEUTRAL = {
+        **GenerationRequest.NEUTRAL,
+        "response_format": ({"type": "text"}, None),
+        "modalities": (["text"], None),
+        "tools": ([], None),
+        "tool_choice": ("none", "auto", None),
+        "parallel_tool_calls": (True, False, None),
+        "functions": ([], None),
+        "function_call": ("none", "auto", None),
+        "audio": (None,),
+        "prediction": (None,),
+        "web_search_options": (None,),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("give max_tokens or max_completion_tokens, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs: true")
+        return self
+
+
+class TextRequest(GenerationRequest):
+    NEUTRAL = {**GenerationRequest.NEUTRAL, "best_of": (1, None), "echo": (False, None), "suffix": ("", None)}
+
+    prompt: Annotated[str, Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`positive=0.7,brief=0.3` -> weights; raises ApiError."""
+    weights: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = (piece.strip() for piece in part.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or name in weights or not math.isfinite(weight):
+            raise ApiError(
+                400,
+                f"{part!r} is not name=weight with a finite weight and a name of its own; write positive=0.7,brief=0.3",
+                "vllm_xargs.objective_weights",
+            )
+        weights[name] = weight
+    return weights
+
+
+_NEUTRAL = {**StreamOptions.NEUTRAL, **Message.NEUTRAL, **ChatRequest.NEUTRAL, **TextRequest.NEUTRAL}
+
+
+def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first of pydantic's errors, an unknown field before all others, as a 400 that names the field."""
+    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    path = [part for part in first["loc"] if part != "body"]
+    # Alternatives of a union end the path with the name of the type that was tried.
+    param = ".".join(str(part) for part in path if part not in ("str", "list[TextPart]")) or None
+    if first["type"] == "extra_forbidden":
+        neutral = _NEUTRAL.get(path[-1], ())
+        remedy = f"remove it, or give {json.dumps(neutral[0])}" if neutral else "remove it"
+        return ApiError(400, f"the field {param!r} is not supported; {remedy}", param, "unsupported_field")
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {message}" if param else message, param)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one endpoint words its answers."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+    whole: Callable[[str], Json]  # text of a finished choice
+    piece: Callable[[str], Json]  # text added to a choice
+    opening: Json | None  # first chunk of every choice
+    ending: Json  # last chunk of every choice
+
+
+CHAT = Shape(
+    "chatcmpl",
+    "chat.completion",
+    "chat.completion.chunk",
+    lambda text: {"message": {"role": "assistant", "content": text}},
+    lambda text: {"delta": {"content": text}},
+    {"delta": {"role": "assistant", "content": ""}},
+    {"delta": {}},
+)
+TEXT = Shape(
+    "cmpl",
+    "text_completion",
+    "text_completion",
+    lambda text: {"text": text},
+    lambda text: {"text": text},
+    None,
+    {"text": ""},
+)
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def event(body: Json) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+DONE = "data: [DONE]\n\n"

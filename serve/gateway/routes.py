@@ -1,0 +1,157 @@
+"""The HTTP routes. Every error leaves in OpenAI's shape. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Annotated, Any
+
+from fastapi import Body, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from serve.gateway.build_request import Completions
+from serve.gateway.examples import CHAT_BODIES, QUESTION, REFUSALS, TEXT_BODIES, answer
+from serve.gateway.middleware import ID_HEADER, Door, Edge
+from serve.gateway.playground import playground
+from serve.gateway.protocol import ApiError, ChatRequest, Json, TextRequest, refusal
+from serve.gateway.registry import Registry
+from serve.gateway.write_response import Completion
+
+
+def create_api(
+    model: str,
+    completions: Completions,
+    registry: Registry,
+    base_load: Callable[[], Awaitable[tuple[int, int]]],
+    edge: Edge | None = None,
+) -> FastAPI:
+    """`base_load` asks a base replica for rows in use and waited for, and raises if none is healthy."""
+    edge = edge or Edge()
+    api = FastAPI(title="mavis_dist", docs_url=None, redoc_url=None, responses=REFUSALS)
+    _add_error_handlers(api)
+    _add_door(api, edge)
+    # The door has looked at the key; here it is for the description alone.
+    keyed = [Depends(HTTPBearer(auto_error=False, description="An API key"))] if edge.keys else []
+    model_object = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "mavis_dist"}
+
+    async def complete(request: Request, body: ChatRequest | TextRequest) -> Any:
+        asked = {"body": body.model_dump(exclude_none=True)} if edge.log_prompts else {}
+        request.state.facts = lambda: asked
+        key, request_id = request.state.key or "", request.state.request_id
+        completion = await completions.start(body, await registry.versions(), key, request_id)
+        request.state.facts = lambda: {**completion.log, **asked}
+        if not body.stream:
+            return JSONResponse(await _while_connected(request, completion.whole()))
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return _Events(completion, media_type="text/event-stream", headers=headers)
+
+    @api.post(
+        "/v1/chat/completions",
+        dependencies=keyed,
+        responses={200: answer("chat.completion", {"message": QUESTION[0]}, "chatcmpl")},
+    )
+    async def chat_completions(
+        request: Request, body: Annotated[ChatRequest, Body(openapi_examples=CHAT_BODIES)]
+    ) -> Any:
+        return await complete(request, body)
+
+    @api.post(
+        "/v1/completions",
+        dependencies=keyed,
+        responses={200: answer("text_completion", {"text": " long and good."}, "cmpl")},
+    )
+    async def text_completions(
+        request: Request, body: Annotated[TextRequest, Body(openapi_examples=TEXT_BODIES)]
+    ) -> Any:
+        return await complete(request, body)
+
+    @api.get("/v1/models", dependencies=keyed)
+    async def models() -> Json:
+        return {"object": "list", "data": [model_object]}
+
+    @api.get("/v1/models/{name:path}", dependencies=keyed)
+    async def one_model(name: str) -> Json:
+        if name != model:
+            raise ApiError(404, f"the model {name!r} does not exist here; use {model!r}", "model", "model_not_found")
+        return model_object
+
+    @api.get("/v1/objectives", dependencies=keyed)
+    async def objectives() -> Json:
+        """What is served: the reward of every objective, its scale, and how good its value model is."""
+        return {"object": "list", "data": await registry.describe()}
+
+    api.get("/", include_in_schema=False)(playground)
+
+    @api.get("/health")
+    async def health() -> Json:
+        running, waiting = await base_load()
+        return {"status": "ok", "model": model, "running": running, "waiting": waiting}
+
+    return api
+
+
+def _add_door(api: FastAPI, edge: Edge) -> None:
+    api.add_middleware(Door, edge=edge)
+    if edge.cors_origins:  # outside of the door, so that a page can read refusals
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=edge.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[ID_HEADER, "retry-after"],
+        )
+
+
+class _Events(StreamingResponse):
+    """The events of a completion, which is closed in any case: a client may leave before the first of them."""
+
+    def __init__(self, completion: Completion, **options: Any):
+        super().__init__(completion.events(), **options)
+        self._completion = completion
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._completion.close()
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Json]) -> Json:
+    """The result of `work`, which is cancelled when the client leaves; raises ApiError then, for the log."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        gone.exception()  # taken note of: Serve says by an error of its own that nobody is there any more
+        raise ApiError(499, "the client closed the connection", code="client_closed_request")
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _add_error_handlers(api: FastAPI) -> None:
+    @api.exception_handler(ApiError)
+    async def known(_: Request, error: ApiError) -> Response:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        refused = refusal(error.errors())
+        return JSONResponse(refused.body, refused.status)
+
+    @api.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)

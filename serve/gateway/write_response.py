@@ -1,0 +1,310 @@
+"""A running completion: n answers written side by side, as one response or as events. Knows nothing of Ray or HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
+
+from transformers import PreTrainedTokenizerBase
+
+from mavis_dist.decode import Choice, Request
+from mavis_dist.decode.request import stream_of
+from mavis_dist.decode.text import StoppedText
+from serve.gateway.failover import Limits, Piece, follow
+from serve.gateway.logprobs import Alignment, LogprobEntry, Speller, chat_logprobs, text_logprobs
+from serve.gateway.protocol import DONE, TEXT, ApiError, GenerationRequest, Json, Preference, Shape, event, usage
+from serve.messages import Admission, AnswerFailed, AnswerLate, OpenStream
+
+
+@dataclass
+class _Answer:
+    """One choice while it is written."""
+
+    text: StoppedText
+    alignment: Alignment | None = None  # of tokens and text, where log-probabilities are asked for
+    pieces: list[str] = field(default_factory=list)
+    entries: list[LogprobEntry] = field(default_factory=list)
+    num_tokens: int = 0
+    last: Piece | None = None
+
+    def add(self, piece: Piece) -> tuple[str, list[LogprobEntry]]:
+        """The text that is certain by now, and the tokens that brought it where they are asked for."""
+        is_last = piece.finished is not None
+        entries: list[LogprobEntry] = []
+        if self.alignment is None:
+            text = self.text.add(piece.tokens, is_last)
+        else:
+            text, entries = self.alignment.add(piece.tokens, piece.logprobs, is_last)
+        self.pieces.append(text)
+        self.entries += entries
+        self.num_tokens += len(piece.tokens)
+        self.last = piece
+        return text, entries
+
+    @property
+    def is_finished(self) -> bool:
+        return self.last is not None and self.last.finished is not None
+
+    @property
+    def finish_reason(self) -> str:
+        return self._choice.finish.value  # type: ignore[union-attr]
+
+    def report(self, sentences: Sequence[Preference]) -> Json:
+        """What steering did to this answer; null where it is not known."""
+        choice = self._choice
+        num_scored = [count for count in choice.num_scored if count]  # none at tokens written without guidance
+        report: Json = {
+            "divergence": self._sum(choice.divergences),
+            "values": {name: _last_finite(values) for name, values in choice.values.items()},
+            "candidates_per_token": sum(num_scored) / len(num_scored) if num_scored else 0.0,
+        }
+        if not sentences:
+            return report
+        steering = iter(range(len(choice.preference_weights[0])))
+        return {
+            **report,
+            "worded_divergence": self._sum(choice.preference_divergences),
+            "preferences": [
+                self._sentence_report(sentence, next(steering) if sentence.weight else None) for sentence in sentences
+            ],
+        }
+
+    def _sentence_report(self, sentence: Preference, k: int | None) -> Json:
+        """`k` is the sentence's place among those that steer; none: it does not."""
+        if k is None:
+            return {"text": sentence.text, "final_weight": 0.0, "mean_weight": 0.0, "mean_reward": None}
+        weights = [weights[k] for weights in self._choice.preference_weights]
+        rewards = [rewards[k] for rewards in self._choice.preference_rewards]
+        return {
+            "text": sentence.text,
+            "final_weight": weights[-1],
+            "mean_weight": None if self._is_resumed else self._choice.mean_preference_weights[k],
+            "mean_reward": None if self._is_resumed else fmean(rewards),
+        }
+
+    def _sum(self, numbers: Sequence[float]) -> float | None:
+        """Over the answer, if it is known: a base replica counts only what it wrote itself."""
+        total = math.fsum(numbers)
+        return None if self._is_resumed or not math.isfinite(total) else total
+
+    @property
+    def _is_resumed(self) -> bool:
+        assert self.last is not None
+        return self.last.resumed
+
+    @property
+    def _choice(self) -> Choice:
+        assert self.last is not None
+        assert self.last.finished is not None
+        return self.last.finished
+
+
+def _last_finite(numbers: Sequence[float]) -> float | None:
+    return next((number for number in reversed(numbers) if math.isfinite(number)), None)
+
+
+class Completion:
+    """The answers to one body, on their way."""
+
+    def __init__(
+        self,
+        body: GenerationRequest,
+        shape: Shape,
+        request: Request,
+        model: str,
+        limits: Limits,
+        tokenizer: PreTrainedTokenizerBase,
+        spell: Speller,
+    ):
+        self._body, self._shape, self._request, self._limits = body, shape, request, limits
+        self._tokenizer, self._spell = tokenizer, spell
+        self._answers = [self._begin() for _ in range(request.params.n)]
+        self._failure: ApiError | None = None
+        self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._head: Json = {
+            "id": f"{shape.id_prefix}-{request.id}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def _begin(self) -> _Answer:
+        text = StoppedText(self._tokenizer, self._request.params.stop)
+        return _Answer(text, None if self._request.top_logprobs is None else Alignment(text))
+
+    @property
+    def log(self) -> Json:
+        """What an access log should know of it, without a word of prompt or answer; null: not finished."""
+        return {
+            "completion": self._head["id"],
+            "n": len(self._answers),
+            "prompt_tokens": len(self._request.prompt),
+            "completion_tokens": sum(answer.num_tokens for answer in self._answers),
+            "finish_reasons": [answer.finish_reason if answer.is_finished else None for answer in self._answers],
+            "failure": None if self._failure is None else self._failure.code,
+        }
+
+    @property
+    def _echo(self) -> Json:
+        request = self._request
+        echo = {
+            "objective_weights": dict(request.weights),
+            "beta": request.beta,
+            "tilt_cap": request.tilt_cap,
+            "guide_every": request.guide_every,
+            "seed": request.params.seed,
+        }
+        if not request.preferences:
+            return echo
+        weights = iter(preference.weight for preference in request.preferences)
+        return {
+            **echo,
+            "preferences": [
+                {"text": sentence.text, "weight": next(weights) if sentence.weight else 0.0}
+                for sentence in self._sentences
+            ],
+            "preference_params": {**asdict(request.preference_params), "c": request.preference_params.strength},
+            "prompt_template": self._template,
+        }
+
+    @property
+    def _sentences(self) -> Sequence[Preference]:
+        return self._body.preferences or ()
+
+    @property
+    def _template(self) -> str:
+        """Where the sentences stand: in a system turn, in the one of a plain template, or before the text."""
+        if self._shape is TEXT:
+            return "none"
+        return "model" if self._tokenizer.chat_template else "plain"
+
+    async def open(self, open_stream: OpenStream, key: str = "") -> None:
+        """Submit every choice as a request of its own, so that each can move to another base replica.
+
+        The first one asks for room for all of them, the others follow it in: all are let in, or none. Closes itself
+        where it raises RequestError, Overloaded or ApiError.
+        """
+        indices = range(len(self._answers))
+        rows = len(indices) * (1 + len(self._request.preferences))
+        try:
+            await self._submit(indices[:1], open_stream, Admission(key, rows, self._request.id))
+            await self._submit(indices[1:], open_stream, Admission(key, 0, self._request.id))
+        except AnswerFailed as error:
+            self.close()
+            raise ApiError(503, str(error), code="engine_unavailable") from None
+        except BaseException:
+            self.close()
+            raise
+
+    async def _submit(self, indices: Sequence[int], open_stream: OpenStream, entry: Admission) -> None:
+        """Begin to follow some choices, until all of them are accepted."""
+        accepted: list[asyncio.Future[None]] = []
+        for index in indices:
+            one = replace(
+                self._request,
+                id=f"{self._request.id}-{index}",
+                stream=stream_of(self._request, index),
+                params=replace(self._request.params, n=1),
+            )
+            accepted.append(asyncio.get_running_loop().create_future())
+            answer = follow(one, open_stream, self._limits, entry)
+            self._tasks.append(asyncio.create_task(self._pump(index, answer, accepted[-1])))
+        await asyncio.gather(*accepted)
+
+    def close(self) -> None:
+        """Stop writing; the rows of unfinished answers become free."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def whole(self) -> Json:
+        """The response body, once all answers are finished."""
+        try:
+            async for _ in self._pieces():
+                pass
+        finally:
+            self.close()
+        choices = [
+            {
+                "index": index,
+                **self._shape.whole("".join(answer.pieces)),
+                "finish_reason": answer.finish_reason,
+                "logprobs": self._logprobs(answer.entries),
+                "mavis": answer.report(self._sentences),
+            }
+            for index, answer in enumerate(self._answers)
+        ]
+        head = {**self._head, "object": self._shape.whole_object}
+        return {**head, "choices": choices, "usage": self._usage(), "mavis": self._echo}
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events; the last one is [DONE] or an error."""
+        try:
+            if self._shape.opening is not None:
+                for index in range(len(self._answers)):
+                    yield self._chunk({"index": index, **self._shape.opening})
+            async for index, text, entries in self._pieces():
+                if text or entries:
+                    logprobs = self._logprobs(entries)
+                    yield self._chunk({"index": index, **self._shape.piece(text), "logprobs": logprobs})
+                answer = self._answers[index]
+                if answer.is_finished:
+                    report = answer.report(self._sentences)
+                    ending = {**self._shape.ending, "finish_reason": answer.finish_reason, "mavis": report}
+                    yield self._chunk({"index": index, **ending}, mavis=self._echo)
+            if self._body.wants_usage:
+                yield self._chunk({}, usage=self._usage())
+            yield DONE
+        except ApiError as error:
+            yield event(error.body)
+        finally:
+            self.close()
+
+    def _chunk(self, choice: Json, **extra: Json) -> str:
+        """One event about one choice, or about none."""
+        choices = [{"finish_reason": None, "logprobs": None, **choice}] if choice else []
+        return event({**self._head, "object": self._shape.chunk_object, "choices": choices, **extra})
+
+    def _logprobs(self, entries: Sequence[LogprobEntry]) -> Json | None:
+        """None where they are not asked for."""
+        if self._request.top_logprobs is None:
+            return None
+        return (text_logprobs if self._shape is TEXT else chat_logprobs)(entries, self._spell)
+
+    def _usage(self) -> Json:
+        return usage(len(self._request.prompt), sum(answer.num_tokens for answer in self._answers))
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, str, list[LogprobEntry]]]:
+        """(choice, text, its tokens) as it comes, until all choices are finished; raises ApiError."""
+        left = len(self._answers)
+        while left:
+            index, item = await self._queue.get()
+            if isinstance(item, Exception):
+                late = isinstance(item, AnswerLate)
+                status, code = (504, "deadline_exceeded") if late else (500, "engine_error")
+                self._failure = ApiError(status, str(item), code=code)
+                raise self._failure
+            left -= item.finished is not None
+            yield index, *self._answers[index].add(item)
+
+    async def _pump(
+        self, index: int, answer: AsyncGenerator[Request | Piece, None], accepted: asyncio.Future[None]
+    ) -> None:
+        """Follow one choice into the common queue; what goes wrong before acceptance is the acceptance's result."""
+        try:
+            async with aclosing(answer) as items:
+                async for item in items:
+                    if isinstance(item, Request):
+                        accepted.set_result(None)
+                    else:
+                        self._queue.put_nowait((index, item))
+        # The answer's reader must hear of any failure: a task that dies alone would leave it waiting.
+        except Exception as error:
+            if accepted.done():
+                self._queue.put_nowait((index, error))
+            else:
+                accepted.set_exception(error)

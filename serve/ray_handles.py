@@ -1,0 +1,109 @@
+"""Calls between deployments: the only place that knows how Ray says that a replica is gone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+import grpc
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.schema import ReplicaState
+
+from mavis_dist.decode import Request
+from mavis_dist.store.values import objective_of
+from serve.messages import (
+    Admission,
+    AnswerFailed,
+    BaseLost,
+    Call,
+    EngineStopped,
+    Message,
+    OpenStream,
+    Pending,
+    ReplicaLost,
+    Reply,
+)
+
+# By value, calls go over gRPC, which has errors of its own for a peer that vanished. A replica whose engine has stopped
+# is there until Serve has looked at its health, but of no more use.
+LOST = (RayActorError, grpc.RpcError, EngineStopped)
+
+VALUE_DEPLOYMENT = "Value"
+
+
+def value_application(objective: str) -> str:
+    return f"value-{objective}"
+
+
+def value_replicas() -> dict[str, int]:
+    """How many value replicas run, by objective; those that are deployed only."""
+    prefix, running = value_application(""), {}
+    for name, application in serve.status().applications.items():
+        if name.startswith(prefix) and VALUE_DEPLOYMENT in application.deployments:
+            states = application.deployments[VALUE_DEPLOYMENT].replica_states
+            running[name.removeprefix(prefix)] = states.get(ReplicaState.RUNNING, 0)
+    return running
+
+
+class _PendingReply:
+    def __init__(self, response: DeploymentResponse[Reply]):
+        self._response = response
+
+    def result(self, timeout_s: float) -> Reply:
+        try:
+            return self._response.result(timeout_s=timeout_s)
+        except TimeoutError:
+            self._response.cancel()
+            raise
+        # Also what the replica's own code raised: its rows are opened again, and given up after a time.
+        except Exception as error:
+            raise ReplicaLost(_first_line(error)) from None
+
+
+class ValueHandles:
+    """The transport of RemoteGuide: one Serve application per objective, found by name, for all its versions."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
+
+    def __call__(self, objective: str, session: str, call: Call) -> Pending:
+        application = value_application(objective_of(objective))
+        if application not in self._handles:
+            # The application may come after its caller, or come back.
+            self._handles[application] = serve.get_deployment_handle(VALUE_DEPLOYMENT, application, _check_exists=False)
+        handle = self._handles[application].options(session_id=session, _by_reference=False)
+        return _PendingReply(cast(DeploymentResponse[Reply], handle.answer.remote(call)))
+
+
+def replica_name() -> str:
+    """The name that serve.router knows this replica by; empty outside Serve."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return ""
+
+
+def base_streams(handle: DeploymentHandle[Any]) -> OpenStream:
+    """How the gateway opens an answer on some base replica."""
+    streaming = handle.options(stream=True, _by_reference=False)
+
+    async def open_stream(request: Request, entry: Admission) -> AsyncGenerator[Message, None]:
+        response = cast(DeploymentResponseGenerator[Message], streaming.stream.remote(request, entry))
+        try:
+            async for message in response:
+                yield message
+        except DeploymentUnavailableError:  # Serve has given up: none comes, however long the answer waits
+            raise AnswerFailed("the base replicas do not start; Serve's log says why") from None
+        except LOST as error:
+            raise BaseLost(_first_line(error)) from None
+        finally:
+            response.cancel()
+
+    return open_stream
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")

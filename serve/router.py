@@ -1,0 +1,26 @@
+"""How Serve chooses a base replica."""
+
+from __future__ import annotations
+
+import random
+
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+
+from serve.messages import Admission
+
+
+# Without FIFOMixin, Serve finds a call by the id of the HTTP request that it is made for: of several answers to one
+# request, all but one would never be routed. With it, calls that are routed at the same moment may swap replicas.
+class AnotherReplicaRouter(FIFOMixin, RequestRouter):
+    """Two replicas at random, of which Serve takes the less busy one; never one that was full, if there is another."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        avoided = ""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # between rounds in which none takes the request
+            avoided = next((arg.avoid for arg in pending_request.args if isinstance(arg, Admission)), "")
+        others = [replica for replica in candidate_replicas if replica.replica_id.unique_id != avoided]
+        candidates = others or candidate_replicas
+        return [random.sample(candidates, min(2, len(candidates)))]

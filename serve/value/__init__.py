@@ -1,0 +1,1 @@
+"""The value replica process: one objective's value models."""

@@ -1,0 +1,82 @@
+"""The benchmarks compare like with like: their plain naive and their oracle follow the engine's policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks.decode import __main__ as decode
+from benchmarks.decode import naive, qhead_quality, step_time, tilt_cap
+from benchmarks.decode.step_time import Stopwatch
+from benchmarks.rollout import __main__ as rollout
+from benchmarks.training import __main__ as training
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
+from tests.fakes import tiny_base, tiny_student, tiny_value
+
+BASE = tiny_base(seed=1, eos_boost=1.0)  # some answers end, some are cut
+MODELS = {"a": tiny_value(1), "b": tiny_value(2)}
+PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12), (13,), (14, 15)]
+
+
+def requests(temperature: float, cap: float | None = None) -> list[Request]:
+    params = [SamplingParams(max_tokens=24, temperature=temperature, seed=i) for i in range(len(PROMPTS))]
+    return [
+        Request(str(i), prompt, {"a": 0.25, "b": 0.75}, 4.0, cap, params[i], scorer=Scorer.FULL)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+def test_the_plain_reference_is_the_full_scorer() -> None:
+    ours = [choices[0].tokens for choices in Engine(BASE, LocalGuide(MODELS)).generate(requests(0.0))]
+    unsteered = [Request(r.id, r.prompt, params=r.params) for r in requests(0.0)]
+    plain = [choices[0].tokens for choices in Engine(BASE).generate(unsteered)]
+    assert [naive.answer(BASE, MODELS, request) for request in requests(0.0)] == ours
+    assert ours != plain, "the values steer"
+
+
+@pytest.mark.parametrize("cap", [0.5, float("inf")])
+def test_the_oracle_has_the_law_of_the_engine(cap: float) -> None:
+    """log pi(a) - log pi_ref(a) of every token that the engine wrote."""
+    asked = requests(1.0, None if cap == float("inf") else cap)
+    answers = Engine(BASE, LocalGuide(MODELS)).generate(asked)
+    for request, [choice] in zip(asked, answers, strict=True):
+        seen = tilt_cap.look(BASE, MODELS, request, choice.tokens)
+        is_written_TK = seen.ids_TK == torch.tensor(choice.tokens)[:, None]
+        logratios = (seen.law(cap).log() - seen.logprobs_TK)[is_written_TK]
+        assert logratios.tolist() == pytest.approx(choice.logratios, abs=1e-4)
+
+
+def test_the_law_of_a_student_is_that_of_the_engine() -> None:
+    """log pi(a) - log pi_ref(a) of every token that the engine wrote by a student's predictions."""
+    student = tiny_student(3, num_objectives=2)
+    known = {"a": (student, 1), "b": (student, 0)}
+    asked = [replace(request, scorer=Scorer.QHEAD) for request in requests(1.0, 0.5)]
+    answers = Engine(BASE, LocalGuide(MODELS, known)).generate(asked)
+    for request, [choice] in zip(asked, answers, strict=True):
+        exact = tilt_cap.look(BASE, MODELS, request, choice.tokens)
+        seen = qhead_quality.predict(known, request, choice.tokens, exact)
+        is_written_TK = seen.ids_TK == torch.tensor(choice.tokens)[:, None]
+        logratios = (seen.law(0.5).log() - seen.logprobs_TK)[is_written_TK]
+        assert logratios.tolist() == pytest.approx(choice.logratios, abs=1e-4)
+
+
+def test_a_part_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 5.0, 7.0])  # outer starts, inner starts, inner ends, outer ends
+    monkeypatch.setattr(step_time.time, "perf_counter", lambda: next(times))
+    watch = Stopwatch()
+    inner = watch.timed("inner", lambda: None)
+    watch.timed("outer", inner)()
+    assert (watch.seconds["outer"], watch.seconds["inner"]) == (3.0, 4.0)
+
+
+@pytest.mark.parametrize("benchmark", [decode, training, rollout])
+def test_a_missing_run_is_one_line(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["--run", "runs/no-such-run"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: runs/no-such-run is no finished run with two objectives: run `make quickstart` first\n"
+    )

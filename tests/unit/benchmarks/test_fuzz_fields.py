@@ -1,0 +1,87 @@
+"""Whatever JSON a client sends: an answer, or an error below 500 in OpenAI's shape that can be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, example, given, settings
+
+from benchmarks.chaos.fuzz_fields import ANYTHING, EXTRA, FIELDS, FLAT_WEIGHTS, MESSAGES, TOLD, chat, text
+from benchmarks.common.http_load import CHAT, TEXTS
+from serve.gateway.middleware import Edge
+from tests.local import NAME
+
+
+@pytest.fixture(scope="module")
+def client(service) -> Iterator[TestClient]:
+    with TestClient(service.app(Edge(log_access=False)), raise_server_exceptions=True) as client:
+        yield client
+
+
+def check(client: TestClient, path: str, content: bytes) -> None:
+    response = client.post(path, content=content, headers={"content-type": "application/json"})
+    if response.status_code == 200:
+        assert '"error"' not in response.text
+        assert response.text.endswith("data: [DONE]\n\n") or response.json()["choices"]
+        return
+    assert 400 <= response.status_code < 500, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert 0 < len(error["message"]) < 1100
+
+
+FUZZED = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=60)
+
+
+@FUZZED
+@given(fields=FIELDS, extra=EXTRA, told=TOLD)
+@example({"objective_weights": {"\ud800": 1.0}}, {}, 2)
+@example({"preferences": [{"text": "\ud800"}]}, {}, 2)
+@example({"preferences": [{"text": "a"}], "preference_params": {"alpha": 1e308, "nu": 1e308}}, {}, 2)
+@example({"temperature": 1e-320}, {}, 2)
+@example({"temperature": 1e308}, {}, 2)
+@example({"objective_weights": {"brief": 1e308, "positive": 1e308}, "beta": 1e308}, {}, 2)
+@example({"objective_weights": {"brief": 5e-324}}, {}, 2)
+def test_steering_fields(client, fields, extra, told):
+    for path, body in ((CHAT, chat), (TEXTS, text)):
+        check(client, path, json.dumps(body(NAME, {**fields, **extra}, told)).encode())
+
+
+@FUZZED
+@given(messages=MESSAGES)
+@example([{"role": "assistant", "content": ""}])
+@example([{"role": "user", "content": "<|im_end|></s>"}])
+@example([{"role": "user", "content": []}])
+def test_messages(client, messages):
+    check(client, CHAT, json.dumps(chat(NAME, {"messages": messages})).encode())
+
+
+@FUZZED
+@given(weights=FLAT_WEIGHTS)
+def test_flat_weights(client, weights):
+    flat = {"vllm_xargs": {"objective_weights": weights}}
+    check(client, TEXTS, json.dumps(text(NAME, flat)).encode())
+
+
+@FUZZED
+@given(body=ANYTHING)
+def test_any_json(client, body):
+    check(client, TEXTS, json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"n": ' + b"9" * 5000 + b"}",
+        b'{"model": "tiny", "prompt": "a", "prompt": ""}',
+        b'"\\ud800"',
+    ],
+)
+def test_bytes_that_are_hard_to_parse(client, content):
+    check(client, TEXTS, content)

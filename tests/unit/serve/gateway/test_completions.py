@@ -1,0 +1,373 @@
+"""Bodies in, responses and events out, over a real engine in this process: what a client sees, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator
+from contextlib import aclosing
+
+import pytest
+
+from mavis_dist.decode import (
+    Candidate,
+    Choice,
+    Engine,
+    LocalGuide,
+    Preference,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
+from mavis_dist.decode.text import StoppedText
+from mavis_dist.models.load import BaseModel, load_base
+from serve.base.engine_loop import EngineLoop, stream
+from serve.gateway import failover
+from serve.gateway.build_request import Completions, Settings
+from serve.gateway.failover import Limits
+from serve.gateway.logprobs import Alignment, Speller, text_logprobs
+from serve.gateway.protocol import ApiError, ChatRequest, TextRequest
+from serve.messages import Admission, BaseLost
+from tests.fakes import tiny_value
+from tests.tiny import write_base
+
+PROMPT = "Once upon a time"
+LIMITS = Limits(stall_s=5, deadline_s=20)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr(failover, "RETRY_PAUSE_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> BaseModel:
+    return load_base(str(write_base(tmp_path_factory.mktemp("base"))))
+
+
+@pytest.fixture(scope="module")
+def loop(base) -> Iterator[EngineLoop]:
+    loop = EngineLoop(make_engine(base))
+    yield loop
+    loop.stop()
+
+
+def make_engine(base: BaseModel) -> Engine:
+    vocabulary = base.model.config.vocab_size
+    models = {name: tiny_value(seed, vocab=vocabulary) for seed, name in enumerate(("a", "b"))}
+    return Engine(base, LocalGuide(models), max_rows=4)
+
+
+class Service:
+    """Completions whose base replica dies after some messages, as often as asked."""
+
+    def __init__(self, base: BaseModel, loop: EngineLoop, num_deaths: int = 0, num_messages: int = 4):
+        settings = Settings("tiny", "", 1024, 400, 4, 1.0, 3.0, LIMITS)
+        self._completions = Completions(base.tokenizer, settings, self._open)
+        self._loop, self._deaths_left, self._num_messages = loop, num_deaths, num_messages
+
+    async def _open(self, request: Request, entry: Admission):
+        dies, self._deaths_left = self._deaths_left > 0, self._deaths_left - 1
+        num_left = self._num_messages
+        async with aclosing(stream(self._loop, request, entry)) as messages:
+            async for message in messages:
+                yield message
+                num_left -= 1
+                if dies and not num_left:
+                    raise BaseLost("killed")
+
+    def whole(self, body_type: type = TextRequest, **fields) -> dict:
+        async def run():
+            return await (await self._completions.start(body(body_type, **fields), {"a": "a", "b": "b"})).whole()
+
+        answer = asyncio.run(run())
+        json.dumps(answer, allow_nan=False)
+        return answer
+
+    def events(self, body_type: type = TextRequest, **fields) -> list[dict]:
+        async def run():
+            completion = await self._completions.start(body(body_type, stream=True, **fields), {"a": "a", "b": "b"})
+            return [line.removeprefix("data: ").strip() async for line in completion.events()]
+
+        *lines, done = asyncio.run(run())
+        assert done == "[DONE]"
+        return [json.loads(line) for line in lines]
+
+
+def body(body_type: type = TextRequest, **fields) -> TextRequest | ChatRequest:
+    steering = {"objective_weights": {"a": 1.0, "b": 1.0}, "top_k": 20}
+    params = {"model": "tiny", "max_tokens": 30, "seed": 3}
+    asked = {"prompt": PROMPT} if body_type is TextRequest else {"messages": [{"role": "user", "content": PROMPT}]}
+    return body_type.model_validate({**params, **asked, **steering, **fields})
+
+
+@pytest.fixture
+def service(base, loop) -> Service:
+    return Service(base, loop)
+
+
+def choice_of(answer: dict) -> dict:
+    [choice] = answer["choices"]
+    return choice
+
+
+def in_process(base: BaseModel, **fields) -> Choice:
+    """The engine's own answer."""
+    params = SamplingParams(30, top_k=20, seed=3)
+    prompt = tuple(base.tokenizer(PROMPT)["input_ids"])
+    [[choice]] = make_engine(base).generate([Request("r", prompt, {"a": 1.0, "b": 1.0}, 1.0, params=params, **fields)])
+    return choice
+
+
+def test_qhead_without_a_student_is_refused_in_the_words_of_the_body(service):
+    with pytest.raises(ApiError) as refused:
+        service.whole(scorer="qhead")
+    assert (refused.value.status, refused.value.param) == (400, "scorer")
+    assert refused.value.message == "scorer: is 'qhead'; there is no student for a, b: use 'lazy' or 'full'"
+
+
+def test_the_report_of_a_guided_answer(service, base):
+    report, choice = choice_of(service.whole())["mavis"], in_process(base)
+    assert report["divergence"] == pytest.approx(choice.divergence, abs=1e-3)
+    assert report["values"] == {name: pytest.approx(choice.values[name][-1], abs=1e-4) for name in ("a", "b")}
+    assert report["candidates_per_token"] == pytest.approx(statistics.mean(choice.num_scored))
+
+
+def test_the_report_of_an_answer_without_guidance(service):
+    report = choice_of(service.whole(objective_weights=None))["mavis"]
+    assert report == {"divergence": 0.0, "values": {}, "candidates_per_token": 0.0}
+
+
+def test_guiding_some_tokens_only(service, base):
+    choice = choice_of(service.whole(guide_every=4))
+    expected = in_process(base, guide_every=4)
+    assert choice["text"] == expected.text != in_process(base).text
+    of_guided = statistics.mean(filter(None, expected.num_scored))
+    assert choice["mavis"]["candidates_per_token"] == pytest.approx(of_guided)
+    assert math.isnan(expected.values["a"][-1])
+    assert choice["mavis"]["values"]["a"] == pytest.approx(expected.values["a"][28], abs=1e-4)
+
+
+def test_what_is_not_known_is_null(base, loop, service):
+    assert choice_of(service.whole(temperature=0))["mavis"]["divergence"] is None
+    # The replica that ends the answer guides none of its last tokens.
+    moved = Service(base, loop, num_deaths=1).whole(guide_every=1000, max_tokens=60)
+    assert choice_of(moved)["mavis"] == {
+        "divergence": None,
+        "values": {"a": None, "b": None},
+        "candidates_per_token": 0.0,
+    }
+
+
+def test_the_response_tells_what_steered_it(service):
+    assert service.whole(guide_every=2, beta=2)["mavis"] == {
+        "objective_weights": {"a": 0.5, "b": 0.5},
+        "beta": 2.0,
+        "tilt_cap": 3.0,
+        "guide_every": 2,
+        "seed": 3,
+    }
+
+
+@pytest.mark.parametrize("num_deaths", [0, 1, 3])
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (5, 1), (5, 3), (9, 12)])
+def test_an_answer_ends_before_its_stop_string(base, loop, start, length, num_deaths):
+    text = in_process(base).text
+    stop = text[start : start + length]
+    expected = text[: text.find(stop)]
+    whole = Service(base, loop, num_deaths).whole(stop=stop)
+    assert (choice_of(whole)["text"], choice_of(whole)["finish_reason"]) == (expected, "stop")
+    assert whole["usage"]["completion_tokens"] == len(expected) + length  # one character per token
+    sent = ""
+    events = Service(base, loop, num_deaths).events(stop=["never", stop])
+    for event in events:
+        sent += choice_of(event)["text"]
+        assert expected.startswith(sent)
+    assert sent == expected
+    assert [choice_of(event)["finish_reason"] for event in events if choice_of(event)["finish_reason"]] == ["stop"]
+
+
+def test_what_only_begins_like_a_stop_string_is_sent_in_the_end(service, base):
+    text = in_process(base).text
+    stop = text[-3:] + "!?"
+    choice = choice_of(service.whole(stop=stop))
+    assert (choice["text"], choice["finish_reason"]) == (text, "length")
+    assert "".join(choice_of(event)["text"] for event in service.events(stop=stop)) == text
+
+
+# --- log-probabilities -------------------------------------------------------------------------------------------
+
+
+def test_log_probabilities_of_a_chat_answer(service):
+    answer = choice_of(service.whole(ChatRequest, logprobs=True, top_logprobs=5, scorer="full"))
+    content = answer["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == answer["message"]["content"]
+    assert len(content) == 30
+    for entry in content:
+        assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"]
+        assert len(entry["top_logprobs"]) == 5
+        assert all(entry["logprob"] <= entry["top_logprobs"][0]["logprob"] <= 0 for entry in content)
+        assert set(entry["top_logprobs"][0]) == {"token", "logprob", "bytes", "mavis"}
+    spent = math.fsum(entry["mavis"]["divergence"] for entry in content)
+    assert spent == pytest.approx(answer["mavis"]["divergence"])
+    assert choice_of(service.whole(ChatRequest))["logprobs"] is None
+    assert choice_of(service.whole(ChatRequest, logprobs=True))["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_log_probabilities_of_a_text_answer(service):
+    answer = choice_of(service.whole(logprobs=2))
+    logprobs = answer["logprobs"]
+    assert shown(logprobs["tokens"]) == answer["text"]
+    offsets = logprobs["text_offset"]
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert offsets[-1] < len(answer["text"])
+    assert {len(column) for column in logprobs.values()} == {30}
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+
+
+@pytest.mark.parametrize("body_type", [ChatRequest, TextRequest])
+@pytest.mark.parametrize("stop", [None, "x", "q ", "7z"])
+def test_streamed_log_probabilities_come_with_their_text_also_from_another_replica(base, loop, body_type, stop):
+    asked = {"logprobs": True, "top_logprobs": 2} if body_type is ChatRequest else {"logprobs": 2}
+    whole = choice_of(Service(base, loop).whole(body_type, stop=stop, max_tokens=60, **asked))
+    for num_deaths in (0, 2):
+        events = Service(base, loop, num_deaths, 5).events(body_type, stop=stop, max_tokens=60, **asked)
+        joined: dict[str, list] = {}
+        for event in map(choice_of, events):
+            text = event["delta"].get("content", "") if body_type is ChatRequest else event["text"]
+            logprobs = event["logprobs"] or {}
+            tokens = logprobs.get("tokens", [entry["token"] for entry in logprobs.get("content", ())])
+            assert shown(tokens) == text
+            for name, column in logprobs.items():
+                joined[name] = joined.get(name, []) + (column or [])
+        told = {name: column or [] for name, column in whole["logprobs"].items()}
+        assert rounded(joined) == rounded(told)
+
+
+def shown(tokens: list[str]) -> str:
+    """The text of tokens, of which some are parts of characters that were never finished."""
+    return re.sub(r"bytes:\\x..", "\ufffd", "".join(tokens))
+
+
+def rounded(tree):
+    """Two replicas may differ in the last digits."""
+    if isinstance(tree, dict):
+        return {name: rounded(branch) for name, branch in tree.items()}
+    if isinstance(tree, list):
+        return [rounded(branch) for branch in tree]
+    return pytest.approx(tree, abs=1e-4) if isinstance(tree, float) else tree
+
+
+def test_parts_of_characters_wait_for_each_other(base):
+    spell = Speller(base.tokenizer)
+    e_acute = base.tokenizer("é")["input_ids"]
+    assert [spell(token).bytes for token in e_acute] == [[0xC3], [0xA9]]
+    assert spell(1) == ("</s>", list(b"</s>"))
+    laws = [TokenLogprobs(Candidate(token, -1.0, 0.0), 0.0, ()) for token in [*e_acute, 1]]
+    alignment = Alignment(StoppedText(base.tokenizer))
+    assert alignment.add(e_acute[:1], laws[:1], False) == ("", [])
+    text, entries = alignment.add([e_acute[1], 1], laws[1:], True)
+    assert (text, [(entry.law, entry.start) for entry in entries]) == ("é", [(laws[0], 0), (laws[1], 0)])
+    assert text_logprobs(entries, spell)["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
+
+
+# --- limits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 17}, "n"),
+        ({"preferences": [{"text": "a"}] * 17}, "preferences"),
+        ({"prompt": "x" * 1024}, "prompt"),
+        ({"model": "x" * 10_000}, "model"),
+    ],
+)
+def test_what_is_beyond_the_limits_is_refused_by_name(service, fields, param):
+    with pytest.raises(ApiError) as refused:
+        service.whole(**fields)
+    assert refused.value.param == param
+    assert len(refused.value.message) < 300
+
+
+# --- objectives in words -----------------------------------------------------------------------------------------
+
+SENTENCES = [{"text": "Be brief.", "weight": 3}, {"text": "Be odd.", "weight": 0}, {"text": "Be kind."}]
+
+
+def test_sentences_steer_and_are_reported(service, base):
+    answer = service.whole(preferences=SENTENCES)
+    choice, echo = choice_of(answer), answer["mavis"]
+    assert choice["text"] != choice_of(service.whole())["text"]
+    assert [(p["text"], p["weight"]) for p in echo["preferences"]] == [
+        ("Be brief.", 0.75),
+        ("Be odd.", 0.0),
+        ("Be kind.", 0.25),
+    ]
+    assert echo["preference_params"]["c"] == pytest.approx(1.9347, abs=1e-4)
+    assert echo["prompt_template"] == "none"
+    brief, odd, kind = choice["mavis"]["preferences"]
+    assert brief["final_weight"] + kind["final_weight"] == pytest.approx(1)
+    assert brief["mean_weight"] + kind["mean_weight"] == pytest.approx(1)
+    assert odd == {"text": "Be odd.", "final_weight": 0.0, "mean_weight": 0.0, "mean_reward": None}
+    params = SamplingParams(30, top_k=20, seed=3)
+    prompts = [tuple(base.tokenizer(f"{s}{PROMPT}")["input_ids"]) for s in ("", "Be brief.\n\n", "Be kind.\n\n")]
+    preferences = (Preference("Be brief.", prompts[1], 3), Preference("Be kind.", prompts[2], 1))
+    request = Request("r", prompts[0], {"a": 1.0, "b": 1.0}, 1.0, preferences=preferences, params=params)
+    [[expected]] = make_engine(base).generate([request])
+    assert choice["text"] == expected.text
+    assert choice["mavis"]["worded_divergence"] == pytest.approx(expected.worded_divergence, abs=1e-3)
+    assert choice["mavis"]["divergence"] == pytest.approx(expected.divergence, abs=1e-3)
+
+
+def test_sentences_survive_the_loss_of_a_base_replica(base, loop, service):
+    expected = choice_of(service.whole(preferences=SENTENCES))
+    moved = choice_of(Service(base, loop, num_deaths=2).whole(preferences=SENTENCES))
+    assert moved["text"] == expected["text"]
+    for one, other in zip(moved["mavis"]["preferences"], expected["mavis"]["preferences"], strict=True):
+        assert one["final_weight"] == pytest.approx(other["final_weight"], abs=1e-4)
+    assert moved["mavis"]["worded_divergence"] is None
+    events = service.events(preferences=SENTENCES)
+    assert "".join(choice_of(event)["text"] for event in events) == expected["text"]
+    assert choice_of(events[-1])["mavis"] == expected["mavis"]
+
+
+def test_a_preset_and_what_changes_of_it(service):
+    params = {"preset": "amulet", "steps": 3, "accumulation": "sum", "normalise": True}
+    echo = service.whole(preferences=SENTENCES[:1], preference_params=params)["mavis"]["preference_params"]
+    assert (echo["adapt"], echo["alpha"], echo["steps"], echo["accumulation"]) == (False, 2.0, 3, "sum")
+    assert 1 < echo["c"] < 5.6
+    of_optimisation = {"preset": "opad", "alpha": 0.5}
+    echo = service.whole(preferences=SENTENCES[:1], preference_params=of_optimisation)["mavis"]["preference_params"]
+    assert echo["c"] == pytest.approx(1.9347, abs=1e-4)
+
+
+def test_a_sentence_of_weight_zero_takes_no_room(service):
+    """Without max_tokens an answer gets what the prompts leave of the context, which one that steers would fill."""
+    text = choice_of(service.whole(preferences=SENTENCES))["text"]
+    long = {"text": "long " * 250, "weight": 0}
+    choice = choice_of(service.whole(preferences=[*SENTENCES, long], max_tokens=None, stop=text[9:12]))
+    assert choice["text"] == text[:9]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"preferences": [{"text": "  "}]}, "preferences.0.text"),
+        ({"preferences": [{"text": "a"}, {"text": "b", "weight": -1}]}, "preferences.1.weight"),
+        ({"preferences": [{"text": "a", "weight": 0}]}, "preferences"),
+        ({"preferences": [{"text": str(k)} for k in range(4)]}, "preferences"),
+        ({"preferences": [{"text": "long " * 700}]}, "preferences"),
+        ({"preferences": [{"text": "a"}], "preference_params": {"c": 9}}, "preference_params.c"),
+        ({"preference_params": {"preset": "opad", "tau": 0}}, "preference_params.tau"),
+        ({"preference_params": {"c": 1, "steps": 3}}, "preference_params.steps"),
+    ],
+)
+def test_sentences_that_cannot_steer_are_refused_by_name(service, fields, param):
+    with pytest.raises(ApiError) as refused:
+        service.whole(**fields)
+    assert (refused.value.status, refused.value.param) == (400, param)

@@ -1,0 +1,69 @@
+"""Whatever is asked of any route: an answer as /openapi.json describes it, and never a failure of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import BaseSchema, Case
+
+from benchmarks.chaos.fuzz_openapi import answerable, boundary_cases, made_up, of_app, operations
+from serve.gateway import api_keys, watched
+from serve.gateway.api_keys import Keys
+from serve.gateway.middleware import Edge
+from tests.local import NAME
+
+OPERATIONS = [
+    "GET /health",
+    "GET /metrics",
+    "GET /v1/models",
+    "GET /v1/models/{name}",
+    "GET /v1/objectives",
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+]
+FUZZED = settings(
+    derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck), max_examples=60
+)
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("keys") / "keys.json"
+
+
+@pytest.fixture(scope="module")
+def headers(key_file) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_keys.add(key_file, 'ann')}"}
+
+
+@pytest.fixture(scope="module")
+def described(service, headers, key_file) -> Iterator[BaseSchema]:
+    app = service.app(Edge(keys=Keys(key_file), log_access=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watched, "_node_addresses", list)  # a cluster without nodes
+        yield of_app(watched.watched_api(app, lambda *figure, **labels: None))
+
+
+def check(case: Case, headers: dict[str, str]) -> None:
+    """Raises schemathesis's FailureGroup, with the request in curl's words."""
+    answerable(case, NAME).call_and_validate(headers=headers)
+
+
+def test_all_routes_are_asked(described):
+    assert sorted(operation.label for operation in operations(described)) == OPERATIONS
+
+
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_limits_of_fields(described, headers, label):
+    for case in boundary_cases(described.find_operation_by_label(label)):
+        check(case, headers)
+
+
+@pytest.mark.parametrize("label", OPERATIONS)
+@FUZZED
+@given(data=st.data())
+def test_made_up_requests(described, headers, label, data):
+    check(data.draw(made_up(described.find_operation_by_label(label))), headers)

@@ -1,0 +1,202 @@
+"""Bodies are refused by name, errors have OpenAI's shape, weights come from either field."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from mavis_dist.core.preferences import Accumulation
+from mavis_dist.decode import PRESETS
+from serve.gateway.protocol import (
+    ApiError,
+    ChatRequest,
+    GenerationRequest,
+    Message,
+    PreferenceParams,
+    StreamOptions,
+    TextRequest,
+    event,
+    parse_weights,
+    refusal,
+)
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def chat(**body):
+    return ChatRequest.model_validate({"model": "m", "messages": MESSAGES, **body})
+
+
+def refused(**body) -> ApiError:
+    with pytest.raises(ValidationError) as caught:
+        chat(**body)
+    return refusal(caught.value.errors())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+        ("logit_bias", {"50256": -100}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", float("nan")),
+        ("store", True),
+        ("reasoning_effort", None),
+    ],
+)
+def test_a_field_that_would_change_the_answer_is_refused_by_its_name(name, value):
+    error = refused(**{name: value})
+    assert (error.status, error.param, error.code) == (400, name, "unsupported_field")
+    assert error.body["error"]["type"] == "invalid_request_error"
+    assert "remove it" in error.message
+
+
+@pytest.mark.parametrize("model", [ChatRequest, TextRequest, Message, StreamOptions])
+def test_fields_that_change_nothing_are_accepted_with_these_values_only(model):
+    for name, values in model.NEUTRAL.items():
+        assert name not in model.model_fields
+        for value in values:
+            bodies = {
+                ChatRequest: {"messages": MESSAGES},
+                TextRequest: {"prompt": "Hi"},
+                Message: {"role": "user", "content": "Hi"},
+            }
+            body = bodies.get(model, {}) | ({"model": "m"} if issubclass(model, GenerationRequest) else {})
+            assert model.model_validate({**body, name: value}) == model.model_validate(body)
+
+
+def test_labels_change_nothing():
+    labels = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "c"}
+    assert chat(**labels).messages == chat().messages
+
+
+def test_log_probabilities_as_the_two_endpoints_ask_for_them():
+    assert chat().num_logprobs is chat(logprobs=False).num_logprobs is None
+    assert chat(logprobs=True).num_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=20).num_logprobs == 20
+    assert "logprobs: true" in refused(top_logprobs=1).message
+    assert refused(logprobs=True, top_logprobs=21).param == "top_logprobs"
+    assert TextRequest.model_validate({"model": "m", "prompt": "a", "logprobs": 3}).num_logprobs == 3
+
+
+def test_a_developer_speaks_as_the_system():
+    message = chat(messages=[{"role": "developer", "content": "Be brief"}]).messages[0]
+    assert message.turn == {"role": "system", "content": "Be brief"}
+
+
+def test_errors_can_be_sent_whatever_the_client_wrote():
+    error = refused(**{"\ud800" * 5000: 1})
+    assert len(error.message) < 1100
+    assert json.dumps(error.body, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"min_p": 1.0}, "min_p"),
+        ({"n": 0}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"stream": "yes"}, "stream"),
+        ({"messages": []}, "messages"),
+        ({"n": 129}, "n"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"messages": [{"role": "user", "content": "Hi", "name": "x"}]}, "messages.0.name"),
+        ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages.0.role"),
+        ({"objective_weights": {"positive": float("nan")}}, "objective_weights.positive"),
+        ({"objective_weights": ["positive"]}, "objective_weights"),
+        ({"beta": -1.0}, "beta"),
+        ({"tilt_cap": 0.0}, "tilt_cap"),
+        ({"scorer": "fastest"}, "scorer"),
+        ({"guide_every": 0}, "guide_every"),
+        ({"guide_every": 1.5}, "guide_every"),
+        ({"guide_every": 2**63}, "guide_every"),
+        ({"top_k": 2**63}, "top_k"),
+        ({"stop": 5}, "stop"),
+        ({"stop": list("abcde")}, "stop"),
+        ({"stop": ["a", ""]}, "stop.1"),
+        ({"stop": ""}, "stop.0"),
+        ({"vllm_xargs": {"beta": 1}}, "vllm_xargs.objective_weights"),
+        ({"preferences": [{"text": ""}]}, "preferences.0.text"),
+        ({"preferences": [{"text": "a", "weight": float("inf")}]}, "preferences.0.weight"),
+        ({"preferences": [{"weight": 1.0}]}, "preferences.0.text"),
+        ({"preferences": ["a"]}, "preferences.0"),
+        ({"preferences": [{"text": "a"}] * 65}, "preferences"),
+        ({"preference_params": {"preset": "best"}}, "preference_params.preset"),
+        ({"preference_params": {"steps": 1.5}}, "preference_params.steps"),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_path_of_its_field(body, param):
+    error = refused(**body)
+    assert error.status == 400
+    assert error.param == param or error.code == "unsupported_field"
+    assert json.dumps(error.body)
+
+
+def test_an_unknown_field_is_named_before_any_other_trouble():
+    assert refused(temperature=-1, reponse_format={}).param == "reponse_format"
+
+
+def test_two_limits_and_stream_options_without_a_stream_are_refused():
+    assert "not both" in refused(max_tokens=1, max_completion_tokens=2).message
+    assert "stream: true" in refused(stream_options={"include_usage": True}).message
+
+
+def test_one_stop_string_or_several():
+    assert chat().stops == chat(stop=[]).stops == ()
+    assert chat(stop="END").stops == ("END",)
+    assert chat(stop=["a", "b", "c", "d"]).stops == ("a", "b", "c", "d")
+
+
+def test_weights_come_from_the_nested_or_the_flat_field():
+    assert chat().weights() == {}
+    assert chat(objective_weights={"brief": 1}).weights() == {"brief": 1.0}
+    assert chat(vllm_xargs={"objective_weights": "positive=0.7, brief=0.3"}).weights() == {
+        "positive": 0.7,
+        "brief": 0.3,
+    }
+    with pytest.raises(ApiError) as caught:
+        chat(objective_weights={"brief": 1}, vllm_xargs={"objective_weights": "brief=1"}).weights()
+    assert caught.value.param == "vllm_xargs"
+
+
+@pytest.mark.parametrize("text", ["brief", "brief=", "=1", "brief=x", "brief=nan", "brief=1,brief=2"])
+def test_flat_weights_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ApiError) as caught:
+        parse_weights(text)
+    assert caught.value.param == "vllm_xargs.objective_weights"
+
+
+def test_presets_are_those_of_the_engine():
+    known = PreferenceParams.model_fields
+    assert get_args(known["preset"].annotation) == tuple(PRESETS)
+    assert known.keys() - {"preset"} == {field.name for field in fields(PRESETS["mato"])}
+    accumulations = get_args(get_args(known["accumulation"].annotation)[0])
+    assert accumulations == tuple(a.value for a in Accumulation)
+
+
+def test_text_parts_are_joined_and_other_parts_refused():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "ab"
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    assert refused(messages=[{"role": "user", "content": image}]).status == 400
+
+
+def test_prompt_must_not_be_empty():
+    with pytest.raises(ValidationError) as caught:
+        TextRequest.model_validate({"model": "m", "prompt": ""})
+    assert refusal(caught.value.errors()).param == "prompt"
+
+
+def test_events_are_one_line_of_json():
+    assert event({"text": "a\nb é"}) == 'data: {"text": "a\\nb é"}\n\n'
