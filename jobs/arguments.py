@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import NoReturn, TypeVar
+
+from packaging.requirements import Requirement
 
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
@@ -35,9 +38,21 @@ def refusing(function: Callable[[], T]) -> T:
         return function()
     except UserError as error:
         fail(error)
+    except ModuleNotFoundError as error:
+        if not _is_for_training(error.name or ""):
+            raise
+        fail(UserError(f"{error.name} is not installed: training needs more, pip install 'mavis-dist[train]'"))
     except Stopped:
         print("stopped: what is finished is saved, the same command goes on from there", file=sys.stderr)
         raise SystemExit(STOPPED) from None
+
+
+def _is_for_training(module: str) -> bool:
+    """Whether a module belongs to a package that the extra [train] installs and serving does without."""
+    extras = {"train", "report"}
+    required = [Requirement(text) for text in metadata.requires("mavis-dist") or ()]
+    optional = {r.name.lower() for r in required if r.marker and any(r.marker.evaluate({"extra": x}) for x in extras)}
+    return module.partition(".")[0].lower() in optional - {"ray", "mavis-dist"}
 
 
 def fail(error: Exception) -> NoReturn:
