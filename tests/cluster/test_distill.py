@@ -86,7 +86,7 @@ def of(config_file: Path, names: tuple[str, ...], *overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def two(config_file: Path) -> job.DistillJob:
     """The first two objectives, distilled."""
-    plan = job.plan(of(config_file, NAMES[:2]), HELD_OUT)
+    plan = job.plan_job(of(config_file, NAMES[:2]), HELD_OUT)
     job.distill(plan, WorkerGroup())
     return plan
 
@@ -111,16 +111,16 @@ def test_a_trunk_from_the_base_model_learns_both_teachers(two: job.DistillJob) -
 def test_the_card_knows_the_teachers_and_a_changed_one_is_another_distillation(two: job.DistillJob) -> None:
     _, card = loaded(two)
     assert [(t.objective, t.iteration) for t in card.teachers] == [("first", 0), ("second", 0)]
-    assert job.plan(two.config, HELD_OUT).name == two.name
+    assert job.plan_job(two.config, HELD_OUT).name == two.name
     folder = values.fetch(two.store, "first", 0)
     model, teacher_card = value.load(folder)
     before = (folder / "model.safetensors").read_bytes()
     model.heads.bias.add_(1.0)
     value.save(model, teacher_card, folder)
     try:
-        assert job.plan(two.config, HELD_OUT).name != two.name
+        assert job.plan_job(two.config, HELD_OUT).name != two.name
         with pytest.raises(job.DistillError, match="'first' is not the one"):
-            job.plan(of_extended(two, NAMES[:2]), HELD_OUT)
+            job.plan_job(of_extended(two, NAMES[:2]), HELD_OUT)
     finally:
         (folder / "model.safetensors").write_bytes(before)
 
@@ -134,8 +134,8 @@ def of_extended(plan: job.DistillJob, names: tuple[str, ...]) -> Config:
 
 def test_another_objective_changes_nothing_of_the_others(two: job.DistillJob) -> None:
     with pytest.raises(job.DistillError, match="has all of the run's objectives"):
-        job.plan(of_extended(two, NAMES[:2]), HELD_OUT)
-    plan = job.plan(of_extended(two, NAMES), HELD_OUT)
+        job.plan_job(of_extended(two, NAMES[:2]), HELD_OUT)
+    plan = job.plan_job(of_extended(two, NAMES), HELD_OUT)
     job.distill(plan, WorkerGroup())
     (before, _), (after, card) = loaded(two), loaded(plan)
     assert card.objectives == NAMES

@@ -65,7 +65,7 @@ def test_kills_of_actors_workers_machines_and_drivers_end_in_the_same_bytes(
     job.kill()
     _, err = job.communicate()
     assert "an actor died" in err
-    assert "a worker died; going on from the newest checkpoint" in err
+    assert "a worker died; resuming from the newest checkpoint" in err
 
     job = start(config_file, machines.address, *arguments)
     wait(job, lambda: checkpoints(1), "a checkpoint of the second iteration")

@@ -54,7 +54,7 @@ def test_what_a_dead_actor_had_begun_is_begun_again(tmp_path: Path) -> None:
 def test_actors_that_die_again_and_again_are_an_error(tmp_path: Path) -> None:
     crew = WorkerPool(lambda: Doubler.remote(str(tmp_path / "grave"), True), 1)
     try:
-        with pytest.raises(WorkerPoolError, match="died one after the other and finished nothing"):
+        with pytest.raises(WorkerPoolError, match="died in a row without any result"):
             list(crew.run("doomed", 2, [[1]]))
     finally:
         crew.release()
