@@ -15,11 +15,11 @@ import torch
 NUCLEUS = (128, 768, 6144)  # most likely tokens among which a top-p set is looked for before all are sorted
 
 
-def anchor(plain_V: torch.Tensor, views_KV: torch.Tensor, weights_K: Sequence[float]) -> torch.Tensor:
+def anchor(plain_V: torch.Tensor, preference_KV: torch.Tensor, weights_K: Sequence[float]) -> torch.Tensor:
     """sum_k w_k g_k [V], in nats, from log p without a sentence and with each."""
     anchor_V = plain_V * -sum(weights_K)
-    for view_V, weight in zip(views_KV, weights_K, strict=True):
-        anchor_V.add_(view_V, alpha=weight)
+    for preference_V, weight in zip(preference_KV, weights_K, strict=True):
+        anchor_V.add_(preference_V, alpha=weight)
     return anchor_V
 
 

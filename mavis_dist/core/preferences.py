@@ -42,10 +42,11 @@ def amplification(alpha: float, lam: float, nu: float, steps: int) -> float:
     return c
 
 
-def adapted_weights(initial_K: Sequence[float], earned_K: Sequence[float], tau: float) -> list[float]:
+def adapted_weights(initial_K: Sequence[float], rewards_K: Sequence[float], tau: float) -> list[float]:
     """argmin_w sum_k w_k S_k + tau KL(w || w_init): weight goes to the sentences that earned least. Sums to 1."""
-    least = min(earned_K)  # taken off first: a tiny tau makes all the others infinite
-    logs_K = [math.log(w) - (s - least) / tau if w > 0 else -math.inf for w, s in zip(initial_K, earned_K, strict=True)]
+    least = min(rewards_K)  # subtracted first: a tiny tau makes all the others infinite
+    pairs = zip(initial_K, rewards_K, strict=True)
+    logs_K = [math.log(w) - (s - least) / tau if w > 0 else -math.inf for w, s in pairs]
     largest = max(logs_K)
     shares_K = [math.exp(x - largest) for x in logs_K]
     total = math.fsum(shares_K)
@@ -67,7 +68,7 @@ class RewardTracker:
         self.total_K = [kept * total + reward for total, reward in zip(self.total_K, rewards_K, strict=True)]
         self.num_tokens += 1
 
-    def amounts(self) -> list[float]:
+    def accumulated(self) -> list[float]:
         """S_k; 0 before the first token."""
         divisor = max(1, self.num_tokens) if self.accumulation is Accumulation.MEAN else 1
         return [max(-self.clip, min(self.clip, total / divisor)) for total in self.total_K]

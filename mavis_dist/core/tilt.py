@@ -107,7 +107,7 @@ def evaluation_order(logprobs_BK: torch.Tensor, phi_BK: torch.Tensor, uncapped_B
     return torch.where(first_BK, float("inf"), phi_BK).argsort(dim=-1, descending=True, stable=True)
 
 
-class Law(NamedTuple):
+class Distribution(NamedTuple):
     """The tilted distribution of one step, or an estimate of it."""
 
     pi_BK: torch.Tensor  # 0 outside the sample
@@ -115,14 +115,14 @@ class Law(NamedTuple):
     log_partition_B: torch.Tensor  # log Z of pi = p_T exp(delta / T) / Z; 0 where T = 0
 
 
-def estimate_law(
+def estimate_distribution(
     logprobs_BK: torch.Tensor,
     phi_BK: torch.Tensor,
     delta_BK: torch.Tensor,
     sample_BK: torch.Tensor,
     temperature_B: torch.Tensor,
     uncapped_BK: torch.Tensor,
-) -> Law:
+) -> Distribution:
     """What is known of pi from the tilts of a sample of candidates.
 
     The sample is made of end-of-answer tokens (weight p) and of the candidates with the largest phi, which are a sample
@@ -148,4 +148,4 @@ def estimate_law(
     mean_tilt_B = torch.where(pi_BK > 0, pi_BK * scaled_BK, 0.0).sum(-1)
     is_drawn_B = is_drawn_B1[:, 0]
     divergence_B = torch.where(is_drawn_B, mean_tilt_B - log_z_B, float("nan"))
-    return Law(pi_BK, divergence_B, torch.where(is_drawn_B, log_z_B, 0.0))
+    return Distribution(pi_BK, divergence_B, torch.where(is_drawn_B, log_z_B, 0.0))

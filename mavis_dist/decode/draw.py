@@ -28,7 +28,7 @@ class Drawn:
     tokens: list[int]
     logratios: list[float]
     divergences: list[float]
-    worded: list[float]  # the sentences' part of the divergences
+    preference_divergences: list[float]  # the sentences' part of the divergences
     values_BM: torch.Tensor  # V_m(s∘a) of the token, nan where not asked for
     num_candidates: list[int]
     is_guided: list[bool]
@@ -41,7 +41,7 @@ def draw(
     batch: Batch,
     positions_B: torch.Tensor,
     steering: Steering,
-    merged: PreferenceStep,
+    preference_step: PreferenceStep,
     guide: Guide | None,
     eos: torch.Tensor,
 ) -> Drawn:
@@ -51,7 +51,7 @@ def draw(
         positions_B: index in the answer of the token.
         eos: the ids of end-of-answer tokens.
     """
-    drafts = _drafts(batch, positions_B, merged, eos)
+    drafts = _drafts(batch, positions_B, preference_step, eos)
     scores = score(drafts, steering, guide)
     index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
     every_B = torch.arange(len(index_B), device=index_B.device)
@@ -62,7 +62,7 @@ def draw(
         tokens=drafts.ids_BK[every_B, index_B].tolist(),
         logratios=scores.logratio_BK[every_B, index_B].tolist(),
         divergences=scores.divergence_B.tolist(),
-        worded=scores.worded_B.tolist(),
+        preference_divergences=scores.preference_divergence_B.tolist(),
         values_BM=values_BM.cpu(),
         num_candidates=scores.num_evaluated_B.tolist(),
         is_guided=steering.is_guided_B.tolist(),
@@ -72,18 +72,18 @@ def draw(
     )
 
 
-def _drafts(batch: Batch, positions_B: torch.Tensor, merged: PreferenceStep, eos: torch.Tensor) -> Drafts:
+def _drafts(batch: Batch, positions_B: torch.Tensor, preference_step: PreferenceStep, eos: torch.Tensor) -> Drafts:
     """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
-    ids_BK, logprobs_BK = _cut(batch, positions_B, eos, merged.logits_BV)
+    ids_BK, logprobs_BK = _cut(batch, positions_B, eos, preference_step.logits_BV)
     phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
     is_eos_BK = torch.isin(ids_BK, eos)
     order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
     ids_BK, logprobs_BK, phi_BK, is_eos_BK = (x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK))
-    worded_BK = None
-    if merged.rows:
-        plain_XC = _cut(batch, positions_B, eos, merged.plain_XV, merged.rows)
-        worded_BK = merged.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B, *plain_XC)
-    return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B, worded_BK)
+    preference_logratio_BK = None
+    if preference_step.rows:
+        plain_XC = _cut(batch, positions_B, eos, preference_step.plain_XV, preference_step.rows)
+        preference_logratio_BK = preference_step.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B, *plain_XC)
+    return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B, preference_logratio_BK)
 
 
 def _cut(

@@ -166,8 +166,8 @@ class Engine:
         logits_RV = self._base.extend(
             [variant.number for variant in variants], [variant.tokens[-1:] for variant in variants]
         )
-        merged = PreferenceStep(batch.rows, logits_RV)
-        updates = self._absorb(batch, self._draw(batch, merged), merged)
+        preference_step = PreferenceStep(batch.rows, logits_RV)
+        updates = self._absorb(batch, self._draw(batch, preference_step), preference_step)
         # Draws are made to be continued: their keys and values stay for the requests that come next.
         if self.is_idle and all(row.request.draws is None for row in batch.rows):
             self._release()
@@ -250,11 +250,11 @@ class Engine:
 
     # --- compute: one token for every row -------------------------------------------------------------------------
 
-    def _draw(self, batch: Batch, merged: PreferenceStep) -> Drawn:
+    def _draw(self, batch: Batch, preference_step: PreferenceStep) -> Drawn:
         positions_B = batch.positions_B()
         steering = batch.steering(positions_B)
         self._catch_up(batch, steering)
-        return draw(batch, positions_B, steering, merged, self._guide, self._eos)
+        return draw(batch, positions_B, steering, preference_step, self._guide, self._eos)
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
         """Tell the guide about tokens that were written without it, where it is about to be asked again."""
@@ -269,7 +269,7 @@ class Engine:
 
     # --- absorb: what was written ---------------------------------------------------------------------------------
 
-    def _absorb(self, batch: Batch, drawn: Drawn, merged: PreferenceStep) -> list[Update]:
+    def _absorb(self, batch: Batch, drawn: Drawn, preference_step: PreferenceStep) -> list[Update]:
         """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
         updates, kept = [], []
         for b, row in enumerate(batch.rows):
@@ -279,7 +279,7 @@ class Engine:
                 updates.append(_update(row))
                 continue
             start = row.position
-            self._append(row, b, drawn, merged)
+            self._append(row, b, drawn, preference_step)
             # A student predicts without a forward pass over the token, so that it has not seen it yet.
             is_seen = drawn.is_guided[b] and row.request.scorer is not Scorer.QHEAD
             if row.choice.finish is None and is_seen:
@@ -293,7 +293,7 @@ class Engine:
         self._scheduler.finish(row for row in batch.rows if row.choice.finish is not None)
         return updates
 
-    def _append(self, row: Row, b: int, drawn: Drawn, merged: PreferenceStep) -> None:
+    def _append(self, row: Row, b: int, drawn: Drawn, preference_step: PreferenceStep) -> None:
         choice, token = row.choice, drawn.tokens[b]
         row.append(token)
         choice.tokens.append(token)
@@ -308,12 +308,12 @@ class Engine:
             for name, value in zip(self.objectives, values, strict=True):
                 if name in row.request.weights:
                     choice.values.setdefault(name, []).append(value)
-        if row.earned is not None:
-            rewards = merged.rewards(b, token)
-            row.earned.add(rewards)
-            choice.preference_weights.append(merged.weights[b])
+        if row.reward_tracker is not None:
+            rewards = preference_step.rewards(b, token)
+            row.reward_tracker.add(rewards)
+            choice.preference_weights.append(preference_step.weights[b])
             choice.preference_rewards.append(rewards)
-            choice.preference_divergences.append(drawn.worded[b])
+            choice.preference_divergences.append(drawn.preference_divergences[b])
         if token in self.eos_ids or self._is_stopped(row, token):
             self._finish(row, FinishReason.STOP)
         elif row.position == row.request.params.max_tokens:

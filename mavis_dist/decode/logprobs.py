@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mavis_dist.core.tilt import estimate_law
+from mavis_dist.core.tilt import estimate_distribution
 from mavis_dist.decode.request import Candidate, TokenLogprobs
 from mavis_dist.decode.scorer import Drafts, Scores
 
@@ -27,14 +27,16 @@ def token_logprobs(
     temperature_B = torch.where(drafts.temperature_B > 0, drafts.temperature_B, 1.0)
     temperature_B1 = temperature_B[:, None]
     is_known_BK = scores.delta_BK > float("-inf")
-    law = estimate_law(drafts.logprobs_BK, drafts.phi_BK, scores.delta_BK, is_known_BK, temperature_B, drafts.is_eos_BK)
-    gain_BK = scores.delta_BK / temperature_B1 - law.log_partition_B[:, None]
+    distribution = estimate_distribution(
+        drafts.logprobs_BK, drafts.phi_BK, scores.delta_BK, is_known_BK, temperature_B, drafts.is_eos_BK
+    )
+    gain_BK = scores.delta_BK / temperature_B1 - distribution.log_partition_B[:, None]
     log_p_BK = torch.log_softmax(drafts.logprobs_BK / temperature_B1, -1)
     log_pi_BK = (log_p_BK + gain_BK).clamp(max=0.0)  # the estimated normaliser may be too small
-    logratio_BK, divergence_B = gain_BK, law.divergence_B
-    if drafts.worded_BK is not None:
-        logratio_BK = logratio_BK + drafts.worded_BK
-        divergence_B = divergence_B + (law.pi_BK * drafts.worded_BK).sum(-1)
+    logratio_BK, divergence_B = gain_BK, distribution.divergence_B
+    if drafts.preference_logratio_BK is not None:
+        logratio_BK = logratio_BK + drafts.preference_logratio_BK
+        divergence_B = divergence_B + (distribution.pi_BK * drafts.preference_logratio_BK).sum(-1)
     order_BK = log_pi_BK.argsort(dim=-1, descending=True, stable=True)
     num_known_B = (log_pi_BK > float("-inf")).sum(-1).tolist()
 
@@ -42,9 +44,9 @@ def token_logprobs(
         columns = (x[b, indices].tolist() for x in (drafts.ids_BK, log_pi_BK, logratio_BK))
         return [Candidate(*numbers) for numbers in zip(*columns, strict=True)]
 
-    told = {}
+    logprobs = {}
     for b, count in counts.items():
         [chosen] = listed(b, index_B[b : b + 1])
         top = listed(b, order_BK[b, : min(count, num_known_B[b])])
-        told[b] = TokenLogprobs(chosen, float(divergence_B[b]), tuple(top))
-    return told
+        logprobs[b] = TokenLogprobs(chosen, float(divergence_B[b]), tuple(top))
+    return logprobs

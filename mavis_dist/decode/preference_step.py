@@ -21,20 +21,20 @@ def variants_of(rows: Sequence[Row]) -> list[PromptVariant]:
     return [*(row.variants[0] for row in rows), *(variant for row in rows for variant in row.variants[1:])]
 
 
-def begin(row: Row) -> None:
+def _start_tracking(row: Row) -> None:
     """Count what the tokens have earned that a continued answer brings along."""
     params = row.request.preference_params
-    plain, *worded = (variant.logprobs for variant in row.variants)
-    row.earned = RewardTracker(params.accumulation, params.decay, params.clip, [0.0] * len(worded))
+    plain, *preferences = (variant.logprobs for variant in row.variants)
+    row.reward_tracker = RewardTracker(params.accumulation, params.decay, params.clip, [0.0] * len(preferences))
     for t, logprob in enumerate(plain):
-        row.earned.add([logprobs[t] - logprob for logprobs in worded])
+        row.reward_tracker.add([logprobs[t] - logprob for logprobs in preferences])
 
 
-def weights(row: Row) -> list[float]:
+def _current_weights(row: Row) -> list[float]:
     """w_k of a row's next token."""
-    assert row.earned is not None
+    assert row.reward_tracker is not None
     params, initial = row.request.preference_params, [p.weight for p in row.request.preferences]
-    return adapted_weights(initial, row.earned.amounts(), params.tau) if params.adapt else initial
+    return adapted_weights(initial, row.reward_tracker.accumulated(), params.tau) if params.adapt else initial
 
 
 class PreferenceStep:
@@ -48,9 +48,9 @@ class PreferenceStep:
         first = len(rows)
         for b, row in enumerate(rows):
             if row.request.preferences:
-                if row.earned is None:
-                    begin(row)
-                self.weights[b], self._variants[b] = weights(row), range(first, first + len(row.variants) - 1)
+                if row.reward_tracker is None:
+                    _start_tracking(row)
+                self.weights[b], self._variants[b] = _current_weights(row), range(first, first + len(row.variants) - 1)
                 first = self._variants[b].stop
         if self.rows:
             self._merge(logits_RV, [rows[b].request.preference_params for b in self.rows])
@@ -74,8 +74,8 @@ class PreferenceStep:
 
     def rewards(self, b: int, token: int) -> list[float]:
         """g_k of a token of a row."""
-        plain, *worded = self._logprobs_RV[[b, *self._variants[b]], token].tolist()
-        return [logprob - plain for logprob in worded]
+        plain, *preferences = self._logprobs_RV[[b, *self._variants[b]], token].tolist()
+        return [logprob - plain for logprob in preferences]
 
     def logratio_BK(
         self,

@@ -134,7 +134,7 @@ class Choice:
         return [fmean(weights) for weights in zip(*self.preference_weights, strict=True)]
 
     @property
-    def worded_divergence(self) -> float:
+    def preference_divergence(self) -> float:
         """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution."""
         return math.fsum(self.preference_divergences)
 

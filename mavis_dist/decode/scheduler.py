@@ -45,7 +45,7 @@ class Row:
     stream: int
     variants: list[PromptVariant]  # the plain one, then one per sentence
     text: StoppedText | None = None  # followed only where stop strings are looked for
-    earned: RewardTracker | None = None  # by the sentences, where there are any
+    reward_tracker: RewardTracker | None = None  # by the sentences, where there are any
 
     @property
     def number(self) -> int:
@@ -114,7 +114,7 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._opening: list[Row] = []
         self._finished: list[Row] = []
-        self._next_number, self._num_worded = 0, 0
+        self._next_number, self._num_preference_variants = 0, 0
 
     @property
     def is_idle(self) -> bool:
@@ -122,12 +122,12 @@ class Scheduler:
 
     @property
     def num_admitted(self) -> int:
-        """Views that are opened or running."""
-        return _num_views((*self.running, *self._opening))
+        """Variants that are opened or running."""
+        return _num_variants((*self.running, *self._opening))
 
     @property
     def num_waiting(self) -> int:
-        return _num_views(self._waiting)
+        return _num_variants(self._waiting)
 
     def has(self, request_id: str) -> bool:
         """Whether any choice of a request is not finished yet."""
@@ -137,8 +137,8 @@ class Scheduler:
         """Queue every choice of a prepared request, `first` before all others."""
         rows = []
         for index in range(request.params.n):
-            worded = [self._variant(request, preference.prompt) for preference in request.preferences]
-            variants = [self._variant(request, request.prompt, self._next_number), *worded]
+            with_preferences = [self._variant(request, preference.prompt) for preference in request.preferences]
+            variants = [self._variant(request, request.prompt, self._next_number), *with_preferences]
             self._next_number += 1
             rows.append(Row(request, Choice(index), stream_of(request, index), variants))
         if first:
@@ -149,8 +149,8 @@ class Scheduler:
     def _variant(self, request: Request, prompt: Sequence[int], number: int | None = None) -> PromptVariant:
         """Numbers of plain variants count answers, so that guides may share them out; the others get negative ones."""
         if number is None:
-            self._num_worded += 1
-            number = -self._num_worded
+            self._num_preference_variants += 1
+            number = -self._num_preference_variants
         tokens = [*prompt, *request.answer]
         # What a sentence says to tokens that are there already is seen only where they are encoded.
         is_rewarded = bool(request.preferences and request.answer)
@@ -222,7 +222,7 @@ class Scheduler:
         if self.cache_tokens is None:
             return True
         rows = [row, *self._resident(), *self._finished]
-        return _num_views(rows) * max(r.reserved for r in rows) <= self.cache_tokens
+        return _num_variants(rows) * max(r.reserved for r in rows) <= self.cache_tokens
 
     def _best_source(self, variant: PromptVariant) -> tuple[PromptVariant | None, int]:
         """The variant that shares most encoded tokens, as far as they may be shared."""
@@ -253,7 +253,7 @@ def _variants(rows: Iterable[Row]) -> Iterator[PromptVariant]:
         yield from row.variants
 
 
-def _num_views(rows: Iterable[Row]) -> int:
+def _num_variants(rows: Iterable[Row]) -> int:
     return sum(len(row.variants) for row in rows)
 
 

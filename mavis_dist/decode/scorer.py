@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mavis_dist.core.tilt import estimate_law, tilt
+from mavis_dist.core.tilt import estimate_distribution, tilt
 from mavis_dist.decode.guide import Guide
 
 # Candidates of a row in a step's first call, beside the end-of-answer tokens. A GPU hardly notices a few more.
@@ -31,7 +31,7 @@ class Drafts:
     phi_BK: torch.Tensor  # log p + T * G
     is_eos_BK: torch.Tensor
     temperature_B: torch.Tensor
-    worded_BK: torch.Tensor | None = None  # log p_T less that of the base model (T = 0 as T = 1), with sentences
+    preference_logratio_BK: torch.Tensor | None = None  # log p'_T - log p_T (T = 0 as T = 1), with preferences
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Scores:
     num_evaluated_B: torch.Tensor
     is_sound_B: torch.Tensor  # every value asked for was finite
     divergence_B: torch.Tensor  # KL(pi || pi_ref), nats; estimated where not all candidates were evaluated
-    worded_B: torch.Tensor  # the sentences' part of it
+    preference_divergence_B: torch.Tensor  # the sentences' part of it
     logratio_BK: torch.Tensor  # log pi(a) - log pi_ref(a), 0 at T = 0; estimated likewise, and only where evaluated
 
 
@@ -72,22 +72,23 @@ def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
         search.absorb(is_asked_BK, values_NM)
     # Without guidance the tilt is known to be 0 for all.
     is_known_BK = search.is_evaluated_BK | ~steering.is_guided_B[:, None]
-    law = estimate_law(
+    distribution = estimate_distribution(
         drafts.logprobs_BK, drafts.phi_BK, search.delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
     )
     divisor_B1 = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))[:, None]
-    logratio_BK = search.delta_BK / divisor_B1 - law.log_partition_B[:, None]
-    worded_B = torch.zeros_like(law.divergence_B)
-    if drafts.worded_BK is not None:
-        worded_B = torch.where(drafts.temperature_B > 0, (law.pi_BK * drafts.worded_BK).sum(-1), float("nan"))
-        logratio_BK = logratio_BK + torch.where(drafts.temperature_B[:, None] > 0, drafts.worded_BK, 0.0)
+    logratio_BK = search.delta_BK / divisor_B1 - distribution.log_partition_B[:, None]
+    preference_divergence_B = torch.zeros_like(distribution.divergence_B)
+    if drafts.preference_logratio_BK is not None:
+        mean_B = (distribution.pi_BK * drafts.preference_logratio_BK).sum(-1)
+        preference_divergence_B = torch.where(drafts.temperature_B > 0, mean_B, float("nan"))
+        logratio_BK = logratio_BK + torch.where(drafts.temperature_B[:, None] > 0, drafts.preference_logratio_BK, 0.0)
     return Scores(
         search.delta_BK,
         search.values_BKM,
         search.is_evaluated_BK.sum(-1),
         search.is_sound_B,
-        law.divergence_B + worded_B,
-        worded_B,
+        distribution.divergence_B + preference_divergence_B,
+        preference_divergence_B,
         logratio_BK,
     )
 

@@ -25,14 +25,14 @@ def base_decoder(model: Any, use_hf_forward: bool = False) -> Decoder:
     """Logits [R, V] of a causal language model, by the fastest path that its architecture has."""
     if not use_hf_forward and FusedDecoder.supports(model.base_model):
         return FusedDecoder(model.base_model, linear_head(model.lm_head))
-    return PortableDecoder(model.base_model, lambda **inputs: model(**inputs).logits)
+    return HFDecoder(model.base_model, lambda **inputs: model(**inputs).logits)
 
 
 def value_decoder(model: ValueModel, use_hf_forward: bool = False) -> Decoder:
     """Values [R, O] in float32 of all heads of a value model."""
     if not use_hf_forward and FusedDecoder.supports(model.backbone):
         return FusedDecoder(model.backbone, lambda hidden: model.heads(hidden.float()))
-    return PortableDecoder(model.backbone, model)
+    return HFDecoder(model.backbone, model)
 
 
 def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
@@ -40,10 +40,10 @@ def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
     backbone = student.model.backbone
     if not use_hf_forward and FusedDecoder.supports(backbone):
         return FusedDecoder(backbone, student.read)
-    return PortableDecoder(backbone, student)
+    return HFDecoder(backbone, student)
 
 
-class PortableDecoder:
+class HFDecoder:
     """Any decoder of transformers, through its own forward pass."""
 
     def __init__(self, backbone: PreTrainedModel, forward: Callable[..., torch.Tensor]):
@@ -56,7 +56,7 @@ class PortableDecoder:
         self._backbone, self._forward, self._layer_types = backbone, forward, _supported_layer_types(backbone)
         self.device = backbone.device
         self.layers = [KVLayer() for _ in range(backbone.config.num_hidden_layers)]
-        self._cached = [_PortableLayer(layer) for layer in self.layers]
+        self._cached = [_HFCacheLayer(layer) for layer in self.layers]
         self._cache = Cache(layers=list(self._cached))
 
     def step(self, step: Step) -> torch.Tensor:
@@ -101,7 +101,7 @@ def _supported_layer_types(backbone: PreTrainedModel) -> set[str]:
     return kinds
 
 
-class _PortableLayer(CacheLayerMixin):
+class _HFCacheLayer(CacheLayerMixin):
     """A layer of the slot cache, as transformers calls it."""
 
     def __init__(self, layer: KVLayer):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mavis_dist.core import noise
-from mavis_dist.core.tilt import choose, estimate_law, evaluation_order
+from mavis_dist.core.tilt import choose, estimate_distribution, evaluation_order
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 from mavis_dist.decode.request import Scorer
 from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
@@ -104,7 +104,7 @@ def test_the_divergence_estimate_is_near_when_pooled(temperature: float) -> None
     drafted = drafts(num_rows, 3, temperature_B, 0.0)
     values_BV = torch.randn(num_rows, 60, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     full = scored(drafted, values_BV, torch.full((num_rows,), 2.5, dtype=torch.float64), 0.8, lazy=False)
-    _, estimates, log_z = estimate_law(
+    _, estimates, log_z = estimate_distribution(
         drafted.logprobs_BK, drafted.phi_BK, full.delta_BK, sample_of(drafted, 8), temperature_B, drafted.is_eos_BK
     )
     exact = divergence(drafted.logprobs_BK, full.delta_BK, temperature_B)
@@ -118,12 +118,12 @@ def test_the_estimate_is_exact_where_the_sample_is_everything_and_zero_without_a
     drafted = drafts(50, 5, temperature_B, 0.0)
     delta_BK = torch.randn(50, NUM_CANDIDATES, dtype=torch.float64)
     everything_BK = drafted.logprobs_BK > float("-inf")
-    _, whole, log_z = estimate_law(
+    _, whole, log_z = estimate_distribution(
         drafted.logprobs_BK, drafted.phi_BK, delta_BK, everything_BK, temperature_B, drafted.is_eos_BK
     )
     assert torch.allclose(whole, divergence(drafted.logprobs_BK, delta_BK, temperature_B), atol=1e-12)
     assert torch.allclose(log_z, log_partition(drafted.logprobs_BK, delta_BK, temperature_B), atol=1e-12)
-    _, nothing, _ = estimate_law(
+    _, nothing, _ = estimate_distribution(
         drafted.logprobs_BK,
         drafted.phi_BK,
         torch.zeros_like(drafted.phi_BK),

@@ -38,9 +38,9 @@ def request(**fields) -> Request:
     return replace(REQUEST, **fields)
 
 
-def laws(engine: Engine, request: Request) -> list[TokenLogprobs]:
+def logprobs_of(engine: Engine, request: Request) -> list[TokenLogprobs]:
     [[choice]] = engine.generate([request])
-    assert [law.chosen.token for law in choice.logprobs] == choice.tokens
+    assert [reported.chosen.token for reported in choice.logprobs] == choice.tokens
     return choice.logprobs
 
 
@@ -57,37 +57,37 @@ def base_logprobs(tokens: list[int], temperature: float) -> dict[int, float]:
 @pytest.mark.parametrize("fields", [{}, {"weights": {}}, {"preferences": SENTENCES}, {"guide_every": 3}])
 def test_all_candidates_are_a_distribution_with_the_reported_divergence(engine, fields):
     [[choice]] = engine.generate([request(**fields)])
-    for step, law in enumerate(choice.logprobs):
-        assert len(law.top) == TOP_K
-        assert [one.logprob for one in law.top] == sorted((one.logprob for one in law.top), reverse=True)
-        probs = [math.exp(one.logprob) for one in law.top]
+    for step, reported in enumerate(choice.logprobs):
+        assert len(reported.top) == TOP_K
+        assert [one.logprob for one in reported.top] == sorted((one.logprob for one in reported.top), reverse=True)
+        probs = [math.exp(one.logprob) for one in reported.top]
         assert math.fsum(probs) == pytest.approx(1)
-        divergence = math.fsum(p * one.logratio for p, one in zip(probs, law.top, strict=True))
-        assert law.divergence == pytest.approx(divergence, abs=1e-6)
-        assert law.divergence == pytest.approx(choice.divergences[step], abs=1e-9)
-        assert law.chosen.logratio == pytest.approx(choice.logratios[step], abs=1e-9)
-        assert law.chosen in law.top
+        divergence = math.fsum(p * one.logratio for p, one in zip(probs, reported.top, strict=True))
+        assert reported.divergence == pytest.approx(divergence, abs=1e-6)
+        assert reported.divergence == pytest.approx(choice.divergences[step], abs=1e-9)
+        assert reported.chosen.logratio == pytest.approx(choice.logratios[step], abs=1e-9)
+        assert reported.chosen in reported.top
 
 
 @pytest.mark.parametrize("temperature", [0.8, 1.0])
 def test_without_the_ratio_it_is_the_base_model(engine, temperature):
     params = replace(PARAMS, temperature=temperature)
     [[choice]] = engine.generate([request(params=params)])
-    for step, law in enumerate(choice.logprobs):
+    for step, reported in enumerate(choice.logprobs):
         expected = base_logprobs(choice.tokens[:step], temperature)
-        for one in law.top:
+        for one in reported.top:
             assert one.logprob - one.logratio == pytest.approx(expected[one.token], abs=1e-4)
 
 
 def test_an_answer_at_temperature_0_is_told_the_law_of_temperature_1(engine):
-    greedy = laws(engine, request(params=replace(PARAMS, temperature=0.0, max_tokens=1)))
-    drawn = laws(engine, request(params=replace(PARAMS, temperature=1.0, max_tokens=1)))
+    greedy = logprobs_of(engine, request(params=replace(PARAMS, temperature=0.0, max_tokens=1)))
+    drawn = logprobs_of(engine, request(params=replace(PARAMS, temperature=1.0, max_tokens=1)))
     for one, other in zip(greedy[0].top, drawn[0].top, strict=True):
         assert tuple(one) == pytest.approx(tuple(other), abs=1e-4)
     assert greedy[0].chosen == greedy[0].top[0]
     assert greedy[0].divergence == pytest.approx(drawn[0].divergence, abs=1e-4)
-    worded = laws(engine, request(params=replace(PARAMS, temperature=0.0), preferences=SENTENCES))
-    assert all(math.fsum(math.exp(one.logprob) for one in law.top) == pytest.approx(1) for law in worded)
+    steered = logprobs_of(engine, request(params=replace(PARAMS, temperature=0.0), preferences=SENTENCES))
+    assert all(math.fsum(math.exp(one.logprob) for one in reported.top) == pytest.approx(1) for reported in steered)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -96,12 +96,12 @@ def test_lazy_tells_only_what_it_evaluated_and_the_base_model_exactly(engine, te
     [[lazy]] = engine.generate([request(params=params, scorer=Scorer.LAZY)])
     [[full]] = engine.generate([request(params=params)])
     assert lazy.tokens == full.tokens
-    for num_scored, law, exact in zip(lazy.num_scored, lazy.logprobs, full.logprobs, strict=True):
-        assert len(law.top) == num_scored
+    for num_scored, reported, exact in zip(lazy.num_scored, lazy.logprobs, full.logprobs, strict=True):
+        assert len(reported.top) == num_scored
         known = {one.token: one for one in exact.top}
-        shifts = [one.logratio - known[one.token].logratio for one in law.top]
+        shifts = [one.logratio - known[one.token].logratio for one in reported.top]
         assert max(shifts) - min(shifts) < 1e-4  # they share the estimate of the normaliser
-        assert law.chosen.logprob <= 0
+        assert reported.chosen.logprob <= 0
     assert min(lazy.num_scored) < TOP_K
 
 
@@ -116,14 +116,14 @@ def test_only_those_who_ask_are_told(engine):
     asking, other = request(top_logprobs=0), request(id="o", top_logprobs=None)
     [[told], [untold]] = engine.generate([asking, other])
     assert told.tokens == untold.tokens
-    assert [len(law.top) for law in told.logprobs] == [0] * len(told.tokens)
+    assert [len(reported.top) for reported in told.logprobs] == [0] * len(told.tokens)
     assert untold.logprobs == []
 
 
 def test_a_continued_answer_has_the_laws_it_would_have_had(engine):
-    whole = laws(engine, request(preferences=SENTENCES))
-    begun = [law.chosen.token for law in whole[:5]]
-    rest = laws(engine, request(preferences=SENTENCES, answer=tuple(begun)))
+    whole = logprobs_of(engine, request(preferences=SENTENCES))
+    begun = [reported.chosen.token for reported in whole[:5]]
+    rest = logprobs_of(engine, request(preferences=SENTENCES, answer=tuple(begun)))
     for one, other in zip(whole[5:], rest, strict=True):
         assert one.chosen.logprob == pytest.approx(other.chosen.logprob, abs=1e-4)
 

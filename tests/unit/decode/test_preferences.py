@@ -62,9 +62,9 @@ def literal_loop(plain_V, anchor_V, alpha, lam, nu, steps):
 def test_the_loop_is_one_scalar(seed, alpha, lam, nu, steps):
     c = amplification(alpha, lam, nu, steps)
     assume(c <= 50)
-    plain_V, *views = torch.randn(4, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    plain_V, *variants = torch.randn(4, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     plain_V = plain_V.log_softmax(-1)
-    anchor_V = (plain_V + 0.2 * views[0] - 0.7 * views[1]).log_softmax(-1)
+    anchor_V = (plain_V + 0.2 * variants[0] - 0.7 * variants[1]).log_softmax(-1)
     scaled_V = (plain_V + c * (anchor_V - plain_V)).log_softmax(-1)
     looped_V = literal_loop(plain_V, anchor_V, alpha, lam, nu, steps)
     torch.testing.assert_close(scaled_V, looped_V, atol=1e-12 * max(1.0, c), rtol=1e-12)
@@ -90,15 +90,15 @@ def test_a_tiny_pull_gives_all_to_the_one_that_earned_least():
 @given(WEIGHTS, st.data(), st.floats(0.05, 10))
 def test_weights_minimise_what_was_earned_plus_the_pull_to_the_given_ones(initial, data, tau):
     initial = [weight / math.fsum(initial) for weight in initial]
-    earned = data.draw(st.lists(st.floats(-10, 10), min_size=len(initial), max_size=len(initial)))
-    weights = adapted_weights(initial, earned, tau)
+    rewards = data.draw(st.lists(st.floats(-10, 10), min_size=len(initial), max_size=len(initial)))
+    weights = adapted_weights(initial, rewards, tau)
     assert math.fsum(weights) == pytest.approx(1.0, abs=1e-12)
     assert all(weight >= 0 for weight in weights)
     assert all(weight == 0 for weight, given_ in zip(weights, initial, strict=True) if given_ == 0)
 
     def cost(w):
         pull = math.fsum(x * math.log(x / y) for x, y in zip(w, initial, strict=True) if x > 0)
-        return math.fsum(x * s for x, s in zip(w, earned, strict=True)) + tau * pull
+        return math.fsum(x * s for x, s in zip(w, rewards, strict=True)) + tau * pull
 
     draws = np.random.default_rng(0).dirichlet(np.ones(len(initial)), size=20) * (np.array(initial) > 0)
     for other in draws:
@@ -110,11 +110,11 @@ def test_what_is_earned_accumulates_as_asked():
     rewards = [[1.0, -2.0], [3.0, 0.5], [2.0, -40.0]]
     expected = {Accumulation.MEAN: [2.0, -10.0], Accumulation.SUM: [6.0, -10.0], Accumulation.DECAY: [3.75, -10.0]}
     for accumulation, amounts in expected.items():
-        earned = RewardTracker(accumulation, 0.5, 10.0, [0.0, 0.0])
-        assert earned.amounts() == [0.0, 0.0]
+        tracker = RewardTracker(accumulation, 0.5, 10.0, [0.0, 0.0])
+        assert tracker.accumulated() == [0.0, 0.0]
         for reward in rewards:
-            earned.add(reward)
-        assert earned.amounts() == pytest.approx(amounts)
+            tracker.add(reward)
+        assert tracker.accumulated() == pytest.approx(amounts)
 
 
 # --- the merged distribution -------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ def logits(seed, *shape):
     return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def shift(plain_V, views_KV, weights, c, top_p):
-    anchor_V = anchor(plain_V, views_KV, weights)
+def shift(plain_V, preference_KV, weights, c, top_p):
+    anchor_V = anchor(plain_V, preference_KV, weights)
     return guarded(plain_V[None], anchor_V[None], torch.tensor([c]), torch.tensor([top_p]))[0]
 
 
@@ -154,11 +154,11 @@ def test_rows_have_nuclei_of_their_own():
 
 @given(st.integers(0, 1000), st.floats(0, 4), st.floats(0.3, 1))
 def test_only_what_is_likely_with_or_without_sentences_gains(seed, c, top_p):
-    plain_V, *views = logits(seed, 3, 120).double().log_softmax(-1)
+    plain_V, *variants = logits(seed, 3, 120).double().log_softmax(-1)
     weights = [0.3, 0.7]
-    g_KV = torch.stack(views) - plain_V
+    g_KV = torch.stack(variants) - plain_V
     anchor_V = torch.tensor(weights, dtype=torch.float64) @ g_KV
-    shift_V = shift(plain_V, torch.stack(views), weights, c, top_p)
+    shift_V = shift(plain_V, torch.stack(variants), weights, c, top_p)
     is_likely_V = likely(plain_V, top_p) | likely(plain_V + anchor_V, top_p)
     free = is_likely_V | (anchor_V < 0) if top_p < 1 else torch.ones_like(is_likely_V)
     torch.testing.assert_close(shift_V[free], c * anchor_V[free], atol=1e-4, rtol=1e-4)
@@ -244,8 +244,8 @@ def written_out(request, index):
                 factors /= len(past)
             elif params.accumulation is Accumulation.DECAY:
                 factors = params.decay ** np.arange(len(past))[::-1]
-            earned = np.clip(factors @ past, -params.clip, params.clip)
-            weights = np.array(initial) * np.exp(-earned / params.tau)
+            rewards = np.clip(factors @ past, -params.clip, params.clip)
+            weights = np.array(initial) * np.exp(-rewards / params.tau)
             weights = (weights / weights.sum()).tolist()
         anchor_V = plain_V + torch.tensor(weights, dtype=torch.float64) @ g_KV
         if params.c is None:
@@ -287,9 +287,9 @@ def written_out(request, index):
         pi_K = ((merged_1K[0] + delta_1K[0]) / temperature).log_softmax(-1)
         present = merged_1K[0].isfinite()
         total = float((pi_K.exp() * (pi_K - ref_K))[present].sum())
-        worded = float((pi_K.exp() * (p_K - ref_K))[present].sum())
+        preference_part = float((pi_K.exp() * (p_K - ref_K))[present].sum())
         history.append(g_KV[:, token].tolist())
-        found.append((token, float((pi_K - ref_K)[chosen]), total, worded, weights, history[-1]))
+        found.append((token, float((pi_K - ref_K)[chosen]), total, preference_part, weights, history[-1]))
         written.append(token)
         if token == EOS:
             break
@@ -299,7 +299,8 @@ def written_out(request, index):
 @pytest.mark.parametrize("request_", some_requests(), ids=lambda request: request.id)
 def test_k_sentences_are_k_more_models_stepped_by_hand(request_):
     for choice in alone()[request_.id]:
-        tokens, ratios, total, worded, weights, rewards = zip(*written_out(request_, choice.index), strict=True)
+        steps = written_out(request_, choice.index)
+        tokens, ratios, total, preference_part, weights, rewards = zip(*steps, strict=True)
         assert choice.tokens == list(tokens)
         np.testing.assert_allclose(choice.preference_weights, weights, atol=1e-5)
         np.testing.assert_allclose(choice.preference_rewards, rewards, atol=1e-4)
@@ -311,7 +312,7 @@ def test_k_sentences_are_k_more_models_stepped_by_hand(request_):
         if not is_estimated:
             np.testing.assert_allclose(choice.logratios, ratios, atol=1e-4)
             np.testing.assert_allclose(choice.divergences, total, atol=1e-4)
-            np.testing.assert_allclose(choice.preference_divergences, worded, atol=1e-4)
+            np.testing.assert_allclose(choice.preference_divergences, preference_part, atol=1e-4)
 
 
 def test_the_requests_at_hand_differ_where_it_matters():
@@ -326,7 +327,7 @@ def test_the_requests_at_hand_differ_where_it_matters():
 # --- weights and strength ----------------------------------------------------------------------------------------
 
 
-def worded(weights, params=PRESETS["mato"], **changes):
+def with_preferences(weights, params=PRESETS["mato"], **changes):
     return [
         replace(request, preferences=preferences(*weights), preference_params=params, **changes)
         for request in some_requests()
@@ -344,15 +345,15 @@ def assert_same(many, others):
 def test_a_corner_is_that_sentence_alone():
     """A sentence of weight 0 gets no row, and the scale of the weights has no effect."""
     narrow = engine(max_rows=2)
-    both = [replace(r, params=replace(r.params, n=1)) for r in worded((5.0, 0.0, 0.0))]
-    only = [replace(r, params=replace(r.params, n=1)) for r in worded((1.0,))]
+    both = [replace(r, params=replace(r.params, n=1)) for r in with_preferences((5.0, 0.0, 0.0))]
+    only = [replace(r, params=replace(r.params, n=1)) for r in with_preferences((1.0,))]
     assert_same(narrow.generate(both), engine().generate(only))
 
 
 def test_strength_zero_is_the_model_without_sentences():
     params = replace(PRESETS["mato"], c=0.0)
     none = [replace(request, preferences=()) for request in some_requests()]
-    answers = engine().generate(worded((0.3, 0.7), params))
+    answers = engine().generate(with_preferences((0.3, 0.7), params))
     assert_same(answers, engine().generate(none))
     for [choice, *_], request in zip(answers, none, strict=True):
         if request.params.temperature > 0:
@@ -403,7 +404,7 @@ def test_an_answer_that_is_taken_up_goes_on_as_it_would_have(prefill_tokens):
 def test_rows_are_counted():
     """A request with K sentences takes K + 1 rows; what does not fit waits, and all get their turn."""
     engine_ = engine(max_rows=5)
-    for request in worded((1.0, 1.0))[:3]:
+    for request in with_preferences((1.0, 1.0))[:3]:
         engine_.submit(replace(request, params=replace(request.params, n=1)))
     assert engine_.load == (0, 9)
     engine_.step()
@@ -454,7 +455,7 @@ def test_what_cannot_steer_is_refused(changes, message):
         engine_.validate(replace(FINE, **changes))
 
 
-def test_a_cache_has_to_hold_all_views():
+def test_a_cache_has_to_hold_all_variants():
     engine(cache_tokens=3 * 9).validate(FINE)
     with pytest.raises(RequestError, match=r"max_tokens: is 4; with 3 prompts .* leaves room for 3"):
         engine(cache_tokens=3 * 9 - 1).validate(FINE)

@@ -69,7 +69,7 @@ def generate(processor_, prompts, **options):
     return out[:, batch["input_ids"].shape[1] :]
 
 
-def law(ids, scores, cap=None, top_k=40, beta=2.0):
+def tilted_logprobs(ids, scores, cap=None, top_k=40, beta=2.0):
     """log p + delta of one row by whole forward passes; -inf where it is no candidate."""
     one = torch.ones(1)
     ids_1K, logprobs_1K = candidates(scores[None], torch.tensor([top_k]), one, 0 * one, one)
@@ -105,7 +105,8 @@ class Checked(TiltProcessor):
             if EOS in ids[self.start :]:
                 continue
             first = next(i for i, token in enumerate(ids) if token != PAD)
-            expected = law(ids[first:], before, None if self._cap == float("inf") else self._cap, self._top_k)
+            cap = None if self._cap == float("inf") else self._cap
+            expected = tilted_logprobs(ids[first:], before, cap, self._top_k)
             assert (after > float("-inf")).tolist() == (expected > float("-inf")).tolist()
             torch.testing.assert_close(after.double(), expected, atol=1e-4, rtol=1e-4)
             self.num_checked += 1
@@ -178,7 +179,7 @@ def test_rows_may_go_on_in_any_way():
         out = tilted(torch.tensor(rows), scores)
         for row, before, after in zip(rows, scores, out, strict=True):
             if row[-1] not in (EOS, PAD):
-                expected = law([token for token in row if token != PAD], before, top_k=3)
+                expected = tilted_logprobs([token for token in row if token != PAD], before, top_k=3)
                 torch.testing.assert_close(after.double(), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -66,7 +66,7 @@ def values_of(weights, sequences):
 
 
 @torch.inference_mode()
-def law(request, tokens):
+def candidates_of(request, tokens):
     """Candidates of the token after `tokens`: ids, log p, delta [1, K] and V_m(s∘a) [K, M]."""
     weights, one, params = request.weights, torch.ones(1), request.params
     logits_1V = BASE.model(input_ids=torch.tensor([tokens])).logits[:, -1].double()
@@ -104,7 +104,7 @@ def written_out(request, width):
                 pool.append(beam)
                 continue
             tokens, values, ratios, kls = beam
-            ids_1K, logprobs_1K, delta_1K, values_KM = law(request, [*request.prompt, *tokens])
+            ids_1K, logprobs_1K, delta_1K, values_KM = candidates_of(request, [*request.prompt, *tokens])
             stream_1 = torch.tensor([noise.stream(root, "beam", place)])
             gumbel_1K = noise.gumbel(stream_1, torch.tensor([len(tokens)]), ids_1K)
             phi_K = (logprobs_1K + delta_1K + temperature_1 * gumbel_1K)[0].tolist()
@@ -215,7 +215,7 @@ def test_draws_are_samples_without_replacement(temperature):
         tuple(alternative.token for alternative in choice.alternatives)
         for [choice] in engine(max_rows=256).generate(requests)
     )
-    ids_1K, logprobs_1K, delta_1K, _ = law(requests[0], list(requests[0].prompt))
+    ids_1K, logprobs_1K, delta_1K, _ = candidates_of(requests[0], list(requests[0].prompt))
     p_K = torch.softmax((logprobs_1K + delta_1K)[0] / temperature, -1).tolist()
     p = dict(zip(ids_1K[0].tolist(), p_K, strict=True))
     expected = {(a, b): len(requests) * p[a] * p[b] / (1 - p[a]) for a in p for b in p if a != b}
@@ -241,7 +241,7 @@ def test_the_first_draw_is_the_ordinary_token_and_its_figures(temperature):
 def test_at_temperature_zero_draws_are_the_most_likely():
     request = one_token(3, temperature=0.0, top_k=40)
     [[choice]] = engine().generate([request])
-    ids_1K, logprobs_1K, delta_1K, _ = law(request, list(request.prompt))
+    ids_1K, logprobs_1K, delta_1K, _ = candidates_of(request, list(request.prompt))
     best = (logprobs_1K + delta_1K)[0].topk(3).indices
     assert [alternative.token for alternative in choice.alternatives] == ids_1K[0, best].tolist()
 

@@ -189,11 +189,11 @@ class CacheMachine(RuleBasedStateMachine):
             torch.testing.assert_close(out_O, plain([*tokens, 1]), **TOLERANCE)
 
 
-class PortableMachine(CacheMachine):
+class HFForwardMachine(CacheMachine):
     use_hf_forward = True
 
 
-for machine in (CacheMachine, PortableMachine):
+for machine in (CacheMachine, HFForwardMachine):
     machine.TestCase.settings = settings(MACHINE, max_examples=20, stateful_step_count=20)
 TestAnySequenceOfCalls = CacheMachine.TestCase
-TestAnySequenceOfCallsPortable = PortableMachine.TestCase
+TestAnySequenceOfCallsThroughTheHFForward = HFForwardMachine.TestCase

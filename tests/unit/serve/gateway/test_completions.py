@@ -320,7 +320,7 @@ def test_sentences_steer_and_are_reported(service, base):
     request = Request("r", prompts[0], {"a": 1.0, "b": 1.0}, 1.0, preferences=preferences, params=params)
     [[expected]] = make_engine(base).generate([request])
     assert choice["text"] == expected.text
-    assert choice["mavis"]["worded_divergence"] == pytest.approx(expected.worded_divergence, abs=1e-3)
+    assert choice["mavis"]["worded_divergence"] == pytest.approx(expected.preference_divergence, abs=1e-3)
     assert choice["mavis"]["divergence"] == pytest.approx(expected.divergence, abs=1e-3)
 
 
