@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from mavis_dist.decode.request import Scorer
-from mavis_dist.decode.scheduler import Row
+from mavis_dist.decode.scheduler import Row, variants_of
 from mavis_dist.decode.scorer import Steering
 
 Values = dict[str, float]  # objective -> V of a row's last token
@@ -26,6 +26,8 @@ class Batch:
         """`known` holds V_m(s) by row number, for guided rows."""
         self.rows, self.objectives, self._device = list(rows), tuple(objectives), device
         self.numbers = [row.number for row in rows]
+        self.variants = variants_of(rows)
+        self.has_preferences = any(row.request.preferences for row in rows)
         requests = [row.request for row in rows]
         params = [request.params for request in requests]
         self.top_k_B = torch.tensor([p.top_k for p in params], device=device)

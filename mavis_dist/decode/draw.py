@@ -6,7 +6,7 @@ Shapes: B rows, X rows with sentences, V vocabulary, K candidates, C without sen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +28,7 @@ class Drawn:
     tokens: list[int]
     logratios: list[float]
     divergences: list[float]
-    preference_divergences: list[float]  # the sentences' part of the divergences
+    preference_divergences: list[float]  # the preferences' part of the divergences; empty where no row has any
     values_BM: torch.Tensor  # V_m(s∘a) of the token, nan where not asked for
     num_candidates: list[int]
     is_guided: list[bool]
@@ -41,28 +41,32 @@ def draw(
     batch: Batch,
     positions_B: torch.Tensor,
     steering: Steering,
-    preference_step: PreferenceStep,
+    logits_BV: torch.Tensor,
     guide: Guide | None,
     eos: torch.Tensor,
+    preference_step: PreferenceStep | None = None,
 ) -> Drawn:
-    """One token for every row; the batch takes note of V(s∘a), its next V(s).
+    """One token for every row; the batch keeps V(s∘a) as its next V(s). Changes the logits.
 
     Args:
         positions_B: index in the answer of the token.
         eos: the ids of end-of-answer tokens.
+        preference_step: where rows have preferences, the step that merged them into the logits.
     """
-    drafts = _drafts(batch, positions_B, preference_step, eos)
+    drafts = _drafts(batch, positions_B, logits_BV, eos)
+    if preference_step is not None:
+        drafts = _with_preferences(drafts, batch, positions_B, eos, preference_step)
     scores = score(drafts, steering, guide)
     index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
     every_B = torch.arange(len(index_B), device=index_B.device)
-    values_BM = scores.values_BKM[every_B, index_B]
+    values_BM, preference_B = scores.values_BKM[every_B, index_B], scores.preference_divergence_B
     batch.baseline_BM = torch.where(steering.is_guided_B[:, None], values_BM, batch.baseline_BM)
     return Drawn(
         index_B=index_B,
         tokens=drafts.ids_BK[every_B, index_B].tolist(),
         logratios=scores.logratio_BK[every_B, index_B].tolist(),
         divergences=scores.divergence_B.tolist(),
-        preference_divergences=scores.preference_divergence_B.tolist(),
+        preference_divergences=[] if preference_B is None else preference_B.tolist(),
         values_BM=values_BM.cpu(),
         num_candidates=scores.num_evaluated_B.tolist(),
         is_guided=steering.is_guided_B.tolist(),
@@ -72,18 +76,23 @@ def draw(
     )
 
 
-def _drafts(batch: Batch, positions_B: torch.Tensor, preference_step: PreferenceStep, eos: torch.Tensor) -> Drafts:
+def _drafts(batch: Batch, positions_B: torch.Tensor, logits_BV: torch.Tensor, eos: torch.Tensor) -> Drafts:
     """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
-    ids_BK, logprobs_BK = _cut(batch, positions_B, eos, preference_step.logits_BV)
+    ids_BK, logprobs_BK = _cut(batch, positions_B, eos, logits_BV)
     phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
     is_eos_BK = torch.isin(ids_BK, eos)
     order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
     ids_BK, logprobs_BK, phi_BK, is_eos_BK = (x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK))
-    preference_logratio_BK = None
-    if preference_step.rows:
-        plain_XC = _cut(batch, positions_B, eos, preference_step.plain_XV, preference_step.rows)
-        preference_logratio_BK = preference_step.logratio_BK(ids_BK, logprobs_BK, batch.temperature_B, *plain_XC)
-    return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B, preference_logratio_BK)
+    return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, batch.temperature_B)
+
+
+def _with_preferences(
+    drafts: Drafts, batch: Batch, positions_B: torch.Tensor, eos: torch.Tensor, preference_step: PreferenceStep
+) -> Drafts:
+    """The candidates with the preferences' part of their log-ratios."""
+    plain_XC = _cut(batch, positions_B, eos, preference_step.plain_XV, preference_step.rows)
+    logratio_BK = preference_step.logratio_BK(drafts.ids_BK, drafts.logprobs_BK, batch.temperature_B, *plain_XC)
+    return replace(drafts, preference_logratio_BK=logratio_BK)
 
 
 def _cut(

@@ -17,7 +17,7 @@ import torch
 from mavis_dist.decode.batch import Batch, Values, named
 from mavis_dist.decode.draw import Drawn, draw
 from mavis_dist.decode.guide import Guide, GuideRow
-from mavis_dist.decode.preference_step import PreferenceStep, variants_of
+from mavis_dist.decode.preference_step import PreferenceStep
 from mavis_dist.decode.request import Choice, FinishReason, Request, Scorer, Update
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
 from mavis_dist.decode.scorer import Steering
@@ -162,12 +162,15 @@ class Engine:
         if not self._scheduler.running:
             return []
         batch = self._assemble()
-        variants = variants_of(batch.rows)
-        logits_RV = self._base.extend(
-            [variant.number for variant in variants], [variant.tokens[-1:] for variant in variants]
-        )
-        preference_step = PreferenceStep(batch.rows, logits_RV)
-        updates = self._absorb(batch, self._draw(batch, preference_step), preference_step)
+        variants = batch.variants
+        logits_RV = self._base.extend([v.number for v in variants], [v.tokens[-1:] for v in variants])
+        if batch.has_preferences:
+            preference_step = PreferenceStep(batch.rows, logits_RV)
+            drawn = self._draw(batch, preference_step.logits_BV, preference_step)
+            preference_step.record(drawn.tokens, drawn.preference_divergences, drawn.faults)
+        else:
+            drawn = self._draw(batch, logits_RV.float())
+        updates = self._absorb(batch, drawn)
         # Draws are made to be continued: their keys and values stay for the requests that come next.
         if self.is_idle and all(row.request.draws is None for row in batch.rows):
             self._release()
@@ -250,11 +253,11 @@ class Engine:
 
     # --- compute: one token for every row -------------------------------------------------------------------------
 
-    def _draw(self, batch: Batch, preference_step: PreferenceStep) -> Drawn:
+    def _draw(self, batch: Batch, logits_BV: torch.Tensor, preference_step: PreferenceStep | None = None) -> Drawn:
         positions_B = batch.positions_B()
         steering = batch.steering(positions_B)
         self._catch_up(batch, steering)
-        return draw(batch, positions_B, steering, preference_step, self._guide, self._eos)
+        return draw(batch, positions_B, steering, logits_BV, self._guide, self._eos, preference_step)
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
         """Tell the guide about tokens that were written without it, where it is about to be asked again."""
@@ -269,7 +272,7 @@ class Engine:
 
     # --- absorb: what was written ---------------------------------------------------------------------------------
 
-    def _absorb(self, batch: Batch, drawn: Drawn, preference_step: PreferenceStep) -> list[Update]:
+    def _absorb(self, batch: Batch, drawn: Drawn) -> list[Update]:
         """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
         updates, kept = [], []
         for b, row in enumerate(batch.rows):
@@ -279,7 +282,7 @@ class Engine:
                 updates.append(_update(row))
                 continue
             start = row.position
-            self._append(row, b, drawn, preference_step)
+            self._append(row, b, drawn)
             # A student predicts without a forward pass over the token, so that it has not seen it yet.
             is_seen = drawn.is_guided[b] and row.request.scorer is not Scorer.QHEAD
             if row.choice.finish is None and is_seen:
@@ -293,7 +296,7 @@ class Engine:
         self._scheduler.finish(row for row in batch.rows if row.choice.finish is not None)
         return updates
 
-    def _append(self, row: Row, b: int, drawn: Drawn, preference_step: PreferenceStep) -> None:
+    def _append(self, row: Row, b: int, drawn: Drawn) -> None:
         choice, token = row.choice, drawn.tokens[b]
         row.append(token)
         choice.tokens.append(token)
@@ -308,12 +311,6 @@ class Engine:
             for name, value in zip(self.objectives, values, strict=True):
                 if name in row.request.weights:
                     choice.values.setdefault(name, []).append(value)
-        if row.reward_tracker is not None:
-            rewards = preference_step.rewards(b, token)
-            row.reward_tracker.add(rewards)
-            choice.preference_weights.append(preference_step.weights[b])
-            choice.preference_rewards.append(rewards)
-            choice.preference_divergences.append(drawn.preference_divergences[b])
         if token in self.eos_ids or self._is_stopped(row, token):
             self._finish(row, FinishReason.STOP)
         elif row.position == row.request.params.max_tokens:

@@ -248,6 +248,11 @@ class Scheduler:
         return False
 
 
+def variants_of(rows: Sequence[Row]) -> list[PromptVariant]:
+    """The plain variant of every row, then all others, row by row."""
+    return [*(row.variants[0] for row in rows), *(variant for row in rows for variant in row.variants[1:])]
+
+
 def _variants(rows: Iterable[Row]) -> Iterator[PromptVariant]:
     for row in rows:
         yield from row.variants

@@ -56,7 +56,7 @@ class Scores:
     num_evaluated_B: torch.Tensor
     is_sound_B: torch.Tensor  # every value asked for was finite
     divergence_B: torch.Tensor  # KL(pi || pi_ref), nats; estimated where not all candidates were evaluated
-    preference_divergence_B: torch.Tensor  # the sentences' part of it
+    preference_divergence_B: torch.Tensor | None  # the preferences' part of it, where there are any
     logratio_BK: torch.Tensor  # log pi(a) - log pi_ref(a), 0 at T = 0; estimated likewise, and only where evaluated
 
 
@@ -77,17 +77,18 @@ def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
     )
     divisor_B1 = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))[:, None]
     logratio_BK = search.delta_BK / divisor_B1 - distribution.log_partition_B[:, None]
-    preference_divergence_B = torch.zeros_like(distribution.divergence_B)
+    divergence_B, preference_divergence_B = distribution.divergence_B, None
     if drafts.preference_logratio_BK is not None:
         mean_B = (distribution.pi_BK * drafts.preference_logratio_BK).sum(-1)
         preference_divergence_B = torch.where(drafts.temperature_B > 0, mean_B, float("nan"))
+        divergence_B = divergence_B + preference_divergence_B
         logratio_BK = logratio_BK + torch.where(drafts.temperature_B[:, None] > 0, drafts.preference_logratio_BK, 0.0)
     return Scores(
         search.delta_BK,
         search.values_BKM,
         search.is_evaluated_BK.sum(-1),
         search.is_sound_B,
-        distribution.divergence_B + preference_divergence_B,
+        divergence_B,
         preference_divergence_B,
         logratio_BK,
     )
