@@ -6,7 +6,6 @@ when the marker is there: a run that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from mavis_dist import cluster
@@ -17,10 +16,10 @@ from mavis_dist.evaluate import gate
 from mavis_dist.evaluate import sweep as sweeping
 from mavis_dist.evaluate.collect import write_report
 from mavis_dist.evaluate.sweep import Sweep
-from mavis_dist.progress import Meter, say
+from mavis_dist.progress import metered, say
 from mavis_dist.prompts import held_out
 from mavis_dist.rollout.labels import label_shards
-from mavis_dist.rollout.worker import Ask, Grow, Grown
+from mavis_dist.rollout.worker import Ask, Grow
 from mavis_dist.run_state import (
     RunState,
     answer_params,
@@ -84,16 +83,11 @@ def grow(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
         [Grow(policy, prompts[id_]) for id_ in ids] for policy, folder in folders.items() for ids in folder.missing
     ]
     models = {p.objective: current(state, p.objective, iteration) for p in folders if p.objective}
-    num_trees, grown, num_tokens = sum(map(len, batches)), set(), 0
+    num_trees = sum(map(len, batches))
     with timed(state, stage, f"{num_trees} trees", bool(batches)):
-        meter, started = Meter(stage, "trees"), time.monotonic()
-        for result in work(state, stage, batches, models):
-            assert isinstance(result, Grown)
-            folders[result.policy].add(result.tree)
-            grown.add((result.policy, result.tree.prompt_id))
-            num_tokens += len(result.tree.tokens)
-            speed = f"{num_tokens / (time.monotonic() - started):.0f} tokens/s"
-            meter.show(len(grown), num_trees, speed, final=len(grown) == num_trees)
+        results = work(state, stage, batches, models)
+        for grown in metered(results, stage, "trees", num_trees, with_speed=True):
+            folders[grown.policy].add(grown.tree)
     for folder in folders.values():
         folder.finish()
 
@@ -146,10 +140,10 @@ def compare(state: RunState, iteration: int) -> None:
     names = [name for name in config.objectives if not finished(state, layout.gate_folder(name, iteration), stage)]
     prompts = held_out(config.prompts, state.train)
     params = answer_params(config, config.gate.samples)
-    steer, groups = config.steer, []
-    for name in names:
-        asked = gate.requests(name, prompts, steer.beta, steer.tilt_cap, params)
-        groups.append([Ask(prompt, request) for prompt, request in asked])
+    steer = config.steer
+    groups = [
+        [Ask(*asked) for asked in gate.requests(name, prompts, steer.beta, steer.tilt_cap, params)] for name in names
+    ]
     with timed(state, stage, f"{len(names) * len(prompts) * params.n} answers", bool(names)):
         answers = ask(state, stage, groups, dict.fromkeys(names, iteration))
     for name in names:
@@ -171,10 +165,11 @@ def evaluate(state: RunState) -> Sweep:
 
     points = sweeping.grid(list(config.objectives), config.evaluate.grid)
     params = answer_params(config, config.evaluate.samples)
-    steer, groups = config.steer, []
-    for point in points:
-        asked = sweeping.requests(point, state.evaluation, steer.beta, steer.tilt_cap, params)
-        groups.append([Ask(prompt, request) for prompt, request in asked])
+    steer = config.steer
+    groups = [
+        [Ask(*asked) for asked in sweeping.requests(point, state.evaluation, steer.beta, steer.tilt_cap, params)]
+        for point in points
+    ]
     with timed(state, stage, f"{len(points) * len(state.evaluation) * params.n} answers"):
         answers_by_id = ask(state, stage, groups, newest)
     answers = {

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Protocol, TypeVar
+
+
+class Countable(Protocol):
+    """A result that progress counts."""
+
+    @property
+    def key(self) -> Hashable: ...  # the same for a result that arrives again
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+Result = TypeVar("Result", bound=Countable)
 
 
 def say(stage: str, text: str) -> None:
@@ -27,6 +42,17 @@ class Meter:
         rate = done / elapsed if elapsed > 0 else 0.0
         time_left = f"{(total - done) / rate:.0f} s left" if rate > 0 and not final else f"{elapsed:.0f} s"
         say(self._stage, f"{done}/{total} {self._unit}, {rate:.2f}/s, {time_left}  {text}".rstrip())
+
+
+def metered(results: Iterable[Result], stage: str, unit: str, total: int, with_speed: bool = False) -> Iterator[Result]:
+    """The results, with lines of progress: how many of `total` have arrived, and tokens/s if `with_speed`."""
+    meter, started, seen, num_tokens = Meter(stage, unit), time.monotonic(), set(), 0
+    for result in results:
+        yield result
+        seen.add(result.key)
+        num_tokens += result.num_tokens
+        speed = f"{num_tokens / (time.monotonic() - started):.0f} tokens/s" if with_speed else ""
+        meter.show(len(seen), total, speed, final=len(seen) == total)
 
 
 class StallWarning:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import overload
 
 import yaml
 
@@ -14,17 +14,17 @@ from mavis_dist import cluster
 from mavis_dist import config as config_module
 from mavis_dist.actors import Progress, WorkerPool, start_progress_actor
 from mavis_dist.config import Config
-from mavis_dist.decode import Choice, SamplingParams
+from mavis_dist.decode import SamplingParams
 from mavis_dist.evaluate import gate
 from mavis_dist.evaluate.collect import record_stage
 from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
 from mavis_dist.models.value import load_card
 from mavis_dist.plan import Plan, make_plan
-from mavis_dist.progress import Meter, say
+from mavis_dist.progress import metered, say
 from mavis_dist.prompts import held_out, load_prompts
 from mavis_dist.rewards import build
 from mavis_dist.rollout.labels import reward_scale
-from mavis_dist.rollout.worker import Answered, Ask, Batch, Result, worker_factory
+from mavis_dist.rollout.worker import Answer, Answered, Ask, Batch, Grow, Grown, Result, worker_factory
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import label_folder
@@ -34,7 +34,7 @@ from mavis_dist.types import Policy, Prompt, RewardScale
 LAST_LINE = "# end of the config"
 Pool = WorkerPool[Mapping[str, int], Batch, Result]
 
-BATCH = 32  # requests that are answered side by side
+BATCH_SIZE = 32  # requests that an actor answers at the same time
 
 
 @dataclass
@@ -125,23 +125,35 @@ def answer_params(config: Config, samples: int) -> SamplingParams:
 
 def ask(
     state: RunState, stage: str, groups: Sequence[Sequence[Ask]], value_iterations: Mapping[str, int]
-) -> dict[str, list[tuple[Choice, str]]]:
-    """Answers with their texts by request id. Those of a group do not depend on the other groups, to the last bit."""
-    batches = [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
-    meter, num_items, answers = Meter(stage, "prompts"), sum(map(len, batches)), {}
-    for result in work(state, stage, batches, value_iterations):
-        assert isinstance(result, Answered)
-        answers[result.request_id] = result.answers
-        meter.show(len(answers), num_items, final=len(answers) == num_items)
-    return answers
+) -> dict[str, list[Answer]]:
+    """Answers by request id. Those of a group do not depend on the other groups, to the last bit."""
+    batches = [group[start : start + BATCH_SIZE] for group in groups for start in range(0, len(group), BATCH_SIZE)]
+    results = work(state, stage, batches, value_iterations)
+    total = sum(map(len, groups))
+    return {result.request_id: result.answers for result in metered(results, stage, "prompts", total)}
+
+
+@overload
+def work(
+    state: RunState, stage: str, batches: Sequence[Sequence[Grow]], value_iterations: Mapping[str, int]
+) -> Iterator[Grown]: ...
+
+
+@overload
+def work(
+    state: RunState, stage: str, batches: Sequence[Sequence[Ask]], value_iterations: Mapping[str, int]
+) -> Iterator[Answered]: ...
 
 
 def work(
     state: RunState, stage: str, batches: Sequence[Batch], value_iterations: Mapping[str, int]
 ) -> Iterator[Result]:
-    """Results of all batches under these value models; those of another base are refused here, not in an actor.
+    """Results of all batches under these value models, which must belong to the base model.
 
-    Nothing is started where there is nothing to do.
+    Starts no actors if there are no batches.
+
+    Raises:
+        ValueModelError: for value models of another base, before an actor loads them.
     """
     if not batches:
         return
@@ -153,7 +165,7 @@ def work(
 
 
 def score_all(
-    config: Config, objectives: Iterable[str], prompts: Sequence[Prompt], answers: Sequence[Sequence[tuple[Any, str]]]
+    config: Config, objectives: Iterable[str], prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]
 ) -> dict[str, list[float]]:
     """Raw rewards of all answers by objective, prompt by prompt."""
     questions = [prompt.text for prompt, row in zip(prompts, answers, strict=True) for _ in row]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 import torch
@@ -50,6 +49,15 @@ class Grown:
     policy: Policy
     tree: Tree
 
+    @property
+    def key(self) -> Hashable:
+        """Which item this is the result of."""
+        return self.policy, self.tree.prompt_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tree.tokens)
+
 
 @dataclass(frozen=True, eq=False)
 class Answered:
@@ -57,6 +65,15 @@ class Answered:
 
     request_id: str
     answers: list[Answer]
+
+    @property
+    def key(self) -> Hashable:
+        """Which item this is the result of."""
+        return self.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(choice.tokens) for choice, _ in self.answers)
 
 
 Result = Grown | Answered
@@ -147,7 +164,7 @@ def make_grower(config: Config, engine: Engine, policy: Policy) -> TreeGrower:
     return TreeGrower(engine, shape, policy, sampling, config.seed)
 
 
-def worker_factory(config: Config) -> Callable[[], ActorHandle[Any]]:
+def worker_factory(config: Config) -> Callable[[], ActorHandle[Worker]]:
     """Starts an actor as `rollout.cpus_per_actor` and `rollout.gpus_per_actor` say."""
     options = Worker.options(  # type: ignore[attr-defined]
         num_cpus=config.rollout.cpus_per_actor, num_gpus=config.rollout.gpus_per_actor
