@@ -12,6 +12,7 @@ from mavis_dist.actors import start_progress_actor
 from mavis_dist.config import Config
 from mavis_dist.progress import say
 from mavis_dist.store import layout
+from mavis_dist.tables import text_table
 
 COLUMNS = {
     "teacher EV": "teacher_explained_variance",
@@ -57,14 +58,13 @@ def run(config: Config) -> None:
 
 def table(figures: Mapping[str, Mapping[str, float | None]]) -> str:
     """One line per objective: explained variance (EV) of the targets on validation trees, and R^2 to the teacher."""
-    head = f"{'objective':<24}" + "".join(f"{name:>14}" for name in COLUMNS)
-    lines = [head, "-" * len(head)]
+    rows = []
     for objective, row in figures.items():
         teacher, student = row["teacher_explained_variance"], row["student_explained_variance"]
         known = {**row, "ratio": student / teacher if teacher and student is not None else None}
         cells = [known[key] for key in COLUMNS.values()]
-        lines.append(f"{objective:<24}" + "".join(f"{'-' if x is None else f'{x:.3f}':>14}" for x in cells))
-    return "\n".join(lines)
+        rows.append([objective, *("-" if x is None else f"{x:.3f}" for x in cells)])
+    return text_table(["objective", *COLUMNS], rows, [24, *[14] * len(COLUMNS)])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from mavis_dist.decode import Choice, Request, SamplingParams, Scorer
+from mavis_dist.tables import text_table
 from mavis_dist.types import Prompt, RewardScale
 
 BOOTSTRAPS = 2000
@@ -181,14 +182,15 @@ def _hypervolume(results: Sequence[PointResult]) -> float:
 def table(sweep: Sweep) -> str:
     """The sweep as text, one line per point."""
     names = list(sweep.points[0].gain)
-    head = (
-        f"{'weights':<28}" + "".join(f"{name + ' gain, sd':>30}" for name in names) + f"{'KL, nats':>10}{'tokens':>8}"
-    )
-    lines = [head, "-" * len(head)]
-    for point in sweep.points:
-        gains = "".join(
-            f"{f'{point.gain[n].mean:+.2f} [{point.gain[n].low:+.2f}, {point.gain[n].high:+.2f}]':>24}" for n in names
-        )
-        lines.append(f"{point.name:<28}{gains}{point.divergence:>10.2f}{point.num_tokens:>8.1f}")
-    lines.append(f"hypervolume {sweep.hypervolume:.3f} sd^{len(names)}, {sweep.num_prompts} unseen prompts")
-    return "\n".join(lines)
+    # Gains have wider heads than cells: docs quote the table as it is printed.
+    head = ["weights", *(f"{name + ' gain, sd':>30}" for name in names), "KL, nats", "tokens"]
+    rows = [
+        [point.name, *map(_interval, point.gain.values()), f"{point.divergence:.2f}", f"{point.num_tokens:.1f}"]
+        for point in sweep.points
+    ]
+    hypervolume = f"hypervolume {sweep.hypervolume:.3f} sd^{len(names)}, {sweep.num_prompts} unseen prompts"
+    return f"{text_table(head, rows, [28, *[24] * len(names), 10, 8])}\n{hypervolume}"
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.mean:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"

@@ -14,7 +14,7 @@ from tests.root import ROOT
 
 # A room may import from itself and from every room of a lower floor.
 FLOORS = [
-    {"types", "environment", "progress"},
+    {"types", "environment", "progress", "tables"},
     {"sections"},
     {"config"},
     {"plan", "prompts"},
