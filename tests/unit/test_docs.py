@@ -15,6 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 from mavis_dist.config import Config
 from mavis_dist.sections import Objective
 from tests.root import ROOT
+from tests.unit.test_architecture import FLOORS
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("k8s/*.md"))]
 PRESENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # a changelog also names what is gone
@@ -222,6 +223,12 @@ def test_the_file_tree_is_the_tree() -> None:
     assert {name for name in listed if not (ROOT / name).exists()} == set()
     ours = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert {name for name in ours if not name.endswith("__init__.py")} - listed == set()
+
+
+def test_the_table_of_rooms_has_the_floors() -> None:
+    rooms = (ROOT / "docs" / "architecture.md").read_text().partition("## Rooms")[2].partition("\n\n`jobs/`")[0]
+    rows = [row.split("|")[1] for row in rooms.splitlines() if row.startswith("| `")]
+    assert [set(re.findall(r"`(\w+)/?`", row)) for row in rows] == FLOORS
 
 
 def test_the_readme_is_short() -> None:
