@@ -1,1 +1,1 @@
-"""`python -m benchmarks.chaos`: the service under faults."""
+"""`python -m benchmarks.chaos`: the service under faults, malformed requests and long load."""

@@ -1,15 +1,16 @@
-"""What the service does when it is treated badly, over real HTTP, with a tiny random model.
+"""The service under faults, malformed requests and long load, over real HTTP, with a tiny random model.
 
-    python -m benchmarks.chaos [--parts kills,fuzz,soak] [--quick] [--json FILE] [--kills N] [--requests N]
-                               [--minutes N] [--seed N]
+    python -m benchmarks.chaos [--parts kills,fuzz,soak] [--quick] [--json FILE] [--page-only] [--kills N]
+                               [--requests N] [--minutes N] [--seed N]
 
-- kills: replicas, gateway, controller, proxy and machines are killed while clients read streams. A stream has to end
-  with the very text it would have had, or visibly not to end.
-- fuzz: requests made up from the service's description and from its steering fields. None may be answered by a
-  failure of ours, or by what the description does not allow.
-- soak: a mixture of requests for a long time. No process may grow, and in the end nothing may be held.
+- kills: processes and Ray nodes are killed while clients read streams. Every stream must end with the text that it
+  would have had without the kill, or fail visibly.
+- fuzz: requests generated from the service's OpenAPI description and from its steering fields. No response may be a
+  5xx, and every response must match the description.
+- soak: mixed requests for a long time. No process may grow, and in the end no row or cached token may be held.
 
-Ends with exit code 1 where a part says so. Every part writes its own part of docs/reliability.md.
+Exits with code 1 if a part fails. Writes docs/figures/chaos-PART.json (or all parts to --json), and a part of
+docs/reliability.md from each; --quick writes no page, and figures to --json only.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import mavis_dist.environment  # noqa: F401  ray reads it
-from benchmarks.common.command import say, write_json
+from benchmarks.common import command, figures
 from jobs.arguments import refusing
 
-PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
-# A module with measure, page and two scales, and the field of a scale that the command line may change.
+PAGE = figures.DOCS / "reliability.md"
+# A module with measure, page and two scales, and the field of the scale that the command line can replace.
 PARTS = {
     "kills": ("benchmarks.chaos.kills", "kills"),
     "fuzz": ("benchmarks.chaos.fuzz", "requests"),
@@ -36,43 +37,69 @@ PARTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description="Treat the service badly.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.chaos",
+        description="Test the service under faults, malformed requests and long load.",
+    )
     parser.add_argument("--parts", type=_parts, default=tuple(PARTS), help=f"some of {','.join(PARTS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a little of each in minutes; no page is written")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
-    parser.add_argument("--kills", type=int, help="how many (default: 200)")
-    parser.add_argument("--requests", type=int, help="fuzzed ones, at least (default: 2000)")
-    parser.add_argument("--minutes", type=float, help="of soak (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims, pauses and requests (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few minutes; writes no page, and figures to --json only"
+    )
+    command.add_json(parser, "chaos-PART")
+    command.add_page_only(parser)
+    parser.add_argument("--kills", type=int, help="number of kills (default: 200)")
+    parser.add_argument("--requests", type=int, help="minimum number of fuzzed requests (default: 2000)")
+    parser.add_argument("--minutes", type=float, help="length of the soak (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="of kills, pauses and requests (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    results = {part: refusing(lambda part=part: run(part, arguments)) for part in arguments.parts}  # type: ignore[misc]
-    if arguments.json:
-        write_json(arguments.json, results)
-    failed = [part for part, figures in results.items() if not figures["is_kept"]]
+    line = command.line("chaos", argv)
+    results: dict[str, dict[str, Any]] = {}
+    for part in arguments.parts:
+        results[part] = refusing(lambda part=part: figures_of(part, arguments, line))  # type: ignore[misc]
+        if not arguments.page_only:
+            save(part, results, arguments)
+        if arguments.page_only or not arguments.quick:
+            write_page(part, results[part])
+    failed = [part for part, found in results.items() if not found["is_kept"]]
     if failed:
-        say(f"failed: {', '.join(failed)}")
+        command.say(f"failed: {', '.join(failed)}")
         sys.exit(1)
 
 
-def run(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one part, which are on the page when this returns."""
-    from benchmarks.common.markdown import write_part
-
+def figures_of(part: str, arguments: argparse.Namespace, line: str) -> dict[str, Any]:
+    """The figures of one part, measured or, with --page-only, read."""
+    if arguments.page_only:
+        return figures.read(arguments.json)[part] if arguments.json else figures.read(_file(part))
     name, field = PARTS[part]
     module = import_module(name)
-    scale = module.QUICK if arguments.quick else module.FULL
-    given = getattr(arguments, field)
-    figures = module.measure(scale if given is None else replace(scale, **{field: given}), arguments.seed)
-    if not arguments.quick:
-        write_part(PAGE, part, module.page(figures))
-    return figures
+    scale, given = module.QUICK if arguments.quick else module.FULL, getattr(arguments, field)
+    measured = module.measure(scale if given is None else replace(scale, **{field: given}), arguments.seed)
+    return {**measured, **figures.provenance(line)}
+
+
+def save(part: str, results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Write all parts so far to --json, or the last one to its own file."""
+    if arguments.json:
+        figures.write(arguments.json, results)
+    elif not arguments.quick:
+        figures.write(_file(part), results[part])
+
+
+def write_page(part: str, found: dict[str, Any]) -> None:
+    from benchmarks.common.markdown import write_part
+
+    write_part(PAGE, part, import_module(PARTS[part][0]).page(found))
+
+
+def _file(part: str) -> Path:
+    return figures.default_file(f"chaos-{part}")
 
 
 def _parts(text: str) -> tuple[str, ...]:
     parts = tuple(text.split(","))
     unknown = set(parts) - PARTS.keys()
     if unknown:
-        raise argparse.ArgumentTypeError(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"unknown part: {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     return parts
 
 

@@ -1,4 +1,4 @@
-"""A tiny random model, served with all that a real one has, on two machines of this one."""
+"""A tiny random model, served with two replicas of everything except the gateway on two Ray nodes of one computer."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import mavis_dist.environment  # noqa: F401  ray reads it
 from mavis_dist.config import Config
 
 RUN, OBJECTIVES = "chaos", ("positive", "brief")
-CPUS_PER_MACHINE = 4  # gateway, two base replicas and four value replicas do not fit on one
+CPUS_PER_NODE = 4  # gateway, two base replicas and four value replicas do not fit on one node
 
 
 @dataclass(frozen=True)
-class Deployment:
+class TinyService:
     url: str
     model: str
-    machines: Any  # a ray.cluster_utils.Cluster
+    cluster: Any  # a ray.cluster_utils.Cluster
 
 
 @contextmanager
-def deployment(tokens: int) -> Iterator[Deployment]:
-    """The service until the end of the block; `tokens`: the longest answer."""
+def tiny_service(tokens: int) -> Iterator[TinyService]:
+    """The service, which runs until the end of the block; `tokens`: longest answer."""
     with tempfile.TemporaryDirectory(prefix="mavis-chaos-") as folder:
-        config = tiny_service(Path(folder), tokens)
-        with machines() as cluster, served_on(cluster, config) as url:
-            yield Deployment(url, config.base.model, cluster)
+        config = tiny_config(Path(folder), tokens)
+        with two_nodes() as cluster, deployed_on(cluster, config) as url:
+            yield TinyService(url, config.base.model, cluster)
 
 
-def tiny_service(folder: Path, tokens: int) -> Config:
-    """A random model and its value models, and two replicas of each."""
-    from benchmarks.common.service import served
+def tiny_config(folder: Path, tokens: int) -> Config:
+    """The config of a service with two replicas; writes a random model and its value models."""
+    from benchmarks.common.service import service_config
     from mavis_dist import config as config_module
     from tests.tiny import MODEL, write_models
 
@@ -50,25 +50,25 @@ def tiny_service(folder: Path, tokens: int) -> Config:
         }
     )
     settings = {"base_replicas": 2, "value_replicas": 2, "cpus_per_replica": 1, "max_tokens": tokens}
-    return served(config, folder / "runs" / RUN, **settings)
+    return service_config(config, folder / "runs" / RUN, **settings)
 
 
 @contextmanager
-def machines() -> Iterator[Any]:
-    """Two machines; the one that has Ray's head stays."""
+def two_nodes() -> Iterator[Any]:
+    """A cluster of two nodes; the head node is never killed."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_MACHINE})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_NODE})
     try:
-        cluster.add_node(num_cpus=CPUS_PER_MACHINE)
+        cluster.add_node(num_cpus=CPUS_PER_NODE)
         yield cluster
     finally:
         cluster.shutdown()
 
 
 @contextmanager
-def served_on(cluster: Any, config: Config) -> Iterator[str]:
-    """The service ends with its cluster: after a storm there may be nobody to take it down in order."""
+def deployed_on(cluster: Any, config: Config) -> Iterator[str]:
+    """The URL of the service. It ends with its cluster: after kills, an orderly undeploy may be impossible."""
     import ray
 
     from mavis_dist.cluster import connect

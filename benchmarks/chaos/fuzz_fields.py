@@ -1,4 +1,4 @@
-"""What clients may send: hypothesis strategies of bodies, mostly good ones with something odd in them."""
+"""Hypothesis strategies of request bodies, most of them valid except for one odd value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from benchmarks.common.http_load import CHAT, TEXTS
+from benchmarks.common.http_load import CHAT, COMPLETIONS
 
 Json = dict[str, Any]
 
@@ -14,11 +14,11 @@ OBJECTIVES = ("brief", "positive")
 
 
 def mostly(usual: st.SearchStrategy, odd: st.SearchStrategy, one_in: int) -> st.SearchStrategy:
-    """`odd` in one of so many cases: one_of counts a strategy once, however often it is named."""
+    """`odd` in one of `one_in` cases: one_of gives a strategy no more weight if it is repeated."""
     return st.sampled_from(range(one_in)).flatmap(lambda number: odd if number == one_in - 1 else usual)
 
 
-TEXT = st.text(st.characters(), max_size=20)  # with lone surrogates, which JSON can spell and UTF-8 cannot
+TEXT = st.text(st.characters(), max_size=20)  # with lone surrogates, which JSON can express and UTF-8 cannot
 NUMBER = st.one_of(st.integers(-3, 40), st.integers(), st.floats(), st.sampled_from([2**63, -(2**63), 10**400, 1e308]))
 LEAF = st.one_of(st.none(), st.booleans(), NUMBER, TEXT)
 ANYTHING = st.recursive(LEAF, lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3), max_leaves=6)
@@ -26,12 +26,12 @@ WEIGHT = mostly(st.floats(0, 5), NUMBER, 9)
 OBJECTIVE = mostly(st.sampled_from(OBJECTIVES), TEXT, 12)
 POSITIVE = mostly(st.floats(0, 1e4), NUMBER, 9)
 WORDS = mostly(st.text(st.characters(codec="ascii", min_codepoint=32), min_size=1, max_size=20), TEXT, 10)
-SENTENCE = st.fixed_dictionaries({"text": WORDS}, optional={"weight": WEIGHT})
+PREFERENCE = st.fixed_dictionaries({"text": WORDS}, optional={"weight": WEIGHT})
 PRESETS = st.sampled_from(["mato", "anchor", "linear_alignment", "opad", "context_steering", "amulet"])
 
 
 def optional(**fields: st.SearchStrategy) -> st.SearchStrategy:
-    """An object with some of the fields; now and then a value of one is anything."""
+    """An object with some of the fields, a few of them with arbitrary values."""
     values = {name: mostly(known, ANYTHING, 30) for name, known in fields.items()}
     return st.fixed_dictionaries({}, optional=values)
 
@@ -53,7 +53,7 @@ PARAMS = optional(
 )
 FIELDS = optional(
     objective_weights=st.dictionaries(OBJECTIVE, WEIGHT, max_size=3),
-    preferences=st.lists(SENTENCE, max_size=4),
+    preferences=st.lists(PREFERENCE, max_size=4),
     preference_params=PARAMS,
     beta=POSITIVE,
     tilt_cap=POSITIVE,
@@ -72,24 +72,25 @@ FIELDS = optional(
 MESSAGES = st.lists(optional(role=st.sampled_from(["system", "user", "assistant"]), content=TEXT), max_size=4)
 FLAT_WEIGHTS = st.one_of(TEXT, st.from_regex(r"(brief|positive)=[0-9.e-]{1,5}(,(brief|positive)=[0-9.e-]{1,5})?"))
 EXTRA = mostly(st.just({}), st.dictionaries(TEXT, ANYTHING, max_size=1), 10)
-TOLD = st.one_of(st.none(), st.integers(0, 5))  # log-probabilities asked for
+LOGPROBS = st.one_of(st.none(), st.integers(0, 5))  # alternatives per token
 
 
-def chat(model: str, fields: Json, told: int | None = None) -> Json:
-    asked = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": told is not None, "top_logprobs": told}
-    return {"model": model, **asked, "max_tokens": 3, **fields}
+def chat(model: str, fields: Json, logprobs: int | None = None) -> Json:
+    messages = [{"role": "user", "content": "Hi"}]
+    requested = {"logprobs": logprobs is not None, "top_logprobs": logprobs}
+    return {"model": model, "messages": messages, **requested, "max_tokens": 3, **fields}
 
 
-def text(model: str, fields: Json, told: int | None = None) -> Json:
-    return {"model": model, "prompt": "Hi", "logprobs": told, "max_tokens": 3, **fields}
+def text(model: str, fields: Json, logprobs: int | None = None) -> Json:
+    return {"model": model, "prompt": "Hi", "logprobs": logprobs, "max_tokens": 3, **fields}
 
 
-def questions(model: str) -> st.SearchStrategy[tuple[str, Json]]:
+def request_bodies(model: str) -> st.SearchStrategy[tuple[str, Json]]:
     """Paths and bodies."""
     fields = st.builds(lambda known, extra: {**known, **extra}, FIELDS, EXTRA)
-    worded = mostly(fields, st.builds(lambda messages: {"messages": messages}, MESSAGES), 5)
-    flat = mostly(fields, st.builds(lambda weights: {"vllm_xargs": {"objective_weights": weights}}, FLAT_WEIGHTS), 5)
+    of_chat = mostly(fields, st.builds(lambda messages: {"messages": messages}, MESSAGES), 5)
+    of_text = mostly(fields, st.builds(lambda weights: {"vllm_xargs": {"objective_weights": weights}}, FLAT_WEIGHTS), 5)
     return st.one_of(
-        st.tuples(st.just(CHAT), st.builds(chat, st.just(model), worded, TOLD)),
-        st.tuples(st.just(TEXTS), st.builds(text, st.just(model), flat, TOLD)),
+        st.tuples(st.just(CHAT), st.builds(chat, st.just(model), of_chat, LOGPROBS)),
+        st.tuples(st.just(COMPLETIONS), st.builds(text, st.just(model), of_text, LOGPROBS)),
     )

@@ -1,4 +1,4 @@
-"""Processes and machines that die while clients are answered, in an order that a seed decides."""
+"""Kills processes and Ray nodes of the service, in an order that depends on a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 
 from benchmarks.common.service import processes
 
-# Victims and how often each is chosen. Titles are those that Ray gives to its actors' processes.
+# Command lines of Ray's actors, by kind.
 TITLES = {
     "base replica": "ray::ServeReplica:main:Base",
     "value replica": "ray::ServeReplica:value-",
@@ -22,84 +22,79 @@ TITLES = {
     "controller": "ray::ServeController",
     "proxy": "ray::ProxyActor",
 }
-MACHINE = "machine"
+NODE = "node"
 RECOVERY_S = 60.0
 POLL_S = 0.2
-WEIGHTS = {"base replica": 5, "value replica": 5, "controller": 2, "gateway": 1, "proxy": 1, MACHINE: 1}
+WEIGHTS = {"base replica": 5, "value replica": 5, "controller": 2, "gateway": 1, "proxy": 1, NODE: 1}
 
 
 @dataclass
-class Storm:
-    """Kills with signal 9, one at a time; `machines` is a ray.cluster_utils.Cluster whose workers may be lost."""
+class Killer:
+    """Kills with signal 9, one process or node at a time; the head node of `cluster` (ray.cluster_utils) stays."""
 
-    machines: Any
-    cpus_per_machine: float
+    cluster: Any
+    cpus_per_node: float
     seed: int = 0
-    strikes: list[tuple[float, str]] = field(default_factory=list)  # time.perf_counter() and what died
+    kills: list[tuple[float, str]] = field(default_factory=list)  # time.perf_counter() and kind
 
     def __post_init__(self) -> None:
-        self._source = random.Random(self.seed)
-        self._whole = _alive()
+        self._random = random.Random(self.seed)
+        self._initial = _count_processes()
 
     @property
     def num_kills(self) -> int:
-        return len(self.strikes)
+        return len(self.kills)
 
-    @property
-    def kills(self) -> Counter[str]:
-        """How many of every kind."""
-        return Counter(kind for _, kind in self.strikes)
-
-    def strike(self) -> str | None:
-        """Kill something; what it was, or None where nothing of the chosen kind was alive."""
-        kind = self._source.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+    def kill_one(self) -> str | None:
+        """Kill something and return its kind; None if nothing of the drawn kind was alive."""
+        kind = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         now = time.perf_counter()
-        is_killed = self._lose_machine() if kind == MACHINE else self._kill(TITLES[kind])
+        is_killed = self._replace_node() if kind == NODE else self._kill(TITLES[kind])
         if not is_killed:
             return None
-        self.strikes.append((now, kind))
+        self.kills.append((now, kind))
         return kind
 
-    def rage(self, until: Callable[[], bool], pause_s: float, limit: int) -> None:
-        """Strike again and again, with pauses around `pause_s`, until told or until there were `limit` kills.
+    def run(self, until: Callable[[], bool], pause_s: float, limit: int) -> None:
+        """Kill repeatedly, with pauses around `pause_s`, until `until()` or `limit` kills.
 
-        Half of the processes of every kind have to be there again before the next pause, though they may still load
-        their models: where nothing is up, no stream is open that could be harmed.
+        Before each pause, half of the processes of every kind must be up again, though they may still be loading their
+        models: while nothing is up, no stream is open that a kill could break.
         """
         while not until() and self.num_kills < limit:
-            self._recover(until)
-            time.sleep(pause_s * self._source.uniform(0.5, 1.5))
+            self._wait_for_recovery(until)
+            time.sleep(pause_s * self._random.uniform(0.5, 1.5))
             if not until():
-                self.strike()
+                self.kill_one()
 
-    def _recover(self, until: Callable[[], bool]) -> None:
+    def _wait_for_recovery(self, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + RECOVERY_S
-        while not self._is_half_there() and not until() and time.monotonic() < deadline:
+        while not self._is_half_up() and not until() and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
-    def _is_half_there(self) -> bool:
-        alive = _alive()
-        return all(2 * alive[kind] >= count for kind, count in self._whole.items())
+    def _is_half_up(self) -> bool:
+        alive = _count_processes()
+        return all(2 * alive[kind] >= count for kind, count in self._initial.items())
 
     def _kill(self, title: str) -> bool:
         alive = processes(title)
         if not alive:
             return False
         with suppress(psutil.NoSuchProcess):
-            self._source.choice(sorted(alive, key=lambda process: process.pid)).kill()
+            self._random.choice(sorted(alive, key=lambda process: process.pid)).kill()
             return True
         return False
 
-    def _lose_machine(self) -> bool:
-        """One machine goes, with all that runs there, and an empty one comes."""
-        nodes = sorted(self.machines.worker_nodes, key=lambda node: node.node_id)
+    def _replace_node(self) -> bool:
+        """Kill a node with everything on it, and add an empty one."""
+        nodes = sorted(self.cluster.worker_nodes, key=lambda node: node.node_id)
         if not nodes:
             return False
-        self.machines.remove_node(self._source.choice(nodes), allow_graceful=False)
-        self.machines.add_node(num_cpus=self.cpus_per_machine)
+        self.cluster.remove_node(self._random.choice(nodes), allow_graceful=False)
+        self.cluster.add_node(num_cpus=self.cpus_per_node)
         return True
 
 
-def _alive() -> Counter[str]:
-    """How many processes there are of every kind."""
+def _count_processes() -> Counter[str]:
+    """Live processes by kind."""
     return Counter({kind: len(processes(title)) for kind, title in TITLES.items()})

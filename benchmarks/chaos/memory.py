@@ -1,4 +1,4 @@
-"""What the processes of a service hold, and whether it grows."""
+"""Memory of the service's processes over time, and whether it grows."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Growth:
-    """Of one process, after it has warmed up. MB are 10^6 bytes."""
+    """Memory growth of one process after its warm-up. MB are 10^6 bytes."""
 
     kind: str
-    first_mb: float  # median of the first tenth of the samples that count
+    first_mb: float  # median of the first tenth of the samples after the warm-up
     per_hour_mb: float
     low_mb: float  # 95 % interval of the slope, per hour
     high_mb: float
-    share: float  # by which it grew over these samples
+    share: float  # growth over these samples, relative to first_mb
 
     def is_growing(self, limit: float) -> bool:
         return self.share > limit
 
 
 def growth(kind: str, seconds: Sequence[float], sizes_mb: Sequence[float], warm_up: float = 1 / 3) -> Growth:
-    """The median of the slopes of all pairs of samples (Theil-Sen), so that bursts and single peaks say nothing.
+    """The median slope of all pairs of samples (Theil-Sen), which bursts and single peaks do not affect.
 
-    The first `warm_up` of the samples does not count: caches fill up, and libraries load what they need.
+    The first `warm_up` of the samples is left out: caches fill up, and libraries load lazily.
     """
     begin = int(len(seconds) * warm_up)
     times, sizes = np.asarray(seconds[begin:]), np.asarray(sizes_mb[begin:])
@@ -48,15 +48,15 @@ def growth(kind: str, seconds: Sequence[float], sizes_mb: Sequence[float], warm_
 def watch(
     titles: Mapping[str, str], every_s: float, until: Callable[[], bool]
 ) -> tuple[list[float], dict[Process, list[float]]]:
-    """Times in s and, at each of them, the MB that belong to a process alone (unique set size).
+    """Sample times in s, and the unique set size in MB of every process at each of them.
 
-    A process that was not there all the time has fewer samples than there are times.
+    A process that did not live the whole time has fewer samples than there are times.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     times: list[float] = []
     sizes: dict[Process, list[float]] = defaultdict(list)
     while not until():
-        times.append(time.monotonic() - began)
+        times.append(time.monotonic() - started)
         for process, size in sample(titles).items():
             sizes[process].append(size)
         time.sleep(every_s)
@@ -64,7 +64,7 @@ def watch(
 
 
 def sample(titles: Mapping[str, str]) -> dict[Process, float]:
-    """MB of every process whose title begins like one of these."""
+    """MB of every process whose command line starts with one of these titles."""
     found = {}
     for kind, title in titles.items():
         for process in processes(title):

@@ -1,4 +1,4 @@
-"""What became of a stream while processes were killed, and what of that may be. Plain values."""
+"""How streams end while processes are killed, and which ends are failures. Plain values."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from enum import Enum
 from benchmarks.common.http_load import Outcome
 
 
-class Verdict(str, Enum):
-    WHOLE = "whole"  # the very text that it would have had, and its end
-    BROKEN = "visibly broken"  # the connection failed; what had come was right
-    ERROR = "ended in an error event"  # what had come was right
-    REFUSED = "turned away"  # no connection, or a status that says so: no stream was open
-    HUNG = "hung"  # the client lost patience
-    TRUNCATED = "silently truncated"  # a clean end that is none
+class StreamOutcome(str, Enum):
+    WHOLE = "whole"  # ended with exactly the expected text
+    BROKEN = "visibly broken"  # the connection failed after a correct beginning
+    ERROR = "ended in an error event"  # after a correct beginning
+    REFUSED = "refused"  # no connection or an error status: no stream was open
+    HUNG = "hung"  # the client timed out
+    TRUNCATED = "silently truncated"  # a regular end with text missing
     WRONG = "wrong tokens"
 
 
-NEVER = (Verdict.HUNG, Verdict.TRUNCATED, Verdict.WRONG)
+FORBIDDEN = (StreamOutcome.HUNG, StreamOutcome.TRUNCATED, StreamOutcome.WRONG)
 
 
-def judge(outcome: Outcome, expected: str) -> Verdict:
+def classify(outcome: Outcome, expected: str) -> StreamOutcome:
     if outcome.status != 200:
-        return Verdict.HUNG if outcome.has_left else Verdict.REFUSED
+        return StreamOutcome.HUNG if outcome.timed_out else StreamOutcome.REFUSED
     if not expected.startswith(outcome.text):
-        return Verdict.WRONG
+        return StreamOutcome.WRONG
     if outcome.is_whole:
-        return Verdict.WHOLE if outcome.text == expected else Verdict.TRUNCATED
+        return StreamOutcome.WHOLE if outcome.text == expected else StreamOutcome.TRUNCATED
     if outcome.error is not None:
-        return Verdict.ERROR
+        return StreamOutcome.ERROR
     if outcome.broken is not None:
-        return Verdict.BROKEN
-    return Verdict.HUNG if outcome.has_left else Verdict.TRUNCATED
+        return StreamOutcome.BROKEN
+    return StreamOutcome.HUNG if outcome.timed_out else StreamOutcome.TRUNCATED
 
 
-def tally(outcomes: Iterable[Outcome], expected: Sequence[str]) -> Counter[Verdict]:
-    """How many of each; `expected` by the body that was asked."""
-    return Counter(judge(outcome, expected[outcome.asked]) for outcome in outcomes)
+def count_outcomes(outcomes: Iterable[Outcome], expected: Sequence[str]) -> Counter[StreamOutcome]:
+    """Streams by outcome; `expected[i]` is the text of body i."""
+    return Counter(classify(outcome, expected[outcome.body_index]) for outcome in outcomes)
 
 
-def is_kept(verdicts: Mapping[Verdict, int]) -> bool:
-    """Whether nobody was misled."""
-    return not any(verdicts.get(verdict, 0) for verdict in NEVER)
+def is_kept(counts: Mapping[StreamOutcome, int]) -> bool:
+    """Whether no stream hung, was truncated silently or had wrong tokens."""
+    return not any(counts.get(outcome, 0) for outcome in FORBIDDEN)

@@ -1,1 +1,1 @@
-"""What several benchmark commands use."""
+"""Modules that several benchmark commands share."""

@@ -1,4 +1,4 @@
-"""Answers to unseen prompts under many settings at once, in one engine whose batch stays full. No Ray.
+"""Generates answers to unseen prompts under many settings in one engine, so that its batch stays full. No Ray.
 
 Lists are P long: one entry per prompt.
 """
@@ -22,19 +22,19 @@ class Answers:
 
     text: list[str]
     num_tokens: list[int]
-    divergence: list[float]  # KL(pi || pi_ref) of the whole answer, nats; exact
+    divergence: list[float]  # exact KL(pi || pi_ref) of the whole answer, nats
     reward: dict[str, list[float]]  # by objective, in the reward's own unit
 
 
-def answer(engine: Engine, asked: Mapping[Setting, Sequence[Request]]) -> Iterator[tuple[Setting, list[Choice]]]:
-    """Every setting's answers, in the order of its requests, as soon as the last one is written.
+def generate(engine: Engine, requests: Mapping[Setting, Sequence[Request]]) -> Iterator[tuple[Setting, list[Choice]]]:
+    """Yields each setting with its answers, in the order of its requests, as soon as all of them are finished.
 
     Raises:
-        RolloutError: the engine could not write an answer.
+        RolloutError: an answer ended in an error.
     """
-    settings = list(asked)
+    settings = list(requests)
     for s, setting in enumerate(settings):
-        for p, request in enumerate(asked[setting]):
+        for p, request in enumerate(requests[setting]):
             engine.submit(replace(request, id=f"{s}/{p}"))
     finished: list[dict[int, Choice]] = [{} for _ in settings]
     while not engine.is_idle:
@@ -45,12 +45,12 @@ def answer(engine: Engine, asked: Mapping[Setting, Sequence[Request]]) -> Iterat
             if update.finished.finish not in (FinishReason.STOP, FinishReason.LENGTH):
                 raise RolloutError(f"{settings[s]}, prompt {p}: {update.finished.error}")
             finished[s][p] = update.finished
-            if len(finished[s]) == len(asked[settings[s]]):
+            if len(finished[s]) == len(requests[settings[s]]):
                 yield settings[s], [finished[s][p] for p in range(len(finished[s]))]
 
 
-def scored(choices: Sequence[Choice], questions: Sequence[str], rewards: Mapping[str, Reward]) -> Answers:
-    """What is kept of answers."""
+def score(choices: Sequence[Choice], questions: Sequence[str], rewards: Mapping[str, Reward]) -> Answers:
+    """Texts, lengths, divergences and rewards of finished answers."""
     texts = [choice.text for choice in choices]
     return Answers(
         text=texts,

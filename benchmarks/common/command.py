@@ -1,15 +1,16 @@
-"""The command line and the output that all benchmarks share. Loads no torch: --help is instant."""
+"""Command line and output of the benchmarks. Loads no torch: --help is instant."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import mavis_dist.environment  # noqa: F401  threads wait as they do where the system runs
+import mavis_dist.environment  # noqa: F401  the same OpenMP waiting as in the actors
+from benchmarks.common import figures
 from jobs.arguments import refusing
 
 Scale = TypeVar("Scale")
@@ -23,56 +24,79 @@ def run(
     measure: Callable[[Path, Scale], dict[str, Any]],
     argv: Sequence[str] | None,
 ) -> None:
-    """Measure at the quick or the full one of `scales` and write what --json asks for.
+    """Measure at the quick or the full one of `scales` and write the file of figures.
 
     A run that cannot be used ends the process with one line and exit code 2.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=purpose)
-    parser.add_argument("--quick", action="store_true", help=f"rough figures in {durations}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
+    parser.add_argument("--quick", action="store_true", help=f"rough figures in {durations}; written to --json only")
+    add_json(parser, name)
     parser.add_argument(
         "--run", type=Path, default=Path("runs/quickstart"), help="folder of a finished run (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
     results = refusing(lambda: measure(arguments.run, scales[0] if arguments.quick else scales[1]))
-    if arguments.json:
-        write_json(arguments.json, results)
+    if arguments.json or not arguments.quick:
+        file = arguments.json or figures.default_file(name)
+        figures.write(file, {**results, **figures.provenance(line(name, argv))})
 
 
-def add_outputs(parser: argparse.ArgumentParser, part: str) -> None:
-    """Options of the commands that write a part of the page of results."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where every number is written")
+def line(name: str, argv: Sequence[str] | None) -> str:
+    """The command line, as a shell takes it."""
+    return f"python -m benchmarks.{name} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
+
+
+def add_json(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
-        "--markdown",
-        type=Path,
-        default=Path("docs/results.md"),
-        metavar="FILE",
-        help=f"the page whose part about {part} is written (default: %(default)s)",
+        "--json", type=Path, metavar="FILE", help=f"file of all figures (default: docs/figures/{name}.json)"
     )
 
 
-def write_json(file: Path, figures: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(figures, indent=1) + "\n")
+def add_page(parser: argparse.ArgumentParser, part: str) -> None:
+    """Options of the commands that write a part of docs/results.md."""
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        default=figures.DOCS / "results.md",
+        metavar="FILE",
+        help=f"page with the part about {part} (default: docs/results.md)",
+    )
+    add_page_only(parser)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str | float]], first: int = 36, width: int = 12) -> str:
-    """Names in the first column, figures to the right of them."""
-    lines = ["".join([f"{head[0]:<{first}}", *(f"{name:>{width}}" for name in head[1:])])]
-    lines.append("-" * len(lines[0]))
-    lines += ["".join([f"{row[0]:<{first}}", *(f"{plain(x):>{width}}" for x in row[1:])]) for row in rows]
-    return "\n".join(lines)
+def add_page_only(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--page-only", action="store_true", help="measure nothing: write the page from the file of figures"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+    """Names in the first column, figures right-aligned in the others."""
+    cells = [list(head), *([format_figure(figure) for figure in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def headline_table(headline: Mapping[str, Any]) -> str:
-    return "\n".join(f"{key:<44}{plain(figure)}" for key, figure in headline.items())
+    width = max(map(len, headline), default=0)
+    return "\n".join(f"{key:<{width}}  {format_figure(figure)}" for key, figure in headline.items())
 
 
-def plain(figure: Any) -> str:
+def format_figure(figure: Any) -> str:
     if isinstance(figure, Mapping):
-        return ", ".join(f"{key} {plain(part)}" for key, part in figure.items())
-    return figure if isinstance(figure, str) else f"{figure:.4g}"
+        return ", ".join(f"{key} {format_figure(part)}" for key, part in figure.items())
+    if isinstance(figure, (list, tuple)):
+        return ", ".join(map(format_figure, figure))
+    return f"{figure:.4g}" if isinstance(figure, float) else str(figure)
 
 
 def say(text: str) -> None:
-    print(f"{text}\n", file=sys.stdout, flush=True)
+    print(f"{text}\n", flush=True)
+
+
+def say_conditions(conditions: Mapping[str, Any]) -> None:
+    say(f"{headline_table(conditions)}\n\nOther load on these cores distorts the figures and makes the ratios rough.")

@@ -1,7 +1,7 @@
-"""A light client of the service: many streams from one event loop, in a process of its own. Knows nothing of Ray.
+"""A load generator: many streams from one event loop, in a process of its own. Imports no Ray.
 
-Closed loop: so many clients, each of which asks again when it has its answer. Open loop: requests arrive when they do,
-whether the service keeps up or not, which is how users behave.
+Closed loop: a fixed number of clients, each of which sends its next request when it has its answer. Open loop: requests
+arrive at given times whether the service keeps up or not, as those of real users do.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import aiohttp
 import numpy as np
 
 Body = dict[str, Any]
-CHAT, TEXTS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PERCENTILES = (50, 95, 99)
-PAUSE_S = 0.5  # of a client that was turned away
+RETRY_PAUSE_S = 0.5
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @dataclass
 class Outcome:
-    """What one client saw of one answer. Times are seconds since the load began."""
+    """One request as its client saw it. Times are seconds since the load started."""
 
-    asked: int  # which of the bodies
-    began: float
+    body_index: int
+    started: float
     ended: float = 0.0
-    first: float | None = None  # when the first text came
+    first: float | None = None  # time of the first text
     last: float | None = None
-    status: int | None = None  # none: no response at all
+    status: int | None = None  # None: no response
     retry_after: str | None = None
     num_tokens: int = 0
     text: str = ""
@@ -44,20 +44,20 @@ class Outcome:
     is_done: bool = False  # the stream ended in [DONE]
     error: str | None = None  # an error event in the stream
     broken: str | None = None  # how the connection failed
-    has_left: bool = False  # the client lost patience
+    timed_out: bool = False  # the client closed the connection
 
     @property
     def is_whole(self) -> bool:
         return self.is_done and self.finish is not None and self.error is None
 
     @property
-    def is_turned_away(self) -> bool:
-        """There may be room, or somebody, later."""
+    def is_retryable(self) -> bool:
+        """The same request may succeed later."""
         return self.status is None or self.status == 429 or self.status >= 500
 
     @property
     def time_to_first(self) -> float | None:
-        return None if self.first is None else self.first - self.began
+        return None if self.first is None else self.first - self.started
 
     @property
     def time_per_token(self) -> float | None:
@@ -68,12 +68,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Load:
-    """What came of a load."""
+    """All requests of a closed or open loop."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
-    cpu_s: float = 0.0  # of the clients' process
-    began: float = 0.0  # time.perf_counter(), which is one clock for all processes of a machine
+    cpu_s: float = 0.0  # CPU time of the client process
+    started: float = 0.0  # time.perf_counter(), which all processes of a machine share
 
     @property
     def num_tokens(self) -> int:
@@ -82,29 +82,29 @@ class Load:
 
 
 @contextmanager
-def clients() -> Iterator[ProcessPoolExecutor]:
-    """A process for the clients' side: it shall not share an interpreter with what it measures."""
+def client_process() -> Iterator[ProcessPoolExecutor]:
+    """A process for the clients, which must not share an interpreter with the code under measurement."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        process.submit(time.perf_counter).result()  # started, not starting, when the clock runs
+        process.submit(time.perf_counter).result()  # waits until it has started
         yield process
 
 
 def closed_loop(
-    process: ProcessPoolExecutor, url: str, bodies: Sequence[Body], num_clients: int, patience_s: float = 600.0
+    process: ProcessPoolExecutor, url: str, bodies: Sequence[Body], num_clients: int, timeout_s: float = 600.0
 ) -> Future[Load]:
-    """Every body until it is answered, well or badly; who is turned away insists, for as long as patience lasts."""
-    return process.submit(_closed_loop, url, list(bodies), num_clients, patience_s)
+    """Send every body once, and again after a refusal until `timeout_s` has passed."""
+    return process.submit(_closed_loop, url, list(bodies), num_clients, timeout_s)
 
 
 def open_loop(
     process: ProcessPoolExecutor, url: str, bodies: Sequence[Body], times: Sequence[float], window_s: float
 ) -> Future[Load]:
-    """A request at each of the times, bodies in turn; who has no answer at the end of the window leaves."""
+    """Send a request at each of the times, cycling through the bodies; open requests are closed with the window."""
     return process.submit(_open_loop, url, list(bodies), list(times), window_s)
 
 
 def arrivals(per_s: float, window_s: float, seed: int) -> list[float]:
-    """Times of requests that know nothing of each other: a Poisson process."""
+    """Arrival times of a Poisson process, in seconds."""
     source, times, now = random.Random(seed), [], 0.0
     while (now := now + source.expovariate(per_s)) < window_s:
         times.append(now)
@@ -112,14 +112,14 @@ def arrivals(per_s: float, window_s: float, seed: int) -> list[float]:
 
 
 def percentiles(seconds: Sequence[float | None]) -> dict[str, float]:
-    """In milliseconds; nan where there is nothing."""
+    """In milliseconds; nan without values."""
     known = [s for s in seconds if s is not None]
     figures = np.percentile(known, PERCENTILES).tolist() if known else [float("nan")] * len(PERCENTILES)
     return {f"p{q}": 1000 * figure for q, figure in zip(PERCENTILES, figures, strict=True)}
 
 
 def summary(load: Load) -> dict[str, Any]:
-    """Rates and times of whole answers, and how many there were of the others."""
+    """Rates and times of whole answers, and counts of the others."""
     whole = [outcome for outcome in load.outcomes if outcome.is_whole]
     return {
         "requests": len(load.outcomes),
@@ -128,7 +128,7 @@ def summary(load: Load) -> dict[str, Any]:
         "requests_per_s": len(whole) / load.seconds,
         "first_token_ms": percentiles([outcome.time_to_first for outcome in whole]),
         "token_ms": percentiles([outcome.time_per_token for outcome in whole]),
-        "answer_ms": percentiles([outcome.ended - outcome.began for outcome in whole]),
+        "answer_ms": percentiles([outcome.ended - outcome.started for outcome in whole]),
         **failures(load.outcomes),
     }
 
@@ -145,25 +145,25 @@ def failures(outcomes: Sequence[Outcome]) -> dict[str, int]:
 
 
 def goodput(load: Load, ramp_s: float, window_s: float) -> float:
-    """Tokens/s of whole answers that ended after the service had filled up and before everybody left."""
+    """Tokens/s of whole answers that ended after the ramp and within the window."""
     ended = [o for o in load.outcomes if o.is_whole and ramp_s <= o.ended <= window_s]
     return sum(outcome.num_tokens for outcome in ended) / (window_s - ramp_s)
 
 
-def _closed_loop(url: str, bodies: list[Body], num_clients: int, patience_s: float) -> Load:
-    async def one_client(session: aiohttp.ClientSession, clock: Clock, left: Iterator[int]) -> list[Outcome]:
+def _closed_loop(url: str, bodies: list[Body], num_clients: int, timeout_s: float) -> Load:
+    async def one_client(session: aiohttp.ClientSession, clock: Clock, indices: Iterator[int]) -> list[Outcome]:
         outcomes = []
-        for index in left:
-            deadline = clock() + patience_s
-            outcomes.append(await _ask(session, clock, url, bodies[index], index, patience_s))
-            while outcomes[-1].is_turned_away and clock() < deadline:
-                await asyncio.sleep(PAUSE_S)
-                outcomes.append(await _ask(session, clock, url, bodies[index], index, patience_s))
+        for index in indices:
+            deadline = clock() + timeout_s
+            outcomes.append(await _ask(session, clock, url, bodies[index], index, timeout_s))
+            while outcomes[-1].is_retryable and clock() < deadline:
+                await asyncio.sleep(RETRY_PAUSE_S)
+                outcomes.append(await _ask(session, clock, url, bodies[index], index, timeout_s))
         return outcomes
 
     async def load(session: aiohttp.ClientSession, clock: Clock) -> list[Outcome]:
-        left = iter(range(len(bodies)))
-        parts = await asyncio.gather(*(one_client(session, clock, left) for _ in range(num_clients)))
+        indices = iter(range(len(bodies)))  # shared: every client takes the next one
+        parts = await asyncio.gather(*(one_client(session, clock, indices) for _ in range(num_clients)))
         return [outcome for part in parts for outcome in part]
 
     return _timed(load)
@@ -186,23 +186,23 @@ Clock = Callable[[], float]
 
 def _timed(load: Callable[[aiohttp.ClientSession, Clock], Any]) -> Load:
     async def run() -> Load:
-        began, cpu_began = time.perf_counter(), time.process_time()
-        connector = aiohttp.TCPConnector(limit=0)  # or clients would wait for each other
+        started, cpu_started = time.perf_counter(), time.process_time()
+        connector = aiohttp.TCPConnector(limit=0)  # with a limit, clients would wait for each other
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
-            outcomes = await load(session, lambda: time.perf_counter() - began)
-        return Load(outcomes, time.perf_counter() - began, time.process_time() - cpu_began, began)
+            outcomes = await load(session, lambda: time.perf_counter() - started)
+        return Load(outcomes, time.perf_counter() - started, time.process_time() - cpu_started, started)
 
     return asyncio.run(run())
 
 
 async def _ask(
-    session: aiohttp.ClientSession, clock: Clock, url: str, body: Body, index: int, patience_s: float
+    session: aiohttp.ClientSession, clock: Clock, url: str, body: Body, index: int, timeout_s: float
 ) -> Outcome:
     outcome = Outcome(index, clock())
     try:
-        await asyncio.wait_for(_stream(session, clock, url, body, outcome), max(patience_s, 0.001))
+        await asyncio.wait_for(_stream(session, clock, url, body, outcome), max(timeout_s, 0.001))
     except asyncio.TimeoutError:
-        outcome.has_left = True
+        outcome.timed_out = True
     except (aiohttp.ClientError, OSError) as error:
         outcome.broken = f"{type(error).__name__}: {error}"
     outcome.ended = clock()
@@ -217,11 +217,11 @@ async def _stream(session: aiohttp.ClientSession, clock: Clock, url: str, body: 
             return
         async for line in response.content:
             if line.startswith(b"data: "):
-                note(outcome, line[len(b"data: ") :].strip(), clock())
+                record(outcome, line[len(b"data: ") :].strip(), clock())
 
 
-def note(outcome: Outcome, data: bytes, now: float) -> None:
-    """Take note of one event of a stream."""
+def record(outcome: Outcome, data: bytes, now: float) -> None:
+    """Add one event of a stream to the outcome."""
     if data == b"[DONE]":
         outcome.is_done = True
         return

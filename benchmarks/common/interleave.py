@@ -1,4 +1,4 @@
-"""Variants measured in turns: what slows the machine down slows all of them down."""
+"""Measures variants in alternation, so that a slow phase of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Rates = dict[str, list[float]]  # variant -> units of work per second in every r
 
 @dataclass(frozen=True)
 class Speeds:
-    """How fast every variant was in every repetition."""
+    """The speed of every variant in every repetition."""
 
     per_s: Rates = field(default_factory=dict)
-    per_cpu_s: Rates = field(default_factory=dict)  # of this process, all threads: other load takes no part in it
+    per_cpu_s: Rates = field(default_factory=dict)  # CPU time of this process, all threads: excludes other load
 
 
 def take_turns(variants: Mapping[str, Callable[[int], float]], repetitions: int) -> Speeds:
-    """`variants[name](repetition)` does some work and returns how much; every second repetition in reverse order."""
+    """`variants[name](repetition)` returns the amount of work it did; every second repetition runs in reverse order."""
     speeds = Speeds({name: [] for name in variants}, {name: [] for name in variants})
     for repetition in range(repetitions):
         for name in variants if repetition % 2 == 0 else reversed(list(variants)):
@@ -31,5 +31,5 @@ def take_turns(variants: Mapping[str, Callable[[int], float]], repetitions: int)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Of every repetition, then the median."""
+    """Median over repetitions of the ratio within a repetition."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))

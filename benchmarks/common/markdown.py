@@ -1,4 +1,4 @@
-"""Pieces of Markdown, and pages that several commands write."""
+"""Markdown tables, and pages of which several commands write one part each."""
 
 from __future__ import annotations
 
@@ -15,11 +15,25 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def signed(estimate: Estimate) -> str:
     """A difference with its interval."""
-    return f"{estimate.mean:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]".replace("-", "−")
+    return minus(f"{estimate.mean:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]")
+
+
+def minus(text: str) -> str:
+    """A formatted number with a typographic minus sign."""
+    return text.replace("-", "−")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in parentheses behind their count; empty if there are none."""
+    return f" ({'; '.join(names)})" if names else ""
 
 
 def write_part(file: Path, name: str, text: str) -> None:
-    """Put `text` in the place of a page's part of this name, at the end if it has none; the other parts stay."""
+    """Replace the part of a page with this name, or append it; the other parts stay.
+
+    Raises:
+        ValueError: the end marker of the part is missing.
+    """
     first, last = f"<!-- part: {name} -->", f"<!-- end of part: {name} -->"
     part = f"{first}\n\n{text.strip()}\n\n{last}\n"
     page = file.read_text() if file.exists() else ""

@@ -1,4 +1,4 @@
-"""Where measured figures lie in a run's store: under a name that changes with all that they depend on."""
+"""Paths of stored measurements in a run. A path depends on all inputs of its measurement."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mavis_dist.types import RewardScale
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A value model under study."""
+class EvaluatedModel:
+    """A value model that is measured."""
 
     objective: str
-    name: str  # in the guide and in the names of files
+    name: str  # in the guide and in file names
     label: str  # in tables
     iteration: int
     folder: Path
@@ -36,12 +36,12 @@ class Subject:
         return load_card(self.folder).scales[0]
 
 
-def subject(store: Store, objective: str, name: str, label: str, iteration: int = 0) -> Subject:
-    """Raises StoreError unless the value model is finished."""
-    return Subject(objective, f"{objective}@{name}", label, iteration, values.fetch(store, objective, iteration))
+def evaluated_model(store: Store, objective: str, name: str, label: str, iteration: int = 0) -> EvaluatedModel:
+    """Raises StoreError if the value model is not finished."""
+    return EvaluatedModel(objective, f"{objective}@{name}", label, iteration, values.fetch(store, objective, iteration))
 
 
-def cell_path(kind: str, name: str, inputs: Mapping[str, Any]) -> str:
-    """The file of one figure; other inputs, another file."""
+def result_path(kind: str, name: str, inputs: Mapping[str, Any]) -> str:
+    """The file of one measurement; different inputs give different files."""
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return f"study/{kind}/{name}-{digest[:16]}.json"

@@ -1,4 +1,4 @@
-"""The service on a Ray cluster of this machine, as benchmarks deploy it, and what it takes of the processor."""
+"""Deploys the service on a Ray cluster of this machine, and measures its processes' CPU time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import psutil
 from mavis_dist.config import Config
 
 
-def served(config: Config, run: Path, **settings: object) -> Config:
-    """A run's config for a service on a free port of loopback."""
+def service_config(config: Config, run: Path, **settings: object) -> Config:
+    """The config of a run, for a service on a free port of loopback; `settings` replace those of `serve`."""
     serve = config.serve.model_copy(update={"host": "127.0.0.1", "port": _free_port(), **settings})
     return config.model_copy(update={"storage": str(run.parent.absolute()), "run": run.name, "serve": serve})
 
 
 @contextmanager
 def service(config: Config) -> Iterator[str]:
-    """The URL of a running service."""
+    """The URL of the service, which runs until the end of the block."""
     from mavis_dist import cluster
     from serve.app import deploy, undeploy
 
@@ -33,7 +33,7 @@ def service(config: Config) -> Iterator[str]:
 
 
 def processes(title: str = "") -> list[psutil.Process]:
-    """Processes of the cluster, all of which this one has started; `title` begins that of an actor."""
+    """Processes of the cluster, all of them descendants of this one, whose command line starts with `title`."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -45,11 +45,11 @@ def processes(title: str = "") -> list[psutil.Process]:
 
 
 def cpu_s() -> float:
-    """That replicas, proxy, controller and Ray itself have used so far."""
+    """CPU time used so far by replicas, proxy, controller and Ray itself."""
     total = 0.0
     for process in processes():
         try:
-            if "spawn_main" not in " ".join(process.cmdline()):  # the clients
+            if "spawn_main" not in " ".join(process.cmdline()):  # the client process
                 times = process.cpu_times()
                 total += times.user + times.system
         except psutil.Error:
@@ -59,7 +59,7 @@ def cpu_s() -> float:
 
 @cache
 def _free_port() -> int:
-    """One for all: Serve keeps the port that it was started with."""
+    """The same one for all services: Serve keeps the port that it was started with."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

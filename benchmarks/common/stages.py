@@ -1,4 +1,4 @@
-"""The pipeline's own stages on a real Ray cluster, in storage of their own that is deleted afterwards."""
+"""Times stages of the pipeline on a real Ray cluster, in temporary storage."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mavis_dist.store.layout import label_folder, rollout_folder
 from mavis_dist.store.shards import read_trees, shard_names
 from mavis_dist.types import Policy, UserError
 
-NUM_SHARDS = 4  # of trees that actors grow: two actors have the same share
+NUM_SHARDS = 4  # of grown trees; divides evenly between two actors
 
 
 @contextmanager
 def temporary_run(config: Config) -> Iterator[RunState]:
-    """A run that is open and has nothing in its storage yet."""
+    """An open run with empty storage."""
     cluster.connect()
     with tempfile.TemporaryDirectory(prefix="mavis-benchmark-") as storage:
         yield pipeline.open_run(config.model_copy(update={"storage": storage}))
@@ -36,7 +36,7 @@ def section(config: Config, name: str, **settings: Any) -> Config:
 
 
 def copy_base_trees(source: Store, target: Store, config: Config, num_shards: int) -> None:
-    """The first shards of the base model's trees with all their labels."""
+    """Copy the first shards of the base model's trees with all their labels."""
     folders = [rollout_folder(Policy()), *(label_folder(Policy(), name) for name in config.objectives)]
     for folder in folders:
         for name in shard_names(source, folder)[:num_shards]:
@@ -44,24 +44,23 @@ def copy_base_trees(source: Store, target: Store, config: Config, num_shards: in
         target.finish(folder, source.metadata(folder) or {})
 
 
-def fit_walls(config: Config, source: Store, num_shards: int, epochs: int, repetitions: int) -> Rates:
-    """Seconds of the training stage of iteration 0: as many objectives at once as there is room for, as the pipeline
-    does it, and one after the other.
+def fit_seconds(config: Config, source: Store, num_shards: int, epochs: int, repetitions: int) -> Rates:
+    """Seconds of the training stage of iteration 0, with as many objectives at once as fit, and one after the other.
 
-    Each way starts its workers anew; one after the other is measured with the configured cores
-    per worker, and with all cores of the machine for each.
+    Every variant starts its own workers. One after the other is measured with the configured cores per worker and with
+    all cores of the machine.
     """
     with temporary_run(section(config, "train", epochs=epochs)) as state:
         copy_base_trees(source, state.store, config, num_shards)
         _require(state.plan.fits_at_once, 2, "trainings")
         all_cores = section(state.config, "train", cpus_per_worker=max(node.cpus for node in cluster.nodes()))
-        ways = {
+        variants = {
             "in_turn": _with_fits_at_once(state, 1),
             "at_once": state,
             "in_turn_all_cores": _with_fits_at_once(replace(state, config=all_cores), 1),
         }
-        _fit(ways["at_once"])  # what is read from disk for the first time is read before the clock runs
-        stages = take_turns({name: partial(_fit, way) for name, way in ways.items()}, repetitions)
+        _fit(variants["at_once"])  # warms up the disk cache
+        stages = take_turns({name: partial(_fit, variant) for name, variant in variants.items()}, repetitions)
     return {name: [1 / rate for rate in rates] for name, rates in stages.per_s.items()}
 
 
@@ -77,10 +76,7 @@ def _fit(state: RunState, repetition: int = 0) -> int:
 
 
 def growth_rates(config: Config, num_prompts: int, repetitions: int) -> Rates:
-    """Answer tokens/s of the rollout stage of iteration 0 with one actor and with two, a core each.
-
-    The clock starts when all actors have loaded their models.
-    """
+    """Answer tokens/s of the rollout stage of iteration 0 with one actor and with two, one core each, models loaded."""
     config = section(config, "prompts", train=num_prompts, validation=0)
     rates: Rates = {"1 actor": [], "2 actors": []}
     for repetition in range(repetitions):
@@ -95,9 +91,9 @@ def growth_rates(config: Config, num_prompts: int, repetitions: int) -> Rates:
 def _growth_rate(state: RunState) -> float:
     try:
         state.worker_pool().wait_until_loaded()
-        began = time.perf_counter()
+        started = time.perf_counter()
         pipeline.grow(state, 0, [Policy()])
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
     finally:
         state.release_workers()
     folder = rollout_folder(Policy())
@@ -106,6 +102,6 @@ def _growth_rate(state: RunState) -> float:
 
 
 def _require(fit: int, needed: int, what: str) -> None:
-    """Raises UserError where the cluster has no room for what is to be compared."""
+    """Raises UserError if fewer than `needed` fit on the cluster."""
     if fit < needed:
-        raise UserError(f"{needed} {what} at once need a core each and {fit} fit on this cluster: use a larger machine")
+        raise UserError(f"{needed} {what} at once need one core each; {fit} fit on this cluster: use a larger machine")

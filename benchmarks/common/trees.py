@@ -1,4 +1,4 @@
-"""Trees as the rollout workers grow them, on an engine of the benchmark's own process."""
+"""Grows trees as the rollout workers do, on an engine in the benchmark's own process."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def questions_of(config: Config, base: BaseModel) -> list[Question]:
     return [Question(prompt, base.chat(prompt.text, config.base.system)) for prompt in prompts]
 
 
-def turn(questions: Sequence[Question], repetition: int, count: int) -> list[Question]:
-    """The questions of one repetition, from the first again after the last."""
+def repetition_questions(questions: Sequence[Question], repetition: int, count: int) -> list[Question]:
+    """The questions of one repetition; the first follows the last."""
     return [questions[(repetition * count + i) % len(questions)] for i in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: the models of a finished run, and requests for prompts that it never trained on."""
+"""Models of a finished run, and requests for prompts that it was not trained on."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ DTYPE = "bfloat16"
 
 @dataclass(frozen=True)
 class Workload:
-    """Models and questions."""
+    """Models and prompts."""
 
     config: Config
     base: BaseModel
-    objectives: tuple[str, ...]  # the two trained ones
-    models: dict[str, ValueModel]  # four: each of the two is loaded twice, as four models would be
+    objectives: tuple[str, ...]  # the two that are measured
+    models: dict[str, ValueModel]  # four: each of the two is loaded twice, to stand for four models
     prompts: list[tuple[int, ...]]  # token ids of the evaluation prompts
-    students: dict[str, tuple[Student, int]]  # of the two objectives, where a distilled model is published
+    students: dict[str, tuple[Student, int]]  # of the two objectives, if a distilled model is published
 
     @cached_property
     def endless(self) -> BaseModel:
-        """The base model with an end-of-answer token that it never writes: every answer has max_tokens tokens."""
+        """The base model with an unused end-of-answer token, so that every answer has max_tokens tokens."""
         unused = max(self.base.tokenizer.added_tokens_decoder)
         assert unused not in self.base.eos_ids
         return replace(self.base, eos_ids=(unused,))
@@ -55,7 +55,7 @@ class Workload:
         scorer: Scorer = Scorer.FULL,
         cap: float | None = None,
     ) -> list[Request]:
-        """One request per prompt, each with a seed of its own; `weights` are taken in turn."""
+        """One request per prompt, each with its own seed; `weights` are used cyclically."""
         return [
             Request(
                 id=str(i),
@@ -70,31 +70,31 @@ class Workload:
         ]
 
 
-def mixtures(objectives: Sequence[str]) -> list[dict[str, float]]:
-    """Four different weights of the objectives."""
+def weight_settings(objectives: Sequence[str]) -> list[dict[str, float]]:
+    """Four different settings of the objectives' weights."""
     return [{name: 1.0 + (i + m) % 4 for m, name in enumerate(objectives)} for i in range(4)]
 
 
 def open_run(run: Path) -> tuple[Config, Store]:
-    """The config and the folder of a run; raises UserError if it is missing or not finished."""
+    """The config and the store of a run; raises UserError if it is missing or not finished."""
     store = Store(str(run.parent), run.name)
     if not store.exists(layout.CONFIG_FILE) or len(values.published(store)) < 2:
-        raise UserError(f"{run} is no finished run with two objectives: run `make quickstart` first")
+        raise UserError(f"{run} is not a finished run with two objectives: run `make quickstart` first")
     return config_module.parse(yaml.safe_load(store.read_bytes(layout.CONFIG_FILE))), store
 
 
 @contextmanager
 def without_distilled(run: Path) -> Iterator[Path]:
-    """A copy of a run, until the end of the block, in which two objectives are served by a model of its own each.
+    """A temporary copy of a run in which each of two objectives has its own value model.
 
-    Objectives of a distilled model share it inside a base replica and share nothing in value replicas, so that the two
-    placements would be compared on different work.
+    Objectives of a distilled model share it inside a base replica but not across value replicas, so the two placements
+    would do different work.
     """
     config, store = open_run(run)
     published = values.published(store)
     with tempfile.TemporaryDirectory(prefix="mavis-") as folder:
         copy = Path(folder) / run.name
-        for name in _two(config, published):
+        for name in _first_two(config, published):
             shutil.copytree(
                 run / layout.value_folder(name, published[name]), copy / layout.value_folder(name, published[name])
             )
@@ -107,7 +107,7 @@ def load(run: Path) -> Workload:
     config, store = open_run(run)
     published = values.published(store)
     base = load_base(config.base.model, DTYPE)
-    objectives = _two(config, published)
+    objectives = _first_two(config, published)
     models = {}
     for copy in ("", "_again"):
         for name in objectives:
@@ -117,7 +117,7 @@ def load(run: Path) -> Workload:
     return Workload(config, base, objectives, models, _evaluation_prompts(config, base), _students(store, objectives))
 
 
-def _two(config: Config, published: Collection[str]) -> tuple[str, ...]:
+def _first_two(config: Config, published: Collection[str]) -> tuple[str, ...]:
     """The first two objectives of the config that have a value model."""
     return tuple(name for name in config.objectives if name in published)[:2]
 

@@ -1,1 +1,1 @@
-"""`python -m benchmarks.decode`: the decoder."""
+"""`python -m benchmarks.decode`: speed and quality of the decoder."""

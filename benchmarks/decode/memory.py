@@ -1,4 +1,4 @@
-"""Whether memory grows while an engine answers thousands of short requests."""
+"""Memory growth of an engine over thousands of short requests."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ WAVE = 100  # requests submitted at a time; more than the engine has rows
 
 
 def measure(checkpoints: Sequence[int]) -> dict[str, float]:
-    """Resident memory in MB after each of these numbers of requests, in a process of its own.
+    """Resident memory in MB after each of these numbers of requests, in a separate process.
 
-    Where large models were loaded, growth would hide in the memory that they left free.
+    In a process that had loaded large models, growth could reuse the memory that they had freed.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_soak, tuple(checkpoints)).result()
@@ -62,7 +62,7 @@ def _engine() -> Engine:
 
 
 def _request(name: str, source: random.Random) -> Request:
-    """A short question and a short answer; every second one is guided."""
+    """A short prompt and a short answer; half of the requests are guided."""
     return Request(
         id=name,
         prompt=tuple(source.randrange(1, CONFIG.vocab_size) for _ in range(source.randrange(1, 24))),

@@ -1,7 +1,4 @@
-"""Tokens per second of every way to decode, all in turns: what slows the machine down slows all of them down.
-
-Times are of whole answers, prompts included.
-"""
+"""Tokens per second of every decoding variant, measured in alternation. Times include the prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.common.workload import Workload, mixtures
+from benchmarks.common.workload import Workload, weight_settings
 from benchmarks.decode import naive
 from mavis_dist.decode import Engine, LocalGuide, Scorer
 from mavis_dist.types import TILT_CAP
@@ -19,12 +16,12 @@ from mavis_dist.types import TILT_CAP
 NUM_OBJECTIVES = (1, 2, 4)
 WARMUP_TOKENS = 3
 
-Decode = Callable[[int, int, int], int]  # (concurrent requests, tokens per answer, repetition) -> tokens written
+Decode = Callable[[int, int, int], int]  # (concurrent requests, tokens per answer, repetition) -> tokens generated
 Speeds = dict[str, dict[int, list[float]]]  # variant -> concurrent requests -> tokens/s of every repetition
 
 
 def measure(workload: Workload, sizes: Sequence[int], repetitions: int, tokens: int) -> Speeds:
-    """The naive has entries for 1 request only: it answers one after the other, how many does not matter."""
+    """The reference is measured with 1 request only: it answers one after the other, whatever their number."""
     variants = make_variants(workload, max(sizes))
     turns = [(name, size) for size in sizes for name in variants if name != "reference" or size == 1]
     speeds: Speeds = {name: {} for name in variants}
@@ -43,13 +40,13 @@ def median(speeds: Speeds, name: str, size: int) -> float:
 
 
 def ratio(speeds: Speeds, name: str, other: str, size: int, other_size: int | None = None) -> float:
-    """How many times faster one variant is than the other: of every repetition, then the median."""
+    """Speed of one variant over that of the other: the median of the ratios within a repetition."""
     pairs = zip(speeds[name][size], speeds[other][other_size or size], strict=True)
     return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
 def make_variants(workload: Workload, max_rows: int) -> dict[str, Decode]:
-    """The engine's variants are requests to one engine: a value model that a request gives no weight costs nothing."""
+    """All engine variants share one engine: a value model without weight in a request costs nothing."""
     model = next(iter(workload.models.values()))
     heads = {"first head": (model, 0), "second head": (model, 0)}
     guide = LocalGuide({**workload.models, **heads}, workload.students)
@@ -69,7 +66,7 @@ def _engine(workload: Workload, engine: Engine, objectives: Sequence[str], score
     cap = None if scorer is Scorer.FULL else TILT_CAP
 
     def decode(size: int, tokens: int, repetition: int) -> int:
-        requests = workload.requests(size, mixtures(objectives), tokens, scorer, cap)
+        requests = workload.requests(size, weight_settings(objectives), tokens, scorer, cap)
         return sum(len(choice.tokens) for choices in engine.generate(requests) for choice in choices)
 
     return decode
@@ -100,7 +97,7 @@ def _hugging_face(workload: Workload) -> Decode:
 
 def _reference(workload: Workload) -> Decode:
     def decode(size: int, tokens: int, repetition: int) -> int:
-        requests = workload.requests(len(workload.prompts), mixtures([*workload.models][:2]), tokens)
+        requests = workload.requests(len(workload.prompts), weight_settings([*workload.models][:2]), tokens)
         return len(naive.answer(workload.endless, workload.models, requests[repetition % len(requests)]))
 
     return decode

@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes, and how near it is to what the machine can do."""
+"""Time of the parts of a decode step, and the step's distance from the machine's roofline."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common.workload import Workload, mixtures
+from benchmarks.common.workload import Workload, weight_settings
 from mavis_dist.decode import Engine, LocalGuide, Scorer
 from mavis_dist.types import TILT_CAP
 
 PARTS = ("base", "guide", "sampling", "bookkeeping")
 NUM_OBJECTIVES = 2
-LONGEST_ANSWER = 256  # more tokens than any answer gets before it is cancelled
+LONGEST_ANSWER = 256  # answers are cancelled before they have so many tokens
 READ_BYTES = 512 * 2**20
 MATMUL_SIZE = 2048
 TRIES = 3
@@ -27,7 +27,7 @@ Parts = dict[str, float]  # ms per step
 
 
 class Stopwatch:
-    """Seconds by part. A part that is called by another one is not counted in it."""
+    """Seconds by part, exclusive of parts that are called within it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -51,7 +51,7 @@ class Stopwatch:
 
 
 class Timed:
-    """Any object, the time of whose methods is one part."""
+    """Proxy of an object whose methods are timed as one part."""
 
     def __init__(self, target: Any, watch: Stopwatch, part: str):
         self._target, self._watch, self._part = target, watch, part
@@ -65,7 +65,7 @@ class Timed:
 
 
 class StepClock:
-    """An engine whose parts are timed from outside."""
+    """An engine with timed parts."""
 
     def __init__(self, workload: Workload, max_rows: int):
         self._workload, self._watch = workload, Stopwatch()
@@ -77,14 +77,14 @@ class StepClock:
         self._engine = engine
 
     def measure(self, size: int, num_objectives: int, num_steps: int) -> Parts:
-        """ms per step of each part, from where all prompts are read and all answers are being written."""
-        weights = mixtures([*self._workload.models][:num_objectives])
+        """ms per step of each part, with all prompts prefilled and all rows generating."""
+        weights = weight_settings([*self._workload.models][:num_objectives])
         requests = self._workload.requests(size, weights, LONGEST_ANSWER, Scorer.LAZY, TILT_CAP)
         for request in requests:
             self._engine.submit(request)
-        writing: set[str] = set()
-        while len(writing) < size:
-            writing.update(update.request_id for update in self._step())
+        generating: set[str] = set()
+        while len(generating) < size:
+            generating.update(update.request_id for update in self._step())
         self._watch.seconds.clear()
         for _ in range(num_steps):
             self._step()
@@ -95,13 +95,13 @@ class StepClock:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine can do with the base model."""
+    """Peak rates of the machine."""
 
     read_bytes_per_s: float
     matmul_flops_per_s: float
 
-    def least_ms(self, base: nn.Module, size: int) -> float:
-        """Every weight is read once and takes part in one multiplication per row."""
+    def minimum_ms(self, base: nn.Module, size: int) -> float:
+        """Roofline time of a step: every weight is read once and multiplied once per row."""
         weights = [module.weight for module in base.modules() if isinstance(module, nn.Linear)]
         read_s = sum(w.numel() * w.element_size() for w in weights) / self.read_bytes_per_s
         matmul_s = 2 * size * sum(w.numel() for w in weights) / self.matmul_flops_per_s
@@ -124,7 +124,7 @@ def _shortest(function: Callable[[], Any]) -> float:
 
 
 def measure(workload: Workload, sizes: Sequence[int], repetitions: int, num_steps: int) -> dict[str, Any]:
-    """Medians over repetitions: parts of guided and unguided steps, and the part of the roofline that is reached."""
+    """Medians over repetitions of the parts of guided and unguided steps, and the roofline."""
     clock = StepClock(workload, max(sizes))
     parts: dict[tuple[int, int], list[Parts]] = defaultdict(list)
     machines = []
@@ -137,7 +137,7 @@ def measure(workload: Workload, sizes: Sequence[int], repetitions: int, num_step
     return {
         "step_ms": {f"b{size}": _medians(parts[NUM_OBJECTIVES, size]) for size in sizes},
         "unguided_step_ms": {f"b{size}": _medians(parts[0, size]) for size in sizes},
-        "roofline_ms": {f"b{size}": machine.least_ms(workload.base.model, size) for size in sizes},
+        "roofline_ms": {f"b{size}": machine.minimum_ms(workload.base.model, size) for size in sizes},
         "read_gb_per_s": machine.read_bytes_per_s / 1e9,
         "matmul_gflops": machine.matmul_flops_per_s / 1e9,
     }

@@ -1,6 +1,6 @@
-"""What the cap on the tilt costs and what it saves, on answers that the lazy scorer wrote.
+"""Cost and savings of the tilt cap, on answers of the lazy scorer.
 
-The laws are computed without engine and guides: all candidates of all steps are scored by a forward pass of its own.
+The exact distributions are computed without engine and guides, by separate forward passes over all candidates.
 
 Shapes: T steps of an answer, K candidates, N = T * K, M objectives, S tokens before the last step.
 """
@@ -21,13 +21,13 @@ from mavis_dist.decode import Engine, LocalGuide, Request, Scorer
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.value import ValueModel
 
-NOTABLE_EOS = 1e-4  # the base model's probability from which end-of-answer tokens count in the comparison
-MAX_TOKENS = 48  # of the answers
+NOTABLE_EOS = 1e-4  # end-of-answer tokens are compared where the base model's probability exceeds this
+MAX_TOKENS = 48  # per answer
 
 
 @dataclass(frozen=True)
 class Steps:
-    """All that decides the tokens of one answer."""
+    """Everything that the token distributions of one answer depend on."""
 
     ids_TK: torch.Tensor
     logprobs_TK: torch.Tensor
@@ -37,7 +37,7 @@ class Steps:
     weights_M: torch.Tensor
     beta: float
 
-    def law(self, cap: float) -> torch.Tensor:
+    def distribution(self, cap: float) -> torch.Tensor:
         """The next-token distribution [T, K] at temperature 1 under a cap on the tilt."""
         num_steps = len(self.ids_TK)
         delta_TK = tilt(
@@ -51,16 +51,15 @@ class Steps:
         return torch.softmax(self.logprobs_TK + delta_TK, -1)
 
     def divergence(self, cap: float) -> float:
-        """KL of the law to the candidates' base law, over all steps; nats."""
-        law_TK = self.law(cap)
-        return float(
-            (torch.special.xlogy(law_TK, law_TK) - torch.where(law_TK > 0, law_TK * self.logprobs_TK, 0.0)).sum()
-        )
+        """KL from the candidates' base distribution, summed over all steps; nats."""
+        probs_TK = self.distribution(cap)
+        cross_TK = torch.where(probs_TK > 0, probs_TK * self.logprobs_TK, 0.0)
+        return float((torch.special.xlogy(probs_TK, probs_TK) - cross_TK).sum())
 
 
 @torch.inference_mode()
-def look(base: BaseModel, models: Mapping[str, ValueModel], request: Request, tokens: Sequence[int]) -> Steps:
-    """The steps that led to the tokens of an answer; the weights of the request sum to 1."""
+def replay(base: BaseModel, models: Mapping[str, ValueModel], request: Request, tokens: Sequence[int]) -> Steps:
+    """Recompute the steps of an answer; the weights of the request must sum to 1."""
     ids_TK, logprobs_TK = _candidates(base, request, tokens)
     valued = [_values(models[name], request.prompt, ids_TK, tokens) for name in request.weights]
     return Steps(
@@ -86,8 +85,8 @@ def _candidates(base: BaseModel, request: Request, tokens: Sequence[int]) -> tup
 def _values(
     model: ValueModel, prompt: Sequence[int], ids_TK: torch.Tensor, tokens: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """V(s∘a) of all candidates [T, K] and V(s) [T]: one forward pass over the answer, then one over all candidates,
-    each of which sees the tokens before its step, and itself.
+    """V(s∘a) of all candidates [T, K] and V(s) [T]: one forward pass over the answer, then one over all candidates, in
+    which each attends to the tokens before its step and to itself.
     """
     cache = DynamicCache()
     inputs = torch.tensor([[*prompt, *tokens[:-1]]])
@@ -106,7 +105,7 @@ def _values(
 
 
 def measure(workload: Workload, caps: Sequence[float], num_prompts: int) -> list[dict[str, Any]]:
-    """One entry per setting of the weights and cap: each objective alone, and both alike."""
+    """One entry per cap and setting of the weights (each objective alone, and both equally)."""
     settings = {name: {name: 1.0} for name in workload.objectives}
     settings[" + ".join(workload.objectives)] = dict.fromkeys(workload.objectives, 1 / len(workload.objectives))
     engine = Engine(workload.base, LocalGuide(workload.models), max_rows=num_prompts)
@@ -121,7 +120,7 @@ def measure(workload: Workload, caps: Sequence[float], num_prompts: int) -> list
 def _measure(workload: Workload, engine: Engine, cap: float, requests: Sequence[Request]) -> dict[str, float]:
     choices = [choices[0] for choices in engine.generate(requests)]
     pairs = zip(requests, choices, strict=True)
-    steps = [look(workload.base, workload.models, request, choice.tokens) for request, choice in pairs]
+    steps = [replay(workload.base, workload.models, request, choice.tokens) for request, choice in pairs]
     differences = [_differences(s, cap) for s in steps]
     variation = [x for variation, _ in differences for x in variation]
     eos = [x for _, eos in differences for x in eos]
@@ -136,9 +135,10 @@ def _measure(workload: Workload, engine: Engine, cap: float, requests: Sequence[
 
 
 def _differences(steps: Steps, cap: float) -> tuple[list[float], list[float]]:
-    """Per step, total variation between the laws with and without the cap; and the same of end-of-answer alone, where
-    the base model might end the answer."""
-    difference_TK = steps.law(cap) - steps.law(float("inf"))
+    """Per step, total variation between the distributions with and without the cap; and the difference in the
+    probability of ending the answer, at steps where the base model's exceeds NOTABLE_EOS.
+    """
+    difference_TK = steps.distribution(cap) - steps.distribution(float("inf"))
     is_notable_T = torch.where(steps.is_eos_TK, steps.logprobs_TK.exp(), 0.0).sum(-1) > NOTABLE_EOS
     eos_T = torch.where(steps.is_eos_TK, difference_TK, 0.0).sum(-1).abs()
     return (difference_TK.abs().sum(-1) / 2).tolist(), eos_T[is_notable_T].tolist()

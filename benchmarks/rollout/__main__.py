@@ -2,7 +2,7 @@
 
     python -m benchmarks.rollout [--quick] [--json FILE] [--run runs/quickstart]
 
-Needs the value models of a finished run. Prints tables and, with --json, writes every number.
+Needs the value models of a finished run. Prints tables and writes all figures to docs/figures/rollout.json.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Scale:
     """How much is measured."""
 
     repetitions: int
-    prompts: int  # whose trees an engine grows side by side, in a repetition
-    plain_prompts: int  # whose trees the reference grows one after the other
-    actor_prompts: int
-    stages: int  # repetitions of the pipeline's stage
+    prompts: int  # trees that the engine grows concurrently, per repetition
+    plain_prompts: int  # trees that the reference grows one after the other
+    actor_prompts: int  # trees of the rollout stage
+    stages: int  # repetitions of the rollout stage
 
 
 FULL = Scale(repetitions=3, prompts=24, plain_prompts=2, actor_prompts=24, stages=2)
@@ -59,11 +59,11 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         **asdict(scale),
     }
-    say(f"{conditions}\nOther load on these cores spoils the figures, and leaves the ratios rough.")
+    command.say_conditions(conditions)
     prefixes = engine_trees.prefix_tokens(config, base, shape_of(config.rollout.first, config.rollout), scale.prompts)
     speeds = engine_trees.measure(config, store, base, scale.prompts, scale.plain_prompts, scale.repetitions)
     say(rate_table("answer tokens/s", speeds.per_s))
-    say(rate_table("answer tokens/s of processor time", speeds.per_cpu_s))
+    say(rate_table("answer tokens per CPU second", speeds.per_cpu_s))
     actors = stages.growth_rates(config, scale.actor_prompts, scale.stages)
     say(rate_table("answer tokens/s", actors))
     headline = headlines(speeds, actors, prefixes)
@@ -93,7 +93,7 @@ def headlines(speeds: Speeds, actors: Rates, prefixes: dict[str, int]) -> dict[s
 
 def rate_table(unit: str, rates: Rates) -> str:
     rows: list[list[str | float]] = [[name, median(found), min(found), max(found)] for name, found in rates.items()]
-    return table([unit, "median", "least", "most"], rows)
+    return table([unit, "median", "minimum", "maximum"], rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answer tokens per second of growing trees on one engine and plainly, in turns, and how many tokens forks save."""
+"""Answer tokens per second of growing trees on one engine and by the reference; prefix tokens that forks save."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.interleave import Speeds, take_turns
-from benchmarks.common.trees import Question, grow, questions_of, shape_of, turn
+from benchmarks.common.trees import Question, grow, questions_of, repetition_questions, shape_of
 from benchmarks.rollout.naive import PlainGrower
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Shape, Tree
@@ -23,7 +23,7 @@ from mavis_dist.types import Policy
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to grow trees."""
+    """One method of growing trees."""
 
     grow: Callable[[Shape, Sequence[Question]], list[Tree]]
     shape: Shape
@@ -33,7 +33,7 @@ class Variant:
 def measure(
     config: Config, store: Store, base: BaseModel, num_prompts: int, num_plain_prompts: int, repetitions: int
 ) -> Speeds:
-    """Answer tokens per second of every variant. Plain trees come one after the other: how many does not matter."""
+    """Answer tokens per second of every variant. The reference's speed does not depend on the number of its trees."""
     variants = make_variants(config, store, base, num_prompts, num_plain_prompts)
     questions = questions_of(config, base)
     for variant in variants.values():
@@ -41,7 +41,7 @@ def measure(
 
     def tokens_of(variant: Variant) -> Callable[[int], int]:
         def run(repetition: int) -> int:
-            trees = variant.grow(variant.shape, turn(questions, repetition, variant.num_prompts))
+            trees = variant.grow(variant.shape, repetition_questions(questions, repetition, variant.num_prompts))
             return sum(len(tree.tokens) for tree in trees)
 
         return run
@@ -52,7 +52,7 @@ def measure(
 def make_variants(
     config: Config, store: Store, base: BaseModel, num_prompts: int, num_plain_prompts: int
 ) -> dict[str, Variant]:
-    """Base trees on an engine and plainly; the trees of every objective's own policy on an engine with its guide."""
+    """Base trees on an engine and by the reference, and tilted trees of every objective on an engine with its guide."""
     rollout = config.rollout
     first, later = shape_of(rollout.first, rollout), shape_of(rollout.later, rollout)
     engine = Engine(base, max_rows=rollout.rows)
@@ -66,7 +66,7 @@ def make_variants(
 
 
 def make_guide(config: Config, store: Store, objective: str) -> LocalGuide:
-    """The value model behind an objective's trees of iteration 1."""
+    """The value model that tilts an objective's trees in iteration 1."""
     model, _ = value.load(values.fetch(store, objective, 0), getattr(torch, config.base.dtype))
     return LocalGuide({objective: model})
 
@@ -84,7 +84,7 @@ def _plainly(base: BaseModel, config: Config, per_child: bool) -> Callable[[Shap
 
 
 class EncodingCounter:
-    """An engine's slots, with a count of the tokens that are encoded before rows write."""
+    """Proxy of an engine's slots that counts the prefilled tokens."""
 
     def __init__(self, slots: Any):
         self._slots, self.num_tokens = slots, 0
@@ -104,9 +104,9 @@ class EncodingCounter:
 
 
 def prefix_tokens(config: Config, base: BaseModel, shape: Shape, num_prompts: int) -> dict[str, int]:
-    """Tokens of prompts and paths before all segments of some trees, and those of them that the engine computes.
+    """Prefix tokens (prompt and path) of all segments of some trees, and how many of them the engine computes.
 
-    The last token of every prefix is computed in the row's first step, wherever the others come from.
+    The last token of every prefix is computed in the row's first step, even if a fork copied the others.
     """
     engine: Any = Engine(base, max_rows=config.rollout.rows)
     engine._base = counter = EncodingCounter(engine._base)
@@ -116,6 +116,6 @@ def prefix_tokens(config: Config, base: BaseModel, shape: Shape, num_prompts: in
 
 
 def num_prefix_tokens(tree: Tree) -> int:
-    """Tokens that one sequence per segment encodes before it writes."""
+    """Prefix tokens that one sequence per segment computes."""
     answers = sum(len(tree.answer(node)) - tree.length(node) for node in range(tree.num_nodes))
     return tree.num_nodes * len(tree.prompt_tokens) + answers

@@ -1,6 +1,6 @@
-"""Trees of rollouts grown plainly: `generate` of Hugging Face for every node, on the prompt and path so far.
+"""Reference for growing trees: Hugging Face `generate` for every node, on the prompt and path so far.
 
-The growth rule is that of the project (arXiv 2508.13415); nothing is kept from one call to the next.
+The growth rule is the project's (arXiv 2508.13415); no cache is kept between calls.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from mavis_dist.types import BASE_POLICY
 
 @dataclass(frozen=True)
 class State:
-    """Where children start: after the first `cut` tokens of a node."""
+    """A state that children start at: after the first `cut` tokens of a node."""
 
     parent: int
     cut: int
-    answer: tuple[int, ...]  # the tokens before it, the prompt not counted
+    answer: tuple[int, ...]  # the tokens before it, without the prompt
     layer: int  # 0 at the prompt
 
 
 class PlainGrower:
-    """One tree at a time, drawn from the base model cut to its `top_k` most likely tokens."""
+    """Grows one tree at a time from the base model with top-k sampling."""
 
     def __init__(self, base: BaseModel, shape: Shape, top_k: int, seed: int, per_child: bool = False):
-        """`per_child`: a call of its own for every child, not one call for all children of a node."""
+        """`per_child`: one call per child instead of one call for all children of a node."""
         self._base, self._shape, self._top_k, self._per_child = base, shape, top_k, per_child
         self._random = random.Random(seed)
         torch.manual_seed(seed)
@@ -48,14 +48,14 @@ class PlainGrower:
 
     def _children(self, prompt: tuple[int, ...], state: State) -> Iterator[list[int]]:
         """The tokens of every segment that starts at a state."""
-        shape, num_written = self._shape, len(state.answer)
+        shape, num_tokens = self._shape, len(state.answer)
         count = shape.root if state.layer == 0 else shape.children
-        length = segment_length(shape, state.layer, shape.max_tokens - num_written, self._random.random())
+        length = segment_length(shape, state.layer, shape.max_tokens - num_tokens, self._random.random())
         for num_rows in [1] * count if self._per_child else [count]:
-            yield from self._generate(prompt + state.answer, length, num_rows, min_tokens=int(num_written == 0))
+            yield from self._generate(prompt + state.answer, length, num_rows, min_tokens=int(num_tokens == 0))
 
     def _absorb(self, builder: TreeBuilder, state: State, tokens: list[int]) -> list[State]:
-        """Add a finished segment; the states that children start at."""
+        """Add a finished segment; returns the states that its children start at."""
         shape, answer = self._shape, (*state.answer, *tokens)
         is_stop, is_longest = tokens[-1] in self._base.eos_ids, len(answer) == shape.max_tokens
         finish = Finish.STOP if is_stop else Finish.LENGTH if is_longest else Finish.OPEN
@@ -86,6 +86,6 @@ class PlainGrower:
         return [self._up_to_end(row) for row in rows[:, len(prefix) :].tolist()]
 
     def _up_to_end(self, tokens: list[int]) -> list[int]:
-        """Without what pads a row that ended before the others."""
+        """The tokens of a row without its padding."""
         ends = [i for i, token in enumerate(tokens) if token in self._base.eos_ids]
         return tokens[: ends[0] + 1] if ends else tokens

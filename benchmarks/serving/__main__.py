@@ -3,7 +3,8 @@
     python -m benchmarks.serving [--quick] [--json FILE] [--run runs/quickstart]
 
 Needs the value models of a finished run. Deploys the service on loopback, with the value models inside the base replica
-and then in replicas of their own, and takes it down again. Prints tables and, with --json, writes every number.
+and then in their own replicas, and takes it down again. Prints tables and writes all figures to
+docs/figures/serving.json.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ if TYPE_CHECKING:
     from benchmarks.common.interleave import Speeds
     from mavis_dist.config import Config
 
-# The bare engine has the machine to itself; a replica has the threads that Ray gives for the cores that it reserves.
+# The bare engine has the machine to itself; Ray gives a replica as many threads as it reserves cores.
 ENGINE_THREADS = 2
 ROWS = 16
 PLACEMENTS = ("colocated", "replicas")
 RAMP = 0.25  # of a window
-LEAVE_S = 2.0  # for the rows of clients that left
+RELEASE_S = 2.0  # until the rows of disconnected clients are released
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much is measured."""
 
-    clients: tuple[int, ...]  # streams at a time, closed loop
-    rounds: int  # answers of each client
-    repetitions: int  # of service and bare engine, in turns, each with all rounds
+    clients: tuple[int, ...]  # concurrent streams, closed loop
+    rounds: int  # answers per client
+    repetitions: int  # of service and bare engine in alternation, each with all rounds
     tokens: int  # longest answer
-    overload: tuple[float, ...]  # requests that arrive, over those that can be answered
-    window_s: float  # of every overload
+    overload: tuple[float, ...]  # arriving requests over those that can be answered
+    window_s: float  # per overload
 
 
 FULL = Scale((1, 4, 16, 32), 3, 4, 64, (1, 2, 5, 10), 60.0)
@@ -50,7 +51,7 @@ QUICK = Scale((1, 16), 1, 1, 16, (1, 2, 5, 10), 8.0)
 
 @dataclass
 class Cost:
-    """What the service spent while it was measured against the engine."""
+    """CPU time of the service while it was compared with the engine."""
 
     num_tokens: int = 0
     service_cpu_s: float = 0.0
@@ -65,7 +66,7 @@ class Cost:
 
 @dataclass
 class Measured:
-    """One placement."""
+    """The measurements of one placement."""
 
     speeds: Speeds
     cost: Cost
@@ -84,7 +85,7 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
     config, _ = open_run(run)
     torch.set_num_threads(ENGINE_THREADS)
     conditions = {"model": config.base.model, "load_before": os.getloadavg()[0], "rows": ROWS, **asdict(scale)}
-    say(f"{conditions}\nService, clients and bare engine share these cores; other load on them spoils the figures.")
+    command.say_conditions(conditions)
     with without_distilled(run) as copy:
         measured, overloads = _measure(config, copy, scale)
     say(closed_table(measured))
@@ -96,17 +97,17 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
 
 
 def _measure(config: Config, run: Path, scale: Scale) -> tuple[dict[str, Measured], dict[str, dict[str, Any]]]:
-    """Both placements against the engine, and what becomes of overload where value models have replicas."""
-    from benchmarks.common.http_load import clients
-    from benchmarks.common.service import served, service
+    """Both placements against the engine, and overload with value models in their own replicas."""
+    from benchmarks.common.http_load import client_process
+    from benchmarks.common.service import service, service_config
 
     settings = {"rows": ROWS, "base_replicas": 1, "value_replicas": 1, "cpus_per_replica": 0.25}
     bodies = {count: make_bodies(config, count * scale.rounds, scale.tokens) for count in {ROWS, *scale.clients}}
-    engine = bare_engine(served(config, run, **settings, placement="colocated"), bodies[ROWS])
+    engine = bare_engine(service_config(config, run, **settings, placement="colocated"), bodies[ROWS])
     measured: dict[str, Measured] = {}
-    with clients() as process:
+    with client_process() as process:
         for placement in PLACEMENTS:
-            with service(served(config, run, **settings, placement=placement)) as url:
+            with service(service_config(config, run, **settings, placement=placement)) as url:
                 measured[placement] = _against_engine(process, url, bodies[ROWS], engine, scale.repetitions)
                 for count in scale.clients:
                     measured[placement].closed[count] = _closed(process, url, bodies[count], count)
@@ -117,12 +118,12 @@ def _measure(config: Config, run: Path, scale: Scale) -> tuple[dict[str, Measure
 
 
 def make_bodies(config: Config, count: int, tokens: int) -> list[Body]:
-    """Different questions, seeds and weights, as many users would send them."""
-    from benchmarks.common.workload import mixtures
+    """Bodies with different questions, seeds and weights."""
+    from benchmarks.common.workload import weight_settings
     from mavis_dist.prompts import load_prompts
 
     _, prompts = load_prompts(config.prompts, config.seed)
-    weights = mixtures([*config.objectives][:2])
+    weights = weight_settings([*config.objectives][:2])
     return [
         {
             "model": config.base.model,
@@ -136,7 +137,7 @@ def make_bodies(config: Config, count: int, tokens: int) -> list[Body]:
 
 
 def bare_engine(config: Config, bodies: Sequence[Body]) -> Callable[[int], float]:
-    """The same requests to the engine of a base replica, in this process; returns tokens written."""
+    """A function that answers the same requests with the engine of a base replica, in this process; returns tokens."""
     import torch
 
     from mavis_dist.decode import Engine, Request, SamplingParams
@@ -161,10 +162,10 @@ def bare_engine(config: Config, bodies: Sequence[Body]) -> Callable[[int], float
         for i, body in enumerate(bodies)
     ]
 
-    def write(repetition: int) -> float:
+    def generate(repetition: int) -> float:
         return sum(len(choice.tokens) for choices in engine.generate(requests) for choice in choices)
 
-    return write
+    return generate
 
 
 def _against_engine(
@@ -177,14 +178,14 @@ def _against_engine(
     cost = Cost()
 
     def over_http(repetition: int) -> float:
-        began = cpu_s()
+        started = cpu_s()
         load = closed_loop(process, url, bodies, ROWS).result()
-        cost.service_cpu_s += cpu_s() - began
+        cost.service_cpu_s += cpu_s() - started
         cost.clients_cpu_s += load.cpu_s
         cost.num_tokens += load.num_tokens
         return load.num_tokens
 
-    closed_loop(process, url, bodies[:ROWS], ROWS).result()  # what is done once is done before the clock runs
+    closed_loop(process, url, bodies[:ROWS], ROWS).result()  # warm-up
     engine(0)
     cost.num_tokens, cost.service_cpu_s, cost.clients_cpu_s = 0, 0.0, 0.0
     return Measured(take_turns({"engine": engine, "http": over_http}, repetitions), cost)
@@ -199,7 +200,7 @@ def _closed(process: ProcessPoolExecutor, url: str, bodies: list[Body], count: i
 def _overloads(
     process: ProcessPoolExecutor, url: str, bodies: list[Body], capacity: float, scale: Scale
 ) -> dict[str, dict[str, Any]]:
-    """By factor: tokens/s that reach clients in whole, and what becomes of the other requests."""
+    """By factor: tokens/s of whole answers, and how the other requests ended."""
     from benchmarks.common.http_load import arrivals, failures, goodput, open_loop, percentiles
 
     window = scale.window_s
@@ -212,16 +213,16 @@ def _overloads(
             "goodput": goodput(load, RAMP * window, window),
             "requests": len(load.outcomes),
             "whole": len(whole),
-            "left": sum(outcome.has_left for outcome in load.outcomes),
+            "left": sum(outcome.timed_out for outcome in load.outcomes),
             "first_token_ms": percentiles([outcome.time_to_first for outcome in whole]),
             **failures(load.outcomes),
         }
-        time.sleep(LEAVE_S)
+        time.sleep(RELEASE_S)
     return figures
 
 
 def headlines(measured: dict[str, Measured], overloads: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The bare engine is the yardstick of both placements: it was measured in turns with each."""
+    """Both placements are compared through the bare engine, which was measured in alternation with each."""
     from benchmarks.common.interleave import ratio
 
     ratios = {name: ratio(m.speeds.per_s["http"], m.speeds.per_s["engine"]) for name, m in measured.items()}
@@ -239,7 +240,7 @@ def headlines(measured: dict[str, Measured], overloads: dict[str, dict[str, Any]
 
 
 def closed_table(measured: dict[str, Measured]) -> str:
-    head = ["streams at a time", "tokens/s", "first: p50", "p95", "p99 ms", "token: p50", "p95", "p99 ms"]
+    head = ["concurrent streams", "tokens/s", "first: p50", "p95", "p99 ms", "token: p50", "p95", "p99 ms"]
     rows = [
         [
             f"{placement}, {count}",
@@ -249,14 +250,14 @@ def closed_table(measured: dict[str, Measured]) -> str:
         for placement, m in measured.items()
         for count, figures in m.closed.items()
     ]
-    return table(head, rows, first=24)
+    return table(head, rows)
 
 
 def overload_table(overloads: dict[str, dict[str, Any]]) -> str:
     columns = {"goodput": "tokens/s", "requests": "requests", "whole": "whole", "left": "left", "refused_429": "429"}
     columns |= {"refused_429_with_retry_after": "retry after", "answered_5xx": "5xx", "broken": "broken"}
     rows = [[name, *(figures[key] for key in columns)] for name, figures in overloads.items()]
-    return table(["load over capacity", *columns.values()], rows, first=24)
+    return table(["load over capacity", *columns.values()], rows)
 
 
 if __name__ == "__main__":

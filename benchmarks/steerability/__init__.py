@@ -1,1 +1,1 @@
-"""`python -m benchmarks.steerability`: preferences given as sentences."""
+"""`python -m benchmarks.steerability`: steering by preferences."""

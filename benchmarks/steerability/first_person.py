@@ -1,4 +1,4 @@
-"""A reward that sentences can move and no value model was trained on: how much an answer speaks of its writer."""
+"""A reward that no value model was trained on: the share of words in the first person."""
 
 from __future__ import annotations
 

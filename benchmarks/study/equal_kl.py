@@ -1,7 +1,7 @@
 """Gains of several value models at the same divergence from the base model, with paired bootstrap intervals.
 
-A value model is asked at a few strengths, and every strength spends some KL and gains some reward. Between them, and
-from the origin (no tilt, no gain) to the first, the gain is interpolated linearly in the KL.
+A value model is measured at a few strengths, each with a KL and a gain in reward. Between them, and from the origin (no
+tilt, no gain) to the first, the gain is interpolated linearly in the KL.
 
 Shapes: P prompts, S strengths in ascending order, R resamples.
 """
@@ -20,9 +20,9 @@ BOUNDS = (0.025, 0.975)  # of a 95 % interval
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What one value model does at every strength."""
+    """KL and gain of one value model at every strength."""
 
-    kl_SP: np.ndarray  # nats spent on the answer to each prompt
+    kl_SP: np.ndarray  # nats of the answer to each prompt
     gain_SP: np.ndarray  # reward above that of the base model's answer to the same prompt, sd
 
 
@@ -30,14 +30,14 @@ class Curve:
 class AtKl:
     """A gain, or a difference of gains, at one KL."""
 
-    estimate: Estimate | None  # none: a curve does not reach this KL, and nothing is extrapolated
-    reached: float  # part of the resamples whose curves reach it; the interval is over these
+    estimate: Estimate | None  # None: a curve does not reach this KL; nothing is extrapolated
+    reached: float  # share of the resamples whose curves reach it; the interval covers these
 
 
 def resamples(count: int) -> np.ndarray:
     """Weights [1 + R, P] whose rows sum to 1: the sample itself, then bootstrap resamples of its members.
 
-    The seed is fixed, so that all that is computed for the same prompts is paired. One member alone has no resamples.
+    The seed is fixed, so that everything computed for the same prompts is paired. A single member has no resamples.
     """
     whole_1P = np.full((1, count), 1 / count)
     if count < 2:
@@ -46,9 +46,9 @@ def resamples(count: int) -> np.ndarray:
 
 
 def gains_at(curve: Curve, kl: float, weights_RP: np.ndarray) -> np.ndarray:
-    """The mean gain [R] where a curve first spends a mean of `kl` nats, in every resample; nan where it never does.
+    """The mean gain [R] at which a curve first reaches a mean KL of `kl` nats, per resample; nan if it never does.
 
-    The strengths are walked in ascending order: more strength may spend less, as where it ends answers early.
+    Strengths are taken in ascending order. The KL need not increase with them: strong tilts can end answers early.
     """
     origin_R1 = np.zeros((len(weights_RP), 1))
     kl_RS = np.hstack([origin_R1, weights_RP @ curve.kl_SP.T])
@@ -64,7 +64,7 @@ def gains_at(curve: Curve, kl: float, weights_RP: np.ndarray) -> np.ndarray:
 
 
 def summarise(value_R: np.ndarray) -> AtKl:
-    """A figure of the sample (first entry) with the interval over its resamples (the others)."""
+    """The value of the sample (first entry) with the interval over its resamples (the others)."""
     resampled_R = value_R[1:]
     known_R = resampled_R[~np.isnan(resampled_R)]
     reached = len(known_R) / max(len(resampled_R), 1)

@@ -1,4 +1,4 @@
-"""From measured answers and errors to the figures of the study. Plain values; no models.
+"""Computes the figures of the study from answers and errors. Plain values; no models.
 
 Shapes: P prompts, S strengths, R resamples.
 """
@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.answers import Answers
-from benchmarks.common.result_cache import Subject
+from benchmarks.common.result_cache import EvaluatedModel
 from benchmarks.study.answers_by_beta import BASE, Setting
 from benchmarks.study.equal_kl import AtKl, Curve, gains_at, resamples, summarise
 from benchmarks.study.value_error import HeldOut
 from mavis_dist.evaluate.sweep import Estimate, bootstrap
 
-Errors = tuple[float | None, float | None]  # validation error and R²; none without held-out trees
+Errors = tuple[float | None, float | None]  # validation error and R²; None without held-out trees
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What one strength costs and brings, means over the prompts."""
+class StrengthResult:
+    """KL, length and gain at one strength, means over the prompts."""
 
     beta: float
     divergence: float  # nats per answer
@@ -37,18 +37,18 @@ class Row:
 
     objective: str
     label: str
-    validation_error: float | None  # sd^2; none without held-out trees
+    validation_error: float | None  # sd^2; None without held-out trees
     r2: float | None
     gain: AtKl  # at the KL that all rows of the objective share
     gain_over: dict[str, AtKl]  # label of another row -> difference in gain
-    strengths: list[Spent]
-    error_over: Estimate | None = None  # difference in validation error to the reference, on the same trees
-    gate: dict[str, Any] | None = None  # the run's own decision about publishing
+    strengths: list[StrengthResult]
+    error_over: Estimate | None = None  # difference in validation error from the reference, on the same trees
+    gate: dict[str, Any] | None = None  # the run's own decision to publish
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that the page shows."""
+    """All figures of the page."""
 
     conditions: dict[str, str]
     kl: dict[str, float]  # objective -> nats at which gains are compared
@@ -62,21 +62,21 @@ class Results:
 
 @dataclass(frozen=True)
 class Scored:
-    """The answers of one value model at every strength, scored by its own objective."""
+    """One value model at every strength, scored by its own objective."""
 
     curve: Curve
-    strengths: list[Spent]
+    strengths: list[StrengthResult]
 
 
-def score(answers: Mapping[Setting, Answers], subject: Subject, betas: Sequence[float]) -> Scored:
+def score(answers: Mapping[Setting, Answers], model: EvaluatedModel, betas: Sequence[float]) -> Scored:
     """A value model's gains over the base model's answers to the same prompts, in sd of its objective."""
-    settings = [Setting(subject.name, beta) for beta in betas]
-    base_P = np.array(answers[BASE].reward[subject.objective])
-    reward_SP = np.array([answers[setting].reward[subject.objective] for setting in settings])
-    gain_SP = (reward_SP - base_P) / subject.scale.sd
+    settings = [Setting(model.name, beta) for beta in betas]
+    base_P = np.array(answers[BASE].reward[model.objective])
+    reward_SP = np.array([answers[setting].reward[model.objective] for setting in settings])
+    gain_SP = (reward_SP - base_P) / model.scale.sd
     kl_SP = np.array([answers[setting].divergence for setting in settings])
     strengths = [
-        Spent(setting.beta, float(kl_P.mean()), float(np.mean(answers[setting].num_tokens)), bootstrap(gain_P))
+        StrengthResult(setting.beta, float(kl_P.mean()), float(np.mean(answers[setting].num_tokens)), bootstrap(gain_P))
         for setting, kl_P, gain_P in zip(settings, kl_SP, gain_SP, strict=True)
     ]
     return Scored(Curve(kl_SP, gain_SP), strengths)
@@ -88,7 +88,7 @@ def middle(betas: Sequence[float]) -> int:
 
 
 def compare(
-    subjects: Sequence[Subject],
+    models: Sequence[EvaluatedModel],
     scored: Mapping[str, Scored],
     kl: float,
     others: Mapping[str, Sequence[str]],
@@ -97,26 +97,24 @@ def compare(
     """One row per value model of an objective.
 
     Args:
-        scored: name of a value model -> what its answers scored.
+        scored: by name of the value model.
         kl: nats at which the gains are compared.
-        others: label -> labels of the rows that its gain is compared to.
+        others: label -> labels of the rows that its gain is compared with.
         errors: validation error and R² of each value model.
     """
-    weights_RP = resamples(scored[subjects[0].name].curve.kl_SP.shape[1])
-    gains = {subject.label: gains_at(scored[subject.name].curve, kl, weights_RP) for subject in subjects}
+    weights_RP = resamples(scored[models[0].name].curve.kl_SP.shape[1])
+    gains = {model.label: gains_at(scored[model.name].curve, kl, weights_RP) for model in models}
     return [
         Row(
-            objective=subject.objective,
-            label=subject.label,
+            objective=model.objective,
+            label=model.label,
             validation_error=error,
             r2=r2,
-            gain=summarise(gains[subject.label]),
-            gain_over={
-                other: summarise(gains[subject.label] - gains[other]) for other in others.get(subject.label, ())
-            },
-            strengths=scored[subject.name].strengths,
+            gain=summarise(gains[model.label]),
+            gain_over={other: summarise(gains[model.label] - gains[other]) for other in others.get(model.label, ())},
+            strengths=scored[model.name].strengths,
         )
-        for subject, (error, r2) in zip(subjects, errors, strict=True)
+        for model, (error, r2) in zip(models, errors, strict=True)
     ]
 
 

@@ -1,11 +1,11 @@
-"""The figures of finished runs: every iteration of a study, and the variants of its first one. No Ray."""
+"""Measures finished runs: every iteration of a study, and the variants of iteration 0. No Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from benchmarks.common.result_cache import Subject, subject
+from benchmarks.common.result_cache import EvaluatedModel, evaluated_model
 from benchmarks.study import answers_by_beta, value_error
 from benchmarks.study.conditions import describe
 from benchmarks.study.figures import Errors, Results, Row, Scored, compare, error_difference, middle, score
@@ -17,12 +17,11 @@ from mavis_dist.store.files import Store
 REFERENCE = "as configured"
 
 
-def measure(config: Config, variants: Sequence[Variant], betas: Sequence[float], command: str) -> Results:
-    """All figures about finished runs; needs no cluster.
+def measure(config: Config, variants: Sequence[Variant], betas: Sequence[float]) -> Results:
+    """All figures of finished runs; needs no cluster.
 
     Args:
         betas: ascending strengths; iteration 0 at the middle one sets the KL at which gains are compared.
-        command: what the page says it was made with.
 
     Raises:
         StoreError: a value model is not finished.
@@ -30,12 +29,12 @@ def measure(config: Config, variants: Sequence[Variant], betas: Sequence[float],
     store = Store(config.storage, config.run)
     chains = {name: iterations_of(config, store, name) for name in config.objectives}
     changed = {name: variants_of(config, name, variants) for name in config.objectives}
-    subjects = [one for family in (*chains.values(), *changed.values()) for one in family]
-    answers = answers_by_beta.measure(config, store, subjects, betas)
-    scored = {one.name: score(answers, one, betas) for one in subjects}
+    models = [one for family in (*chains.values(), *changed.values()) for one in family]
+    answers = answers_by_beta.measure(config, store, models, betas)
+    scored = {one.name: score(answers, one, betas) for one in models}
     kl = {name: scored[chain[0].name].strengths[middle(betas)].divergence for name, chain in chains.items()}
     return Results(
-        conditions=describe(config, betas, command),
+        conditions=describe(config, betas),
         kl=kl,
         middle_beta=betas[middle(betas)],
         iterations=[row for name in chains for row in iteration_rows(config, store, chains[name], scored, kl[name])],
@@ -48,17 +47,17 @@ def measure(config: Config, variants: Sequence[Variant], betas: Sequence[float],
     )
 
 
-def iterations_of(config: Config, store: Store, objective: str) -> list[Subject]:
-    return [subject(store, objective, str(i), f"iteration {i}", i) for i in range(config.iterations)]
+def iterations_of(config: Config, store: Store, objective: str) -> list[EvaluatedModel]:
+    return [evaluated_model(store, objective, str(i), f"iteration {i}", i) for i in range(config.iterations)]
 
 
-def variants_of(config: Config, objective: str, variants: Sequence[Variant]) -> list[Subject]:
+def variants_of(config: Config, objective: str, variants: Sequence[Variant]) -> list[EvaluatedModel]:
     stores = [Store(config.storage, variant.config(config).run) for variant in variants]
-    return [subject(store, objective, v.name, v.label) for store, v in zip(stores, variants, strict=True)]
+    return [evaluated_model(store, objective, v.name, v.label) for store, v in zip(stores, variants, strict=True)]
 
 
 def iteration_rows(
-    config: Config, store: Store, chain: Sequence[Subject], scored: Mapping[str, Scored], kl: float
+    config: Config, store: Store, chain: Sequence[EvaluatedModel], scored: Mapping[str, Scored], kl: float
 ) -> list[Row]:
     """One objective's iterations, each against the first and against the one before it."""
     labels = [one.label for one in chain]
@@ -71,12 +70,12 @@ def iteration_rows(
 def variant_rows(
     config: Config,
     store: Store,
-    first: Subject,
-    changed: Sequence[Subject],
+    first: EvaluatedModel,
+    changed: Sequence[EvaluatedModel],
     scored: Mapping[str, Scored],
     kl: float,
 ) -> list[Row]:
-    """One objective's iteration 0, the reference, and its variants against it; all on the same held-out trees."""
+    """One objective's iteration 0 as the reference, and its variants against it, on the same held-out trees."""
     family = [replace(first, label=REFERENCE), *changed]
     measured = [value_error.measure(config, store, one) for one in family]
     others = {one.label: [REFERENCE] for one in changed}
@@ -88,12 +87,12 @@ def variant_rows(
     ]
 
 
-def errors(config: Config, store: Store, subject: Subject) -> Errors:
-    """Validation error and R² as the training noted them, or else computed."""
-    facts = store.metadata(layout.value_folder(subject.objective, subject.iteration)) or {}
-    if "validation_error" in facts:
-        return facts["validation_error"], facts["explained_variance"]
-    return figures(value_error.measure(config, store, subject))
+def errors(config: Config, store: Store, model: EvaluatedModel) -> Errors:
+    """Validation error and R² as stored by the training, else computed."""
+    metadata = store.metadata(layout.value_folder(model.objective, model.iteration)) or {}
+    if "validation_error" in metadata:
+        return metadata["validation_error"], metadata["explained_variance"]
+    return figures(value_error.measure(config, store, model))
 
 
 def figures(measured: value_error.HeldOut | None) -> Errors:

@@ -1,4 +1,4 @@
-"""How well value models predict the trees that they did not train on. No Ray.
+"""Errors of value models on held-out trees. No Ray.
 
 Shapes: T held-out trees, X targets of all of them side by side.
 """
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from benchmarks.common.result_cache import Subject, cell_path
+from benchmarks.common.result_cache import EvaluatedModel, result_path
 from mavis_dist.config import Config
 from mavis_dist.models import value
 from mavis_dist.prompts import held_out, load_prompts
@@ -37,11 +37,11 @@ class HeldOut:
         return (weights_RT @ np.array(self.error_T)) / (weights_RT @ np.array(self.weight_T))
 
 
-def measure(config: Config, store: Store, subject: Subject) -> HeldOut | None:
+def measure(config: Config, store: Store, model: EvaluatedModel) -> HeldOut | None:
     """The error of a value model on the held-out trees of the policy that it values, with targets at every token.
 
-    A variant learns from copies of the trees in `store`, so all value models of an iteration meet the same ones. None
-    if no tree is held out.
+    Variants learn from copies of the trees in `store`, so all value models of an iteration are measured on the same
+    ones. None if no tree is held out.
     """
     if config.prompts.validation == 0:
         return None
@@ -49,25 +49,25 @@ def measure(config: Config, store: Store, subject: Subject) -> HeldOut | None:
     ids = frozenset(prompt.id for prompt in held_out(config.prompts, prompts))
     config = config.model_copy(update={"train": config.train.model_copy(update={"targets": "token"})})
     inputs = {
-        "value_model": subject.fingerprint,
+        "value_model": model.fingerprint,
         "prompts": sorted(ids),
-        "scale": asdict(subject.scale),
-        "zeta": zeta(config, subject.iteration),
+        "scale": asdict(model.scale),
+        "zeta": zeta(config, model.iteration),
         "depth_balance": config.train.depth_balance,
         "split_backup": config.train.split_backup,
     }
-    path = cell_path("value_error", subject.name, inputs)
+    path = result_path("value_error", model.name, inputs)
     if not store.exists(path):
-        store.write_json(path, asdict(_measure(config, store, subject, ids)))
+        store.write_json(path, asdict(_measure(config, store, model, ids)))
     return HeldOut(**store.read_json(path))
 
 
-def _measure(config: Config, store: Store, subject: Subject, ids: frozenset[str]) -> HeldOut:
+def _measure(config: Config, store: Store, model: EvaluatedModel, ids: frozenset[str]) -> HeldOut:
     torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
-    # Where the training of the value model started does not matter to its targets.
-    _, trees = data_of(Fit(subject.objective, subject.iteration, None, subject.scale, ids), config, store)
-    model, _ = value.load(subject.folder, device=config.base.device)
-    predictions = predict(model, trees, config.base.device)
+    # The targets do not depend on the model that the training started from (None).
+    _, trees = data_of(Fit(model.objective, model.iteration, None, model.scale, ids), config, store)
+    value_model, _ = value.load(model.folder, device=config.base.device)
+    predictions = predict(value_model, trees, config.base.device)
     ends_T = np.cumsum([len(targets.depth_X) for targets in trees.targets])[:-1]
     error_X = predictions.weight_X * (predictions.pred_X - predictions.target_X) ** 2
     return HeldOut(

@@ -1,4 +1,4 @@
-"""Other ways to train iteration 0, each a run of its own that learns from the same labelled trees."""
+"""Variants of the training of iteration 0, each a separate run that learns from the same labelled trees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mavis_dist.types import Policy
 
 @dataclass(frozen=True)
 class Variant:
-    """One setting of the training, changed."""
+    """One changed setting of the training."""
 
     name: str
     section: str
@@ -25,11 +25,11 @@ class Variant:
         return f"{self.section}.{self.key} {self.value}"
 
     def is_new(self, config: Config) -> bool:
-        """Whether it differs from what the run does anyway."""
+        """Whether it differs from the run's own setting."""
         return getattr(getattr(config, self.section), self.key) != self.value
 
     def config(self, study: Config) -> Config:
-        """The variant's run: that of the study with one setting changed, in the same storage, iteration 0 alone."""
+        """The config of the variant's run: one setting changed, in the same storage, iteration 0 only."""
         section = getattr(study, self.section).model_copy(update={self.key: self.value})
         return study.model_copy(update={"run": f"{study.run}-{self.name}", "iterations": 1, self.section: section})
 
@@ -38,17 +38,17 @@ VARIANTS = (Variant("node", "train", "targets", "node"), Variant("8-layers", "va
 
 
 def train(study: Config, variant: Variant) -> None:
-    """Fit the variant's value models, all objectives at the same time; needs a connected cluster."""
+    """Train the variant's value models of all objectives; needs a connected cluster."""
     from mavis_dist import pipeline
 
     config = variant.config(study)
-    state = pipeline.open_run(config)  # first: results without the config that they belong to are refused
+    state = pipeline.open_run(config)  # first: a run with results and without its config is refused
     copy_trees(study, config)
     pipeline.fit(state, 0)
 
 
 def copy_trees(source: Config, target: Config) -> None:
-    """The base model's trees with their labels, from one run to another.
+    """Copy the base model's trees with their labels to another run.
 
     Raises:
         StoreError: the source has not finished them.
@@ -59,13 +59,13 @@ def copy_trees(source: Config, target: Config) -> None:
 
 
 def copy_stage(source: Store, target: Store, folder: str) -> None:
-    """Copy a finished stage unless it is there, the marker last; raises StoreError if it is not finished."""
+    """Copy a finished stage unless it exists, the marker last; raises StoreError if the stage is not finished."""
     if target.metadata(folder) is not None:
         return
-    facts = source.metadata(folder)
-    if facts is None:
+    metadata = source.metadata(folder)
+    if metadata is None:
         raise StoreError(f"{source.root}/{folder} is not finished: run the pipeline of {source.run!r} first")
     for name in source.list(folder):
         if name != MARKER:
             target.write_bytes(f"{folder}/{name}", source.read_bytes(f"{folder}/{name}"))
-    target.finish(folder, facts)
+    target.finish(folder, metadata)

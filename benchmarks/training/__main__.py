@@ -2,7 +2,7 @@
 
     python -m benchmarks.training [--quick] [--json FILE] [--run runs/quickstart]
 
-Needs the trees and value models of a finished run. Prints tables and, with --json, writes every number.
+Needs the trees and value models of a finished run. Prints tables and writes all figures to docs/figures/training.json.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Scale:
     """How much is measured."""
 
     repetitions: int
-    trees: int  # of the run, trained on in a repetition
-    paper_trees: int  # of the published shape; grown for the purpose
-    shards: int  # of trees, where objectives are trained at once
-    epochs: int  # over them
-    stages: int  # repetitions of that
+    trees: int  # of the run, per repetition
+    paper_trees: int  # grown in the published shape
+    shards: int  # of trees, for the training stage
+    epochs: int  # of the training stage
+    stages: int  # repetitions of the training stage
 
 
 FULL = Scale(repetitions=3, trees=16, paper_trees=4, shards=3, epochs=2, stages=2)
@@ -58,7 +58,7 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         **asdict(scale),
     }
-    say(f"{conditions}\nOther load on these cores spoils the figures, and leaves the ratios rough.")
+    command.say_conditions(conditions)
     sets = {
         "run": (packed_trees.trees_of_run(config, store), scale.trees),
         "paper": (packed_trees.trees_of_paper(config, scale.paper_trees), scale.paper_trees),
@@ -69,42 +69,43 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
             for name, (trees, num_trees) in sets.items()
         }
     say(packing_table(packing))
-    walls = stages.fit_walls(config, store, scale.shards, scale.epochs, scale.stages)
-    headline = {**packing_headlines(packing), **stage_headlines(walls)}
+    fit_seconds = stages.fit_seconds(config, store, scale.shards, scale.epochs, scale.stages)
+    headline = {**packing_headlines(packing), **stage_headlines(fit_seconds)}
     say(command.headline_table(headline))
-    return {**headline, "conditions": conditions, "packing": packing, "fit_walls_s": walls}
+    return {**headline, "conditions": conditions, "packing": packing, "fit_walls_s": fit_seconds}
 
 
 def packing_headlines(packing: dict[str, Any]) -> dict[str, Any]:
-    """Ratios of wall time, and of processor time, which other load on the cores leaves alone."""
+    """Ratios of wall time, and of CPU time, which other load on the cores does not affect."""
     headline: dict[str, Any] = {}
     for name, figures in packing.items():
         tokens, ending = figures["token_forwards"], "" if name == "run" else f"_{name}_trees"
         for clock, rates in (("", figures["nodes_per_s"]), ("_cpu", figures["nodes_per_cpu_s"])):
-            for way in ("packed", "packed_singly"):
-                headline[f"{way}_vs_per_node{ending}{clock}"] = ratio(rates[way], rates["per_node"])
+            for variant in ("packed", "packed_singly"):
+                headline[f"{variant}_vs_per_node{ending}{clock}"] = ratio(rates[variant], rates["per_node"])
         headline[f"packed_token_ratio{ending}"] = tokens["per_node"] / tokens["packed"]
         headline[f"packed_token_ratio_padded{ending}"] = tokens["per_node_padded"] / tokens["packed_padded"]
     return headline
 
 
-def stage_headlines(walls: dict[str, list[float]]) -> dict[str, float]:
+def stage_headlines(fit_seconds: dict[str, list[float]]) -> dict[str, float]:
     return {
-        "objectives_in_parallel": ratio(walls["at_once"], walls["in_turn"]),
-        "objectives_in_parallel_vs_all_cores": ratio(walls["at_once"], walls["in_turn_all_cores"]),
+        "objectives_in_parallel": ratio(fit_seconds["at_once"], fit_seconds["in_turn"]),
+        "objectives_in_parallel_vs_all_cores": ratio(fit_seconds["at_once"], fit_seconds["in_turn_all_cores"]),
     }
 
 
 def packing_table(packing: dict[str, Any]) -> str:
-    head = ["trees, way", "nodes/s", "per CPU s", "tokens/node", "padded", *PARTS]
+    head = ["trees, variant", "nodes/s", "per CPU s", "tokens/node", "padded", *PARTS]
     rows: list[list[str | float]] = []
     for name, figures in packing.items():
         tokens, num_nodes = figures["token_forwards"], figures["nodes"]
-        for way, rates in figures["nodes_per_s"].items():
-            shares = [median(parts[part] / sum(parts.values()) for parts in figures["seconds"][way]) for part in PARTS]
-            sizes = [tokens[way] / num_nodes, tokens[f"{way}_padded"] / num_nodes]
-            rows.append([f"{name}, {way}", median(rates), median(figures["nodes_per_cpu_s"][way]), *sizes, *shares])
-    return table(head, rows, first=24) + "\nthe last three columns are shares of the time"
+        for variant, rates in figures["nodes_per_s"].items():
+            seconds, cpu_rates = figures["seconds"][variant], figures["nodes_per_cpu_s"][variant]
+            shares = [median(parts[part] / sum(parts.values()) for parts in seconds) for part in PARTS]
+            sizes = [tokens[variant] / num_nodes, tokens[f"{variant}_padded"] / num_nodes]
+            rows.append([f"{name}, {variant}", median(rates), median(cpu_rates), *sizes, *shares])
+    return table(head, rows) + "\nthe last three columns are shares of the time"
 
 
 if __name__ == "__main__":

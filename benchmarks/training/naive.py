@@ -1,8 +1,8 @@
-"""Regression on one sequence per node, written plainly (arXiv 2508.13415): what packed trees are compared with.
+"""Regression on one sequence per node (arXiv 2508.13415), the reference for packed trees.
 
 A node's sequence is the prompt with the path down to the node; the value model's output at its last token is compared
-with the node's target. Sequences are padded on the right, so that causal attention never sees the padding and needs no
-mask: the fastest way through a Hugging Face decoder.
+with the node's target. Sequences are padded on the right, so that causal attention never reaches the padding and needs
+no mask, which is fastest in a Hugging Face decoder.
 
 Shapes: B sequences, T tokens of the longest, M objectives.
 """
@@ -30,7 +30,7 @@ class Example:
 
 
 def examples(trees: TreeSet, indices: Iterable[int]) -> list[Example]:
-    """One sequence for every target of some trees."""
+    """One sequence per target of these trees."""
     found = []
     for i in indices:
         target = trees.targets[i]
@@ -41,7 +41,7 @@ def examples(trees: TreeSet, indices: Iterable[int]) -> list[Example]:
 
 
 def sequence(tree: Tree, index: int) -> np.ndarray:
-    """Prompt and path down to one token, `index` counting the tokens of prompt and segments in storage order."""
+    """Prompt and path down to one token; `index` counts the tokens of prompt and segments in storage order."""
     num_prompt = len(tree.prompt_tokens)
     if index < num_prompt:
         return tree.prompt_tokens[: index + 1]

@@ -1,7 +1,7 @@
 """Training on packed trees against one sequence per node: same trees, targets, model, optimiser, precision, threads.
 
-Targets are those of the segments' ends for both, as published. Each way has the step of its own: whole trees as the
-config says, or 32 sequences in random order (arXiv 2508.13415).
+Both use targets at segment ends, as published. A step is whole trees as configured, or 32 sequences in random order
+(arXiv 2508.13415).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SEQUENCES_PER_STEP = 32
 PAPER_SHAPE = Shape(root=4, children=2, layers=5, max_tokens=128)
 SAME_LOSS = 1e-4  # relative
 CHECKED_TREES = 4
-STEPS = 1000  # the schedule's; the learning rate changes nothing about the speed
+STEPS = 1000  # of the schedule; the learning rate does not affect the speed
 
 Parts = dict[str, float]  # seconds
 
@@ -63,14 +63,14 @@ def trees_of_paper(config: Config, count: int) -> TreeSet:
 
 
 def make_model(config: Config, store: Store) -> ValueModel:
-    """The first objective's value model as an iteration after the first starts to train it."""
+    """The first objective's value model as the start of iteration 1."""
     objective = next(iter(config.objectives))
     return trainable_model(Fit(objective, 1, 0, RewardScale(0.0, 1.0), frozenset()), config, store)
 
 
 @torch.no_grad()
 def loss_difference(model: ValueModel, trees: TreeSet, indices: list[int]) -> float:
-    """Relative difference of the two ways' squared error, in float32; refuses to compare what differs."""
+    """Relative difference of the two variants' squared error in float32; an assertion fails if it is large."""
     packed = float(squared_error(model, trees, indices, "cpu"))
     batches = naive.batches(naive.examples(trees, indices), SEQUENCES_PER_STEP, seed=0)
     plain = sum(float(naive.squared_error(model, batch)) for batch in batches)
@@ -80,23 +80,23 @@ def loss_difference(model: ValueModel, trees: TreeSet, indices: list[int]) -> fl
 
 
 def measure(trees: TreeSet, config: Config, store: Store, num_trees: int, repetitions: int) -> dict[str, Any]:
-    """Nodes per second of every way to train, where the seconds went, and how many tokens each has to read."""
+    """Nodes per second of every variant, seconds by part of the step, and tokens read."""
     difference = loss_difference(make_model(config, store), trees, list(range(min(CHECKED_TREES, len(trees)))))
-    race = Race(trees, config, store, num_trees)
-    speeds = race.measure(repetitions)
+    benchmark = PackingBenchmark(trees, config, store, num_trees)
+    speeds = benchmark.measure(repetitions)
     return {
         "trees": len(trees),
         "nodes": num_nodes(trees, range(len(trees))),
         "nodes_per_s": speeds.per_s,
         "nodes_per_cpu_s": speeds.per_cpu_s,
-        "seconds": race.parts,
+        "seconds": benchmark.parts,
         "token_forwards": token_forwards(trees, config.train.trees_per_step, config.seed),
         "loss_difference": difference,
     }
 
 
-class Race:
-    """Two engines with the same model, which train on the same trees in their own ways."""
+class PackingBenchmark:
+    """Two training engines with the same model and the same trees, for packed trees and single sequences."""
 
     def __init__(self, trees: TreeSet, config: Config, store: Store, num_trees: int):
         self._trees, self._per_step, self._seed = trees, config.train.trees_per_step, config.seed
@@ -107,11 +107,11 @@ class Race:
         self.parts: dict[str, list[Parts]] = {"packed": [], "packed_singly": [], "per_node": []}
 
     def measure(self, repetitions: int) -> Speeds:
-        """Nodes per second. `packed_singly` has one tree per step, so no padding."""
+        """Nodes per second. `packed_singly` has one tree per step and therefore no padding."""
         optimise(self._packed, self._packed_losses(self._chosen(0)[:1]))
         optimise(self._plain, islice(self._plain_losses(self._chosen(0)[:1], 0), 1))
-        ways = {"packed": self._run_packed, "packed_singly": self._run_singly, "per_node": self._run_plain}
-        return take_turns(ways, repetitions)
+        variants = {"packed": self._run_packed, "packed_singly": self._run_singly, "per_node": self._run_plain}
+        return take_turns(variants, repetitions)
 
     def _chosen(self, repetition: int) -> list[list[int]]:
         """The trees of every step."""
@@ -129,8 +129,8 @@ class Race:
         chosen = self._chosen(repetition)
         return self._run("per_node", self._plain, self._plain_losses(chosen, repetition), chosen)
 
-    def _run(self, way: str, engine: Any, losses: Iterator[torch.Tensor], chosen: Iterable[list[int]]) -> float:
-        self.parts[way].append(optimise(engine, losses))
+    def _run(self, variant: str, engine: Any, losses: Iterator[torch.Tensor], chosen: Iterable[list[int]]) -> float:
+        self.parts[variant].append(optimise(engine, losses))
         return num_nodes(self._trees, chain(*chosen))
 
     def _packed_losses(self, chosen: Iterable[list[int]]) -> Iterator[torch.Tensor]:
@@ -145,7 +145,7 @@ class Race:
 
 
 def optimise(engine: Any, losses: Iterator[torch.Tensor]) -> Parts:
-    """One optimiser step per loss. The forward pass, which makes the loss, has the making of the batch in it."""
+    """One optimiser step per loss. The time of the forward pass includes making the batch."""
     engine.train()
     seconds: Parts = defaultdict(float)
     while True:
@@ -163,12 +163,12 @@ def optimise(engine: Any, losses: Iterator[torch.Tensor]) -> Parts:
 
 
 def num_nodes(trees: TreeSet, indices: Iterable[int]) -> int:
-    """Targets at ends of segments, at the prompt, and at cuts of answers that were split."""
+    """Number of targets: at segment ends, at the prompt, and at the cuts of split answers."""
     return sum(len(trees.targets[i].index_X) for i in indices)
 
 
 def token_forwards(trees: TreeSet, trees_per_step: int, seed: int) -> dict[str, int]:
-    """Tokens that go through the model in one epoch, with and without padding."""
+    """Tokens in the forward passes of one epoch, with and without padding."""
     epoch = list(steps(trees.lengths, trees_per_step, 0, seed))
     found = naive.examples(trees, range(len(trees)))
     batches = naive.batches(found, SEQUENCES_PER_STEP, seed)
@@ -185,7 +185,7 @@ def token_forwards(trees: TreeSet, trees_per_step: int, seed: int) -> dict[str, 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """A group of this process alone, which DeepSpeed asks for."""
+    """A process group of this process alone, which DeepSpeed requires."""
     os.environ.setdefault("LOCAL_RANK", "0")
     distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
     try:

@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like: their plain naive and their oracle follow the engine's policy."""
+"""The plain reference and the exact replay of the decode benchmark have the engine's token distribution."""
 
 from __future__ import annotations
 
@@ -34,36 +34,36 @@ def test_the_plain_reference_is_the_full_scorer() -> None:
     unsteered = [Request(r.id, r.prompt, params=r.params) for r in requests(0.0)]
     plain = [choices[0].tokens for choices in Engine(BASE).generate(unsteered)]
     assert [naive.answer(BASE, MODELS, request) for request in requests(0.0)] == ours
-    assert ours != plain, "the values steer"
+    assert ours != plain, "the values have an effect"
 
 
 @pytest.mark.parametrize("cap", [0.5, float("inf")])
-def test_the_oracle_has_the_law_of_the_engine(cap: float) -> None:
-    """log pi(a) - log pi_ref(a) of every token that the engine wrote."""
-    asked = requests(1.0, None if cap == float("inf") else cap)
-    answers = Engine(BASE, LocalGuide(MODELS)).generate(asked)
-    for request, [choice] in zip(asked, answers, strict=True):
-        seen = tilt_cap.look(BASE, MODELS, request, choice.tokens)
-        is_written_TK = seen.ids_TK == torch.tensor(choice.tokens)[:, None]
-        logratios = (seen.law(cap).log() - seen.logprobs_TK)[is_written_TK]
+def test_the_replay_has_the_distribution_of_the_engine(cap: float) -> None:
+    """log pi(a) - log pi_ref(a) of every generated token."""
+    tilted = requests(1.0, None if cap == float("inf") else cap)
+    answers = Engine(BASE, LocalGuide(MODELS)).generate(tilted)
+    for request, [choice] in zip(tilted, answers, strict=True):
+        steps = tilt_cap.replay(BASE, MODELS, request, choice.tokens)
+        is_chosen_TK = steps.ids_TK == torch.tensor(choice.tokens)[:, None]
+        logratios = (steps.distribution(cap).log() - steps.logprobs_TK)[is_chosen_TK]
         assert logratios.tolist() == pytest.approx(choice.logratios, abs=1e-4)
 
 
-def test_the_law_of_a_student_is_that_of_the_engine() -> None:
-    """log pi(a) - log pi_ref(a) of every token that the engine wrote by a student's predictions."""
+def test_the_replay_of_a_student_has_the_distribution_of_the_engine() -> None:
+    """log pi(a) - log pi_ref(a) of every token generated with a student's predictions."""
     student = tiny_student(3, num_objectives=2)
-    known = {"a": (student, 1), "b": (student, 0)}
-    asked = [replace(request, scorer=Scorer.QHEAD) for request in requests(1.0, 0.5)]
-    answers = Engine(BASE, LocalGuide(MODELS, known)).generate(asked)
-    for request, [choice] in zip(asked, answers, strict=True):
-        exact = tilt_cap.look(BASE, MODELS, request, choice.tokens)
-        seen = qhead_quality.predict(known, request, choice.tokens, exact)
-        is_written_TK = seen.ids_TK == torch.tensor(choice.tokens)[:, None]
-        logratios = (seen.law(0.5).log() - seen.logprobs_TK)[is_written_TK]
+    students = {"a": (student, 1), "b": (student, 0)}
+    tilted = [replace(request, scorer=Scorer.QHEAD) for request in requests(1.0, 0.5)]
+    answers = Engine(BASE, LocalGuide(MODELS, students)).generate(tilted)
+    for request, [choice] in zip(tilted, answers, strict=True):
+        exact = tilt_cap.replay(BASE, MODELS, request, choice.tokens)
+        steps = qhead_quality.predict(students, request, choice.tokens, exact)
+        is_chosen_TK = steps.ids_TK == torch.tensor(choice.tokens)[:, None]
+        logratios = (steps.distribution(0.5).log() - steps.logprobs_TK)[is_chosen_TK]
         assert logratios.tolist() == pytest.approx(choice.logratios, abs=1e-4)
 
 
-def test_a_part_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_nested_part_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 5.0, 7.0])  # outer starts, inner starts, inner ends, outer ends
     monkeypatch.setattr(step_time.time, "perf_counter", lambda: next(times))
     watch = Stopwatch()
@@ -73,10 +73,10 @@ def test_a_part_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("benchmark", [decode, training, rollout])
-def test_a_missing_run_is_one_line(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_run_is_reported_in_one_line(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         benchmark.main(["--run", "runs/no-such-run"])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
-        "error: runs/no-such-run is no finished run with two objectives: run `make quickstart` first\n"
+        "error: runs/no-such-run is not a finished run with two objectives: run `make quickstart` first\n"
     )

@@ -1,4 +1,4 @@
-"""Whatever JSON a client sends: an answer, or an error below 500 in OpenAI's shape that can be read."""
+"""Any JSON body gets an answer, or an error below 500 in OpenAI's format with a readable message."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, example, given, settings
 
-from benchmarks.chaos.fuzz_fields import ANYTHING, EXTRA, FIELDS, FLAT_WEIGHTS, MESSAGES, TOLD, chat, text
-from benchmarks.common.http_load import CHAT, TEXTS
+from benchmarks.chaos.fuzz_fields import ANYTHING, EXTRA, FIELDS, FLAT_WEIGHTS, LOGPROBS, MESSAGES, chat, text
+from benchmarks.common.http_load import CHAT, COMPLETIONS
 from serve.gateway.middleware import Edge
 from tests.local import NAME
 
@@ -37,7 +37,7 @@ FUZZED = settings(deadline=None, suppress_health_check=list(HealthCheck), max_ex
 
 
 @FUZZED
-@given(fields=FIELDS, extra=EXTRA, told=TOLD)
+@given(fields=FIELDS, extra=EXTRA, logprobs=LOGPROBS)
 @example({"objective_weights": {"\ud800": 1.0}}, {}, 2)
 @example({"preferences": [{"text": "\ud800"}]}, {}, 2)
 @example({"preferences": [{"text": "a"}], "preference_params": {"alpha": 1e308, "nu": 1e308}}, {}, 2)
@@ -45,9 +45,9 @@ FUZZED = settings(deadline=None, suppress_health_check=list(HealthCheck), max_ex
 @example({"temperature": 1e308}, {}, 2)
 @example({"objective_weights": {"brief": 1e308, "positive": 1e308}, "beta": 1e308}, {}, 2)
 @example({"objective_weights": {"brief": 5e-324}}, {}, 2)
-def test_steering_fields(client, fields, extra, told):
-    for path, body in ((CHAT, chat), (TEXTS, text)):
-        check(client, path, json.dumps(body(NAME, {**fields, **extra}, told)).encode())
+def test_steering_fields(client, fields, extra, logprobs):
+    for path, body in ((CHAT, chat), (COMPLETIONS, text)):
+        check(client, path, json.dumps(body(NAME, {**fields, **extra}, logprobs)).encode())
 
 
 @FUZZED
@@ -63,13 +63,13 @@ def test_messages(client, messages):
 @given(weights=FLAT_WEIGHTS)
 def test_flat_weights(client, weights):
     flat = {"vllm_xargs": {"objective_weights": weights}}
-    check(client, TEXTS, json.dumps(text(NAME, flat)).encode())
+    check(client, COMPLETIONS, json.dumps(text(NAME, flat)).encode())
 
 
 @FUZZED
 @given(body=ANYTHING)
 def test_any_json(client, body):
-    check(client, TEXTS, json.dumps(body).encode())
+    check(client, COMPLETIONS, json.dumps(body).encode())
 
 
 @pytest.mark.parametrize(
@@ -84,4 +84,4 @@ def test_any_json(client, body):
     ],
 )
 def test_bytes_that_are_hard_to_parse(client, content):
-    check(client, TEXTS, content)
+    check(client, COMPLETIONS, content)

@@ -1,4 +1,4 @@
-"""The load generator sees what happened, the arithmetic is right, and no bad stream is counted as a good one."""
+"""The load generator records what happened, the arithmetic is right, and no failed stream counts as a whole one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from itertools import pairwise
 import pytest
 from aiohttp import web
 
-from benchmarks.chaos import killer, kills
-from benchmarks.chaos.killer import MACHINE, WEIGHTS, Storm
-from benchmarks.chaos.stream_outcomes import Verdict, is_kept, judge, tally
+from benchmarks.chaos import killer as killer_module
+from benchmarks.chaos import kills
+from benchmarks.chaos.killer import NODE, WEIGHTS, Killer
+from benchmarks.chaos.stream_outcomes import StreamOutcome, classify, count_outcomes, is_kept
 from benchmarks.common import http_load
-from benchmarks.common.http_load import Load, Outcome, arrivals, failures, goodput, note, percentiles, summary
+from benchmarks.common.http_load import Load, Outcome, arrivals, failures, goodput, percentiles, record, summary
 from benchmarks.common.interleave import Speeds
 from benchmarks.serving import __main__ as serving
 from benchmarks.serving.__main__ import Cost, Measured, headlines
@@ -92,10 +93,10 @@ def test_a_missing_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         serving.main(["--run", "runs/no-such-run"])
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: runs/no-such-run is no finished run")
+    assert capsys.readouterr().err.startswith("error: runs/no-such-run is not a finished run")
 
 
-# --- what a client sees -------------------------------------------------------------------------------------------
+# --- streams ------------------------------------------------------------------------------------------------------
 
 
 def chunk(text: str, finish: str | None = None) -> dict:
@@ -110,13 +111,13 @@ ENDING = [chunk("three", "stop"), USAGE, "[DONE]"]
 def test_events_add_up_to_an_answer() -> None:
     outcome = Outcome(0, 0.0)
     for now, event in enumerate([chunk(""), *BEGINNING, *ENDING]):
-        note(outcome, event.encode() if isinstance(event, str) else json.dumps(event).encode(), float(now))
+        record(outcome, event.encode() if isinstance(event, str) else json.dumps(event).encode(), float(now))
     assert (outcome.text, outcome.finish, outcome.num_tokens, outcome.is_done) == (TEXT, "stop", 3, True)
     assert (outcome.first, outcome.last) == (1.0, 3.0)
 
 
 async def answer(request: web.Request) -> web.StreamResponse:
-    """What goes wrong is the question."""
+    """The body names the fault."""
     trouble = (await request.json())["trouble"]
     if trouble == "full":
         return web.json_response({}, status=429, headers={"Retry-After": "2"})
@@ -137,7 +138,7 @@ async def answer(request: web.Request) -> web.StreamResponse:
     if trouble == "endless":
         await asyncio.sleep(60)
     if trouble == "broken":
-        await asyncio.sleep(0.1)  # until what was written has left
+        await asyncio.sleep(0.1)  # until the events are sent
         assert request.transport is not None
         request.transport.abort()
     return response
@@ -145,7 +146,7 @@ async def answer(request: web.Request) -> web.StreamResponse:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A server in a thread, whose answers end in all the ways there are."""
+    """A server in a thread whose streams end in every possible way."""
     loop = asyncio.new_event_loop()
 
     async def start() -> tuple[web.AppRunner, str]:
@@ -167,87 +168,87 @@ def url() -> Iterator[str]:
 
 
 ENDS = {
-    "none": Verdict.WHOLE,
-    "cut": Verdict.TRUNCATED,
-    "short": Verdict.TRUNCATED,
-    "endless": Verdict.HUNG,
-    "broken": Verdict.BROKEN,
-    "error": Verdict.ERROR,
-    "wrong": Verdict.WRONG,
-    "full": Verdict.REFUSED,
+    "none": StreamOutcome.WHOLE,
+    "cut": StreamOutcome.TRUNCATED,
+    "short": StreamOutcome.TRUNCATED,
+    "endless": StreamOutcome.HUNG,
+    "broken": StreamOutcome.BROKEN,
+    "error": StreamOutcome.ERROR,
+    "wrong": StreamOutcome.WRONG,
+    "full": StreamOutcome.REFUSED,
 }
 
 
-def test_every_end_of_a_stream_is_seen_for_what_it_is(url: str) -> None:
-    load = http_load._closed_loop(url, [{"trouble": trouble} for trouble in ENDS], num_clients=8, patience_s=1.0)
-    seen = {list(ENDS)[o.asked]: judge(o, TEXT) for o in load.outcomes}
+def test_every_end_of_a_stream_is_classified(url: str) -> None:
+    load = http_load._closed_loop(url, [{"trouble": trouble} for trouble in ENDS], num_clients=8, timeout_s=1.0)
+    seen = {list(ENDS)[o.body_index]: classify(o, TEXT) for o in load.outcomes}
     assert seen == ENDS
     full = [o for o in load.outcomes if o.status == 429]
     assert {o.retry_after for o in full} == {"2"}
-    assert 2 <= len(full) <= 4, "who is turned away asks again"
-    assert load.num_tokens == 9, "who says that it is done is believed, but for the judge"
+    assert 2 <= len(full) <= 4, "refused requests are retried"
+    assert load.num_tokens == 9, "the load generator trusts [DONE]; only classify compares texts"
 
 
-def test_a_service_that_is_not_there_turns_clients_away() -> None:
-    outcomes = http_load._closed_loop("http://127.0.0.1:1", [{"trouble": "none"}], 1, patience_s=0.1).outcomes
-    assert {(o.status, judge(o, TEXT)) for o in outcomes} == {(None, Verdict.REFUSED)}
+def test_a_missing_service_counts_as_a_refusal() -> None:
+    outcomes = http_load._closed_loop("http://127.0.0.1:1", [{"trouble": "none"}], 1, timeout_s=0.1).outcomes
+    assert {(o.status, classify(o, TEXT)) for o in outcomes} == {(None, StreamOutcome.REFUSED)}
 
 
-def test_open_loop_asks_when_it_is_time_and_leaves_at_the_end(url: str) -> None:
+def test_open_loop_sends_on_time_and_disconnects_at_the_end(url: str) -> None:
     bodies = [{"trouble": "none"}, {"trouble": "endless"}]
     load = http_load._open_loop(url, bodies, [0.0, 0.1, 0.2, 0.3], window_s=0.6)
-    assert [outcome.asked for outcome in load.outcomes] == [0, 1, 0, 1]
+    assert [outcome.body_index for outcome in load.outcomes] == [0, 1, 0, 1]
     assert [outcome.is_whole for outcome in load.outcomes] == [True, False, True, False]
-    assert [outcome.has_left for outcome in load.outcomes] == [False, True, False, True]
+    assert [outcome.timed_out for outcome in load.outcomes] == [False, True, False, True]
     for outcome, at in zip(load.outcomes, (0.0, 0.1, 0.2, 0.3), strict=True):
-        assert at <= outcome.began < at + 0.1
+        assert at <= outcome.started < at + 0.1
     assert 0.5 < load.seconds < 5
 
 
-# --- what became of it --------------------------------------------------------------------------------------------
+# --- outcomes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("outcome", "verdict"),
+    ("outcome", "expected"),
     [
-        (WHOLE, Verdict.WHOLE),
-        (CUT, Verdict.TRUNCATED),
-        (replace(CUT, is_done=True), Verdict.TRUNCATED),
-        (replace(CUT, is_done=True, finish="stop"), Verdict.TRUNCATED),
-        (replace(CUT, text=""), Verdict.TRUNCATED),
-        (replace(CUT, broken="reset"), Verdict.BROKEN),
-        (replace(CUT, error="gave up"), Verdict.ERROR),
-        (replace(CUT, has_left=True), Verdict.HUNG),
-        (replace(WHOLE, text=TEXT + "!"), Verdict.WRONG),
-        (replace(CUT, text="two", broken="reset"), Verdict.WRONG),
-        (replace(CUT, text="two", error="gave up"), Verdict.WRONG),
-        (Outcome(0, 0.0), Verdict.REFUSED),
-        (Outcome(0, 0.0, status=503), Verdict.REFUSED),
-        (Outcome(0, 0.0, has_left=True), Verdict.HUNG),
+        (WHOLE, StreamOutcome.WHOLE),
+        (CUT, StreamOutcome.TRUNCATED),
+        (replace(CUT, is_done=True), StreamOutcome.TRUNCATED),
+        (replace(CUT, is_done=True, finish="stop"), StreamOutcome.TRUNCATED),
+        (replace(CUT, text=""), StreamOutcome.TRUNCATED),
+        (replace(CUT, broken="reset"), StreamOutcome.BROKEN),
+        (replace(CUT, error="gave up"), StreamOutcome.ERROR),
+        (replace(CUT, timed_out=True), StreamOutcome.HUNG),
+        (replace(WHOLE, text=TEXT + "!"), StreamOutcome.WRONG),
+        (replace(CUT, text="two", broken="reset"), StreamOutcome.WRONG),
+        (replace(CUT, text="two", error="gave up"), StreamOutcome.WRONG),
+        (Outcome(0, 0.0), StreamOutcome.REFUSED),
+        (Outcome(0, 0.0, status=503), StreamOutcome.REFUSED),
+        (Outcome(0, 0.0, timed_out=True), StreamOutcome.HUNG),
     ],
 )
-def test_verdicts(outcome: Outcome, verdict: Verdict) -> None:
-    assert judge(outcome, TEXT) is verdict
+def test_classify(outcome: Outcome, expected: StreamOutcome) -> None:
+    assert classify(outcome, TEXT) is expected
 
 
-def test_one_misled_client_is_enough() -> None:
-    other = replace(WHOLE, asked=1, text="other")
-    assert is_kept(tally([WHOLE, other, replace(CUT, broken="reset")], [TEXT, "other"]))
-    assert not is_kept(tally([WHOLE, other, CUT], [TEXT, "other"]))
-    assert not is_kept(tally([WHOLE, other], [TEXT, TEXT]))
+def test_one_silent_failure_fails_the_part() -> None:
+    other = replace(WHOLE, body_index=1, text="other")
+    assert is_kept(count_outcomes([WHOLE, other, replace(CUT, broken="reset")], [TEXT, "other"]))
+    assert not is_kept(count_outcomes([WHOLE, other, CUT], [TEXT, "other"]))
+    assert not is_kept(count_outcomes([WHOLE, other], [TEXT, TEXT]))
 
 
-def test_conclusions_count_every_stream_once() -> None:
+def test_every_stream_is_counted_once() -> None:
     outcomes = [WHOLE, WHOLE, CUT, replace(CUT, broken="reset"), Outcome(0, 0.0, status=503)]
-    results = kills.conclude(outcomes, [TEXT], {"base replica": 2, MACHINE: 1}, unexplained=0)
+    results = kills.summarise(outcomes, [TEXT], {"base replica": 2, NODE: 1}, unexplained=0)
     assert (results["kills"], results["streams_opened"], results["turned_away"]) == (3, 4, 1)
     assert (results["silent_truncations"], results["broken_connections"], results["wrong_tokens"]) == (1, 1, 0)
-    assert sum(results["verdicts"].values()) == len(outcomes)
+    assert sum(results["outcomes"].values()) == len(outcomes)
     assert results["whole_share"] == 0.5
     assert not results["is_kept"]
 
 
-def test_answers_to_compare_with_have_to_be_whole() -> None:
+def test_expected_answers_must_be_whole() -> None:
     assert kills.texts([WHOLE], 1) == [TEXT]
     with pytest.raises(UserError, match="1 of 1 answers failed before anything was killed"):
         kills.texts([CUT], 1)
@@ -261,7 +262,7 @@ class Victim:
         self._dead.append(self.pid)
 
 
-class Machines:
+class FakeCluster:
     def __init__(self) -> None:
         self.worker_nodes = {Victim(0, [])}
         self.num_lost = self.num_new = 0
@@ -277,70 +278,70 @@ class Machines:
 
 @pytest.mark.parametrize(
     ("kind", "at", "num"),
-    [("gateway", 101, 0), ("proxy", 90, 0), (MACHINE, 102.9, 0), ("base replica", 102, 1), ("gateway", 104, 1)],
+    [("gateway", 101, 0), ("proxy", 90, 0), (NODE, 102.9, 0), ("base replica", 102, 1), ("gateway", 104, 1)],
 )
-def test_a_connection_breaks_because_of_who_held_it(kind: str, at: float, num: int) -> None:
+def test_a_broken_connection_is_explained_by_the_death_of_its_holder(kind: str, at: float, num: int) -> None:
     broken = replace(CUT, broken="reset", ended=3.0)
-    load = Load([broken, WHOLE, replace(broken, status=None)], began=100.0)
+    load = Load([broken, WHOLE, replace(broken, status=None)], started=100.0)
     assert kills.num_unexplained(load, [(1.0, "gateway"), (at, kind)]) == num
-    assert not kills.conclude([broken], [TEXT], {}, unexplained=1)["is_kept"]
+    assert not kills.summarise([broken], [TEXT], {}, unexplained=1)["is_kept"]
 
 
-def test_a_seed_decides_who_dies_and_every_kind_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rage() -> tuple[list[int], Storm, Machines]:
+def test_a_seed_determines_the_kills_and_every_kind_occurs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_killer() -> tuple[list[int], Killer, FakeCluster]:
         dead: list[int] = []
-        pids = {title: 10 * number for number, title in enumerate(killer.TITLES.values())}
-        monkeypatch.setattr(killer, "processes", lambda title: [Victim(pids[title] + i, dead) for i in range(3)])
-        machines = Machines()
-        raging = Storm(machines, cpus_per_machine=1, seed=4)
-        raging.rage(lambda: False, pause_s=0.0, limit=60)
-        return dead, raging, machines
+        pids = {title: 10 * number for number, title in enumerate(killer_module.TITLES.values())}
+        monkeypatch.setattr(killer_module, "processes", lambda title: [Victim(pids[title] + i, dead) for i in range(3)])
+        cluster = FakeCluster()
+        killer = Killer(cluster, cpus_per_node=1, seed=4)
+        killer.run(lambda: False, pause_s=0.0, limit=60)
+        return dead, killer, cluster
 
-    dead, raging, machines = rage()
-    assert raging.num_kills == 60
-    assert raging.kills.keys() == WEIGHTS.keys()
-    assert len(dead) + machines.num_lost == 60
-    assert machines.num_new == machines.num_lost == raging.kills[MACHINE]
-    assert dead == rage()[0]
+    dead, killer, cluster = run_killer()
+    assert killer.num_kills == 60
+    assert {kind for _, kind in killer.kills} == WEIGHTS.keys()
+    assert len(dead) + cluster.num_lost == 60
+    assert cluster.num_new == cluster.num_lost == sum(kind == NODE for _, kind in killer.kills)
+    assert dead == run_killer()[0]
 
 
-def test_a_storm_waits_until_the_dead_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_waits_for_the_recovery_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     dead: list[int] = []
     polls = iter(range(1000))
-    looks: list[int] = []  # when a strike chose its victim
+    kill_times: list[int] = []
 
     def processes(title: str) -> list[Victim]:
         now = next(polls)
-        is_missing = bool(dead) and now < looks[-1] + 40
+        is_missing = bool(dead) and now < kill_times[-1] + 40
         return [] if is_missing else [Victim(1, dead)]
 
-    def kill(self: Storm, title: str) -> bool:
-        looks.append(next(polls))
+    def kill(self: Killer, title: str) -> bool:
+        kill_times.append(next(polls))
         dead.append(1)
         return True
 
-    monkeypatch.setattr(killer, "processes", processes)
-    monkeypatch.setattr(killer, "POLL_S", 0.0)
-    monkeypatch.setattr(killer, "WEIGHTS", {"proxy": 1})
-    monkeypatch.setattr(Storm, "_kill", kill)
-    Storm(Machines(), 1).rage(lambda: False, pause_s=0.0, limit=3)
-    assert len(looks) == 3
-    assert all(later - earlier >= 40 for earlier, later in pairwise(looks))
+    monkeypatch.setattr(killer_module, "processes", processes)
+    monkeypatch.setattr(killer_module, "POLL_S", 0.0)
+    monkeypatch.setattr(killer_module, "WEIGHTS", {"proxy": 1})
+    monkeypatch.setattr(Killer, "_kill", kill)
+    Killer(FakeCluster(), 1).run(lambda: False, pause_s=0.0, limit=3)
+    assert len(kill_times) == 3
+    assert all(later - earlier >= 40 for earlier, later in pairwise(kill_times))
 
 
-def test_a_storm_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_recovery_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     dead: list[int] = []
-    monkeypatch.setattr(killer, "processes", lambda title: [] if dead else [Victim(1, dead)])
-    monkeypatch.setattr(killer, "RECOVERY_S", 0.0)
-    monkeypatch.setattr(killer, "WEIGHTS", {"proxy": 5, MACHINE: 5})
-    raging = Storm(Machines(), 1, seed=1)
-    raging.rage(lambda: False, pause_s=0.0, limit=3)
-    assert raging.num_kills == 3
+    monkeypatch.setattr(killer_module, "processes", lambda title: [] if dead else [Victim(1, dead)])
+    monkeypatch.setattr(killer_module, "RECOVERY_S", 0.0)
+    monkeypatch.setattr(killer_module, "WEIGHTS", {"proxy": 5, NODE: 5})
+    killer = Killer(FakeCluster(), 1, seed=1)
+    killer.run(lambda: False, pause_s=0.0, limit=3)
+    assert killer.num_kills == 3
 
 
-def test_nothing_is_counted_where_nothing_was_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(killer, "processes", lambda title: [])
-    monkeypatch.setattr(killer, "WEIGHTS", {"proxy": 1})
-    raging = Storm(Machines(), 1)
-    assert raging.strike() is None
-    assert raging.num_kills == 0
+def test_no_kill_is_counted_if_nothing_was_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(killer_module, "processes", lambda title: [])
+    monkeypatch.setattr(killer_module, "WEIGHTS", {"proxy": 1})
+    killer = Killer(FakeCluster(), 1)
+    assert killer.kill_one() is None
+    assert killer.num_kills == 0

@@ -1,4 +1,4 @@
-"""The study compares like with like: gains at one KL, on the same prompts, from the same trees. No Ray."""
+"""The study compares gains at one KL, on the same prompts and the same trees. No Ray."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.common.result_cache import Subject, cell_path, subject
+from benchmarks.common import figures
+from benchmarks.common.result_cache import EvaluatedModel, evaluated_model, result_path
 from benchmarks.study import __main__ as study
 from benchmarks.study import answers_by_beta, measure, value_error
 from benchmarks.study.answers_by_beta import BASE, Setting
 from benchmarks.study.equal_kl import AtKl, Curve, gains_at, resamples, summarise
-from benchmarks.study.figures import Results, Row, Spent, error_difference, middle
-from benchmarks.study.page import iteration_table, reading, render, strength_table, variant_table
+from benchmarks.study.figures import Results, Row, StrengthResult, error_difference, middle
+from benchmarks.study.page import findings, iteration_table, render, strength_table, variant_table
 from benchmarks.study.value_error import HeldOut
 from benchmarks.study.variants import VARIANTS, Variant, copy_stage, copy_trees
 from mavis_dist import config as config_module
@@ -50,6 +51,13 @@ def make_config(folder: Path, **sections: Any) -> Config:
         "rollout": {"max_tokens": 8, "first": {"root": 2, "children": 2, "layers": 2}, "cpus_per_actor": 1},
     }
     return config_module.parse({**settings, **sections})
+
+
+PROVENANCE = {
+    "command": "python -m benchmarks.study --config study.yaml",
+    "machine": {"processor": "a processor", "cores": 2, "memory_gib": 24, "gpus": []},
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+}
 
 
 # Gains at equal KL
@@ -102,7 +110,7 @@ def test_resamples_interpolate_anew() -> None:
 
 
 def test_differences_are_paired_by_prompt() -> None:
-    """What all value models share cancels, however much the prompts differ."""
+    """The variation that all value models share cancels, however much the prompts differ."""
     weights_RP = resamples(50)
     one = noisy(2)
     better = Curve(one.kl_SP, one.gain_SP + one.kl_SP)  # by one sd per nat
@@ -162,7 +170,7 @@ def finished_stage(store: Store, folder: str) -> None:
     store.finish(folder, {"trees": 2})
 
 
-def test_copies_of_stages_are_whole_and_finished(tmp_path: Path) -> None:
+def test_copied_stages_are_complete_and_finished(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     source = Store(config.storage, config.run)
     folders = ["rollouts/base", "labels/base/brief", "labels/base/positive"]
@@ -177,7 +185,7 @@ def test_copies_of_stages_are_whole_and_finished(tmp_path: Path) -> None:
         assert target.read_bytes(f"{folder}/part-00001.parquet") == b"second"
 
 
-def test_an_unfinished_stage_is_not_copied_and_a_finished_one_not_again(tmp_path: Path) -> None:
+def test_an_unfinished_stage_is_not_copied_and_a_finished_one_is_kept(tmp_path: Path) -> None:
     source, target = Store(str(tmp_path), "a"), Store(str(tmp_path), "b")
     source.write_bytes("rollouts/base/part-00000.parquet", b"begun")
     with pytest.raises(StoreError, match="not finished"):
@@ -211,55 +219,55 @@ def test_a_copy_that_was_interrupted_is_not_finished(tmp_path: Path, monkeypatch
 
 
 def test_many_settings_at_once_are_each_setting_alone(tmp_path: Path) -> None:
-    """Of value models whose answers share a batch, each has its own tilt."""
+    """Value models whose answers share a batch each apply their own tilt."""
     base = tiny_base(seed=1, eos_boost=1.0)
     models = {"a@0": tiny_value(1), "a@1": tiny_value(2)}
     prompts = [(5, 6, 7), (8, 9, 10, 11, 12), (13,)]
     settings = [BASE, *(Setting(name, beta) for name in models for beta in (2.0, 6.0))]
     common = answers_by_beta.template(make_config(tmp_path))
-    together = dict(answers_by_beta.answer(Engine(base, LocalGuide(models)), settings, prompts, common))
+    together = dict(answers_by_beta.generate(Engine(base, LocalGuide(models)), settings, prompts, common))
     assert set(together) == set(settings)
     for setting in settings:
-        guide = LocalGuide({setting.subject: models[setting.subject]}) if setting.subject else None
-        [(_, alone)] = answers_by_beta.answer(Engine(base, guide), [setting], prompts, common)
+        guide = LocalGuide({setting.model: models[setting.model]}) if setting.model else None
+        [(_, alone)] = answers_by_beta.generate(Engine(base, guide), [setting], prompts, common)
         assert [choice.tokens for choice in together[setting]] == [choice.tokens for choice in alone]
         assert sum(choice.divergence for choice in alone) == pytest.approx(sum(c.divergence for c in together[setting]))
     assert all(choice.divergence == 0 for choice in together[BASE])
     assert all(choice.divergence > 0 for choice in together[Setting("a@1", 6.0)])
 
 
-def subjects_in(config: Config) -> list[Subject]:
+def models_in(config: Config) -> list[EvaluatedModel]:
     store = Store(config.storage, config.run)
-    return [subject(store, name, "0", "iteration 0") for name in config.objectives]
+    return [evaluated_model(store, name, "0", "iteration 0") for name in config.objectives]
 
 
-def test_measured_settings_are_kept_and_others_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_settings_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path, "study", ("brief", "positive"))
     config = make_config(tmp_path)
-    store, subjects = Store(config.storage, config.run), subjects_in(config)
-    first = answers_by_beta.measure(config, store, subjects, (2.0,))
+    store, models = Store(config.storage, config.run), models_in(config)
+    first = answers_by_beta.measure(config, store, models, (2.0,))
     assert set(first) == {BASE, Setting("brief@0", 2.0), Setting("positive@0", 2.0)}
     brief = first[Setting("brief@0", 2.0)]
     assert brief.reward["brief"] == [-len(text.split()) for text in brief.text]
     assert len(brief.text) == len(brief.divergence) == len(brief.num_tokens) == 4
 
-    asked: list[Setting] = []
-    answer = answers_by_beta.answer
+    generated: list[Setting] = []
+    generate = answers_by_beta.generate
     monkeypatch.setattr(
-        answers_by_beta, "answer", lambda e, settings, p, c: asked.extend(settings) or answer(e, settings, p, c)
+        answers_by_beta, "generate", lambda e, settings, p, c: generated.extend(settings) or generate(e, settings, p, c)
     )
-    more = answers_by_beta.measure(config, store, subjects[:1], (2.0, 5.0))
-    assert asked == [Setting("brief@0", 5.0)]
+    more = answers_by_beta.measure(config, store, models[:1], (2.0, 5.0))
+    assert generated == [Setting("brief@0", 5.0)]
     assert more[BASE] == first[BASE]
 
     monkeypatch.setattr(answers_by_beta, "load_engine", lambda *_: pytest.fail("nothing is left to measure"))
-    assert answers_by_beta.measure(config, store, subjects, (2.0,)) == first
+    assert answers_by_beta.measure(config, store, models, (2.0,)) == first
 
 
-def test_another_value_model_under_the_same_name_is_measured_anew(tmp_path: Path) -> None:
+def test_another_value_model_with_the_same_name_is_measured_again(tmp_path: Path) -> None:
     inputs = {"value_model": "1", "beta": 2.0}
-    assert cell_path("answers", "a", inputs) == cell_path("answers", "a", dict(reversed(inputs.items())))
-    assert cell_path("answers", "a", inputs) != cell_path("answers", "a", {**inputs, "value_model": "2"})
+    assert result_path("answers", "a", inputs) == result_path("answers", "a", dict(reversed(inputs.items())))
+    assert result_path("answers", "a", inputs) != result_path("answers", "a", {**inputs, "value_model": "2"})
 
 
 # Errors on held-out trees
@@ -284,11 +292,11 @@ def write_labelled_trees(config: Config) -> None:
     write_labels(store, "labels/base/brief/part-00000.parquet", labels)
 
 
-def test_errors_are_those_of_token_targets_whatever_a_variant_learns_from(tmp_path: Path) -> None:
+def test_errors_are_those_of_token_targets_for_every_variant(tmp_path: Path) -> None:
     write_models(tmp_path, "study", ("brief",))
     config = make_config(tmp_path)
     write_labelled_trees(config)
-    store, one = Store(config.storage, config.run), subject(Store(config.storage, "study"), "brief", "0", "i0")
+    store, one = Store(config.storage, config.run), evaluated_model(Store(config.storage, "study"), "brief", "0", "i0")
     measured = value_error.measure(config, store, one)
     assert measured is not None
     assert len(measured.error_T) == config.prompts.validation
@@ -301,7 +309,7 @@ def test_errors_are_those_of_token_targets_whatever_a_variant_learns_from(tmp_pa
         path.unlink()
     assert value_error.measure(node.model_copy(update={"run": "study"}), store, one) == measured
 
-    # Explained variance and error are two views of the same numbers.
+    # R² follows from the error and the variance of the targets.
     _, trees = data_of(Fit("brief", 0, None, one.scale, ids), config, store)
     batch = trees.batch([0, 1, 2])
     weight, value = batch.weight_BX.double().numpy(), batch.value_BX.double().numpy()
@@ -310,21 +318,21 @@ def test_errors_are_those_of_token_targets_whatever_a_variant_learns_from(tmp_pa
     assert measured.errors(resamples(3))[0] == pytest.approx(measured.error)
 
 
-def test_what_the_training_noted_comes_first(tmp_path: Path) -> None:
+def test_errors_stored_by_the_training_take_precedence(tmp_path: Path) -> None:
     config, store = make_config(tmp_path), Store(str(tmp_path), "study")
-    one = Subject("brief", "brief@0", "iteration 0", 0, tmp_path / "no such folder")
+    one = EvaluatedModel("brief", "brief@0", "iteration 0", 0, tmp_path / "no such folder")
     store.finish("values/brief/i0", {"validation_error": 0.5, "explained_variance": 0.25})
     assert measure.errors(config, store, one) == (0.5, 0.25)
 
 
 def test_all_figures_of_a_finished_run(tmp_path: Path) -> None:
-    """Iteration 0 at the middle strength is where gains are compared; a variant with the same weights is no better."""
+    """Gains are compared at the KL of iteration 0 at the middle strength; equal weights give a difference of 0."""
     write_models(tmp_path, "study", ("brief", "positive"))
     config = make_config(tmp_path, prompts={"train": 6, "validation": 0, "evaluation": 4})
     same = Variant("same", "value", "layers", 1)
     write_models(tmp_path, "study-same", ("brief", "positive"))
     Store(config.storage, config.run).finish("gate/brief/i0", {"accepted": True})
-    results = measure.measure(config, [same], (1.0, 3.0, 6.0), "made up")
+    results = measure.measure(config, [same], (1.0, 3.0, 6.0))
     assert [row.label for row in results.iterations] == ["iteration 0"] * 2
     for row in results.iterations:
         assert results.kl[row.objective] == pytest.approx(row.strengths[1].divergence)
@@ -338,15 +346,19 @@ def test_all_figures_of_a_finished_run(tmp_path: Path) -> None:
         difference = row.gain_over[measure.REFERENCE].estimate
         assert difference is not None
         assert [difference.mean, difference.low, difference.high] == pytest.approx([0.0] * 3)
-    json.dumps(results.to_json())
-    assert "| accepted |" in render(results)
+    found = {**results.to_json(), **PROVENANCE}
+    assert "| accepted |" in render(found)
+    assert render(json.loads(json.dumps(found))) == render(found)
 
 
 # The page
 
 
 def made_up() -> Results:
-    strengths = [Spent(2.0, 1.5, 20.0, Estimate(0.4, 0.1, 0.7)), Spent(6.0, 4.0, 18.0, Estimate(0.9, -0.1, 1.5))]
+    strengths = [
+        StrengthResult(2.0, 1.5, 20.0, Estimate(0.4, 0.1, 0.7)),
+        StrengthResult(6.0, 4.0, 18.0, Estimate(0.9, -0.1, 1.5)),
+    ]
     first = Row("brief", "iteration 0", 0.81, 0.125, AtKl(Estimate(0.9, 0.2, 1.5), 1.0), {}, strengths)
     second = replace(
         first,
@@ -369,7 +381,11 @@ def made_up() -> Results:
         gain_over={"as configured": AtKl(Estimate(-0.3, -0.6, -0.1), 1.0)},
         error_over=Estimate(0.05, 0.01, 0.09),
     )
-    return Results({"command": "`made up`"}, {"brief": 4.0}, 6.0, [first, second, third], [reference, variant])
+    return Results({"base model": "tiny"}, {"brief": 4.0}, 6.0, [first, second, third], [reference, variant])
+
+
+def figures_of(results: Results) -> dict[str, Any]:
+    return {**results.to_json(), **PROVENANCE}
 
 
 def test_the_tables_hold_the_figures_with_their_intervals() -> None:
@@ -377,9 +393,9 @@ def test_the_tables_hold_the_figures_with_their_intervals() -> None:
     assert rows == [
         "| brief | iteration 0 | 0.810 | 0.125 | 4.00 | +0.90 [+0.20, +1.50] | – | – | – |",
         "| brief | iteration 1 | 0.810 | 0.125 | 4.00 "
-        "| +1.30 [+0.80, +1.90] (of the resamples, 90% reach the KL) "
-        "| +0.40 [+0.10, +0.70] (of the resamples, 90% reach the KL) "
-        "| +0.40 [+0.10, +0.70] (of the resamples, 90% reach the KL) | refused, −0.02 [−0.11, +0.07] |",
+        "| +1.30 [+0.80, +1.90] (90% of the resamples reach the KL) "
+        "| +0.40 [+0.10, +0.70] (90% of the resamples reach the KL) "
+        "| +0.40 [+0.10, +0.70] (90% of the resamples reach the KL) | refused, −0.02 [−0.11, +0.07] |",
         "| brief | iteration 2 | 0.810 | 0.125 | 4.00 | KL not reached | KL not reached | KL not reached | – |",
     ]
     assert variant_table(made_up()).splitlines()[-1] == (
@@ -392,9 +408,24 @@ def test_the_tables_hold_the_figures_with_their_intervals() -> None:
     assert len(strengths) == 2 + 4, "the reference of the variants is iteration 0, which is there already"
 
 
+def test_the_page_is_the_same_from_the_file_of_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unreached KLs (None), resampling shares and gates survive JSON."""
+    found = figures_of(made_up())
+    figures.write(tmp_path / "study.json", found)
+    study.main(["--page-only", "--json", str(tmp_path / "study.json"), "--markdown", str(tmp_path / "page.md")])
+    assert render(found) in (tmp_path / "page.md").read_text()
+    assert capsys.readouterr().out == render(found) + "\n"
+    rows = [line for line in render(found).splitlines() if line.startswith(("| command", "| base model", "| machine"))]
+    assert rows == [
+        "| command | `python -m benchmarks.study --config study.yaml` |",
+        "| base model | tiny |",
+        "| machine | a processor, 2 cores, 24 GiB; Python 3.11.7, torch 2.13.0 |",
+    ]
+
+
 def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
     widths: list[set[int]] = [set()]
-    for line in render(made_up()).splitlines():
+    for line in render(figures_of(made_up())).splitlines():
         if line.startswith("|"):
             widths[-1].add(line.count("|"))
         elif widths[-1]:
@@ -402,8 +433,8 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
     assert [len(width) for width in widths] == [1] * 4 + [0]
 
 
-def test_the_reading_counts_the_intervals() -> None:
-    gains, steps, changes, errors, gate, chance = reading(made_up())
+def test_the_findings_count_the_intervals() -> None:
+    gains, steps, changes, errors, gate, chance = findings(made_up())
     assert gains.startswith("Of 4 gains")
     assert "3 above 0" in gains
     assert "1 unknown because a curve does not reach the KL (brief, iteration 2)" in gains
@@ -419,18 +450,18 @@ def test_the_reading_counts_the_intervals() -> None:
 
 
 @pytest.mark.parametrize("betas", ["", "2,x", "0,2", "2,inf", "-1"])
-def test_strengths_that_cannot_be_used_are_refused(betas: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_strengths_are_refused(betas: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         study.main(["--config", "any", f"--betas={betas}"])
     assert end.value.code == 2
     assert repr(betas) in capsys.readouterr().err
 
 
-def test_strengths_are_put_in_order() -> None:
+def test_strengths_are_sorted() -> None:
     assert study._betas("6,1,3,3") == (1.0, 3.0, 6.0)
 
 
-def test_a_missing_config_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_config_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         study.main(["--config", "no-such-file.yaml"])
     assert end.value.code == 2

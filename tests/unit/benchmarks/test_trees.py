@@ -1,4 +1,4 @@
-"""The plain ways to grow trees and to train on them do what the fast ways do."""
+"""The references for growing trees and training on them are equivalent to the fast implementations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.common.interleave import ratio, take_turns
-from benchmarks.common.trees import Question, turn
+from benchmarks.common.trees import Question, repetition_questions
 from benchmarks.rollout.engine_trees import EncodingCounter, num_prefix_tokens
 from benchmarks.rollout.naive import PlainGrower
 from benchmarks.training import naive
@@ -71,25 +71,25 @@ def test_plain_trees_follow_the_growth_rule(trees: list[Tree]) -> None:
     assert num_splits > 0
 
 
-def test_plain_trees_are_not_split_unless_asked_for() -> None:
+def test_plain_trees_are_split_only_with_dynamic_split() -> None:
     trees = plain_trees(Shape(3, 2, 3, 12, dynamic_split=False))
     assert not any(tree.is_split(node) for tree in trees for node in range(tree.num_nodes))
 
 
-def test_plain_trees_are_written_by_the_policy_of_the_engine() -> None:
-    """With one candidate per token there is one answer, and all paths are parts of it."""
+def test_plain_trees_follow_the_policy_of_the_engine() -> None:
+    """With one candidate per token there is only one answer, and all paths are prefixes of it."""
     requests = [Request(q.prompt.id, q.tokens, params=SamplingParams(12, top_k=1)) for q in QUESTIONS]
     for tree, [choice] in zip(plain_trees(top_k=1), Engine(BASE).generate(requests), strict=True):
         for leaf in tree.leaves():
             assert tree.answer(int(leaf)).tolist() == choice.tokens
 
 
-def test_the_plain_way_encodes_every_prefix() -> None:
+def test_the_reference_prefills_every_prefix() -> None:
     encoded = 0
 
     def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal encoded
-        if kwargs["input_ids"].shape[1] > 1:  # the steps that follow have one token per row
+        if kwargs["input_ids"].shape[1] > 1:  # decode steps have one token per row
             encoded += kwargs["input_ids"].numel()
 
     hook = BASE.model.register_forward_pre_hook(count, with_kwargs=True)
@@ -100,16 +100,16 @@ def test_the_plain_way_encodes_every_prefix() -> None:
     assert encoded == sum(map(num_prefix_tokens, trees))
 
 
-def test_what_the_engine_encodes_is_counted() -> None:
+def test_prefilled_tokens_of_the_engine_are_counted() -> None:
     engine: Any = Engine(BASE)
     engine._base = counter = EncodingCounter(engine._base)
     engine.generate([Request(str(i), (5, 6, 7, 8), params=SamplingParams(3, seed=i)) for i in range(4)])
     assert counter.num_tokens == 3, (
-        "the prompt once, but for its last token, which every row computes in its first step"
+        "the prompt once, except for its last token, which every row computes in its first step"
     )
 
 
-def test_a_node_is_trained_on_what_its_last_token_sees() -> None:
+def test_the_sequence_of_a_node_is_what_its_last_token_attends_to() -> None:
     for tree in TREES:
         tokens_S = np.concatenate([tree.prompt_tokens, tree.tokens])
         _, mask_SS = visibility(tree)
@@ -118,7 +118,7 @@ def test_a_node_is_trained_on_what_its_last_token_sees() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000])
-def test_both_ways_to_train_have_the_same_loss(size: int) -> None:
+def test_packed_trees_and_single_sequences_have_the_same_loss(size: int) -> None:
     trees, model, indices = labelled(TREES), tiny_value(3), [1, 4, 7]
     batches = list(naive.batches(naive.examples(trees, indices), size, seed=2))
     plain = sum(float(naive.squared_error(model, batch)) for batch in batches)
@@ -126,7 +126,7 @@ def test_both_ways_to_train_have_the_same_loss(size: int) -> None:
     assert sum(example.weight for batch in batches for example in batch) == pytest.approx(trees.total_weight(indices))
 
 
-def test_both_ways_to_train_have_the_same_gradient() -> None:
+def test_packed_trees_and_single_sequences_have_the_same_gradient() -> None:
     trees, model, indices = labelled(TREES), tiny_value(3).requires_grad_(True), [0, 2]
     packed = torch.autograd.grad(squared_error(model, trees, indices, "cpu"), model.heads.weight)[0]
     [batch] = naive.batches(naive.examples(trees, indices), 1000, seed=2)
@@ -145,7 +145,7 @@ def test_token_forwards_count_every_prefix_and_the_padding() -> None:
     assert tokens["per_node_padded"] >= tokens["per_node"]
 
 
-def test_variants_take_turns_and_are_compared_within_a_repetition() -> None:
+def test_variants_alternate_and_are_compared_within_a_repetition() -> None:
     order: list[tuple[str, int]] = []
 
     def variant(name: str) -> Any:
@@ -157,6 +157,6 @@ def test_variants_take_turns_and_are_compared_within_a_repetition() -> None:
     assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0, "not 4 / 1, the ratio of the medians"
 
 
-def test_repetitions_have_questions_of_their_own() -> None:
-    assert [q.prompt.id for q in turn(QUESTIONS, 1, 5)] == ["5", "6", "7", "8", "9"]
-    assert [q.prompt.id for q in turn(QUESTIONS, 2, 5)] == ["10", "11", "0", "1", "2"]
+def test_every_repetition_has_its_own_questions() -> None:
+    assert [q.prompt.id for q in repetition_questions(QUESTIONS, 1, 5)] == ["5", "6", "7", "8", "9"]
+    assert [q.prompt.id for q in repetition_questions(QUESTIONS, 2, 5)] == ["10", "11", "0", "1", "2"]

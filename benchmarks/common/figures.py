@@ -1,0 +1,75 @@
+"""Files of figures: what a command measured, with its command line, machine and versions. Pages are rendered from them.
+
+The last three lie beside the figures, under `command`, `machine` and `versions`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mavis_dist.types import UserError
+
+DOCS = Path(__file__).parents[2] / "docs"
+FOLDER = DOCS / "figures"
+CPU_INFO = Path("/proc/cpuinfo")
+PACKAGES = ("torch", "transformers", "deepspeed", "ray")
+
+Parsed = TypeVar("Parsed")
+
+
+def default_file(name: str) -> Path:
+    return FOLDER / f"{name}.json"
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What every file of figures names besides its figures; call it after measuring, since it loads torch."""
+    import torch
+
+    machine = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"command": command, "machine": machine, "versions": versions}
+
+
+def machine_line(figures: Mapping[str, Any]) -> str:
+    """Processor, cores, memory, GPUs and versions in one line."""
+    machine, (python, *packages) = figures["machine"], figures["versions"].items()
+    parts = [machine["processor"], f"{machine['cores']} cores", f"{machine['memory_gib']} GiB", *machine["gpus"]]
+    versions = [f"Python {python[1]}", *(f"{name} {number}" for name, number in packages)]
+    return f"{', '.join(parts)}; {', '.join(versions)}"
+
+
+def write(file: Path, figures: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Raises UserError if the file does not exist."""
+    if not file.exists():
+        raise UserError(f"{file} does not exist: run the command without --page-only first")
+    figures: dict[str, Any] = json.loads(file.read_text())
+    return figures
+
+
+def parse(kind: type[Parsed], figures: Mapping[str, Any]) -> Parsed:
+    """A dataclass from the JSON of its asdict; keys that it does not have are left out."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).validate_python(figures)
+
+
+def _processor() -> str:
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
