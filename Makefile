@@ -1,4 +1,4 @@
-# make quickstart and make test are all a newcomer needs; both create .venv if it is missing.
+# Start with make quickstart and make test; both create .venv if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
@@ -8,11 +8,11 @@ INSTALLED := .venv/.installed
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
-	@echo "make serve        serve what a run has published (CONFIG=$(CONFIG))"
+	@echo "make serve        serve the published value models of a run (CONFIG=$(CONFIG))"
 	@echo "make test         all tests"
-	@echo "make benchmark    measure the decoder on a finished quickstart run"
+	@echo "make benchmark    measure the decoder on a finished quickstart run (docs/figures/decode.json)"
 	@echo "make lint types   ruff, mypy"
-	@echo "make clean        remove .venv and caches; runs/ stays"
+	@echo "make clean        remove .venv and caches; keep runs/"
 
 install: $(INSTALLED)
 
@@ -29,7 +29,7 @@ quickstart: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
-# Side by side: one core computes, on the other processes start, wait and are killed.
+# In parallel: the unit tests compute, while most of the other tests wait for processes to start and end.
 test: $(INSTALLED)
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-unit test-cluster test-serving
 
