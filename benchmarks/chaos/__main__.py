@@ -26,6 +26,7 @@ from typing import Any
 import mavis_dist.environment  # noqa: F401  ray reads it
 from benchmarks.common import command, figures
 from jobs.arguments import refusing
+from mavis_dist.types import UserError
 
 PAGE = figures.DOCS / "reliability.md"
 # A module with measure, page and two scales, and the field of the scale that the command line can replace.
@@ -69,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def figures_of(part: str, arguments: argparse.Namespace, line: str) -> dict[str, Any]:
     """The figures of one part, measured or, with --page-only, read."""
     if arguments.page_only:
-        return figures.read(arguments.json)[part] if arguments.json else figures.read(_file(part))
+        found = figures.read(arguments.json) if arguments.json else {part: figures.read(_file(part))}
+        if part not in found:
+            raise UserError(f"{arguments.json} has no part {part}: choose with --parts from {', '.join(found)}")
+        return found[part]
     name, field = PARTS[part]
     module = import_module(name)
     scale, given = module.QUICK if arguments.quick else module.FULL, getattr(arguments, field)

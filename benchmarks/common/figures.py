@@ -1,6 +1,6 @@
-"""Files of figures: what a command measured, with its command line, machine and versions. Pages are rendered from them.
+"""Files of figures, from which pages are rendered.
 
-The last three lie beside the figures, under `command`, `machine` and `versions`.
+Beside its figures, a file has the command line, the machine and the versions, under `command`, `machine`, `versions`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def default_file(name: str) -> Path:
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """What every file of figures names besides its figures; call it after measuring, since it loads torch."""
+    """Command line, machine and versions; loads torch, so call it after measuring."""
     import torch
 
     machine = {

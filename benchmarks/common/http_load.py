@@ -1,4 +1,4 @@
-"""A load generator: many streams from one event loop, in a process of its own. Imports no Ray.
+"""A load generator: many streams from one event loop, in a separate process. Imports no Ray.
 
 Closed loop: a fixed number of clients, each of which sends its next request when it has its answer. Open loop: requests
 arrive at given times whether the service keeps up or not, as those of real users do.

@@ -4,7 +4,7 @@
 
 Needs the value models of a finished run. Deploys the service on loopback, with the value models inside the base replica
 and then in their own replicas, and takes it down again. Prints tables and writes all figures to
-docs/figures/serving.json.
+docs/figures/serving.json. Service, clients and bare engine share the machine's cores.
 """
 
 from __future__ import annotations

@@ -240,6 +240,10 @@ def test_figures_that_were_never_measured_are_refused(docs, capsys):
         chaos.main(["--page-only", "--parts", "fuzz"])
     assert end.value.code == 2
     assert "chaos-fuzz.json does not exist" in capsys.readouterr().err
+    figures.write(docs / "all.json", {"soak": MEASURED["soak"]})
+    with pytest.raises(SystemExit):
+        chaos.main(["--page-only", "--parts", "fuzz", "--json", str(docs / "all.json")])
+    assert "all.json has no part fuzz" in capsys.readouterr().err
 
 
 def test_an_unknown_part_is_refused(capsys):

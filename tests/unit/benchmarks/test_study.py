@@ -100,7 +100,7 @@ def test_the_interval_is_that_of_the_mean_over_prompts() -> None:
     assert at.estimate.mean - at.estimate.low == pytest.approx(1.96 * error, rel=0.1)
 
 
-def test_resamples_interpolate_anew() -> None:
+def test_every_resample_is_interpolated_separately() -> None:
     """By hand, with the prompts of one resample repeated as often as it drew them."""
     one, weights_RP = noisy(3), resamples(50)
     drawn = np.repeat(np.arange(50), np.rint(weights_RP[7] * 50).astype(int))
