@@ -1,4 +1,4 @@
-"""One model for all objectives, distilled from the published value models of a finished run.
+"""Distil the published value models of a finished run into one model for all objectives.
 
 python -m jobs.distill --config jobs/configs/quickstart.yaml [dotted.key=value ...]
 """
@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    config = arguments.parse("distill", "Distil the published value models into one, with a student that predicts.")
+    config = arguments.parse("distill", "Distil the published value models of a run into one model.")
     arguments.refusing(lambda: run(config))
 
 
@@ -35,29 +35,29 @@ def run(config: Config) -> None:
     from mavis_dist.run_state import check_same_run
     from mavis_dist.store import values
     from mavis_dist.store.files import Store
-    from mavis_dist.train import launch
-    from mavis_dist.train.distill import job
+    from mavis_dist.train.distill.job import plan_job
+    from mavis_dist.train.launch import distill
 
     check_same_run(Store(config.storage, config.run), config)
     prompts, _ = load_prompts(config.prompts, config.seed)
-    plan = job.plan_job(config, frozenset(prompt.id for prompt in held_out(config.prompts, prompts)))
-    folder = layout.distilled_folder(plan.name)
-    if plan.store.metadata(folder) is None:
+    job = plan_job(config, frozenset(prompt.id for prompt in held_out(config.prompts, prompts)))
+    folder = layout.distilled_folder(job.name)
+    if job.store.metadata(folder) is None:
         cluster.connect()
         with cluster.stop_on_signals():
-            launch.distill(plan, start_progress_actor())
+            distill(job, start_progress_actor())
     else:
         say("distill", f"{folder} finished before, skipped")
-    served = plan.name if config.distill.publish else None
-    for teacher in plan.teachers:
-        values.publish_distilled(plan.store, teacher.objective, teacher.iteration, served)
-    facts = plan.store.metadata(folder)
-    assert facts is not None
-    print(f"{table(facts['figures'])}\n{plan.store.root}/{folder}")
+    served = job.name if config.distill.publish else None
+    for teacher in job.teachers:
+        values.publish_distilled(job.store, teacher.objective, teacher.iteration, served)
+    metadata = job.store.metadata(folder)
+    assert metadata is not None
+    print(f"{table(metadata['figures'])}\n{job.store.root}/{folder}")
 
 
 def table(figures: Mapping[str, Mapping[str, float | None]]) -> str:
-    """One line per objective: explained variance (EV) of the targets on validation trees, and R^2 to the teacher."""
+    """One line per objective: R² of the targets (EV, explained variance) on validation trees, and R² to the teacher."""
     rows = []
     for objective, row in figures.items():
         teacher, student = row["teacher_explained_variance"], row["student_explained_variance"]

@@ -1,1 +1,1 @@
-"""Training the value models: DeepSpeed workers under Ray Train, one group per objective."""
+"""Training of value models: DeepSpeed workers under Ray Train, one group per objective."""

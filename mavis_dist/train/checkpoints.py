@@ -1,7 +1,7 @@
-"""Checkpoints of unfinished training: whole or not there, and the newest whole one wins.
+"""Checkpoints of unfinished training: a checkpoint is complete or does not count, and the newest complete one is used.
 
-Every worker writes its own files, the first worker the marker, once all files are there. Which of them are whole is
-decided by their marker and sizes, so a file that was torn or lost costs the steps since the checkpoint before.
+Every worker writes its own files; worker 0 writes the marker once all files are there. The marker holds the sizes of
+the files, so that a torn or lost file costs only the steps since the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ ENGINE, STATE_FILE, BEST_FILE = "engine", "state.json", "best.safetensors"
 
 @dataclass
 class State:
-    """How far training is, beside the weights and the optimiser's state."""
+    """Progress of training, apart from the weights and the optimiser's state."""
 
     step: int = 0
     best_score: float | None = None
     best_epoch: int = -1
     best_figures: dict[str, float] = field(default_factory=dict)
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # trained parameters of the best epoch; on worker 0
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
 
 
 class Checkpoints:
     """The checkpoints of one value model's training."""
 
     def __init__(self, store: Store, folder: str, group: WorkerGroup, sharding: dict[str, Any]):
-        """`sharding` is what a checkpoint must have been written under: states are cut up by workers and ZeRO stage."""
+        """Only checkpoints of the same `sharding` are loaded: states are split by workers and ZeRO stage."""
         self._store, self._folder, self._group, self._sharding = store, folder, group, sharding
 
     def save(self, engine: Any, state: State) -> None:
-        """Needs all workers."""
+        """Call it on all workers."""
         name = f"step-{state.step:08d}"
         target = f"{self._folder}/{name}"
         if self._group.rank == 0:
-            self._store.delete(target)  # what an attempt left that died while saving
+            self._store.delete(target)  # remains of an attempt that died while saving
         self._group.barrier()
         with tempfile.TemporaryDirectory() as local:
             engine.save_checkpoint(local, tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
@@ -63,7 +63,7 @@ class Checkpoints:
                 self._store.delete(f"{self._folder}/{old}")
 
     def load(self, engine: Any) -> State:
-        """Put the newest whole checkpoint into the engine; a fresh state if there is none. Needs all workers."""
+        """Load the newest complete checkpoint, or return a fresh state if there is none. Call it on all workers."""
         name = self._group.broadcast(self._newest() if self._group.rank == 0 else None)
         if name is None:
             return State()
@@ -80,8 +80,8 @@ class Checkpoints:
 
 
 def _write_state(folder: Path, state: State) -> None:
-    facts = {name: value for name, value in vars(state).items() if name != "best"}
-    (folder / STATE_FILE).write_text(json.dumps(facts))
+    plain = {name: value for name, value in vars(state).items() if name != "best"}
+    (folder / STATE_FILE).write_text(json.dumps(plain))
     if state.best:
         save_file(state.best, folder / BEST_FILE)
 

@@ -1,4 +1,4 @@
-"""Stored trees and labels -> what the value model learns from. No Ray, no DeepSpeed."""
+"""Training data of a value model, from stored trees and labels. No Ray, no DeepSpeed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mavis_dist.store.shards import Labels, read_labels, read_trees, shard_names
 from mavis_dist.types import Policy, RewardScale
 
 STEPS_PER_BUCKET = 8
-WHOLE_TREE_TOKENS = 512  # a longer tree is cut: its attention would cost more than reading the prompt again
-PADDED_PART = 0.15  # of a batch, at most
+WHOLE_TREE_TOKENS = 512  # longer trees are split: their attention would cost more than encoding the prompt again
+MAX_PADDING = 0.15  # part of a batch
 
 
 def load_trees(store: Store, policy: Policy, objective: str) -> list[tuple[Tree, Labels]]:
@@ -40,7 +40,7 @@ class Fit:
     iteration: int  # of the policy whose trees it learns from
     parent: int | None  # iteration of the value model behind that policy, where training starts; None: the base model
     scale: RewardScale
-    validation_ids: frozenset[str]  # prompts whose trees measure and do not train
+    validation_ids: frozenset[str]  # prompts whose trees validate and do not train
 
     @property
     def policy(self) -> Policy:
@@ -64,7 +64,7 @@ class TreeSet:
         return [len(tree.prompt_tokens) + len(tree.tokens) for tree in self.trees]
 
     def total_weight(self, indices: list[int]) -> float:
-        """Sum of the target weights of some trees: what their squared errors are divided by."""
+        """Sum of the target weights of some trees, the divisor of their squared errors."""
         return float(sum(self.weight_by_depth[self.targets[i].depth_X].sum() for i in indices))
 
     def batch(self, indices: list[int]) -> PackedBatch:
@@ -72,7 +72,7 @@ class TreeSet:
         return pack([self.trees[i] for i in indices], [self.targets[i] for i in indices], self.weight_by_depth)
 
     def batches(self, indices: list[int]) -> list[PackedBatch]:
-        """Some trees, the large ones cut at the prompt, in batches of similar length."""
+        """Some trees, the large ones split at the prompt, in batches of similar length."""
         rows = []
         for tree, targets_ in ((self.trees[i], self.targets[i]) for i in indices):
             is_large = len(tree.prompt_tokens) + len(tree.tokens) > WHOLE_TREE_TOKENS
@@ -80,7 +80,7 @@ class TreeSet:
         rows.sort(key=lambda row: len(row[0].tokens) + len(row[0].prompt_tokens))
         groups: list[list[tuple[Tree, Targets]]] = []
         for row in rows:
-            if groups and _padding([*groups[-1], row]) <= PADDED_PART:
+            if groups and _padding([*groups[-1], row]) <= MAX_PADDING:
                 groups[-1].append(row)
             else:
                 groups.append([row])
@@ -113,7 +113,7 @@ def tree_set(
 
 
 def zeta(config: Config, iteration: int) -> float:
-    """Price of one nat of divergence in standard deviations of reward: 1 / beta, and nothing before any tilt."""
+    """Price of one nat of divergence in standard deviations of reward: 1 / beta, and 0 for the untilted policy."""
     return 1.0 / config.steer.beta if iteration > 0 and config.steer.beta > 0 else 0.0
 
 
@@ -143,8 +143,8 @@ def data_of(fit: Fit, config: Config, store: Store) -> tuple[TreeSet, TreeSet]:
 def steps(lengths: Sequence[int], trees_per_step: int, epoch: int, seed: int) -> list[list[int]]:
     """Indices of the trees of every optimiser step of an epoch, the same on all workers.
 
-    A seeded shuffle; then trees of similar length, in packed tokens, are brought together within groups of some steps,
-    so that little is padded, and the steps are shuffled. Indices of a step are sorted by length.
+    A seeded shuffle of the trees, sorted by length in packed tokens within buckets of a few steps to reduce padding,
+    and a shuffle of the steps. Indices of a step are sorted by length.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths)).tolist()
@@ -157,6 +157,6 @@ def steps(lengths: Sequence[int], trees_per_step: int, epoch: int, seed: int) ->
 
 
 def passes(indices: Sequence[int], rank: int, num_workers: int, accumulation: int) -> list[list[int]]:
-    """A worker's share of a step, cut into forward passes of trees of similar length; some may be empty."""
+    """A worker's share of a step, split into forward passes of trees of similar length; some may be empty."""
     mine = list(indices[rank::num_workers])
     return [part.tolist() for part in np.array_split(np.array(mine, dtype=np.int64), accumulation)]

@@ -1,4 +1,4 @@
-"""The only place that knows DeepSpeed."""
+"""The DeepSpeed engine. No other module imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mavis_dist.sections import Train
 def make_engine(model: nn.Module, settings: Train, num_steps: int, trees_per_pass: int) -> Any:
     """A DeepSpeed engine around `model`, with AdamW, linear warm-up and linear decay.
 
-    `settings` is the `train` section of the config. Needs an initialised process group (Ray Train makes one).
+    Needs an initialised process group (Ray Train makes one).
     """
     _prepare_compiler()
     import deepspeed
@@ -40,7 +40,7 @@ def make_engine(model: nn.Module, settings: Train, num_steps: int, trees_per_pas
             "gradient_accumulation_steps": settings.accumulation,
             "gradient_clipping": 1.0,
             "zero_optimization": _zero(settings),
-            # ZeRO shards the states of any torch optimizer; DeepSpeed wants that said.
+            # ZeRO shards the states of any torch optimizer, but DeepSpeed asks for consent.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "torch_autocast": {"enabled": settings.dtype == "bfloat16", "dtype": "bfloat16"},
@@ -58,8 +58,8 @@ def _zero(settings: Train) -> dict[str, Any]:
 
 
 def _prepare_compiler() -> None:
-    """DeepSpeed compiles operators on first use: with the ninja of this environment, into a cache of its own. In one
-    cache for all, environments would take turns in compiling the same operators for themselves.
+    """Let DeepSpeed compile its operators with this environment's ninja into this environment's own cache: environments
+    that share a cache recompile each other's operators.
     """
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if os.access(sys.prefix, os.W_OK):
@@ -67,8 +67,8 @@ def _prepare_compiler() -> None:
 
 
 def _unlink_shared_memory() -> None:
-    """Take the names off DeepSpeed's buffers once all workers have opened them, 64 MiB each: they live on while they
-    are mapped, and go with the processes. DeepSpeed leaves them in memory until the machine restarts.
+    """Unlink DeepSpeed's shared-memory buffers, 64 MiB each, once all workers have opened them: they are freed with the
+    last process. DeepSpeed itself would leave them in memory until the machine restarts.
     """
     torch.distributed.barrier()
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -77,12 +77,12 @@ def _unlink_shared_memory() -> None:
 
 
 def trained_state(engine: Any) -> dict[str, torch.Tensor]:
-    """All trained parameters in float32 on the CPU, gathered from the workers (call it on every worker)."""
+    """All trained parameters in float32 on the CPU, gathered from the workers. Call it on all workers."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     def full(parameter: nn.Parameter) -> torch.Tensor:
         gathered = safe_get_full_fp32_param(parameter)
-        return parameter if gathered is None else gathered  # ZeRO 0 keeps the parameter itself whole
+        return parameter if gathered is None else gathered  # ZeRO 0 does not shard parameters
 
     named = engine.module.named_parameters()
     return {name: full(p).detach().float().cpu().clone() for name, p in named if p.requires_grad}

@@ -1,9 +1,10 @@
-"""What one training worker does: fit one objective's value model to its trees."""
+"""One training worker: fits the value model of one objective to its trees."""
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ from mavis_dist.types import R2_KEY
 CHECKPOINT_EVERY_S = 60.0  # and at the end of every epoch
 
 
-def target_values(model: Any, batch: PackedBatch, device: str) -> torch.Tensor:
-    """What the model says of every target of packed trees, [B, X]."""
+ValueFunction = Callable[..., torch.Tensor]  # a value model, or a DeepSpeed engine around one
+
+
+def target_values(model: ValueFunction, batch: PackedBatch, device: str) -> torch.Tensor:
+    """The model's values at all targets of packed trees, [B, X]."""
     values_BSM = model(
         input_ids=batch.tokens_BS.to(device),
         position_ids=batch.positions_BS.to(device),
@@ -40,37 +44,36 @@ def target_values(model: Any, batch: PackedBatch, device: str) -> torch.Tensor:
 
 
 def squared_error(
-    model: Any, tree_set_: TreeSet, indices: list[int], device: str, one_batch: bool = False
+    model: ValueFunction, trees: TreeSet, indices: list[int], device: str, one_batch: bool = False
 ) -> torch.Tensor:
     """Sum over the targets of some trees of weight * (V - target)^2; a scalar.
 
-    With `one_batch` the model is called once, as ZeRO 3 demands: all its workers gather parameters at the same time.
+    `one_batch` calls the model once, as ZeRO 3 needs: all workers must gather parameters at the same time.
     """
     total = torch.zeros((), device=device)
-    for batch in [tree_set_.batch(indices)] if one_batch else tree_set_.batches(indices):
+    for batch in [trees.batch(indices)] if one_batch else trees.batches(indices):
         error_BX = target_values(model, batch, device) - batch.value_BX.to(device)
         total = total + (batch.weight_BX.to(device) * error_BX**2).sum()
     return total
 
 
 @torch.no_grad()
-def predict(model: Any, tree_set_: TreeSet, device: str) -> Predictions:
-    """What the model says of all targets, tree by tree."""
+def predict(model: ValueFunction, trees: TreeSet, device: str) -> Predictions:
+    """The model's values at the targets of all trees, one tree at a time."""
     parts = []
-    for i in range(len(tree_set_)):
-        batch = tree_set_.batch([i])
+    for i in range(len(trees)):
+        batch = trees.batch([i])
         pred_1X = target_values(model, batch, device)
         columns = (pred_1X, batch.value_BX, batch.weight_BX)
-        parts.append([*(x[0].double().cpu().numpy() for x in columns), tree_set_.targets[i].depth_X])
+        parts.append([*(x[0].double().cpu().numpy() for x in columns), trees.targets[i].depth_X])
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
-    """Fit, keep the epoch that explains the validation trees best, and store it.
+    """Train, and store the epoch with the best R² on the validation trees.
 
-    Goes on from the newest checkpoint of an earlier attempt. Returns False if it was asked to stop: it has saved a
-    checkpoint then. The loss of a step is the mean over all targets of its trees, however they are spread over workers
-    and passes.
+    Resumes from the newest checkpoint of an earlier attempt. Returns False if asked to stop, after saving a checkpoint.
+    The loss of a step is the mean over all targets of its trees, however they are spread over workers and passes.
     """
     device, settings = config.base.device, config.train
     training, validation = data_of(fit, config, store)
@@ -94,12 +97,12 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
 
     engine.train()
     saved_at = time.monotonic()
-    while state.step < len(schedule) and not is_enough(state, schedule[state.step][0], settings.patience):
+    while state.step < len(schedule) and not stops_early(state, schedule[state.step][0], settings.patience):
         epoch, indices = schedule[state.step]
         torch.manual_seed(noise.stream(config.seed, state.step, group.rank))  # dropout
         loss = take_step(engine, training, indices, group, settings.accumulation, device, settings.zero_stage == 3)
         state.step += 1
-        note({"step": state.step, "epoch": epoch, "loss": loss, "learning_rate": engine.get_lr()[0]}, state, journal)
+        record({"step": state.step, "epoch": epoch, "loss": loss, "learning_rate": engine.get_lr()[0]}, state, journal)
         group.progress(fit.objective, state.step, len(schedule), f"loss {loss:.3f}")
         ends_epoch = state.step % (len(schedule) // settings.epochs) == 0
         if ends_epoch:
@@ -148,12 +151,12 @@ def end_epoch(
     device: str,
     group: WorkerGroup,
 ) -> None:
-    """Measure on the validation trees, and remember the parameters if none were better."""
+    """Evaluate on the validation trees, and keep the parameters if they are the best so far."""
     engine.eval()
     figures = summary(predict(engine, validation, device)) if len(validation) else {}
     engine.train()
     if figures:
-        note({"step": state.step, "epoch": epoch, **figures}, state, journal)
+        record({"step": state.step, "epoch": epoch, **figures}, state, journal)
     score = figures.get(R2_KEY, float(epoch))  # without validation the last epoch counts as best
     if state.best_score is None or score > state.best_score:
         weights = trained_state(engine)
@@ -161,12 +164,12 @@ def end_epoch(
         state.best = weights if group.rank == 0 else {}
 
 
-def is_enough(state: State, epochs_so_far: int, patience: int | None) -> bool:
-    """Whether validation has not become better for `patience` epochs."""
+def stops_early(state: State, epochs_so_far: int, patience: int | None) -> bool:
+    """Whether validation has not improved for `patience` epochs."""
     return patience is not None and epochs_so_far - state.best_epoch > patience
 
 
-def note(entry: dict[str, Any], state: State, journal: Journal | None) -> None:
+def record(entry: dict[str, float], state: State, journal: Journal | None) -> None:
     state.metrics.append(entry)
     if journal is not None:
         journal.write(entry)
@@ -174,7 +177,7 @@ def note(entry: dict[str, Any], state: State, journal: Journal | None) -> None:
 
 def store_best(fit: Fit, config: Config, store: Store, state: State) -> None:
     """Write the value model of the best epoch with its card and all figures."""
-    # A fresh copy: ZeRO 3 has cut the parameters of the one that was trained into pieces.
+    # A fresh copy: under ZeRO 3 the parameters of the trained one are sharded.
     model = trainable_model(fit, config, store)
     unknown = model.load_state_dict(state.best, strict=False).unexpected_keys
     assert not unknown, unknown
@@ -182,5 +185,5 @@ def store_best(fit: Fit, config: Config, store: Store, state: State) -> None:
     with tempfile.TemporaryDirectory() as local:
         save(merge_adapters(model), make_card(fit, config, r2), Path(local))
         (Path(local) / layout.METRICS_FILE).write_text(json_lines(state.metrics))
-        facts = {"steps": state.step, "epoch": state.best_epoch, **state.best_figures}
-        store.upload(Path(local), layout.value_folder(fit.objective, fit.iteration), facts)
+        metadata = {"steps": state.step, "epoch": state.best_epoch, **state.best_figures}
+        store.upload(Path(local), layout.value_folder(fit.objective, fit.iteration), metadata)

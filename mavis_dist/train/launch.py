@@ -26,7 +26,7 @@ from mavis_dist.train.distill.job import DistillJob
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import UserError
 
-MAX_DEATHS = 3  # of workers, from which one training recovers
+MAX_DEATHS = 3  # of workers, after which one launch gives up
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Launch:
 
 
 def fit_all(fits: Sequence[Fit], config: Config, at_once: int, progress: Progress) -> None:
-    """Train every value model, `at_once` at a time; the first failure is raised when all have ended."""
+    """Train every value model, `at_once` at a time; raises the first failure once all have ended."""
     stage = f"train i{fits[0].iteration}"
     run_all(
         [Launch(f"{stage} {fit.objective}", stage, partial(_fit, fit, config), config, progress) for fit in fits],
@@ -50,7 +50,7 @@ def fit_all(fits: Sequence[Fit], config: Config, at_once: int, progress: Progres
 
 
 def distill(job: DistillJob, progress: Progress) -> None:
-    """One distillation, with its progress on stderr. It keeps nothing when it is stopped."""
+    """Run one distillation, with progress on stderr. It cannot resume: a stop discards its work."""
     run_all([Launch("distill", "distill", partial(_distill, job), job.config, progress)], at_once=1)
 
 
@@ -63,7 +63,7 @@ def run_all(launches: Sequence[Launch], at_once: int) -> None:
 
 
 def run(launch: Launch) -> None:
-    """Run until the work is done; a run that lost a worker is started again. Errors of the user are raised at once."""
+    """Run until the work is done, restarting after the loss of a worker. A UserError is raised at once."""
     for deaths in range(MAX_DEATHS + 1):
         cluster.check_stop()
         try:
@@ -80,7 +80,7 @@ def run(launch: Launch) -> None:
 
 
 def _run_once(launch: Launch) -> None:
-    # Checkpoints go to the project's own store. Ray Train's folder holds bookkeeping only, in a new place every time:
+    # Checkpoints go to the project's own store. Ray Train's folder holds bookkeeping only, in a new place each time:
     # it is not written atomically, and a torn file would stop the next attempt.
     name, train = uuid.uuid4().hex, launch.config.train
     store = Store(launch.config.storage, launch.config.run)
@@ -102,7 +102,7 @@ def _run_once(launch: Launch) -> None:
 
 
 def _work(arguments: dict[str, Launch]) -> None:
-    """A worker: its share of the cores, what DeepSpeed must know of the machine, then the work."""
+    """Entry point of a worker: sets its share of the cores and the local size that DeepSpeed reads, then works."""
     import torch
 
     launch = arguments["launch"]
@@ -112,7 +112,7 @@ def _work(arguments: dict[str, Launch]) -> None:
 
 
 def _worker_group(launch: Launch) -> WorkerGroup:
-    """This worker's place among the others; worker 0 posts the progress."""
+    """This worker's view of the group; worker 0 posts the progress."""
     context, actor = ray.train.get_context(), launch.progress
     rank = context.get_world_rank()
 
@@ -126,7 +126,7 @@ def _worker_group(launch: Launch) -> WorkerGroup:
     return WorkerGroup(rank, context.get_world_size(), post, wants_stop)
 
 
-# Imported in the workers: the driver needs neither DeepSpeed nor what trains with it.
+# These import in the workers: the driver needs neither DeepSpeed nor the training code.
 
 
 def _fit(fit: Fit, config: Config, group: WorkerGroup) -> None:

@@ -1,4 +1,4 @@
-"""How well a value model predicts held-out targets. Numpy only.
+"""Quality of a value model's predictions of held-out targets. Numpy only.
 
 Shapes: X targets. Errors are in squared standard deviations of the reward.
 """
@@ -6,7 +6,6 @@ Shapes: X targets. Errors are in squared standard deviations of the reward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ CALIBRATION_BINS = 10
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model says of targets, and what they are."""
+    """Predicted and true values of targets."""
 
     pred_X: np.ndarray
     target_X: np.ndarray
@@ -40,26 +39,27 @@ def squared_error(p: Predictions) -> float:
     return float(np.average((p.pred_X - p.target_X) ** 2, weights=p.weight_X))
 
 
-def r2(pred_X: np.ndarray, target_X: np.ndarray, weight_X: np.ndarray | None = None) -> Any:
+def r2(pred_X: np.ndarray, target_X: np.ndarray, weight_X: np.ndarray | None = None) -> np.ndarray:
     """1 - squared error / variance of the targets, weighted: 1 is perfect, 0 is as good as predicting their mean.
 
-    A number for vectors, one per column for arrays of more columns. Stored and served as "explained_variance".
+    A scalar for vectors, one per column for arrays of more columns. Stored and served as "explained_variance".
     """
     mean = np.average(target_X, axis=0, weights=weight_X)
     variance = np.average((target_X - mean) ** 2, axis=0, weights=weight_X)
-    return 1.0 - np.average((pred_X - target_X) ** 2, axis=0, weights=weight_X) / np.maximum(variance, 1e-12)
+    error = np.average((pred_X - target_X) ** 2, axis=0, weights=weight_X)
+    return np.asarray(1.0 - error / np.maximum(variance, 1e-12))
 
 
 def calibration(p: Predictions) -> dict[str, float]:
-    """Whether values can be taken at their word.
+    """Calibration of the values.
 
     `slope` and `intercept` of the weighted regression of targets on values (1 and 0 are ideal), and `gap`: the mean
     distance between values and targets within ten equally large groups of similar values.
     """
     mean_pred, mean_target = (np.average(x, weights=p.weight_X) for x in (p.pred_X, p.target_X))
-    spread = np.average((p.pred_X - mean_pred) ** 2, weights=p.weight_X)
-    together = np.average((p.pred_X - mean_pred) * (p.target_X - mean_target), weights=p.weight_X)
-    slope = float(together / max(spread, 1e-12))
+    variance = np.average((p.pred_X - mean_pred) ** 2, weights=p.weight_X)
+    covariance = np.average((p.pred_X - mean_pred) * (p.target_X - mean_target), weights=p.weight_X)
+    slope = float(covariance / max(variance, 1e-12))
     groups = [group for group in np.array_split(np.argsort(p.pred_X, kind="stable"), CALIBRATION_BINS) if len(group)]
     gaps = [np.average(p.pred_X[g] - p.target_X[g], weights=p.weight_X[g]) for g in groups]
     sizes = [p.weight_X[g].sum() for g in groups]

@@ -1,4 +1,4 @@
-"""The value model that a fit starts from, and what is stored of it."""
+"""The value model that a fit starts from, and the card stored with it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mavis_dist.train.data import Fit
 
 
 def trainable_model(fit: Fit, config: Config, store: Store) -> ValueModel:
-    """The model that training starts from. Token embeddings stay as they are: they are half of a small model's
-    parameters, and few of them occur in the trees. With `value.lora_rank`, low-rank adapters on every linear layer are
-    trained in place of the backbone (arXiv 2508.13415, appendix).
+    """The model that training starts from. Token embeddings are frozen: they are half of a small model's parameters,
+    and few of them occur in the trees. With `value.lora_rank`, low-rank adapters on every linear layer are trained
+    instead of the backbone (arXiv 2508.13415, appendix).
     """
     model = _start(fit, config, store)
     if config.value.lora_rank == 0:
@@ -32,7 +32,7 @@ def trainable_model(fit: Fit, config: Config, store: Store) -> ValueModel:
 
 
 def _start(fit: Fit, config: Config, store: Store) -> ValueModel:
-    """The value model behind the policy, or the truncated base model with heads that say 0."""
+    """The value model behind the policy, or the truncated base model with a head of zeros."""
     if fit.parent is not None:
         model, _ = load(values.fetch(store, fit.objective, fit.parent))
         return model.requires_grad_(True)
@@ -41,7 +41,7 @@ def _start(fit: Fit, config: Config, store: Store) -> ValueModel:
 
 
 def merge_adapters(model: ValueModel) -> ValueModel:
-    """The same function without adapters."""
+    """The same function, with adapters merged into the weights."""
     merge = getattr(model.backbone, "merge_and_unload", None)
     if merge is not None:
         model.backbone = merge()

@@ -1,4 +1,4 @@
-"""The workers that train one model together, as each of them sees the others. No Ray."""
+"""One worker's view of the group that trains a model. No Ray."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """Calls that all workers of the process group make together, if there are several."""
+    """Collective operations of a process group, to be called on all its workers."""
 
     rank: int = 0
     size: int = 1
-    progress: Callable[[str, int, int, str], None] = _no_progress  # (part of the work, steps done, of all, text)
-    wants_stop: Callable[[], bool] = _never  # whether the driver asks for a stop
+    progress: Callable[[str, int, int, str], None] = _no_progress  # (part of the work, steps done, total steps, text)
+    wants_stop: Callable[[], bool] = _never  # whether the driver has asked for a stop
 
     def check_stop(self) -> None:
-        """Raises Stopped if the driver asks for a stop."""
+        """Raises Stopped if the driver has asked for a stop."""
         if self.wants_stop():
             raise Stopped
 
@@ -40,12 +40,12 @@ class WorkerGroup:
         """The sum over all workers."""
         if self.size == 1:
             return number
-        sum_ = torch.tensor([number], dtype=torch.float64)
-        distributed.all_reduce(sum_)
-        return float(sum_)
+        total = torch.tensor([number], dtype=torch.float64)
+        distributed.all_reduce(total)
+        return float(total)
 
     def broadcast(self, value: T) -> T:
-        """Worker 0's value, on all workers."""
+        """Worker 0's value."""
         if self.size == 1:
             return value
         values = [value]
@@ -53,7 +53,7 @@ class WorkerGroup:
         return values[0]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all workers by rank, on all workers."""
+        """The values of all workers, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size

@@ -1,6 +1,6 @@
-"""One finished run of the pipeline, for all tests that compare with it or damage a copy of it.
+"""One finished run of the pipeline, shared by all tests that compare with it or damage a copy of it.
 
-With a tiny random model, or with the one that MAVIS_FAULTS_MODEL names: then the same tests take minutes each.
+With a tiny random model, or with the one that MAVIS_FAULTS_MODEL names; the same tests then take minutes each.
 """
 
 from __future__ import annotations

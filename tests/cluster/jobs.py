@@ -1,4 +1,4 @@
-"""The main job as a user runs it, and what it leaves behind."""
+"""The pipeline as a user runs it, and hashes of its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole distillation on real DeepSpeed, one worker, no Ray: taught, stored, published, extended."""
+"""A whole distillation on real DeepSpeed with one worker and without Ray: trained, stored, published, extended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import label_folder, rollout_folder
 from mavis_dist.store.shards import Labels, write_labels, write_trees
-from mavis_dist.train.distill import job
+from mavis_dist.train.distill import job as job_module
+from mavis_dist.train.distill.job import DistillError, DistillJob, distill, plan_job
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import Policy, Prompt
 from tests import tiny
@@ -41,10 +42,10 @@ def process_group() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Numbers for tiny models."""
+    """Settings for tiny models."""
     with pytest.MonkeyPatch.context() as patch:
         for name, number in {"LEARNING_RATE": 3e-3, "QHEAD_STEPS": 300, "STATES": 8, "RANK": 8}.items():
-            patch.setattr(job, name, number)
+            patch.setattr(job_module, name, number)
         yield
 
 
@@ -84,60 +85,60 @@ def of(config_file: Path, names: tuple[str, ...], *overrides: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def two(config_file: Path) -> job.DistillJob:
+def two(config_file: Path) -> DistillJob:
     """The first two objectives, distilled."""
-    plan = job.plan_job(of(config_file, NAMES[:2]), HELD_OUT)
-    job.distill(plan, WorkerGroup())
-    return plan
+    job = plan_job(of(config_file, NAMES[:2]), HELD_OUT)
+    distill(job, WorkerGroup())
+    return job
 
 
-def loaded(plan: job.DistillJob) -> tuple[qhead.Student, value.Card]:
-    folder = values.fetch_folder(plan.store, layout.distilled_folder(plan.name))
+def loaded(job: DistillJob) -> tuple[qhead.Student, value.Card]:
+    folder = values.fetch_folder(job.store, layout.distilled_folder(job.name))
     model, card = value.load(folder)
     return qhead.load(folder, model), card
 
 
-def test_a_trunk_from_the_base_model_learns_both_teachers(two: job.DistillJob) -> None:
-    facts = two.store.metadata(layout.distilled_folder(two.name))
-    assert facts is not None
-    assert set(facts["figures"]) == set(NAMES[:2])
-    for row in facts["figures"].values():
+def test_a_trunk_from_the_base_model_learns_both_teachers(two: DistillJob) -> None:
+    metadata = two.store.metadata(layout.distilled_folder(two.name))
+    assert metadata is not None
+    assert set(metadata["figures"]) == set(NAMES[:2])
+    for row in metadata["figures"].values():
         assert row["r2_values"] > 0.6
         assert row["r2_deltas"] > 0.3
         assert row["teacher_explained_variance"] is not None
-    assert len(table(facts["figures"]).splitlines()) == 4
+    assert len(table(metadata["figures"]).splitlines()) == 4
 
 
-def test_the_card_knows_the_teachers_and_a_changed_one_is_another_distillation(two: job.DistillJob) -> None:
+def test_the_card_names_the_teachers_and_a_changed_teacher_is_another_distillation(two: DistillJob) -> None:
     _, card = loaded(two)
     assert [(t.objective, t.iteration) for t in card.teachers] == [("first", 0), ("second", 0)]
-    assert job.plan_job(two.config, HELD_OUT).name == two.name
+    assert plan_job(two.config, HELD_OUT).name == two.name
     folder = values.fetch(two.store, "first", 0)
     model, teacher_card = value.load(folder)
     before = (folder / "model.safetensors").read_bytes()
     model.heads.bias.add_(1.0)
     value.save(model, teacher_card, folder)
     try:
-        assert job.plan_job(two.config, HELD_OUT).name != two.name
-        with pytest.raises(job.DistillError, match="'first' is not the one"):
-            job.plan_job(of_extended(two, NAMES[:2]), HELD_OUT)
+        assert plan_job(two.config, HELD_OUT).name != two.name
+        with pytest.raises(DistillError, match="'first' is not the one"):
+            plan_job(of_extended(two, NAMES[:2]), HELD_OUT)
     finally:
         (folder / "model.safetensors").write_bytes(before)
 
 
-def of_extended(plan: job.DistillJob, names: tuple[str, ...]) -> Config:
-    config = plan.config
+def of_extended(job: DistillJob, names: tuple[str, ...]) -> Config:
+    config = job.config
     reward = config.objectives[NAMES[0]]
-    extending = config.distill.model_copy(update={"extends": plan.name})
+    extending = config.distill.model_copy(update={"extends": job.name})
     return config.model_copy(update={"objectives": dict.fromkeys(names, reward), "distill": extending})
 
 
-def test_another_objective_changes_nothing_of_the_others(two: job.DistillJob) -> None:
-    with pytest.raises(job.DistillError, match="has all of the run's objectives"):
-        job.plan_job(of_extended(two, NAMES[:2]), HELD_OUT)
-    plan = job.plan_job(of_extended(two, NAMES), HELD_OUT)
-    job.distill(plan, WorkerGroup())
-    (before, _), (after, card) = loaded(two), loaded(plan)
+def test_adding_an_objective_does_not_change_the_others(two: DistillJob) -> None:
+    with pytest.raises(DistillError, match="has all of the run's objectives"):
+        plan_job(of_extended(two, NAMES[:2]), HELD_OUT)
+    job = plan_job(of_extended(two, NAMES), HELD_OUT)
+    distill(job, WorkerGroup())
+    (before, _), (after, card) = loaded(two), loaded(job)
     assert card.objectives == NAMES
     grown = after.state_dict()
     for name, tensor in before.state_dict().items():
@@ -147,15 +148,15 @@ def test_another_objective_changes_nothing_of_the_others(two: job.DistillJob) ->
     new_values, new_queries = after.split(after(input_ids=inputs))
     assert torch.equal(new_values[..., :2], old_values)
     assert torch.equal(new_queries[..., :2, :], old_queries)
-    facts = plan.store.metadata(layout.distilled_folder(plan.name))
-    assert facts is not None
-    assert facts["figures"]["third"]["r2_values"] > 0.1  # what a trunk made for others happens to know
-    old_facts = two.store.metadata(layout.distilled_folder(two.name))
-    assert old_facts is not None
-    assert {name: facts["figures"][name] for name in NAMES[:2]} == old_facts["figures"]
+    metadata = job.store.metadata(layout.distilled_folder(job.name))
+    assert metadata is not None
+    assert metadata["figures"]["third"]["r2_values"] > 0.1  # from a trunk that was trained for the others
+    old_metadata = two.store.metadata(layout.distilled_folder(two.name))
+    assert old_metadata is not None
+    assert {name: metadata["figures"][name] for name in NAMES[:2]} == old_metadata["figures"]
 
 
-def test_published_objectives_share_the_trunk_and_qhead_is_served(two: job.DistillJob) -> None:
+def test_published_objectives_share_the_trunk_and_qhead_is_served(two: DistillJob) -> None:
     store = two.store
     for name in NAMES[:2]:
         values.publish_distilled(store, name, 0, two.name)

@@ -1,4 +1,4 @@
-"""What is killed, stopped, torn or lost on the way changes nothing in the end."""
+"""Kills, stops, torn and lost files do not change the results of a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
     return found
 
 
-def test_kills_of_actors_workers_machines_and_drivers_end_in_the_same_bytes(
+def test_kills_of_actors_workers_machines_and_drivers_give_the_same_bytes(
     undisturbed: Store, config_file: Path, machines: Cluster
 ) -> None:
     store = Store(undisturbed.storage, "disturbed")
@@ -53,7 +53,7 @@ def test_kills_of_actors_workers_machines_and_drivers_end_in_the_same_bytes(
     arguments = ("run=disturbed", "rollout.actors=2")
 
     def checkpoints(iteration: int) -> int:
-        """How many objectives have one that is whole."""
+        """How many objectives have a complete one."""
         return len({path.parts[-5] for path in root.glob(f"train/*/i{iteration}/checkpoints/step-*/{MARKER}")})
 
     job = start(config_file, machines.address, *arguments)
@@ -71,7 +71,7 @@ def test_kills_of_actors_workers_machines_and_drivers_end_in_the_same_bytes(
     wait(job, lambda: checkpoints(1), "a checkpoint of the second iteration")
     job.send_signal(signal.SIGTERM)
     _, err = finish(job, code=143)
-    assert "stopped: what is finished is saved" in err
+    assert "stopped: finished work is saved" in err
     assert checkpoints(1)
 
     job = start(config_file, machines.address, *arguments)
@@ -92,7 +92,7 @@ def files(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])
-def test_whatever_file_is_damaged_its_folder_is_not_finished(undisturbed: Store, tmp_path: Path, damage: str) -> None:
+def test_a_folder_with_any_damaged_file_is_not_finished(undisturbed: Store, tmp_path: Path, damage: str) -> None:
     root = tmp_path / "run"
     shutil.copytree(undisturbed.root, root)
     store, unmarked = Store(str(tmp_path), "run"), set()
@@ -111,7 +111,7 @@ def test_whatever_file_is_damaged_its_folder_is_not_finished(undisturbed: Store,
     assert unmarked - events == UNMARKED
 
 
-def test_damage_in_every_stage_is_mended_to_the_same_bytes_and_an_objective_added_without_base_rollouts(
+def test_damage_in_every_stage_is_repaired_to_the_same_bytes_and_an_objective_added_without_base_rollouts(
     undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "undisturbed"

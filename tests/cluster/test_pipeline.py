@@ -1,4 +1,4 @@
-"""The whole pipeline on real Ray, Ray Train and DeepSpeed, with a tiny model: finished, resumed, refused."""
+"""The whole pipeline on real Ray, Ray Train and DeepSpeed with a tiny model: run, resumed, refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.cluster.jobs import finish, hashes, start
 from tests.tiny import write_base
 
 
-def test_everything_is_there_and_published(undisturbed: Store) -> None:
+def test_a_run_stores_and_publishes_everything(undisturbed: Store) -> None:
     decided = {name: gate.current(undisturbed, name, before=2) for name in ("brief", "vowels")}
     assert values.published(undisturbed) == decided
     assert len(hashes(undisturbed)) == 3 * 2 + 4 * 2 + 4 + 4 + 1
@@ -45,7 +45,7 @@ def test_a_second_run_skips_everything(undisturbed: Store, config_file: Path, ra
 def test_value_models_of_another_base_are_refused(
     undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
 ) -> None:
-    """The base model's folder now holds other weights than those that the value models were trained for."""
+    """The base model's folder holds other weights than those that the value models were trained for."""
     settings = yaml.safe_load(config_file.read_text())
     shutil.copytree(Path(undisturbed.root), tmp_path / "undisturbed")
     shutil.copytree(settings["base"]["model"], tmp_path / "base")
@@ -72,7 +72,7 @@ def test_value_models_of_another_base_are_refused(
         (["run=new", "storage=/proc/nothing"], ["/proc/nothing", "cannot be written"]),
     ],
 )
-def test_what_cannot_work_is_one_line_and_exit_code_2(
+def test_an_impossible_run_ends_with_one_line_and_exit_code_2(
     overrides: list[str],
     words: list[str],
     undisturbed: Store,

@@ -1,4 +1,4 @@
-"""The queue that actors share, with actors that die on purpose."""
+"""The worker pool, with actors that die on purpose."""
 
 from __future__ import annotations
 
@@ -14,56 +14,56 @@ pytestmark = pytest.mark.usefixtures("ray_address")
 
 
 @ray.remote(num_cpus=0)
-class Doubler:
-    """Doubles a list of numbers, one per call; dies once in the middle of a list, or whenever it has begun one."""
+class Multiplier:
+    """Multiplies a list of numbers, one per call; dies once in the middle of a list, or in every list if doomed."""
 
-    def __init__(self, grave: str, is_doomed: bool = False):
-        self.grave, self.is_doomed, self.left = Path(grave), is_doomed, []
+    def __init__(self, death_file: str, is_doomed: bool = False):
+        self.death_file, self.is_doomed, self.left = Path(death_file), is_doomed, []
 
     def work(self, factor: int, numbers: list[int] | None) -> tuple[list[tuple[int, int]], bool]:
         if numbers is not None:
             self.left = list(numbers)
-        if self.is_doomed or (len(self.left) == 1 and not self.grave.exists()):
-            self.grave.touch()
+        if self.is_doomed or (len(self.left) == 1 and not self.death_file.exists()):
+            self.death_file.touch()
             os._exit(1)
         number, *self.left = self.left
         return [(number, number * factor)], not self.left
 
 
 @ray.remote(num_cpus=0)
-class Stillborn:
+class Unstartable:
     def __init__(self) -> None:
         raise ValueError("no such model")
 
     def work(self, factor: int, numbers: list[int] | None) -> None: ...
 
 
-def test_what_a_dead_actor_had_begun_is_begun_again(tmp_path: Path) -> None:
-    crew = WorkerPool(lambda: Doubler.remote(str(tmp_path / "grave")), 2)
+def test_the_item_of_a_dead_actor_is_restarted(tmp_path: Path) -> None:
+    pool = WorkerPool(lambda: Multiplier.remote(str(tmp_path / "death")), 2)
     try:
-        results = list(crew.run("first", 2, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(7)]))
+        results = list(pool.run("first", 2, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(7)]))
         assert set(results) == {(number, 2 * number) for number in range(21)}
-        assert len(results) > 21  # some came again
-        assert (tmp_path / "grave").exists()
-        assert dict(crew.run("second", 5, [[7]])) == {7: 35}
-        assert list(crew.run("nothing", 5, [])) == []
+        assert len(results) > 21  # some arrive twice
+        assert (tmp_path / "death").exists()
+        assert dict(pool.run("second", 5, [[7]])) == {7: 35}
+        assert list(pool.run("nothing", 5, [])) == []
     finally:
-        crew.release()
+        pool.release()
 
 
-def test_actors_that_die_again_and_again_are_an_error(tmp_path: Path) -> None:
-    crew = WorkerPool(lambda: Doubler.remote(str(tmp_path / "grave"), True), 1)
+def test_actors_that_keep_dying_are_an_error(tmp_path: Path) -> None:
+    pool = WorkerPool(lambda: Multiplier.remote(str(tmp_path / "death"), True), 1)
     try:
         with pytest.raises(WorkerPoolError, match="died in a row without any result"):
-            list(crew.run("doomed", 2, [[1]]))
+            list(pool.run("doomed", 2, [[1]]))
     finally:
-        crew.release()
+        pool.release()
 
 
 def test_an_actor_that_cannot_start_is_an_error_at_once() -> None:
-    crew = WorkerPool(Stillborn.remote, 1)
+    pool = WorkerPool(Unstartable.remote, 1)
     try:
         with pytest.raises(ray.exceptions.RayActorError, match="no such model"):
-            list(crew.run("stillborn", 2, [[1]]))
+            list(pool.run("unstartable", 2, [[1]]))
     finally:
-        crew.release()
+        pool.release()

@@ -1,4 +1,4 @@
-"""ZeRO stages, workers, passes, interruptions: one training, by real DeepSpeed, without Ray."""
+"""One training under ZeRO stages, workers, passes and interruptions, on real DeepSpeed without Ray."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.tiny import write_base
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six labelled trees of a tiny model, as the stages before training leave them."""
+    """Labelled trees of a tiny model, as the stages before training store them."""
     folder = tmp_path_factory.mktemp("zero")
     base = load_base(str(write_base(folder, eos_weight=1.0)))
     settings = {
@@ -122,7 +122,7 @@ def test_training_changes_all_but_the_embeddings(runs: Path, config_file: Path) 
 
 
 @pytest.mark.parametrize("name", ["passes", "stage-1", "stage-2", "stage-3", "offloaded", "two", "two-stage-2"])
-def test_loss_and_model_do_not_depend_on_how_the_work_is_cut_up(runs: Path, name: str) -> None:
+def test_loss_and_model_do_not_depend_on_how_the_work_is_split(runs: Path, name: str) -> None:
     np.testing.assert_allclose(losses(runs, name), losses(runs, "plain"), rtol=1e-5)
     plain, other = weights(runs, "plain"), weights(runs, name)
     assert set(other) == set(plain)

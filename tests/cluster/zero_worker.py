@@ -1,7 +1,7 @@
 """Training workers without Ray: `python -m tests.cluster.zero_worker CONFIG OUTPUT RANK SIZE PORT < variants.json`.
 
 Standard input maps names to overrides of the config; every variant is trained in turn by the same processes. The
-override `stop=N` interrupts it after N steps and begins anew.
+override `stop=N` interrupts it after N steps and restarts it.
 """
 
 from __future__ import annotations

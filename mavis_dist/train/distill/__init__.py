@@ -1,1 +1,1 @@
-"""Distillation of several value models into one, with a student that predicts candidates."""
+"""Distillation of several value models into one, with a head that predicts the values of candidates."""

@@ -1,11 +1,11 @@
-"""Several value models in one: a shared trunk with a head per objective, and a student that predicts candidates.
+"""Training of a student: a shared trunk with a value head per objective, and a QHead that predicts candidates.
 
-First trunk and heads learn the teachers' values of every token and candidate, with the student's head beside them; then
-the heads alone, on the trunk as it has become. Another objective later is the second part only: the trunk and the other
-heads stay as they are, bit for bit.
+The first phase trains all of it on the teachers' values of every token and candidate; the second fits the value heads
+and the QHead on the frozen trunk. Adding an objective later needs only the second phase: the trunk and the other heads
+stay bit-identical.
 
-Sources: one model with a head per objective and a phase for the heads alone, arXiv 2508.13415v3; candidates as labels,
-least squares for the heads, and the student are this project's.
+Sources: one model with a head per objective and a phase for the heads alone, arXiv 2508.13415v3; labels at candidates,
+least squares for the heads, and the QHead are this project's.
 
 Shapes: S tokens of a packed tree, X labelled tokens, P states, C candidates, M objectives, H hidden size.
 """
@@ -25,28 +25,29 @@ from mavis_dist.models.qhead import QHead, Student, deltas
 from mavis_dist.models.value import ValueModel
 from mavis_dist.sections import Train
 from mavis_dist.train.data import steps
-from mavis_dist.train.distill.labels import DistillBatch, DistillLabels, batch, packed_inputs
+from mavis_dist.train.distill.labels import DistillBatch, DistillLabels, collate, packed_inputs
 from mavis_dist.train.metrics import r2
 from mavis_dist.train.worker_group import WorkerGroup
 
 RIDGE = 1e-4  # of the heads' least squares, in units of the mean square of a hidden unit
-CANDIDATES_PER_STEP = 2048  # of the student's head, over all workers
+CANDIDATES_PER_STEP = 2048  # of the QHead, over all workers
 
 
 class DistillLoss(nn.Module):
-    """A student with the errors that it learns by."""
+    """A student with its training errors."""
 
     def __init__(self, student: Student):
         super().__init__()
         self.student = student
 
-    def forward(self, label: DistillBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Squared errors of all values, of the candidates' deltas as differences of values, and of the same deltas as
-        the student's head predicts them; summed over tokens and objectives, scalars.
+    def forward(self, batch: DistillBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Squared errors of all values, of the candidates' deltas as differences of values, and of the deltas that the
+        QHead predicts; summed over tokens and objectives, scalars.
 
-        Deltas steer, and they are smaller than values: what is negligible in a value may be all of a delta.
+        Deltas steer, and they are much smaller than values: an error that is negligible in a value may not be in a
+        delta.
         """
-        model, packed = self.student.model, label.packed
+        model, packed = self.student.model, batch.packed
         hidden_BSH = model.backbone(
             input_ids=packed.tokens_BS,
             position_ids=packed.positions_BS,
@@ -54,13 +55,13 @@ class DistillLoss(nn.Module):
             use_cache=False,
         ).last_hidden_state.float()
         values_BSM = model.heads(hidden_BSH)
-        pred_BXM = values_BSM.gather(1, packed.index_BX[..., None].expand_as(label.values_BXM))
-        error_BXM = packed.weight_BX[..., None] * (pred_BXM - label.values_BXM) ** 2
-        at = label.tree_C
-        differences_CM = values_BSM[at, label.candidate_C] - values_BSM[at, label.state_C]
-        embedding_CH = model.backbone.get_input_embeddings()(label.token_C)
-        predicted_CM = deltas(self.student.qhead, hidden_BSH[at, label.state_C], embedding_CH)
-        errors = (((pred_CM - label.deltas_CM) ** 2).sum() for pred_CM in (differences_CM, predicted_CM))
+        pred_BXM = values_BSM.gather(1, packed.index_BX[..., None].expand_as(batch.values_BXM))
+        error_BXM = packed.weight_BX[..., None] * (pred_BXM - batch.values_BXM) ** 2
+        tree_C = batch.tree_C
+        differences_CM = values_BSM[tree_C, batch.candidate_C] - values_BSM[tree_C, batch.state_C]
+        embedding_CH = model.backbone.get_input_embeddings()(batch.token_C)
+        predicted_CM = deltas(self.student.qhead, hidden_BSH[tree_C, batch.state_C], embedding_CH)
+        errors = (((pred_CM - batch.deltas_CM) ** 2).sum() for pred_CM in (differences_CM, predicted_CM))
         return error_BXM.sum(), *errors
 
 
@@ -72,10 +73,10 @@ def fit_trunk(
     seed: int,
     group: WorkerGroup,
 ) -> dict[str, torch.Tensor]:
-    """Train everything but the token embeddings; the trained parameters of the student by name.
+    """Train everything except the token embeddings; returns the trained parameters of the student by name.
 
-    The loss of a step is the mean over all values of its trees plus
-    the means over all deltas, however the trees are spread over the workers. Needs a process group.
+    The loss of a step is the mean over all values of its trees plus the means over all deltas, however the trees are
+    spread over the workers. Needs a process group.
     """
     from mavis_dist.train.engine import make_engine, trained_state
 
@@ -93,7 +94,7 @@ def fit_trunk(
             mine = indices[rank::world_size]
             num_values = sum(labels[i].values_XM.size for i in indices)
             num_deltas = sum(labels[i].deltas_CM.size for i in indices)
-            values, *candidates = engine(batch([labels[i] for i in mine or indices[:1]], device))
+            values, *candidates = engine(collate([labels[i] for i in mine or indices[:1]], device))
             # Workers average their gradients; one without a tree adds a zero of the right shape.
             share = world_size if mine else 0.0
             loss = share * (values / num_values + sum(candidates) / num_deltas)
@@ -108,10 +109,10 @@ def fit_trunk(
 
 @dataclass(frozen=True, eq=False)
 class TrunkStatistics:
-    """What the heads need of the frozen trunk."""
+    """What the heads are fitted to: hidden states of the frozen trunk, and the labels of candidates."""
 
-    gram_HH: torch.Tensor  # float64, of hidden states with a constant 1 behind them, and of their differences
-    moment_HM: torch.Tensor  # float64, of the same and of what the heads miss of the teachers' values and deltas
+    gram_HH: torch.Tensor  # float64, of hidden states with a 1 appended, and of their differences
+    moment_HM: torch.Tensor  # float64, of these and the residuals of values and deltas
     state_CH: torch.Tensor  # hidden states that candidates follow
     token_C: torch.Tensor
     deltas_CM: torch.Tensor
@@ -119,7 +120,7 @@ class TrunkStatistics:
 
 @torch.no_grad()
 def trunk_statistics(model: ValueModel, labels: Sequence[DistillLabels]) -> TrunkStatistics:
-    """One forward pass over all labels."""
+    """One forward pass over every labelled tree."""
     device = model.heads.weight.device
     size = model.heads.in_features + 1
     gram_HH = torch.zeros(size, size, dtype=torch.float64, device=device)
@@ -131,14 +132,14 @@ def trunk_statistics(model: ValueModel, labels: Sequence[DistillLabels]) -> Trun
             torch.from_numpy(x).to(device) for x in (label.index_X, label.state_C, label.candidate_C)
         )
         hidden_XH = hidden_SH[index_X]
-        missed_XM = (torch.from_numpy(label.values_XM).to(device) - model.heads(hidden_XH)).double()
+        residual_XM = (torch.from_numpy(label.values_XM).to(device) - model.heads(hidden_XH)).double()
         with_one_XH = F.pad(hidden_XH, (0, 1), value=1.0).double()
-        for x_YH, missed_YM in (
-            (with_one_XH, missed_XM),
-            (with_one_XH[candidate_C] - with_one_XH[state_C], missed_XM[candidate_C] - missed_XM[state_C]),
+        for x_YH, residual_YM in (
+            (with_one_XH, residual_XM),
+            (with_one_XH[candidate_C] - with_one_XH[state_C], residual_XM[candidate_C] - residual_XM[state_C]),
         ):
             gram_HH += x_YH.T @ x_YH / len(x_YH)
-            moment_HM += x_YH.T @ missed_YM / len(x_YH)
+            moment_HM += x_YH.T @ residual_YM / len(x_YH)
         states.append(hidden_XH[state_C])
     return TrunkStatistics(
         gram_HH,
@@ -150,29 +151,30 @@ def trunk_statistics(model: ValueModel, labels: Sequence[DistillLabels]) -> Trun
 
 
 @torch.no_grad()
-def fit_heads(model: ValueModel, seen: TrunkStatistics, first: int = 0) -> None:
-    """Give the heads from `first` on the least squared error of values and deltas that the frozen trunk allows.
-
-    That is linear regression, solved at once (ridge regression around the heads as they are).
+def fit_heads(model: ValueModel, statistics: TrunkStatistics, first: int = 0) -> None:
+    """Fit the heads from index `first` on to values and deltas, in closed form: ridge regression around the current
+    heads on the frozen trunk.
     """
-    size = len(seen.gram_HH)
-    ridge = RIDGE * seen.gram_HH.diagonal().mean() * torch.eye(size, dtype=torch.float64, device=seen.gram_HH.device)
-    change_HM = torch.linalg.solve(seen.gram_HH + ridge, seen.moment_HM).float()
+    size = len(statistics.gram_HH)
+    gram_HH = statistics.gram_HH
+    ridge = RIDGE * gram_HH.diagonal().mean() * torch.eye(size, dtype=torch.float64, device=gram_HH.device)
+    change_HM = torch.linalg.solve(gram_HH + ridge, statistics.moment_HM).float()
     model.heads.weight[first:] += change_HM[:-1, first:].T
     model.heads.bias[first:] += change_HM[-1, first:]
 
 
 def fit_qhead(
     student: Student,
-    seen: TrunkStatistics,
+    statistics: TrunkStatistics,
     settings: Train,
     num_steps: int,
     seed: int,
     group: WorkerGroup,
     first: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Train the student's head on hidden states that stay as they are, or, with `first` > 0, its part for the
-    objectives from `first` on; the trained parameters by name. Needs a process group.
+    """Train the QHead on frozen hidden states; returns the trained parameters by name. Needs a process group.
+
+    With `first` > 0 only its part for the objectives from index `first` on is trained.
     """
     from mavis_dist.train.engine import make_engine, trained_state
 
@@ -180,16 +182,16 @@ def fit_qhead(
     qhead, embed = student.qhead, student.model.backbone.get_input_embeddings()
     qhead.requires_grad_(first == 0)
     qhead.queries[first:].requires_grad_(True)
-    # A value is a small difference, and the head is small: single precision.
+    # Deltas are small differences, and the head is small: train in single precision.
     engine = make_engine(
         _Predictor(qhead), settings.model_copy(update={"dtype": "float32", "warmup": 0.05}), num_steps, 1
     )
     rng = np.random.default_rng(seed)
     for done in range(num_steps):
-        chosen = rng.integers(len(seen.token_C), size=CANDIDATES_PER_STEP)
-        mine = torch.from_numpy(chosen[rank::world_size]).to(seen.token_C.device)
-        pred_CM = engine(seen.state_CH[mine], embed(seen.token_C[mine]).float())
-        loss = F.mse_loss(pred_CM[:, first:], seen.deltas_CM[mine, first:])
+        chosen = rng.integers(len(statistics.token_C), size=CANDIDATES_PER_STEP)
+        mine = torch.from_numpy(chosen[rank::world_size]).to(statistics.token_C.device)
+        pred_CM = engine(statistics.state_CH[mine], embed(statistics.token_C[mine]).float())
+        loss = F.mse_loss(pred_CM[:, first:], statistics.deltas_CM[mine, first:])
         engine.backward(loss)
         engine.step()
         group.check_stop()
@@ -208,8 +210,8 @@ class _Predictor(nn.Module):
 
 @torch.no_grad()
 def agreement(student: Student, labels: Sequence[DistillLabels]) -> dict[str, np.ndarray | None]:
-    """R^2 [M] to the teachers of the student's values, of its differences V(s∘a) - V(s), and of the deltas that its
-    head predicts; None without labels.
+    """R² [M] of the student's values, of its differences V(s∘a) - V(s), and of the deltas that its QHead predicts, all
+    against the teachers; None without labels.
     """
     device, embed = student.device, student.model.backbone.get_input_embeddings()
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"r2_values": [], "r2_differences": [], "r2_deltas": []}
@@ -224,6 +226,6 @@ def agreement(student: Student, labels: Sequence[DistillLabels]) -> dict[str, np
         parts["r2_differences"].append((values_XM[label.candidate_C] - values_XM[label.state_C], label.deltas_CM))
         parts["r2_deltas"].append((predicted_CM, label.deltas_CM))
     return {
-        name: np.asarray(r2(*(np.concatenate(column) for column in zip(*pairs, strict=True)))) if pairs else None
+        name: r2(*(np.concatenate(column) for column in zip(*pairs, strict=True))) if pairs else None
         for name, pairs in parts.items()
     }

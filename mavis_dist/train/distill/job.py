@@ -1,6 +1,6 @@
-"""A distillation from the stored run to the stored model: what is taught by whom, the parts in order, the report.
+"""One distillation, from a stored run to a stored model: plan, labels, training, report.
 
-Knows nothing of Ray: every worker calls `distill`, in a process group that its caller has made.
+No Ray: every worker calls `distill` in a process group that its caller has made.
 
 Shapes: M objectives, C candidates.
 """
@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,15 +30,15 @@ from mavis_dist.store.shards import read_trees, shard_names
 from mavis_dist.train.data import Fit, TreeSet, data_of
 from mavis_dist.train.distill.fit import agreement, fit_heads, fit_qhead, fit_trunk, trunk_statistics
 from mavis_dist.train.distill.labels import DistillLabels, Sampling, label_tree
-from mavis_dist.train.fit import predict
+from mavis_dist.train.fit import ValueFunction, predict
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import Policy, UserError
 
 LEARNING_RATE = 2e-4
-QHEAD_LEARNING_RATE = 1e-3  # the student's head is small and sees many candidates at a step
+QHEAD_LEARNING_RATE = 1e-3  # the QHead is small and sees many candidates per step
 QHEAD_STEPS = 600
-RANK = 64  # of the student's predictions
-STATES, CANDIDATES = 24, 8  # of every tree, and of each of these states
+RANK = 64  # of the QHead
+STATES, CANDIDATES = 24, 8  # per tree, and per state
 
 
 class DistillError(UserError):
@@ -51,15 +50,15 @@ class DistillJob:
     """One distillation."""
 
     config: Config
-    teachers: tuple[Teacher, ...]  # those of the model that is extended first
-    validation_ids: frozenset[str]  # prompts whose trees measure and do not train
+    teachers: tuple[Teacher, ...]  # those of the extended model first
+    validation_ids: frozenset[str]  # prompts whose trees validate and do not train
 
     @property
     def name(self) -> str:
-        """A hash of everything that the result depends on: a finished one is never overwritten."""
+        """A hash of everything that the result depends on, so that a finished model is never overwritten."""
         settings = self.config.distill.model_dump(exclude={"publish"})
-        facts = [settings, [asdict(teacher) for teacher in self.teachers]]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+        inputs = [settings, [asdict(teacher) for teacher in self.teachers]]
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def store(self) -> Store:
@@ -67,7 +66,7 @@ class DistillJob:
 
     @property
     def num_old(self) -> int:
-        """Objectives of the model that is extended; their heads stay as they are."""
+        """Number of objectives of the extended model, whose heads do not change."""
         extended = self.config.distill.extends
         return 0 if extended is None else len(_extended_card(self.store, extended).teachers)
 
@@ -76,7 +75,8 @@ def plan_job(config: Config, validation_ids: frozenset[str]) -> DistillJob:
     """The distillation of the published value models of a config's objectives.
 
     Raises:
-        DistillError: if there is nothing to learn from, or nothing to add to the model that is extended.
+        DistillError: if an objective has no published value model, or the extended model has nothing to add or was
+            distilled from other teachers.
     """
     store = Store(config.storage, config.run)
     iterations = values.published(store)
@@ -94,7 +94,7 @@ def plan_job(config: Config, validation_ids: frozenset[str]) -> DistillJob:
             if teachers.get(teacher.objective) != teacher:
                 raise DistillError(
                     f"distill.extends={config.distill.extends}: the value model of {teacher.objective!r} is not the "
-                    f"one that it learnt from: leave distill.extends out"
+                    f"one it was distilled from: leave distill.extends out"
                 )
         if len(old) == len(teachers):
             raise DistillError(
@@ -104,7 +104,7 @@ def plan_job(config: Config, validation_ids: frozenset[str]) -> DistillJob:
 
 
 def distill(job: DistillJob, group: WorkerGroup) -> None:
-    """Teach, train, measure, and store the distilled model; called by every worker of a process group."""
+    """Label, train, evaluate and store the distilled model. Call it on all workers of a process group."""
     config, store = job.config, job.store
     torch.manual_seed(config.seed)
     trees = stored_trees(store, job.teachers)
@@ -115,11 +115,11 @@ def distill(job: DistillJob, group: WorkerGroup) -> None:
     student = train(job, training, group)
     if group.rank == 0:
         validation = [label for label in labels if label.tree.prompt_id in job.validation_ids]
-        keep(job, student, report(job, student, validation))
+        store_student(job, student, report(job, student, validation))
 
 
 def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
-    """The base policy's trees, and those of every later policy up to the teachers' own."""
+    """Trees of the base policy, and of every later policy up to the teachers' own."""
     later = [Policy(t.objective, i) for t in teachers for i in range(1, t.iteration + 1)]
     folders = [rollout_folder(policy) for policy in (Policy(), *later)]
     shards = [f"{folder}/{name}" for folder in folders for name in shard_names(store, folder)]
@@ -127,7 +127,7 @@ def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
 
 
 def labels_of(job: DistillJob, trees: Sequence[Tree], group: WorkerGroup) -> list[DistillLabels]:
-    """What the teachers say of some trees."""
+    """The teachers' labels of some trees."""
     config, device = job.config, job.config.base.device
     rollout = config.rollout
     base = load_base(config.base.model, config.base.dtype, device)
@@ -146,29 +146,31 @@ def load_teacher(store: Store, teacher: Teacher, device: str) -> tuple[ValueMode
 
 
 def train(job: DistillJob, labels: Sequence[DistillLabels], group: WorkerGroup) -> Student:
-    """Both parts, on all workers; the finished student on each of them."""
+    """Run both phases on all workers; returns the finished student on each."""
     config, device, first = job.config, job.config.base.device, job.num_old
     settings = config.train.model_copy(update={"learning_rate": LEARNING_RATE, "accumulation": 1})
-    student = start(job).to(device)
+    student = initial_student(job).to(device)
     if first == 0:
         trained = fit_trunk(student, labels, settings, config.distill.epochs, config.seed, group)
-        student = start(job)  # ZeRO 3 has cut the parameters of the one that was trained into pieces
-        unknown = student.load_state_dict(trained, strict=False).unexpected_keys  # embeddings stay as they are
+        student = initial_student(job)  # under ZeRO 3 the parameters of the trained one are sharded
+        unknown = student.load_state_dict(trained, strict=False).unexpected_keys  # embeddings are not trained
         assert not unknown, unknown
         student.to(device)
     student.eval().requires_grad_(False)
-    seen = trunk_statistics(student.model, labels)
-    fit_heads(student.model, seen, first)
+    statistics = trunk_statistics(student.model, labels)
+    fit_heads(student.model, statistics, first)
     head_settings = settings.model_copy(update={"learning_rate": QHEAD_LEARNING_RATE})
-    learning = Student(student.model, copy.deepcopy(student.qhead))
-    trained = fit_qhead(learning, seen, head_settings, QHEAD_STEPS, config.seed, group, first)
-    unknown = student.qhead.load_state_dict(trained, strict=False).unexpected_keys  # old objectives likewise
+    trainee = Student(student.model, copy.deepcopy(student.qhead))
+    trained = fit_qhead(trainee, statistics, head_settings, QHEAD_STEPS, config.seed, group, first)
+    unknown = student.qhead.load_state_dict(trained, strict=False).unexpected_keys  # nor are old objectives
     assert not unknown, unknown
     return student
 
 
-def start(job: DistillJob) -> Student:
-    """The model that is extended, with heads for what is new; else a trunk that knows something, and a silent head."""
+def initial_student(job: DistillJob) -> Student:
+    """The extended model with heads for the new objectives; else a trunk from the teachers or from the base model, with
+    a QHead that predicts 0.
+    """
     config, store = job.config, job.store
     if config.distill.extends is not None:
         folder = values.fetch_folder(store, layout.distilled_folder(config.distill.extends))
@@ -186,7 +188,7 @@ def start(job: DistillJob) -> Student:
 
 @torch.no_grad()
 def average(models: Sequence[ValueModel]) -> ValueModel:
-    """One trunk of the mean weights of several with a common origin, with all their heads; raises DistillError."""
+    """The mean of trunks of common origin, with all heads of the models; raises DistillError if their shapes differ."""
     states = [model.backbone.state_dict() for model in models]
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
     if any(shape != shapes[0] for shape in shapes):
@@ -202,8 +204,8 @@ def average(models: Sequence[ValueModel]) -> ValueModel:
 def report(
     job: DistillJob, student: Student, validation: Sequence[DistillLabels]
 ) -> dict[str, dict[str, float | None]]:
-    """By objective, on validation trees: the explained variance of the targets by teacher and by student, and how the
-    student agrees with the teacher; None without validation trees.
+    """By objective, on validation trees: R² of teacher and student to the targets, and of the student to the teacher;
+    None without validation trees.
     """
     device = job.config.base.device
     agreements = agreement(student, validation)
@@ -213,7 +215,7 @@ def report(
         fit = Fit(teacher.objective, teacher.iteration, None, card.scales[0], job.validation_ids)
         trees = data_of(fit, job.config, job.store)[1]
 
-        def head(m: int = m, **inputs: Any) -> torch.Tensor:
+        def head(m: int = m, **inputs: torch.Tensor | bool) -> torch.Tensor:
             return student.model(**inputs)[..., m : m + 1]
 
         figures[teacher.objective] = {
@@ -224,12 +226,12 @@ def report(
     return figures
 
 
-def _r2(model: Any, trees: TreeSet, device: str) -> float | None:
+def _r2(model: ValueFunction, trees: TreeSet, device: str) -> float | None:
     return predict(model, trees, device).r2 if len(trees) else None
 
 
-def keep(job: DistillJob, student: Student, figures: dict[str, dict[str, float | None]]) -> None:
-    """Store the student with its card, the report in the marker."""
+def store_student(job: DistillJob, student: Student, figures: dict[str, dict[str, float | None]]) -> None:
+    """Store the student with its card; the marker holds the report."""
     store = job.store
     cards = [value.load_card(values.fetch(store, t.objective, t.iteration)) for t in job.teachers]
     explained = [f["student_explained_variance"] for f in figures.values()]

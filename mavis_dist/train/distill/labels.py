@@ -1,7 +1,7 @@
-"""What a student learns from: stored trees with some candidates of their states, and what the teachers say of them.
+"""Labels for distillation: the teachers' values of all tokens of stored trees, and of candidates at some states.
 
 Sources: distillation at every answer token, arXiv 2508.13415v3; labels at candidates, whose differences to V(s) are
-what a guide is asked for, are this project's.
+what a guide computes, are this project's.
 
 Shapes: S tokens of a packed tree, X labelled tokens, P states, K candidates of a state, C candidates of all states, M
 objectives.
@@ -25,10 +25,10 @@ from mavis_dist.models.value import ValueModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which candidates of a tree are labelled, and the truncated law that they come from."""
+    """How many candidates of a tree are labelled, and the truncated distribution that they come from."""
 
-    states: int  # of each tree
-    candidates: int  # of each state
+    states: int  # per tree
+    candidates: int  # per state
     top_k: int
     top_p: float
     min_p: float
@@ -36,7 +36,10 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class DistillLabels:
-    """A tree whose last C nodes are candidates. Labelled are the prompt's last token and all tokens behind it."""
+    """The teachers' values of one tree, whose last C nodes are candidates.
+
+    The prompt's last token and all tokens after it are labelled.
+    """
 
     tree: Tree
     state_C: np.ndarray  # int64, which labelled token each candidate follows
@@ -70,31 +73,31 @@ def labelled(tree: Tree) -> np.ndarray:
 
 
 def with_candidates(tree: Tree, state_C: np.ndarray, token_C: np.ndarray) -> Tree:
-    """The tree with more nodes of one token each, behind its own.
+    """The tree with a node of one token appended for every candidate.
 
-    Candidate c follows labelled token `state_C[c]` (0 is the prompt's last), which cuts the segment that holds it.
+    Candidate c follows labelled token `state_C[c]` (0 is the prompt's last) and cuts the segment that holds it there.
     """
-    place_C = state_C - 1  # among the tokens of segments; -1 is the prompt, whose node is ROOT, -1 as well
-    node_C = np.searchsorted(tree.node_start, place_C, side="right") - 1
-    cut_C = np.where(place_C < 0, 0, place_C - tree.node_start[node_C] + 1)
+    position_C = state_C - 1  # among the tokens of segments; -1 is the prompt, whose node is ROOT, -1 as well
+    node_C = np.searchsorted(tree.node_start, position_C, side="right") - 1
+    cut_C = np.where(position_C < 0, 0, position_C - tree.node_start[node_C] + 1)
     count = len(state_C)
 
-    def longer(own: np.ndarray, more: np.ndarray) -> np.ndarray:
+    def append(own: np.ndarray, more: np.ndarray) -> np.ndarray:
         return np.concatenate([own, more.astype(own.dtype)])
 
     return replace(
         tree,
-        node_parent=longer(tree.node_parent, node_C),
-        node_cut=longer(tree.node_cut, cut_C),
-        node_start=longer(tree.node_start, len(tree.tokens) + 1 + np.arange(count)),
-        node_finish=longer(tree.node_finish, np.full(count, Finish.LENGTH)),
-        tokens=longer(tree.tokens, token_C),
-        token_logratio=longer(tree.token_logratio, np.zeros(count)),
+        node_parent=append(tree.node_parent, node_C),
+        node_cut=append(tree.node_cut, cut_C),
+        node_start=append(tree.node_start, len(tree.tokens) + 1 + np.arange(count)),
+        node_finish=append(tree.node_finish, np.full(count, Finish.LENGTH)),
+        tokens=append(tree.tokens, token_C),
+        token_logratio=append(tree.token_logratio, np.zeros(count)),
     )
 
 
 def open_states(tree: Tree) -> np.ndarray:
-    """The labelled tokens that something can follow: all but the last ones of answers; int64."""
+    """Labelled tokens that a candidate can follow: all except the last tokens of answers; int64."""
     is_open_X = np.ones(len(tree.tokens) + 1, dtype=bool)
     is_open_X[tree.node_start[1:][tree.node_finish != Finish.OPEN]] = False
     return np.flatnonzero(is_open_X)
@@ -104,14 +107,14 @@ def open_states(tree: Tree) -> np.ndarray:
 def propose(base: BaseModel, tree: Tree, sampling: Sampling, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """States of a tree and candidates to label there: (state, token), int64 [C] each.
 
-    The prompt is always among the states. Half of a state's candidates are drawn from the base model's truncated law,
-    which is where a guide is asked most, the others uniformly from the rest of it; end-of-answer tokens come first, as
-    their tilt has no cap.
+    The prompt is always among the states. Half of a state's candidates are drawn from the base model's truncated
+    distribution, where a guide is evaluated most, the others uniformly from its other tokens; end-of-answer tokens have
+    priority, as their tilt is not capped.
     """
     states = open_states(tree)
     more = rng.choice(states[1:], min(sampling.states, len(states)) - 1, replace=False)
     state_P = np.sort(np.append(more, states[0]))
-    ids_PK, logprobs_PK = _law(base, tree, state_P, sampling)
+    ids_PK, logprobs_PK = _distribution(base, tree, state_P, sampling)
     key_PK = _drawing_order(ids_PK, logprobs_PK, sampling.candidates, base.eos_ids, rng)
     chosen_PK = np.argsort(-key_PK, axis=-1, kind="stable")[:, : sampling.candidates]
     is_there_PK = np.take_along_axis(np.isfinite(logprobs_PK), chosen_PK, -1)
@@ -119,16 +122,17 @@ def propose(base: BaseModel, tree: Tree, sampling: Sampling, rng: np.random.Gene
     return np.broadcast_to(state_P[:, None], token_PK.shape)[is_there_PK], token_PK[is_there_PK]
 
 
-def _law(base: BaseModel, tree: Tree, state_P: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates of the states with log p, [P, K] each."""
+def _distribution(
+    base: BaseModel, tree: Tree, state_P: np.ndarray, sampling: Sampling
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the truncated distribution at each state and their log p, [P, K] each."""
     device = base.model.device
     logits_PV = base.model(
         **packed_inputs(tree, device), logits_to_keep=torch.from_numpy(labelled(tree)[state_P]).to(device)
     ).logits[0]
     logits_PV = logits_PV.float().cpu()
-    logits_PV[np.ix_(np.flatnonzero(state_P == 0), np.array(base.eos_ids))] = float(
-        "-inf"
-    )  # an answer has at least one token
+    # An answer has at least one token.
+    logits_PV[np.ix_(np.flatnonzero(state_P == 0), np.array(base.eos_ids))] = -torch.inf
     like_P = torch.ones(len(state_P))
     ids_PK, logprobs_PK = candidates(
         logits_PV, sampling.top_k * like_P.long(), sampling.top_p * like_P, sampling.min_p * like_P, like_P
@@ -139,7 +143,7 @@ def _law(base: BaseModel, tree: Tree, state_P: np.ndarray, sampling: Sampling) -
 def _drawing_order(
     ids_PK: np.ndarray, logprobs_PK: np.ndarray, count: int, eos_ids: Sequence[int], rng: np.random.Generator
 ) -> np.ndarray:
-    """Keys [P, K]: the candidates with the largest ones are taken (Gumbel-top-k, arXiv 1903.06059)."""
+    """Keys [P, K]: candidates with the largest keys are chosen (Gumbel-top-k, arXiv 1903.06059)."""
     drawn_PK = logprobs_PK + rng.gumbel(size=ids_PK.shape)
     is_drawn_PK = (-drawn_PK).argsort(-1).argsort(-1) < -(-count // 2)
     key_PK = rng.uniform(size=ids_PK.shape) + is_drawn_PK + 2.0 * np.isin(ids_PK, eos_ids)
@@ -173,17 +177,17 @@ def label_tree(
     seed: int,
     device: torch.device | str,
 ) -> DistillLabels:
-    """Propose candidates of a tree and ask every teacher (a model and one of its heads) about all of its tokens."""
+    """Add candidates to a tree, and label all of its tokens with every teacher, a model and one of its heads."""
     stream = noise.stream(seed, "candidates", tree.policy, tree.prompt_id)
     state_C, token_C = propose(base, tree, sampling, np.random.default_rng(stream % 2**63))
-    taught = with_candidates(tree, state_C, token_C)
-    columns = [values_of(model, taught, device)[:, head] for model, head in teachers]
-    return DistillLabels(taught, state_C, np.stack(columns, -1))
+    extended = with_candidates(tree, state_C, token_C)
+    columns = [values_of(model, extended, device)[:, head] for model, head in teachers]
+    return DistillLabels(extended, state_C, np.stack(columns, -1))
 
 
 @dataclass(frozen=True, eq=False)
 class DistillBatch:
-    """Several labels side by side; candidates are counted over all trees."""
+    """Labels of several trees, padded; candidates are counted over all trees."""
 
     packed: PackedBatch  # its targets are the labelled tokens; their weight is 1, and 0 where padded
     values_BXM: torch.Tensor  # float32
@@ -194,7 +198,7 @@ class DistillBatch:
     deltas_CM: torch.Tensor  # float32
 
 
-def batch(labels: Sequence[DistillLabels], device: torch.device | str = "cpu") -> DistillBatch:
+def collate(labels: Sequence[DistillLabels], device: torch.device | str = "cpu") -> DistillBatch:
     """One padded batch."""
     zeros = [np.zeros(len(label.values_XM), dtype=np.int32) for label in labels]
     targets = [Targets(x.index_X, zero.astype(np.float32), zero) for x, zero in zip(labels, zeros, strict=True)]

@@ -1,4 +1,4 @@
-"""Trees of rollouts: their targets against exact soft values, their growth, and their packing."""
+"""Rollout trees: targets against exact soft values, growth, and packing."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def errors_by(grown, all_targets, group_of):
 
 
 def standard_errors(errors):
-    """Distance of the sum from 0 in standard errors; trees are independent, targets of one tree are not."""
+    """Distance of the sum from 0 in standard errors; trees are independent, targets within a tree are not."""
     return errors.sum() / np.sqrt((errors**2).sum())
 
 
 def assert_unbiased(errors):
-    """Where the policy is already optimal, at the last token, nothing varies: errors of float32 size are none."""
+    """Nothing varies at the last token, where the policy is already optimal: float32 rounding errors count as 0."""
     errors = {group: np.where(np.abs(e) < 1e-5, 0.0, e) for group, e in errors.items()}
     scores = {group: standard_errors(e) for group, e in errors.items() if np.count_nonzero(e) >= 50}
     assert scores
@@ -92,7 +92,7 @@ def assert_unbiased(errors):
 
 
 def by_depth_and_position(grown_tree, targets, states):
-    """Every token that does not end an answer, by layer and index in the answer, but for second targets of cuts."""
+    """Every token that does not end an answer, by layer and index in the answer, except second targets of cuts."""
     for x in range(1 + len(grown_tree.tokens)):
         if states[x] < TOY.num_unfinished:
             yield x, (int(targets.depth_X[x]), len(TOY.prefixes[states[x]]))
@@ -109,7 +109,7 @@ def test_token_targets_are_unbiased_in_every_layer_at_every_position(grown):
 
 
 def test_token_targets_are_unbiased_for_each_of_the_first_tokens(grown):
-    """Given the first token of an answer, which is a state and no selection by what came later."""
+    """Conditioned on the first token, which is a state and does not select by what follows."""
 
     def by_state(grown_tree, targets, states):
         return ((x, s) for x, s in enumerate(states[: 1 + len(grown_tree.tokens)]) if len(TOY.prefixes[s]) in (1, 2))
@@ -118,7 +118,7 @@ def test_token_targets_are_unbiased_for_each_of_the_first_tokens(grown):
 
 
 def test_targets_at_cuts_are_unbiased(grown):
-    """The fresh children of a cut know nothing of the finished answer: by position, at 3 standard errors."""
+    """The fresh children of a cut are independent of the finished answer: by position, at 3 standard errors."""
 
     def second_targets(grown_tree, targets, states):
         return ((x, len(TOY.prefixes[states[x]])) for x in range(1 + len(grown_tree.tokens), len(states)))
@@ -140,7 +140,7 @@ def test_node_targets_are_unbiased(grown):
 
 
 def test_the_published_backup_of_split_answers_averages_the_finished_rest_and_is_biased(grown):
-    """Written out: what follows a cut, the finished rest among it, has one mean, which the tokens before carry too."""
+    """Written out: one mean over all that follows a cut, the finished rest included, is backed up to earlier tokens."""
     pairs = [(grown_tree, toy_labels(grown_tree)) for grown_tree in grown.trees]
     averaged = tree_set(pairs, SCALE, grown.zeta, TOY_SHAPE.layers, average_split=True).targets
     num_cuts = 0
@@ -167,7 +167,7 @@ def test_the_published_backup_of_split_answers_averages_the_finished_rest_and_is
 
 
 def test_the_token_that_ends_an_answer_has_the_reward_of_that_answer(grown):
-    """Answers that stop and answers that reach their longest length alike, to the precision of the stored target."""
+    """For answers that stop and answers that reach the length limit, to the precision of the stored target."""
     seen = set()
     for grown_tree, targets in zip(grown.trees, toy_targets(grown), strict=True):
         states = states_of_tokens(grown_tree)
@@ -231,7 +231,7 @@ TILTED = Policy("brief", 1)
 
 
 def grow(rows=32, chosen=range(10), policy=Policy()):  # noqa: B008 - frozen
-    """Trees by prompt, from a tiny model with everything else as in a run."""
+    """Trees by prompt, from a tiny model and otherwise as in a run."""
     engine = Engine(BASE, LocalGuide({"brief": tiny_value(3)}), max_rows=rows)
     grower = TreeGrower(engine, SHAPE, policy, Sampling(top_k=20, beta=2.0, tilt_cap=1.5), seed=3)
     trees = grower.grow([PROMPTS[i] for i in chosen], [PROMPT_TOKENS[i] for i in chosen])
@@ -257,7 +257,7 @@ def assert_same(one: Tree, other: Tree):
     np.testing.assert_allclose(one.token_logratio, other.token_logratio, atol=1e-4)
 
 
-def test_the_trees_at_hand_have_every_feature(trees):
+def test_the_sample_trees_have_every_feature(trees):
     """Split answers with descendants below the fresh children, both kinds of leaves, and all four layers."""
     below_fresh = [
         (one, node)
@@ -337,8 +337,8 @@ def child_path(one, node):
     return (*(() if parent == ROOT else child_path(one, parent)), number)
 
 
-def test_every_segment_is_what_the_policy_writes_at_its_state(trees, policy):
-    """A request of its own, with the answer before the segment and the segment's noise, writes the same tokens."""
+def test_every_segment_is_what_the_policy_generates_at_its_state(trees, policy):
+    """A separate request, with the answer before the segment and the segment's noise, generates the same tokens."""
     engine = Engine(BASE, LocalGuide({"brief": tiny_value(3)}))
     requests, segments = [], []
     for one in trees.values():
@@ -397,7 +397,7 @@ def test_positions_are_depths_and_the_mask_shows_ancestors_only(trees):
         assert covered == set(range(len(position_S)))
 
 
-def test_a_packed_batch_says_what_one_forward_per_path_says(trees):
+def test_a_packed_batch_has_the_values_of_one_forward_per_path(trees):
     """All trees padded into one batch, fp32, within 1e-5; splits included."""
     model, chosen = tiny_value(4, layers=2), list(trees.values())
     no_rewards = [dict.fromkeys(one.leaves().tolist(), 0.0) for one in chosen]
@@ -415,7 +415,7 @@ def test_a_packed_batch_says_what_one_forward_per_path_says(trees):
 
 
 def test_targets_point_at_their_tokens(trees):
-    """Packed targets are those of the tree, in its row, with the weight of their depth; padding weighs nothing."""
+    """Packed targets are those of the tree, in its row, with the weight of their depth; padding has weight 0."""
     pairs = labelled(trees.values())
     training = tree_set(pairs, RewardScale(0.0, 1.0), zeta=0.5, layers=SHAPE.layers)
     batch = training.batch(list(range(len(pairs))))
@@ -436,7 +436,7 @@ def labelled(chosen):
 
 
 class RecordingEngine:
-    """Stands in for DeepSpeed: keeps the gradients of every step, averaged over its passes, instead of using them."""
+    """Stands in for DeepSpeed: records the gradients of a step, averaged over its passes, and does not apply them."""
 
     def __init__(self, model, accumulation):
         self.model, self.gradients, self.accumulation, self.num_passes = model, [], accumulation, 0
@@ -455,8 +455,8 @@ class RecordingEngine:
         self.model.zero_grad()
 
 
-class Alone(WorkerGroup):
-    """A worker of several, whose sums are its own part."""
+class LocalSums(WorkerGroup):
+    """One of several workers, without communication: its sums are its own part."""
 
     def sum(self, number):
         return number
@@ -467,7 +467,7 @@ def gradients(training, num_workers, accumulation):
     chosen = [indices for epoch in range(2) for indices in steps(training.lengths, 4, epoch, seed=0)]
     engines, losses = [], np.zeros(len(chosen))
     for rank in range(num_workers):
-        engine, group = RecordingEngine(tiny_value(6).requires_grad_(True), accumulation), Alone(rank, num_workers)
+        engine, group = RecordingEngine(tiny_value(6).requires_grad_(True), accumulation), LocalSums(rank, num_workers)
         losses += [fit.take_step(engine, training, indices, group, accumulation, "cpu") for indices in chosen]
         engines.append(engine)
     return [torch.stack(step).mean(0) for step in zip(*(engine.gradients for engine in engines), strict=True)], losses
@@ -497,7 +497,7 @@ def test_an_epoch_uses_every_tree_once_and_brings_similar_lengths_together():
     assert sum(padding) < 0.3 * sum(max(lengths[i] for i in s) * 4 - sum(lengths[i] for i in s) for s in unsorted)
 
 
-def test_large_trees_are_cut_at_the_prompt_without_changing_the_loss(monkeypatch):
+def test_large_trees_are_split_at_the_prompt_without_changing_the_loss(monkeypatch):
     trees = list(grow().values())[:6]
     training, model = tree_set(labelled(trees), RewardScale(0.0, 1.0), 0.5, SHAPE.layers), tiny_value(6)
     indices = list(range(6))
@@ -518,7 +518,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_all_its_targets():
     training, model = tree_set(labelled(trees), RewardScale(0.0, 1.0), 0.0, SHAPE.layers), tiny_value(6)
     expected = 0.0
     for one, targets in zip(training.trees, training.targets, strict=True):
-        said = {
+        values = {
             len(one.prompt_tokens) - 1: float(
                 model(input_ids=torch.from_numpy(one.prompt_tokens).long()[None])[0, -1, 0]
             )
@@ -526,8 +526,8 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_all_its_targets():
         for node in range(one.num_nodes):
             path = path_of_tokens(one, node)
             ids = [*one.prompt_tokens.tolist(), *one.answer(node).tolist()]
-            said.update(zip(path.tolist(), model(input_ids=torch.tensor([ids]))[0, :, 0].tolist(), strict=True))
+            values.update(zip(path.tolist(), model(input_ids=torch.tensor([ids]))[0, :, 0].tolist(), strict=True))
         weight_X = training.weight_by_depth[targets.depth_X]
-        error_X = np.array([said[i] for i in targets.index_X.tolist()]) - targets.value_X
+        error_X = np.array([values[i] for i in targets.index_X.tolist()]) - targets.value_X
         expected += (weight_X * error_X**2).sum()
     assert float(fit.squared_error(model, training, [0, 1, 2], "cpu")) == pytest.approx(expected, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Figures about predictions, on predictions whose figures are known."""
+"""Metrics of predictions whose metrics are known."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mavis_dist.train.metrics import Predictions, calibration, squared_error, su
 RANDOM = np.random.default_rng(0)
 
 
-def predictions(said: np.ndarray, target: np.ndarray, depth: np.ndarray | None = None) -> Predictions:
-    weight = RANDOM.uniform(0.5, 2.0, size=len(said))
-    return Predictions(said, target, weight, np.ones(len(said), dtype=int) if depth is None else depth)
+def predictions(pred: np.ndarray, target: np.ndarray, depth: np.ndarray | None = None) -> Predictions:
+    weight = RANDOM.uniform(0.5, 2.0, size=len(pred))
+    return Predictions(pred, target, weight, np.ones(len(pred), dtype=int) if depth is None else depth)
 
 
 def test_perfect_mean_and_useless_predictions() -> None:
@@ -24,26 +24,26 @@ def test_perfect_mean_and_useless_predictions() -> None:
     assert predictions(-target, target).r2 == pytest.approx(-3.0, abs=0.05)
 
 
-def test_weights_count() -> None:
+def test_errors_are_weighted() -> None:
     p = Predictions(np.array([1.0, 0.0]), np.array([0.0, 0.0]), np.array([3.0, 1.0]), np.array([1, 1]))
     assert squared_error(p) == pytest.approx(0.75)
 
 
 def test_calibration_finds_slope_intercept_and_gap() -> None:
-    said = RANDOM.normal(size=20000)
-    honest = calibration(predictions(said, said + RANDOM.normal(size=20000)))
-    assert honest["slope"] == pytest.approx(1.0, abs=0.03)
-    assert honest["gap"] < 0.04
-    bold = calibration(predictions(said, 0.5 * said + 0.3))
-    assert bold["slope"] == pytest.approx(0.5)
-    assert bold["intercept"] == pytest.approx(0.3)
-    assert bold["gap"] > 0.3
+    pred = RANDOM.normal(size=20000)
+    calibrated = calibration(predictions(pred, pred + RANDOM.normal(size=20000)))
+    assert calibrated["slope"] == pytest.approx(1.0, abs=0.03)
+    assert calibrated["gap"] < 0.04
+    overconfident = calibration(predictions(pred, 0.5 * pred + 0.3))
+    assert overconfident["slope"] == pytest.approx(0.5)
+    assert overconfident["intercept"] == pytest.approx(0.3)
+    assert overconfident["gap"] > 0.3
 
 
-def test_depths_are_told_apart() -> None:
+def test_depths_have_separate_figures() -> None:
     target, depth = RANDOM.normal(size=4000), np.repeat([0, 1, 2, 2], 1000)
-    said = np.where(depth == 2, target, 0.0)
-    figures = summary(predictions(said, target, depth))
+    pred = np.where(depth == 2, target, 0.0)
+    figures = summary(predictions(pred, target, depth))
     assert figures["explained_variance/depth_1"] == pytest.approx(0.0, abs=0.01)
     assert figures["explained_variance/depth_2"] == pytest.approx(1.0)
     assert "explained_variance/depth_0" not in figures

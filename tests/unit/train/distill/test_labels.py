@@ -1,4 +1,4 @@
-"""What students learn from: candidates inside packed trees, and the frozen part of the fit."""
+"""Labels for distillation: candidates inside packed trees, and the fit of heads on a frozen trunk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mavis_dist.train.distill.fit import DistillLoss, fit_heads, trunk_statistic
 from mavis_dist.train.distill.labels import (
     DistillLabels,
     Sampling,
-    batch,
+    collate,
     label_tree,
     open_states,
     propose,
@@ -26,7 +26,7 @@ SAMPLING = Sampling(states=9, candidates=6, top_k=20, top_p=1.0, min_p=0.0)
 
 
 def some_tree(seed: int = 0) -> Tree:
-    """Two segments at the prompt, one of them open; a finished answer with a cut; leaves of either kind."""
+    """Two segments at the prompt, one open and one finished with a cut; leaves of both kinds."""
     tokens = lambda n: np.random.default_rng([seed, n]).integers(3, VOCAB, n).tolist()  # noqa: E731
     builder = TreeBuilder(f"p{seed}", "base", seed, [1, *tokens(6)])
     opened = builder.add(-1, 0, tokens(5), [0.0] * 5, Finish.OPEN)
@@ -57,7 +57,7 @@ def test_packed_candidates_are_separate_forward_passes() -> None:
         np.testing.assert_allclose(values_XM[len(tree.tokens) + 1 + c], model(input_ids=path)[0, -1], atol=1e-5)
 
 
-def test_candidates_follow_states_that_go_on_and_belong_to_the_law() -> None:
+def test_candidates_follow_open_states_and_belong_to_the_truncated_distribution() -> None:
     tree = some_tree()
     assert set(range(len(tree.tokens) + 1)) - set(open_states(tree)) == {13, 16, 19, 23}  # the last tokens of answers
     state_C, token_C = propose(BASE, tree, SAMPLING, np.random.default_rng(0))
@@ -70,13 +70,13 @@ def test_candidates_follow_states_that_go_on_and_belong_to_the_law() -> None:
         logits = BASE.model(input_ids=torch.tensor([path_to(tree, state)])).logits[0, -1]
         if state == 0:
             logits[EOS] = -torch.inf
-        law = logits.topk(SAMPLING.top_k).indices.tolist()
+        kept = logits.topk(SAMPLING.top_k).indices.tolist()
         assert len(set(tokens)) == SAMPLING.candidates
-        assert set(tokens) <= set(law)
-        assert (EOS in tokens) == (EOS in law)
+        assert set(tokens) <= set(kept)
+        assert (EOS in tokens) == (EOS in kept)
 
 
-def test_lessons_are_the_same_for_the_same_seed_only() -> None:
+def test_labels_are_the_same_for_the_same_seed_only() -> None:
     teachers = [(tiny_value(1), 0)]
     first, again, other = (label_tree(BASE, teachers, some_tree(), SAMPLING, seed, "cpu") for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.tree.tokens, again.tree.tokens)
@@ -84,17 +84,17 @@ def test_lessons_are_the_same_for_the_same_seed_only() -> None:
     assert first.tree.tokens.tolist() != other.tree.tokens.tolist()
 
 
-def labels(num_trees: int = 6) -> list[DistillLabels]:
+def make_labels(num_trees: int = 6) -> list[DistillLabels]:
     teachers = [(tiny_value(1), 0), (tiny_value(2, num_objectives=2), 1)]
     return [label_tree(BASE, teachers, some_tree(seed), SAMPLING, 0, "cpu") for seed in range(num_trees)]
 
 
 def test_the_errors_of_a_batch_are_those_of_its_trees_one_by_one() -> None:
-    student, taught = tiny_student(7, num_objectives=2), labels(2)
+    student, labels = tiny_student(7, num_objectives=2), make_labels(2)
     few = Sampling(states=3, candidates=2, top_k=20, top_p=1.0, min_p=0.0)
-    taught[1] = label_tree(BASE, [(tiny_value(1), 0), (tiny_value(3), 0)], some_tree(5), few, 0, "cpu")
+    labels[1] = label_tree(BASE, [(tiny_value(1), 0), (tiny_value(3), 0)], some_tree(5), few, 0, "cpu")
     values = differences = predictions = 0.0
-    for label in taught:
+    for label in labels:
         pred_XM = values_of(student.model, label.tree, "cpu")
         values += float(((pred_XM - label.values_XM) ** 2).sum())
         differences += float(((pred_XM[label.candidate_C] - pred_XM[label.state_C] - label.deltas_CM) ** 2).sum())
@@ -103,20 +103,20 @@ def test_the_errors_of_a_batch_are_those_of_its_trees_one_by_one() -> None:
             hidden = student.model.backbone(input_ids=inputs).last_hidden_state[:, -1]
             embedding = student.model.backbone.get_input_embeddings()(torch.tensor([token]))
             predictions += float(((deltas(student.qhead, hidden, embedding)[0].numpy() - wanted) ** 2).sum())
-    said = DistillLoss(student)(batch(taught))
-    assert [float(x) for x in said] == pytest.approx([values, differences, predictions], rel=1e-4)
+    errors = DistillLoss(student)(collate(labels))
+    assert [float(x) for x in errors] == pytest.approx([values, differences, predictions], rel=1e-4)
 
 
-def test_heads_learn_all_that_the_trunk_knows_and_old_ones_stay() -> None:
-    """A teacher on the same trunk is a linear function of what the head sees: it is found, biases included."""
+def test_heads_fit_a_teacher_on_the_same_trunk_and_old_heads_do_not_change() -> None:
+    """A teacher on the same trunk is linear in the hidden states, so the fit finds it, biases included."""
     student = tiny_value(4, num_objectives=2)
     teacher = tiny_value(4, num_objectives=2)
     torch.nn.init.normal_(teacher.heads.weight)
     torch.nn.init.normal_(teacher.heads.bias)
-    taught = [label_tree(BASE, [(teacher, 0), (teacher, 1)], some_tree(seed), SAMPLING, 0, "cpu") for seed in range(8)]
+    labels = [label_tree(BASE, [(teacher, 0), (teacher, 1)], some_tree(seed), SAMPLING, 0, "cpu") for seed in range(8)]
     old = student.heads.weight[0].clone()
-    fit_heads(student, trunk_statistics(student, taught), first=1)
+    fit_heads(student, trunk_statistics(student, labels), first=1)
     assert torch.equal(student.heads.weight[0], old)
-    wanted = np.concatenate([label.values_XM[:, 1] for label in taught])
-    said = np.concatenate([values_of(student, label.tree, "cpu")[:, 1] for label in taught])
-    assert ((said - wanted) ** 2).mean() < 1e-3 * wanted.var()
+    wanted = np.concatenate([label.values_XM[:, 1] for label in labels])
+    pred = np.concatenate([values_of(student, label.tree, "cpu")[:, 1] for label in labels])
+    assert ((pred - wanted) ** 2).mean() < 1e-3 * wanted.var()
