@@ -1,4 +1,4 @@
-"""The command line that all jobs share. Loads neither torch nor ray: --help is instant."""
+"""The command line of all jobs. Loads neither torch nor ray, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mavis_dist.config import Config
 from mavis_dist.types import Stopped, UserError
 
 T = TypeVar("T")
-STOPPED = 128 + 15  # as a shell reports a process that SIGTERM has ended
+STOPPED = 128 + 15  # exit code of a process that SIGTERM ended
 
 
 def parse(job: str, purpose: str, argv: Sequence[str] | None = None) -> Config:
-    """The checked config of a job; ends the process with one line and exit code 2 if it is not usable."""
+    """The checked config of a job; ends the process with one line and exit code 2 if it is invalid."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{job}",
         description=purpose,
@@ -27,13 +27,13 @@ def parse(job: str, purpose: str, argv: Sequence[str] | None = None) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the keys below")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that override the file")
     arguments = parser.parse_args(argv)
     return refusing(lambda: config_module.load(arguments.config, arguments.overrides))
 
 
 def refusing(function: Callable[[], T]) -> T:
-    """Run a job; input that cannot be used (UserError) ends it with one line and exit code 2, a signal with 143."""
+    """Run a job; a UserError ends the process with one line and exit code 2, a signal with exit code 143."""
     try:
         return function()
     except UserError as error:
@@ -43,7 +43,7 @@ def refusing(function: Callable[[], T]) -> T:
             raise
         fail(UserError(f"{error.name} is not installed: training needs more, pip install 'mavis-dist[train]'"))
     except Stopped:
-        print("stopped: what is finished is saved, the same command goes on from there", file=sys.stderr)
+        print("stopped: finished work is saved, the same command resumes from there", file=sys.stderr)
         raise SystemExit(STOPPED) from None
 
 
@@ -56,6 +56,6 @@ def _is_for_training(module: str) -> bool:
 
 
 def fail(error: Exception) -> NoReturn:
-    original = getattr(error, "cause", error)  # what was raised on another machine comes wrapped in its traceback
+    original = getattr(error, "cause", error)  # errors of other processes come wrapped in their traceback
     print(f"error: {' '.join(str(original).split())}", file=sys.stderr)
     raise SystemExit(2)

@@ -1,8 +1,8 @@
-"""API api_keys of the HTTP service: make, list, remove.
+"""API keys of the HTTP service: add, list, remove.
 
-    python -m jobs.keys add NAME --file api_keys.json
-    python -m jobs.keys list --file api_keys.json
-    python -m jobs.keys remove NAME --file api_keys.json
+    python -m jobs.keys add NAME --file keys.json
+    python -m jobs.keys list --file keys.json
+    python -m jobs.keys remove NAME --file keys.json
 
 A key is printed once; the file holds its hash. A running service sees the change within seconds.
 """
@@ -17,15 +17,17 @@ from jobs import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m jobs.keys", description="Make, list and remove API api_keys.")
+    parser = argparse.ArgumentParser(prog="python -m jobs.keys", description="Add, list and remove API keys.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="add | list | remove")
-    for action, purpose in (("add", "make a key and print it once"), ("remove", "forget a key"), ("list", "names")):
+    for action, purpose in (
+        ("add", "create a key and print it once"),
+        ("remove", "remove a key"),
+        ("list", "list the names of all keys"),
+    ):
         command = actions.add_parser(action, help=purpose)
         if action != "list":
-            command.add_argument("name", help="whose key it is")
-        command.add_argument(
-            "--file", type=Path, default=Path("keys.json"), help="the key file (default: api_keys.json)"
-        )
+            command.add_argument("name", help="name of the key's owner")
+        command.add_argument("--file", type=Path, default=Path("keys.json"), help="the key file (default: %(default)s)")
     given = parser.parse_args(argv)
     arguments.refusing(lambda: run(given.action, given.file, getattr(given, "name", "")))
 

@@ -1,4 +1,4 @@
-"""The main job: prompts in, published value models and an evaluation out.
+"""The training pipeline: from prompts to published value models and an evaluation.
 
 python -m jobs.pipeline --config jobs/configs/quickstart.yaml [dotted.key=value ...]
 ray job submit --working-dir . -- python -m jobs.pipeline --config jobs/configs/quickstart.yaml

@@ -1,18 +1,15 @@
-"""Done once at set-up: fetch the models and compile DeepSpeed's operator, so that no later command has to.
+"""One-time set-up, so that nothing has to be fetched or compiled later.
 
 python -m jobs.prepare
-
-Where the extra [train] is not installed, only the base model is fetched.
 """
 
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 
 from jobs import arguments
 
-BASE_MODEL, EMBEDDER = "smollm2-135m-instruct", "all-minilm-l6-v2"
+MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")
 
 
 def main() -> None:
@@ -21,14 +18,10 @@ def main() -> None:
 
 def prepare() -> None:
     from mavis_dist.models.fetch import fetch
-
-    fetch(BASE_MODEL)
-    if find_spec("deepspeed") is None:
-        print("DeepSpeed is not installed: this machine can serve, but not train", file=sys.stderr)
-        return
     from mavis_dist.train.engine import warm_up
 
-    fetch(EMBEDDER)
+    for name in MODELS:
+        fetch(name)
     print("compiling DeepSpeed's communication operator (about 30 s, once)", file=sys.stderr)
     warm_up()
 

@@ -1,4 +1,4 @@
-"""The whole system once, for a newcomer: train, evaluate, serve, ask over HTTP, report.
+"""The whole system in one command: train, evaluate, report, serve, and send requests over HTTP.
 
     python -m jobs.quickstart --config jobs/configs/quickstart.yaml [dotted.key=value ...]
 
@@ -20,7 +20,9 @@ COLUMN = 38  # characters
 
 
 def main() -> None:
-    config = arguments.parse("quickstart", "Run the pipeline, serve what it published, and ask it a question.")
+    config = arguments.parse(
+        "quickstart", "Run the pipeline, serve the published value models, and send them a question."
+    )
     arguments.refusing(lambda: run(config))
 
 
@@ -37,7 +39,7 @@ def run(config: Config) -> None:
     sweep = pipeline.run(config)
     print(f"\n{table(sweep)}\n")
 
-    # The questions come from this machine: no other may ask meanwhile, and no key is needed.
+    # All requests come from this machine: on loopback no other can send any, and no key is needed.
     url = deploy(config.model_copy(update={"serve": config.serve.model_copy(update={"host": "127.0.0.1"})}))
     try:
         names = list(config.objectives)
@@ -58,7 +60,7 @@ def run(config: Config) -> None:
 
 
 def ask(url: str, config: Config, weights: dict[str, float]) -> str:
-    """One answer from the running service, with what the steering cost."""
+    """One answer from the running service, with its divergence."""
     import httpx
 
     body: dict[str, Any] = {

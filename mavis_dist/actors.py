@@ -1,4 +1,4 @@
-"""Ray actors and tasks at work for the driver: the worker pool, mapped tasks, and progress across processes."""
+"""Ray actors and tasks of the driver: the worker pool, mapped tasks, and progress across processes."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ DEATHS_WITHOUT_RESULT = 5
 
 
 class WorkerPoolError(UserError):
-    """Actors that cannot do their work."""
+    """Actors that keep dying."""
 
 
 @ray.remote(num_cpus=0)
 class ProgressActor:
-    """Collects the progress of workers for the driver, and carries its request to stop to them."""
+    """Collects the progress of workers for the driver, and relays its stop request to them."""
 
     def __init__(self) -> None:
         self._parts: dict[str, dict[str, tuple[int, int, str]]] = {}
         self._is_stopping = False
 
     def stop(self) -> None:
-        """Ask all workers to save and to stop."""
+        """Ask all workers to save and stop."""
         self._is_stopping = True
 
     def is_stopping(self) -> bool:
@@ -76,26 +76,26 @@ class ProgressReader:
 
 
 class WorkerPool(Generic[Settings, Item, Result]):
-    """Actors that work on one queue, one item each at a time. Actors may start late or die: another one starts the item
-    of a dead actor again. An item must give the same results whichever actor works on it, however often it is started.
+    """Actors that work on one queue, one item at a time each. Actors may start late or die; another actor restarts the
+    item of a dead one. An item must give the same results on every actor and in every attempt.
 
     Ray's own ActorPool neither replaces dead actors nor streams the results of an item.
     """
 
     def __init__(self, start: Callable[[], ActorHandle[Any]], count: int):
         """`start` creates an actor with a method `work(settings: Settings, item: Item | None)`. It starts an item, or
-        continues the one it has if given None, and returns (results so far, whether the item is finished).
+        continues the current one if given None, and returns (new results, whether the item is finished).
         """
         self._start = start
         self._calls: dict[ray.ObjectRef[Any], ActorHandle[Any]] = {}  # under way
         self._idle: list[ActorHandle[Any]] = []  # actors that have loaded their models
         self._busy: dict[ActorHandle[Any], Item] = {}
-        self._num_deaths = 0  # since anything was finished
+        self._num_deaths = 0  # since the last result
         for _ in range(count):
-            self._hire()
+            self._add_actor()
 
     def run(self, stage: str, settings: Settings, items: Iterable[Item]) -> Iterator[Result]:
-        """All results of all items as they arrive; the results of an item that was started again arrive again.
+        """All results of all items as they arrive; those of a restarted item arrive again.
 
         Raises:
             WorkerPoolError: actors keep dying and no item makes progress.
@@ -108,7 +108,9 @@ class WorkerPool(Generic[Settings, Item, Result]):
                 self._busy[actor] = queue.popleft()
                 self._calls[actor.work.remote(settings, self._busy[actor])] = actor
             ready, _ = ray.wait(list(self._calls), timeout=POLL_S)
-            stall.check(bool(ready), f"{len(self._busy)} of {len(self._actors)} actors work, the others load or wait")
+            stall.check(
+                bool(ready), f"{len(self._busy)} of {len(self._actors)} actors are working, the others load or wait"
+            )
             for ref in ready:
                 actor = self._calls.pop(ref)
                 try:
@@ -118,7 +120,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
                         queue.appendleft(self._busy.pop(actor))
                     self._replace(stage, actor, error)
                     continue
-                if actor not in self._busy:  # it is ready for its first item
+                if actor not in self._busy:  # it has loaded
                     self._idle.append(actor)
                     continue
                 results, is_finished = outcome
@@ -135,7 +137,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
         ray.get([actor.__ray_ready__.remote() for actor in self._actors], timeout=limit_s)
 
     def release(self) -> None:
-        """End the actors, so that the next stage finds their cores free."""
+        """Kill the actors to free their cores."""
         for actor in self._actors:
             ray.kill(actor)
 
@@ -143,15 +145,15 @@ class WorkerPool(Generic[Settings, Item, Result]):
     def _actors(self) -> list[ActorHandle[Any]]:
         return [*self._idle, *self._calls.values()]
 
-    def _hire(self) -> None:
-        """Start an actor. It gets its first item only when it is ready: an actor that finds no room may never be."""
+    def _add_actor(self) -> None:
+        """Start an actor. It gets its first item once it is ready; without room on the cluster it never is."""
         actor = self._start()
         self._calls[actor.__ray_ready__.remote()] = actor
 
     def _replace(self, stage: str, actor: ActorHandle[Any], error: ray.exceptions.RayActorError) -> None:
-        """A new actor in the place of a dead one."""
+        """Replace a dead actor."""
         self._num_deaths += 1
-        ray.kill(actor)  # one that cannot be reached may still be alive
+        ray.kill(actor)  # an unreachable actor may still be alive
         if error.actor_init_failed:
             raise error
         if self._num_deaths > DEATHS_WITHOUT_RESULT:
@@ -160,7 +162,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
                 f"({' '.join(str(error).split())[:300]}): give them more memory, or lower rollout.rows"
             ) from error
         say(stage, "an actor died; its item is started again")
-        self._hire()
+        self._add_actor()
 
 
 def map_tasks(function: Callable[..., Result], items: Sequence[tuple[Any, ...]], stage: str, unit: str) -> list[Result]:
@@ -178,16 +180,16 @@ def map_tasks(function: Callable[..., Result], items: Sequence[tuple[Any, ...]],
 
 
 def wait_for(futures: Sequence[Future[Any]], reader: ProgressReader) -> None:
-    """Wait for threads of the driver; the first failure is raised once all have ended.
+    """Wait for threads of the driver, printing progress; raises the first failure once all have ended.
 
-    When the job is to stop, the progress actor is told; workers that ask it end early.
+    A stop of the job is passed on to the progress actor; workers poll it and end early.
     """
-    is_told = False
+    is_stop_sent = False
     while not all(future.done() for future in futures):
         time.sleep(POLL_S)
         reader.show()
-        if is_stopping() and not is_told:
-            is_told = True
+        if is_stopping() and not is_stop_sent:
+            is_stop_sent = True
             ray.get(reader.actor.stop.remote(), timeout=60)
     for future in futures:
         future.result()

@@ -1,4 +1,4 @@
-"""The driver's connection to Ray: joining a cluster, its machines, and stopping on signals."""
+"""The driver's connection to Ray: joining a cluster, listing its machines, and stopping on signals."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def connect() -> None:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if "RAY_ADDRESS" not in os.environ:
-        # Said, or Ray would join whatever cluster was started last on this machine.
+        # Without an address Ray would join the cluster that was started last on this machine.
         options |= {"address": "local", "dashboard_host": "127.0.0.1"}
     ray.init(runtime_env={"env_vars": forwarded_variables()}, **options)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def forwarded_variables() -> dict[str, str]:
-    """What processes on all machines shall find in their environment, as this one does."""
-    # Those that the job was submitted with reach them anyway, and Ray refuses to be told of a variable twice.
+    """Environment variables of this process that the processes on all machines get."""
+    # Ray forwards those that the job was submitted with, and refuses to get a variable twice.
     submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env", {}).get("env_vars", {})
     names = (*ENVIRONMENT, "MAVIS_CACHE", "HF_HOME")
     return {name: os.environ[name] for name in names if name in os.environ and name not in submitted}
@@ -44,8 +44,8 @@ def forwarded_variables() -> dict[str, str]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT ask what runs in here to save what it has and to stop (`check_stop`); a second one ends the
-    process.
+    """Inside this context, SIGTERM and SIGINT make `check_stop` raise, so that work is saved and stops; a second signal
+    ends the process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -53,7 +53,7 @@ def stop_on_signals() -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         _is_stopping.set()
-        # Ray's own handler, which was there before, waits for all threads.
+        # Not the handler before this one: Ray's waits for all threads.
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -71,7 +71,7 @@ def is_stopping() -> bool:
 
 
 def check_stop() -> None:
-    """Raises Stopped once a signal has asked for it."""
+    """Raises Stopped if a signal has asked for a stop."""
     if _is_stopping.is_set():
         raise Stopped
 

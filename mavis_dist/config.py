@@ -43,15 +43,15 @@ class Config(Section):
     run: str = Field(description="name of the run: a folder below storage", pattern=r"^[A-Za-z0-9][\w.-]*$")
     storage: str = Field("runs", description="shared folder or fsspec URI (file, s3, gs, hdfs) for all results")
     seed: int = Field(0, ge=0, description="seed of prompts, trees and training")
-    iterations: Count = Field(2, description="rounds of rollouts and training, the one on the base model included")
+    iterations: Count = Field(2, description="rounds of rollouts and training, including the one on the base model")
     objectives: dict[str, Objective] = Field(description="what to steer towards: name -> reward", min_length=1)
     base: Base = Field(Base(), description="the language model")
-    prompts: Prompts = Field(Prompts(), description="the questions")
-    rollout: Rollout = Field(Rollout(), description="trees of answers")
-    steer: Steer = Field(Steer(), description="the tilt")
+    prompts: Prompts = Field(Prompts(), description="training and evaluation prompts")
+    rollout: Rollout = Field(Rollout(), description="trees of sampled answers")
+    steer: Steer = Field(Steer(), description="the tilt of the base model")
     value: Value = Field(Value(), description="the value models")
-    train: Train = Field(Train(), description="their training")
-    gate: Gate = Field(Gate(), description="which iterations are published")
+    train: Train = Field(Train(), description="training of the value models")
+    gate: Gate = Field(Gate(), description="whether a new iteration replaces the current one")
     distill: Distill = Field(Distill(), description="one model for all objectives")
     evaluate: Evaluate = Field(Evaluate(), description="the sweep over weights")
     serve: Serve = Field(Serve(), description="the HTTP endpoint")
@@ -146,7 +146,7 @@ def describe() -> str:
 def _settings(
     model: type[BaseModel], prefix: str = "", defaults: BaseModel | None = None
 ) -> typing.Iterator[tuple[str, str, Any, str | None]]:
-    """(dotted key, type, default, meaning) of every setting; `defaults` are those of the section that holds it."""
+    """(dotted key, type, default, meaning) of every setting; `defaults` holds the defaults of a nested section."""
     for name, field in model.model_fields.items():
         default = field.default if defaults is None else getattr(defaults, name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -192,7 +192,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _sentence(error: ValidationError) -> str:
     details = error.errors()
-    # An unknown key first: it often is the reason for a missing one.
+    # An unknown key first: it often explains a missing one.
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     kinds = {"sentiment", "brevity", "relevance", "classifier", "function", "a number", "a range"}
     key = ".".join(str(part) for part in first["loc"] if part not in kinds)

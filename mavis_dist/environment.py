@@ -1,17 +1,17 @@
-"""Environment variables of this project: all of them, set here and nowhere else. Import it before ray.
+"""All environment variables of this project; no other module sets any. Import it before ray.
 
-RAY_AUTH_MODE=token                    Ray's ports unpickle what they receive: nothing runs without a token
-RAY_TRAIN_V2_ENABLED=1                 the Ray Train that this project is written for
-RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5  how often Ray Train looks at its workers; every report waits for one look
-RAY_USAGE_STATS_ENABLED=0              nothing is sent anywhere
+RAY_AUTH_MODE=token                    Ray's ports unpickle what they receive: every connection needs a token
+RAY_TRAIN_V2_ENABLED=1                 the version of Ray Train that this project is written for
+RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5  how often Ray Train polls its workers; every report waits for a poll
+RAY_USAGE_STATS_ENABLED=0              no usage statistics are sent
 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0   CPU actors keep the GPU visibility of their machine
-TOKENIZERS_PARALLELISM=false           tokenizers fork badly
-OMP_WAIT_POLICY=PASSIVE                processes share cores: a thread that spins for its peer holds it up (10 times
-                                       slower steps were measured when two models ran on two cores)
-GOMP_SPINCOUNT=1000                    but waking a sleeping thread costs as much as a small matrix product: some
-                                       microseconds of spinning save a fifth of a step, and harm nobody
-MAVIS_KEYS                             file of API keys that `jobs.serve` asks for (default: none on loopback, else
-                                       keys.json); "none": serve whoever reaches the port
+TOKENIZERS_PARALLELISM=false           threads of tokenizers do not survive a fork
+OMP_WAIT_POLICY=PASSIVE                processes share cores: a thread that spins delays the one it waits for (steps
+                                       were 10 times slower with two models on two cores)
+GOMP_SPINCOUNT=1000                    but waking a thread costs as much as a small matrix product: a few microseconds
+                                       of spinning save a fifth of a step
+MAVIS_KEYS                             file of API keys that `jobs.serve` requires (default: no keys on loopback, else
+                                       keys.json); "none": no keys on any address
 MAVIS_CACHE                            folder of prepared models (default ~/.cache/mavis_dist)
 RAY_ADDRESS                            cluster to join; without it a local one is started
 """

@@ -1,7 +1,7 @@
-"""The algorithm on one page (arXiv 2508.13415): grow trees, label them, fit values, again with the tilted policies.
+"""The algorithm on one page (arXiv 2508.13415): grow trees, label them, fit values, repeat with the tilted policies.
 
-Every stage is a function of the config and of finished stages. It writes whole files, its marker last, and is skipped
-when the marker is there: a run that was killed goes on where it stopped.
+Every stage depends only on the config and on finished stages. It writes whole files, its marker last, and is skipped if
+the marker exists: a run that was killed resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from mavis_dist.types import Policy
 
 
 def run(config: Config) -> Sweep:
-    """Everything, from prompts to published value models; returns the sweep over weights on unseen prompts.
+    """Run all stages, from prompts to published value models; returns the sweep over weights on unseen prompts.
 
     Raises:
-        Stopped: after SIGTERM or SIGINT, with all that is finished saved.
+        Stopped: after SIGTERM or SIGINT; finished work is saved.
     """
     state = open_run(config)
     try:
@@ -71,7 +71,7 @@ def policies_of(config: Config, iteration: int) -> list[Policy]:
 
 
 def grow(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
-    """Trees of every policy on all training prompts, in the order in which they are complete."""
+    """Grow the trees of every policy on all training prompts, and store them as they complete."""
     stage, size = f"rollouts i{iteration}", state.config.rollout.prompts_per_shard
     prompts = {prompt.id: prompt for prompt in state.train}
     folders = {
@@ -93,7 +93,7 @@ def grow(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
 
 
 def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
-    """Rewards of all leaves: every objective scores the base model's trees, and the trees of its own policy."""
+    """Score all leaves: every objective scores the base model's trees and the trees of its own policy."""
     stage = f"labels i{iteration}"
     pairs = [
         (policy, name) for policy in policies for name in state.config.objectives if policy.objective in (None, name)
@@ -106,7 +106,7 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
         tasks.append((state.config, name, state.train, shards))
     if not tasks:
         return
-    state.release_workers()  # labels need the cores that the writing actors hold
+    state.release_workers()  # labelling needs the cores of the rollout actors
     with timed(state, stage, f"{len(tasks)} sets of leaves"):
         counts = map_tasks(label_shards, tasks, stage, "sets of leaves")
     for (policy, name), count in zip(todo, counts, strict=True):
@@ -114,7 +114,7 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
 
 
 def fit(state: RunState, iteration: int) -> None:
-    """One value model per objective, all objectives at the same time."""
+    """Train one value model per objective, as many at a time as fit."""
     stage = f"train i{iteration}"
     fits = [
         Fit(
@@ -135,7 +135,7 @@ def fit(state: RunState, iteration: int) -> None:
 
 
 def compare(state: RunState, iteration: int) -> None:
-    """Soft value of every new policy on the validation prompts, and whether it takes the place of the current one."""
+    """Estimate every new policy's soft value on the validation prompts, and accept or refuse it."""
     stage, config = f"gate i{iteration}", state.config
     names = [name for name in config.objectives if not finished(state, layout.gate_folder(name, iteration), stage)]
     prompts = held_out(config.prompts, state.train)
@@ -155,7 +155,7 @@ def compare(state: RunState, iteration: int) -> None:
 
 
 def evaluate(state: RunState) -> Sweep:
-    """Answers to unseen prompts under every weight of the grid, with the current value models."""
+    """Answer unseen prompts under every weight of the grid, with the current value models."""
     config, folder, stage = state.config, layout.SWEEP_FOLDER, "evaluate"
     newest = {name: current(state, name, config.iterations) for name in config.objectives}
     inputs = {"values": newest, "evaluate": config.evaluate.model_dump(mode="json")}
@@ -187,6 +187,6 @@ def evaluate(state: RunState) -> Sweep:
 
 
 def publish(state: RunState) -> None:
-    """Make the current value models the ones that are served."""
+    """Publish the current value models, which the service loads."""
     for name in state.config.objectives:
         values.publish(state.store, name, current(state, name, state.config.iterations))

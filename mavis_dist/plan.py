@@ -1,4 +1,4 @@
-"""Arithmetic before anything is placed: config and cluster resources -> what runs at the same time.
+"""Resource planning before anything is placed: config and cluster resources -> what runs at the same time.
 
 No torch, no ray: a plan can be made for a cluster that does not exist yet.
 """
@@ -14,7 +14,7 @@ from mavis_dist.types import UserError
 
 
 class PlanError(UserError):
-    """A cluster that can never fit what the config asks for."""
+    """A cluster that is too small for the config."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
         )
     notes = []
     if actors < rollout.actors:
-        notes.append(f"rollout.actors is {rollout.actors}, {actors} fit: the others join as soon as there is room")
+        notes.append(f"rollout.actors is {rollout.actors} but {actors} fit: the others start when there is room")
     fits_at_once = min(workers // train.workers, len(config.objectives))
     if fits_at_once < len(config.objectives):
         notes.append(f"{fits_at_once} of {len(config.objectives)} objectives train at the same time, the others wait")
@@ -63,9 +63,9 @@ def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
 
 
 def check_serving(config: Config, nodes: Sequence[Node]) -> None:
-    """Raises PlanError if the replicas that the service begins with can never be placed.
+    """Raises PlanError if the replicas that the service starts with can never be placed.
 
-    Of a range that is the least: for more, machines may come.
+    Only the lower end of a range counts: the cluster may grow before more replicas are needed.
     """
     serve = config.serve
     num_models = bounds(serve.base_replicas).min

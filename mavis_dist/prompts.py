@@ -1,7 +1,4 @@
-"""Where the questions come from: the built-in set, a file, or a Hugging Face data set.
-
-Knows nothing of chat templates.
-"""
+"""Prompts from the built-in set, a file, or a Hugging Face data set, before any chat template."""
 
 from __future__ import annotations
 
@@ -25,11 +22,11 @@ class PromptError(UserError):
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows of a table that belong to one split."""
+    """The rows of a table in one split."""
 
     name: str  # of the split; "row" in a file without splits
     table: Sequence[Mapping[str, Any]]
-    numbers: Sequence[int]  # of the rows in the table
+    numbers: Sequence[int]  # of its rows in the table
 
 
 def load_prompts(prompts: Prompts, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -54,14 +51,14 @@ def load_prompts(prompts: Prompts, seed: int) -> tuple[list[Prompt], list[Prompt
 
 
 def held_out(prompts: Prompts, train: Sequence[Prompt]) -> list[Prompt]:
-    """The training prompts whose trees measure value models and do not train them: the last ones."""
+    """The last training prompts, whose trees validate the value models and do not train them."""
     return list(train[len(train) - prompts.validation :])
 
 
 def _pool(prompts: Prompts, split: str) -> Pool:
     pool = _read(prompts, split)
     if not len(pool.table):
-        raise PromptError(f"prompts.source {prompts.source!r} holds no rows: give one that does")
+        raise PromptError(f"prompts.source {prompts.source!r} has no rows: choose another source")
     columns = _columns(pool.table)
     if prompts.field not in columns:
         raise PromptError(
@@ -109,7 +106,7 @@ def _row(path: Path, number: int, line: str) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         raise PromptError(f"line {number} of {str(path)!r} is not JSON ({error.msg}): correct the line") from None
     if not isinstance(row, dict):
-        raise PromptError(f"line {number} of {str(path)!r} is no JSON object: write one object a line")
+        raise PromptError(f"line {number} of {str(path)!r} is not a JSON object: write one object per line")
     return row
 
 
@@ -123,7 +120,7 @@ def _read_dataset(prompts: Prompts, path: str, **options: Any) -> Any:
         reason = " ".join(str(error).split())[:200].rstrip(" .:")
         raise PromptError(
             f"prompts.source {prompts.source!r} cannot be read with split {options['split']!r} ({reason}): "
-            f"check it, the network, prompts.subset and the names of the splits"
+            f"check the source, the network, prompts.subset and the names of the splits"
         ) from error
 
 
@@ -132,7 +129,7 @@ def _columns(table: Any) -> list[str]:
 
 
 def _draw(prompts: Prompts, pool: Pool, seed: int) -> Iterator[Prompt]:
-    """All prompts of a pool, in the order in which they are used."""
+    """All prompts of a pool, in the order of use."""
     numbers = list(pool.numbers)
     if prompts.source != "builtin":
         random.Random(f"{seed}/{pool.name}").shuffle(numbers)
@@ -142,7 +139,7 @@ def _draw(prompts: Prompts, pool: Pool, seed: int) -> Iterator[Prompt]:
         if not isinstance(text, str) or not text.strip():
             raise PromptError(
                 f"row {number} of prompts.source {prompts.source!r} has {text!r:.80} in column {prompts.field!r}: "
-                f"every question must be a text that is not empty"
+                f"every prompt must be a non-empty text"
             )
         yield Prompt(str(row.get("id", f"{pool.name}-{number}")), text)
 

@@ -1,4 +1,4 @@
-"""What the stages of a run share: the opened run, actors at work, answers and their scores, times."""
+"""What the stages of a run share: its state, the rollout actors, answers and their scores, and times."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BATCH_SIZE = 32  # requests that an actor answers at the same time
 
 @dataclass
 class RunState:
-    """What every stage needs."""
+    """An open run."""
 
     config: Config
     store: Store
@@ -50,25 +50,25 @@ class RunState:
     _pool: Pool | None = None
 
     def worker_pool(self) -> Pool:
-        """The rollout actors, started when they are first needed."""
+        """The rollout actors, started on first use."""
         if self._pool is None:
             self._pool = WorkerPool(worker_factory(self.config), self.config.rollout.actors)
         return self._pool
 
     def release_workers(self) -> None:
-        """End the rollout actors, so that their cores are free."""
+        """Kill the rollout actors to free their cores."""
         if self._pool is not None:
             self._pool.release()
             self._pool = None
 
     @property
     def validation_ids(self) -> frozenset[str]:
-        """The prompts that measure the value models."""
+        """Ids of the prompts that validate the value models."""
         return frozenset(prompt.id for prompt in held_out(self.config.prompts, self.train))
 
 
 def open_run(config: Config) -> RunState:
-    """Refuse what cannot work before anything is written; needs a connected cluster."""
+    """Check all that can be checked before anything is written; needs a connected cluster."""
     store = Store(config.storage, config.run)
     plan = make_plan(config, cluster.nodes())
     train, evaluation = load_prompts(config.prompts, config.seed)
@@ -85,14 +85,14 @@ def open_run(config: Config) -> RunState:
 
 
 def check_same_run(store: Store, config: Config) -> None:
-    """Refuse a config that would mix its results with those of another."""
+    """Raises StoreError or ConfigError for a config that would mix its results with those of another."""
     remedy = f"restore {store.root}/run.yaml, or choose another name with run=NAME"
     if not store.exists(layout.CONFIG_FILE):
         if store.exists("rollouts"):
             raise StoreError(f"the run has results but its config run.yaml is missing: {remedy}")
         return
     text = store.read_bytes(layout.CONFIG_FILE).decode(errors="replace")
-    if not text.endswith(f"{LAST_LINE}\n"):  # the beginning of a config may well be a config
+    if not text.endswith(f"{LAST_LINE}\n"):  # a truncated config may still be valid
         raise StoreError(f"the config of the run is damaged (run.yaml has no last line {LAST_LINE!r}): {remedy}")
     try:
         started = config_module.parse(yaml.safe_load(text))
@@ -118,7 +118,7 @@ def current(state: RunState, objective: str, before: int) -> int:
 
 
 def answer_params(config: Config, samples: int) -> SamplingParams:
-    """Answers under the reference policy of the rollouts."""
+    """Settings of answers under the reference policy of the rollouts."""
     rollout = config.rollout
     return SamplingParams(rollout.max_tokens, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p, n=samples)
 
@@ -175,7 +175,7 @@ def score_all(
 
 @contextmanager
 def timed(state: RunState, stage: str, detail: str, is_needed: bool = True) -> Iterator[None]:
-    """Remember how long the work of a stage took, for the report."""
+    """Record how long the work of a stage took, for the report."""
     started = time.monotonic()
     yield
     if is_needed:
@@ -183,6 +183,7 @@ def timed(state: RunState, stage: str, detail: str, is_needed: bool = True) -> I
 
 
 def finished(state: RunState, folder: str, stage: str) -> bool:
+    """Whether a folder is finished; prints a line if so."""
     if state.store.metadata(folder) is None:
         return False
     say(stage, f"{folder} finished before, skipped")

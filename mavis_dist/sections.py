@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from mavis_dist.types import NEUTRAL_SYSTEM, TILT_CAP
 
-# Largest values that a request may ever have; a service may be set to less.
+# Upper limits of a request; the settings of a service may be lower.
 MAX_N = 128
 MAX_PREFERENCES = 64
 
@@ -29,22 +29,22 @@ class Base(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of base and value models")
     device: str = Field("cpu", description="torch device of every model, such as cpu or cuda")
-    system: str = Field(NEUTRAL_SYSTEM, description="neutral system sentence for prompts that bring none")
+    system: str = Field(NEUTRAL_SYSTEM, description="system prompt of conversations that have none")
 
 
 class Prompts(Section):
-    """Where the questions come from."""
+    """The source of the prompts."""
 
     source: str = Field("builtin", description="builtin, a .jsonl or .parquet file, or a Hugging Face data set id")
     subset: str | None = Field(None, description="configuration name of a hub data set")
-    field: str = Field("prompt", description="column that holds the question")
+    field: str = Field("prompt", description="column that holds the prompt")
     train_split: str = Field("train", description="split that training prompts come from")
     eval_split: str = Field(
-        "eval", description="split that unseen prompts come from; may equal train_split, rows never overlap"
+        "eval", description="split that evaluation prompts come from; may equal train_split, as rows never overlap"
     )
-    train: Count = Field(96, description="number of prompts that trees grow on")
-    validation: int = Field(8, ge=0, description="number of the training prompts held out to measure the value models")
-    evaluation: Count = Field(32, description="number of unseen prompts in the evaluation sweep")
+    train: Count = Field(96, description="number of training prompts")
+    validation: int = Field(8, ge=0, description="number of training prompts held out to validate the value models")
+    evaluation: Count = Field(32, description="number of unseen prompts for the evaluation sweep")
 
     @model_validator(mode="after")
     def _leave_some_to_train_on(self) -> Prompts:
@@ -69,12 +69,12 @@ class Relevance(Section):
 
 
 class Classifier(Section):
-    """A Hugging Face sequence classifier read as a reward."""
+    """A Hugging Face sequence classifier used as a reward."""
 
     reward: Literal["classifier"] = Field(description="a Hugging Face sequence classifier")
     model: str = Field(description="hub id or local directory")
-    label: int | str = Field(0, description="output that is the reward, by index or by name")
-    template: str = Field("{answer}", description="text given to the classifier; {prompt} and {answer} are filled in")
+    label: int | str = Field(0, description="output used as the reward, by index or name")
+    template: str = Field("{answer}", description="input of the classifier; {prompt} and {answer} are filled in")
     output: Literal["logit", "probability"] = Field("logit", description="raw output, or softmax over the labels")
 
     @field_validator("template")
@@ -86,7 +86,7 @@ class Classifier(Section):
 
 
 class Function(Section):
-    """The user's own Python."""
+    """A Python function of the user."""
 
     reward: Literal["function"] = Field(description="a Python function (prompts, answers) -> scores")
     path: str = Field(description="module:function", pattern=r"^[\w.]+:\w+$")
@@ -104,19 +104,19 @@ class TreeShape(Section):
 
 
 class Rollout(Section):
-    """How answers are sampled for training, and with how many machines."""
+    """How answers are sampled for training, and by how many actors."""
 
     first: TreeShape = Field(TreeShape(), description="trees of iteration 0, sampled from the base model")
     later: TreeShape = Field(TreeShape(root=2), description="trees of later iterations, sampled from the tilted policy")
     max_tokens: Count = Field(128, description="longest answer, in tokens (T_max)")
     top_k: Count = Field(40, description="candidates per step; with top_p and min_p this defines the reference policy")
-    top_p: Fraction = Field(1.0, description="nucleus of the reference policy, a probability")
-    min_p: float = Field(0.0, ge=0, lt=1, description="least probability relative to the most likely token")
-    dynamic_split: bool = Field(True, description="give answers that finished in the first layer a second branching")
+    top_p: Fraction = Field(1.0, description="nucleus probability of the reference policy")
+    min_p: float = Field(0.0, ge=0, lt=1, description="minimum probability relative to the most likely token")
+    dynamic_split: bool = Field(True, description="branch answers that finish in the first layer at a random cut")
     actors: Count = Field(1, description="rollout actors, each with its own copy of the models")
     cpus_per_actor: NonNegative = Field(2, description="CPU cores per rollout actor")
     gpus_per_actor: NonNegative = Field(0, description="GPUs per rollout actor")
-    rows: Count = Field(64, description="answers written at the same time by one actor")
+    rows: Count = Field(64, description="answers generated at the same time by one actor (vLLM: max_num_seqs)")
     prompts_per_shard: Count = Field(16, description="trees per stored file, the unit of resuming")
 
     @model_validator(mode="after")
@@ -140,7 +140,7 @@ class Value(Section):
     """The small model that predicts one objective's reward from an unfinished answer."""
 
     backbone: str = Field("base", description="base: the first layers of the base model; else a hub id or directory")
-    layers: Count | None = Field(8, description="layers kept of the backbone; none keeps all")
+    layers: Count | None = Field(8, description="number of backbone layers to keep; null keeps all")
     lora_rank: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains the whole backbone")
     lora_alpha: Count = Field(256, description="scale of the low-rank adapters")
     lora_dropout: float = Field(0.2, ge=0, lt=1, description="dropout of the low-rank adapters, a probability")
@@ -152,13 +152,14 @@ class Train(Section):
     epochs: Count = Field(3, description="passes over the training trees")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate of AdamW")
     weight_decay: NonNegative = Field(0.01, description="decoupled weight decay")
-    warmup: float = Field(0.05, ge=0, lt=1, description="part of the steps with a rising learning rate")
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps that warm up the learning rate")
     trees_per_step: Count = Field(4, description="whole trees per optimiser step, over all workers")
-    accumulation: Count = Field(1, description="forward passes that a worker's trees of a step are spread over")
-    patience: Count | None = Field(None, description="epochs without a better validation before it stops; null: never")
+    accumulation: Count = Field(1, description="forward passes per worker and optimiser step")
+    patience: Count | None = Field(None, description="epochs without improvement before training stops; null: never")
     targets: Literal["token", "node"] = Field("token", description="targets at every token, or at segment ends only")
     split_backup: Literal["fresh", "paper"] = Field(
-        "fresh", description="value of a cut: of its fresh children alone, or the finished answer among them (biased)"
+        "fresh",
+        description="value of a cut: mean over its fresh children (fresh), or also the finished answer (paper; biased)",
     )
     depth_balance: bool = Field(True, description="give every layer of the trees the same total weight in the loss")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of training")
@@ -176,39 +177,41 @@ class Train(Section):
                 f"workers ({self.workers}) times accumulation ({self.accumulation})"
             )
         if self.offload and self.zero_stage == 0:
-            raise ValueError("offload needs DeepSpeed's own optimiser states: set zero_stage to 1, 2 or 3")
+            raise ValueError("offload needs ZeRO: set zero_stage to 1, 2 or 3")
         return self
 
 
 class Gate(Section):
-    """Whether an iteration takes the place of the one before it."""
+    """Whether a new iteration replaces the current one."""
 
-    samples: Count = Field(4, description="answers per validation prompt that compare two iterations")
-    margin: NonNegative = Field(0.05, description="loss of soft value, in sd, that the 95 % bound may still hold")
+    samples: Count = Field(4, description="answers per validation prompt for the comparison of two iterations")
+    margin: NonNegative = Field(0.05, description="loss of soft value, in sd, that the lower 95 % bound may reach")
 
 
 class Distill(Section):
-    """One model for all objectives: a shared trunk with a head each, and a student that predicts candidates."""
+    """One model for all objectives: a shared trunk with a head per objective, and a head that predicts candidates."""
 
     layers: Count | None = Field(
-        None, description="first layers of the base model that the trunk starts from; null: the value models' average"
+        None,
+        description="layers of the base model that the trunk starts from; null: the average of the value models",
     )
-    epochs: Count = Field(2, description="passes over the stored trees that train trunk and heads")
+    epochs: Count = Field(2, description="passes over the stored trees to train trunk and heads")
     extends: str | None = Field(
-        None, description="name of a distilled model that gets heads for further objectives, itself left as it is"
+        None,
+        description="name of a distilled model to extend by heads for further objectives; it does not change",
     )
-    publish: bool = Field(True, description="serve the distilled model; false: each objective's own value model")
+    publish: bool = Field(True, description="serve the distilled model; false: serve each objective's own value model")
 
 
 class Evaluate(Section):
     """Answers to unseen prompts over a grid of weights."""
 
-    grid: Annotated[int, Field(ge=2)] = Field(3, description="weights per pair of objectives, corners included")
+    grid: Annotated[int, Field(ge=2)] = Field(3, description="weights per pair of objectives, including the corners")
     samples: Count = Field(1, description="answers per prompt and weight")
 
 
 class Range(Section):
-    """As many as the load asks for, between two numbers."""
+    """Bounds of an autoscaler."""
 
     min: Count
     max: Count
@@ -228,7 +231,7 @@ Replicas = Annotated[Annotated[Count, Tag("a number")] | Annotated[Range, Tag("a
 
 
 def bounds(replicas: int | Range) -> Range:
-    """Of a number: itself, twice."""
+    """A fixed count as a range with equal bounds."""
     return replicas if isinstance(replicas, Range) else Range(min=replicas, max=replicas)
 
 

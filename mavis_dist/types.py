@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BASE_POLICY = "base"
-R2_KEY = "explained_variance"  # what stored cards and metrics and the HTTP API call R²
-NEUTRAL_SYSTEM = "You are a helpful assistant."  # for conversations that bring no system text
+R2_KEY = "explained_variance"  # name of R² in stored cards, metrics and the HTTP API
+NEUTRAL_SYSTEM = "You are a helpful assistant."  # for conversations without a system prompt
 
 # Upper bound of one token's tilt, in nats. At 3 the next-token distribution differs from the unbounded one by less than
 # 0.01 in total variation, for every objective measured, and most candidates need not be evaluated.
@@ -15,11 +15,11 @@ MAX_COUNT = 2**31 - 1  # largest top_k and guide_every: far beyond use, and safe
 
 
 class Stopped(Exception):
-    """The user, or whoever runs the job, wants it to stop; what is finished is saved."""
+    """The job was asked to stop; finished work is saved."""
 
 
 class UserError(ValueError):
-    """Input that cannot be used; the message is one sentence with the thing, its value and the remedy."""
+    """Input that cannot be used; the message is one sentence that names the setting, its value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class RewardScale:
 
 @dataclass(frozen=True)
 class Policy:
-    """Who wrote a tree: the base model, or the base model tilted by one objective's value model."""
+    """The policy that generates a tree: the base model, or its tilt by one objective's value model."""
 
     objective: str | None = None
-    iteration: int = 0  # of the trees this policy writes
+    iteration: int = 0  # of the trees it generates
 
     @property
     def name(self) -> str:

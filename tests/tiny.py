@@ -29,9 +29,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_base(folder: Path, eos_weight: float = 0.0) -> Path:
-    """folder/tiny-llama: a two-layer Llama with a distribution of some shape.
+    """folder/tiny-llama: a two-layer Llama whose next-token distribution is not uniform.
 
-    With `eos_weight` 0, end-of-text is never among the few most likely tokens; with 1 it is one token among others.
+    With `eos_weight` 0, end-of-text is never among the few most likely tokens; with 1 it is a token like any other.
     """
     tokenizer = make_tokenizer()
     config = LlamaConfig(

@@ -1,1 +1,1 @@
-"""Measuring what the weights do on unseen prompts, and saying so."""
+"""Evaluation: the gate, the sweep over weights on unseen prompts, and the report."""

@@ -1,4 +1,4 @@
-"""What a finished run left in its store, for the report."""
+"""The stored results of a finished run, collected for the report."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mavis_dist.store.files import Store, StoreError
 
 
 def record_stage(store: Store, name: str, seconds: float, detail: str) -> None:
-    """Remember how long a stage took; a stage that is done again replaces its entry."""
+    """Store how long a stage took; a stage that runs again replaces its entry."""
     stages = [entry for entry in _stages(store) if entry["name"] != name]
     store.write_json(layout.STAGES_FILE, [*stages, {"name": name, "seconds": seconds, "detail": detail}])
 
 
 def write_report(store: Store, config: Config, settings: dict[str, object], sweep: Sweep) -> str:
-    """One HTML page about the run; returns where it is."""
+    """Write one HTML page about the run; returns its path."""
     models = [
         _model_metadata(store, config, name, iteration)
         for name in config.objectives
@@ -34,17 +34,17 @@ def write_report(store: Store, config: Config, settings: dict[str, object], swee
 
 
 def _model_metadata(store: Store, config: Config, objective: str, iteration: int) -> ModelMetadata:
-    facts = store.metadata(layout.value_folder(objective, iteration)) or {}
+    metadata = store.metadata(layout.value_folder(objective, iteration)) or {}
     lines = store.read_bytes(f"{layout.value_folder(objective, iteration)}/{layout.METRICS_FILE}").decode().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     reward = config.objectives[objective].reward
     decision = store.metadata(layout.gate_folder(objective, iteration))
     verdict = gate.Decision(**decision).verdict() if decision else ""
-    return ModelMetadata(objective, iteration, facts.get("explained_variance"), losses, reward, verdict)
+    return ModelMetadata(objective, iteration, metadata.get("explained_variance"), losses, reward, verdict)
 
 
 def _stages(store: Store) -> list[dict[str, Any]]:
     try:
         return store.read_json(layout.STAGES_FILE) if store.exists(layout.STAGES_FILE) else []
     except StoreError:
-        return []  # times of stages that nobody can tell any more
+        return []  # a damaged file: the times are lost

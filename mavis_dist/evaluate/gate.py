@@ -1,8 +1,8 @@
-"""The gate: whether a new iteration of a value model takes the place of the current one. No Ray.
+"""The gate: whether a new iteration of a value model replaces the current one. No Ray.
 
-The soft value of a policy is what its answers earn, less what they cost: E[R - KL(pi || pi_ref) / beta], in standard
-deviations of the reward. Regression errors can make an iteration worse than the one before; the difference is measured
-on the same prompts and seeds, and a new iteration is refused where it may be worse by more than a margin.
+The soft value of a policy is its reward less the price of its divergence: E[R - KL(pi || pi_ref) / beta], in standard
+deviations of the reward. Regression errors can make an iteration worse than the previous one; the two are compared on
+the same prompts and seeds, and a new iteration is refused if it may be worse by more than a margin.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from mavis_dist.types import Prompt, RewardScale
 
 @dataclass(frozen=True)
 class Decision:
-    """One iteration against the one that is current; a first iteration, or one without validation, is accepted."""
+    """One iteration against the current one; the first iteration, or one without validation, is accepted."""
 
     objective: str
     iteration: int
     accepted: bool
-    current: int | None  # what it was compared with
+    current: int | None  # the iteration that it was compared with
     soft_values: list[float]  # by validation prompt
     difference: float | None = None  # in soft value, sd; the new one less the current
     low: float | None = None  # 95 % bootstrap interval over prompts
     high: float | None = None
 
     def verdict(self) -> str:
-        """In words: accepted or refused, and by how much."""
+        """The decision as text: accepted or refused, and the difference."""
         if self.difference is None:
             return "accepted, there is none to compare with"
         decided = "accepted" if self.accepted else f"refused, iteration {self.current} stays"
@@ -75,8 +75,8 @@ def decide(store: Store, objective: str, iteration: int, soft_values: list[float
     if before is None or not soft_values:
         decision = Decision(objective, iteration, True, before, soft_values)
     else:
-        facts = store.metadata(layout.gate_folder(objective, before)) or {}
-        gain = bootstrap(np.array(soft_values) - np.array(facts["soft_values"]))
+        metadata = store.metadata(layout.gate_folder(objective, before)) or {}
+        gain = bootstrap(np.array(soft_values) - np.array(metadata["soft_values"]))
         accepted = gain.low > -margin
         decision = Decision(objective, iteration, accepted, before, soft_values, gain.mean, gain.low, gain.high)
     store.finish(layout.gate_folder(objective, iteration), asdict(decision))

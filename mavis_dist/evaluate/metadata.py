@@ -1,4 +1,4 @@
-"""What the report is told of value models and stages. Plain values."""
+"""Value models and stages as the report shows them. Plain values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class ModelMetadata:
     iteration: int
     r2: float | None  # of the rewards of held-out trees, 1 is perfect; None without any
     losses: list[float]  # training loss per optimiser step, sd^2
-    reward: str  # what the objective rewards, in words
-    gate: str = ""  # whether it took the place of the iteration before it, and why
+    reward: str  # the kind of reward
+    gate: str = ""  # whether it replaced the current iteration, and why
 
 
 @dataclass(frozen=True)

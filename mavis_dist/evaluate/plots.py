@@ -1,4 +1,4 @@
-"""The report's pictures: Matplotlib figures as SVG in the colours of the page's theme."""
+"""The report's plots: Matplotlib figures as SVG in the colours of the page's theme."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mavis_dist.evaluate.words import number, signed
 CURVE_POINTS = 200
 NUM_SERIES = 6
 
-# Matplotlib wants fixed colours, the page has two themes: each of these stands for a CSS variable, put in by _svg.
+# Matplotlib needs fixed colours but the page has two themes: _svg replaces each of these by a CSS variable.
 INK, MUTED, GRID, PAPER, MIX = (f"#0000{index:02x}" for index in range(1, 6))
 SERIES = tuple(f"#0001{index:02x}" for index in range(NUM_SERIES))
 THEME = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "card", MIX: "mix"} | {
@@ -57,7 +57,7 @@ DASHES = ("-", "--", ":", "-.")
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture with its words; `alt` says what the picture shows to those who cannot see it."""
+    """One plot with its texts; `alt` describes it for screen readers."""
 
     title: str
     caption: str
@@ -66,12 +66,12 @@ class Plot:
 
 
 def steered(point: PointResult) -> dict[str, float]:
-    """The weights that do something."""
+    """The positive weights."""
     return {name: weight for name, weight in point.weights.items() if weight > 0}
 
 
 def alone(point: PointResult) -> str | None:
-    """The objective that this point asks for alone, if it is such a corner."""
+    """The objective of a corner: a point that steers towards one objective only."""
     names = list(steered(point))
     return names[0] if len(names) == 1 else None
 
@@ -117,9 +117,9 @@ def _front(sweep: Sweep, objectives: Sequence[str], first: str, second: str) -> 
         for point in sweep.points
     )
     return Plot(
-        title=f"The front: {first} against {second}",
+        title=f"Front: {first} against {second}",
         caption="Each marker is one setting of the weights; further right and further up is better. The diamond is the "
-        "base model, dotted lines pass through it, bars are 95 % intervals.",
+        "base model, with dotted lines through it; bars are 95 % intervals.",
         alt=f"Scatter plot of the mean reward of {first} and of {second}, in sd. {spots}.",
         svg=_svg(figure, f"front-{objectives.index(first)}-{objectives.index(second)}"),
     )
@@ -138,7 +138,7 @@ def _gain_bars(sweep: Sweep, name: str) -> Plot:
     axes.set_ylim(len(sweep.points) - 0.4, -0.6)
     bars = "; ".join(f"{point.name} {signed(point.gain[name].mean)}" for point in sweep.points)
     return Plot(
-        title=f"The gain in {name}",
+        title=f"Gain in {name}",
         caption="How much better the answers score than the base model's answers to the same prompts; "
         "lines are 95 % intervals.",
         alt=f"Bars of the gain in {name}, in sd. {bars}.",
@@ -170,7 +170,7 @@ def gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
             )
         axes.plot([], [], "o", color=colour, label=name)
     figure.legend(loc="outside upper center", ncols=3, handletextpad=0.2)
-    # Mixtures stay without labels: they would hide each other, and the sizes of their markers say what they are.
+    # Mixtures get no labels: these would overlap, and the sizes of the markers show the weights.
     corners = [(point, corner) for point in points if (corner := alone(point))]
     _label(
         axes,
@@ -186,8 +186,8 @@ def gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
     return [
         Plot(
             title="Gain per nat",
-            caption="What a gain costs: further right, the wording is further from the base model's. The larger the "
-            "marker, the greater the weight of that objective.",
+            caption="The cost of a gain: further right, the policy has moved further from the base model. Larger markers "
+            "show greater weights of that objective.",
             alt=f"Scatter plot of the gain of each objective, in sd, against KL divergence, in nats. {spots}.",
             svg=_svg(figure, "nats"),
         )
@@ -200,7 +200,7 @@ def learning(objective: str, colour: str, models: Sequence[ModelMetadata]) -> li
     if not trained:
         return []
     figure, axes = _canvas("optimiser step", "training loss, sd²")
-    words = []
+    curves = []
     for order, model in enumerate(trained):
         steps, curve = smooth(model.losses)
         style = DASHES[order % len(DASHES)]
@@ -212,14 +212,14 @@ def learning(objective: str, colour: str, models: Sequence[ModelMetadata]) -> li
             linewidth=2,
             label=f"iteration {model.iteration}, {_r2(model)}",
         )
-        words.append(f"iteration {model.iteration} from {curve[0]:.3g} to {curve[-1]:.3g}, {_r2(model)}")
+        curves.append(f"iteration {model.iteration} from {curve[0]:.3g} to {curve[-1]:.3g}, {_r2(model)}")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", handlelength=3)
     return [
         Plot(
-            title=f"Learning {objective}",
-            caption="How far the value model's predictions were from the rewards while it learned; lower is better.",
-            alt=f"Training loss of {objective} over the steps: {'; '.join(words)}.",
+            title=f"Training of {objective}",
+            caption="Squared error of the value model's predictions during training; lower is better.",
+            alt=f"Training loss of {objective} over the steps: {'; '.join(curves)}.",
             svg=_svg(figure, f"loss-{THEME[colour]}-{objective}"),
         )
     ]
@@ -246,7 +246,7 @@ def series(index: int) -> str:
 
 
 def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    # Narrow, so that text stays readable where the page is as wide as a phone.
+    # Narrow, so that text stays readable on a phone.
     figure = Figure(figsize=(5, 3.9), dpi=72, layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
     axes.tick_params(length=0)
@@ -260,10 +260,10 @@ def _folded(name: str) -> str:
 def _label(
     axes: Axes, labels: Sequence[tuple[float, float, str, str]], others: Sequence[tuple[float, float]] = ()
 ) -> None:
-    """Write each (x, y, text, colour) beside its marker, where it hides the least of markers, labels and edges."""
+    """Place each (x, y, text, colour) beside its marker where it overlaps markers, labels and edges the least."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    # Where a label lies is known only once the layout is; Agg measures it without drawing.
+    # The extent of a label depends on the layout; Agg measures it without drawing.
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     markers = axes.transData.transform([(x, y) for x, y, *_ in labels] + list(others))
@@ -303,7 +303,7 @@ def _place(note: Any, dx: float, dy: float) -> None:
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    """The figure as an SVG element in the colours of the theme; `name` keeps its ids apart from those of others."""
+    """The figure as an SVG element in the colours of the theme; `name` makes its ids unique in the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
@@ -312,5 +312,5 @@ def _svg(figure: Figure, name: str) -> Markup:
     text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{prefix}-", text)
     for colour, variable in THEME.items():
         text = text.replace(colour, f"var(--{variable})")
-    # Matplotlib escapes the labels; everything else in here is its own.
+    # Matplotlib escapes the labels and generates everything else.
     return Markup(text)

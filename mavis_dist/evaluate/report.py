@@ -1,7 +1,7 @@
-"""The report: one HTML page that shows what the weights do, what that costs and what it looks like. No Ray, no network.
+"""The report: one HTML page that shows the effect of the weights, its cost and example answers. No Ray, no network.
 
-The page stands alone: style and plots are inside it, and the same input gives the same bytes. Answers come from a model
-and prompts from anywhere, so every text is escaped; besides, a content policy in the page forbids scripts and requests.
+The page is self-contained: styles and plots are inline, and the same input gives the same bytes. Prompts and answers
+are untrusted, so all text is escaped, and a content security policy in the page forbids scripts and requests.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def render(
     Args:
         run: name of the run, the title of the page.
         sweep: points of the sweep, the base model (no weights) among them.
-        models: value models in the order to show them; may be empty.
-        stages: stages in the order they ran; may be empty.
+        models: value models in display order; may be empty.
+        stages: stages in execution order; may be empty.
         settings: dotted key -> plain value.
     """
     objectives = list(sweep.points[0].gain)

@@ -1,6 +1,6 @@
-"""The sweep: answers to unseen prompts over a grid of weights, and what they cost. No Ray.
+"""The sweep: answers to unseen prompts over a grid of weights, with their rewards and divergence. No Ray.
 
-Every point of the grid answers every prompt from the same seed, so that points differ by their steering alone.
+Every point of the grid answers every prompt with the same seed, so that points differ only in steering.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, TypedDict
 
 import moocore
 import numpy as np
@@ -23,7 +23,7 @@ BOOTSTRAPS = 2000
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the weights; no weights at all is the base model."""
+    """One setting of the weights; without any it is the base model."""
 
     name: str
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PointResult:
-    """What one setting did, in standard deviations of the rewards; gains are paired with the base by prompt."""
+    """Results of one point, in standard deviations of the rewards; gains are paired with the base model by prompt."""
 
     name: str
     weights: dict[str, float]
@@ -48,6 +48,13 @@ class PointResult:
     gain: dict[str, Estimate]
     divergence: float  # nats per answer, KL(pi || pi_ref)
     num_tokens: float  # per answer
+
+
+class Example(TypedDict):
+    """One prompt with an answer of every point."""
+
+    prompt: str
+    answers: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Sweep:
     hypervolume: float
     num_prompts: int
     beta: float
-    examples: list[dict[str, Any]]  # {"prompt", "answers": {point: text}}
+    examples: list[Example]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,7 +120,7 @@ def summarise(
     prompts: Sequence[Prompt],
     beta: float,
 ) -> Sweep:
-    """Numbers from answers.
+    """The results of all points.
 
     Args:
         answers: point name -> prompt -> answers with their texts.
@@ -141,7 +148,7 @@ def summarise(
                 num_tokens=float(np.mean([len(choice.tokens) for choice in choices])),
             )
         )
-    examples = [
+    examples: list[Example] = [
         {"prompt": prompt.text, "answers": {point.name: answers[point.name][index][0][1] for point in points}}
         for index, prompt in enumerate(prompts)
     ]

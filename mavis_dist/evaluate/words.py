@@ -1,4 +1,4 @@
-"""Numbers as the report writes them."""
+"""Number formats of the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mavis_dist.evaluate.sweep import Estimate
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Fixed digits with a real minus sign; a dash for what is undefined."""
+    """Fixed digits with a real minus sign; a dash for undefined numbers."""
     if not math.isfinite(value):
         return "–"
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
@@ -26,7 +26,7 @@ def bounds(estimate: Estimate) -> str:
 
 
 def verdict(estimate: Estimate) -> str:
-    """Whether the interval leaves zero on one side."""
+    """The sign of an estimate whose interval excludes zero, as a CSS class."""
     return "up" if estimate.low > 0 else "down" if estimate.high < 0 else ""
 
 

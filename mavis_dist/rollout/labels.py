@@ -1,6 +1,6 @@
-"""Labels: every leaf of stored trees scored by one objective's reward. No Ray.
+"""Labels: one objective's reward of every leaf of stored trees. No Ray.
 
-A stage of its own, so that a new objective scores the trees that are already there.
+A separate stage, so that a new objective can score trees that are already stored.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mavis_dist.types import Prompt, RewardScale, UserError
 
 
 class LabelError(UserError):
-    """Rewards that nothing can be learnt from."""
+    """Rewards that are all equal, so that nothing can be learnt."""
 
 
 def label_shards(config: Config, objective: str, prompts: Sequence[Prompt], shards: Sequence[tuple[str, str]]) -> int:
     """Score the leaves of tree shards, `shards` being (trees, labels) paths; returns the number of leaves.
 
-    Prompts and answers go to the reward in one call per shard, as text, special tokens left out.
+    The reward is called once per shard, with prompts and answers as text without special tokens.
     """
     store = Store(config.storage, config.run)
     reward = build(config.objectives[objective])
@@ -51,7 +51,7 @@ def reward_scale(store: Store, objective: str, paths: Sequence[str], training: C
     """Mean and standard deviation of an objective over the leaves of the training prompts.
 
     Raises:
-        LabelError: if the rewards do not differ.
+        LabelError: if all rewards are equal.
     """
     labels = [item for path in paths for item in read_labels(store, path) if item.prompt_id in training]
     scores = np.concatenate([item.score for item in labels])

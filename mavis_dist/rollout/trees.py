@@ -1,6 +1,6 @@
 """Grow the trees of many prompts at the same time on one engine. No Ray.
 
-What grows depends on (run seed, policy, prompt id) alone: not on the other trees, nor on how many rows run at a time.
+A tree depends only on (run seed, policy, prompt id), not on other trees or on how many rows run at a time.
 Source: arXiv 2508.13415, tree-structured data collection with dynamic splits.
 """
 
@@ -19,12 +19,12 @@ Path = tuple[int, ...]  # child numbers from the prompt down
 
 
 class RolloutError(RuntimeError):
-    """An answer that could not be written."""
+    """An answer that could not be generated."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The law that the trees are drawn from: the truncated base policy and, for later iterations, its tilt."""
+    """The distribution of the trees: the truncated base policy and, for later iterations, its tilt."""
 
     top_k: int = 40
     top_p: float = 1.0
@@ -63,7 +63,7 @@ class _Growing:
     def build(self, policy: Policy) -> Tree:
         builder = TreeBuilder(self.prompt.id, policy.name, self.seed, list(self.prompt_tokens))
         number: dict[Path, int] = {}
-        for path in sorted(self.segments):  # parents first, whatever order they were written in
+        for path in sorted(self.segments):  # parents first, whatever order they finished in
             segment = self.segments[path]
             parent = number[path[:-1]] if len(path) > 1 else ROOT
             number[path] = builder.add(parent, segment.cut, segment.tokens, segment.logratios, segment.finish)
@@ -77,7 +77,7 @@ class TreeGrower:
         self._engine, self._shape, self._policy, self._sampling, self._seed = engine, shape, policy, sampling, seed
         self._weights = {policy.objective: 1.0} if policy.objective else {}
         self._origin: dict[str, tuple[_Growing, Path, int]] = {}  # request id -> tree, path, cut in the parent
-        self.num_tokens = 0  # written so far
+        self.num_tokens = 0  # generated so far
 
     def grow(self, prompts: Sequence[Prompt], prompt_tokens: Sequence[Sequence[int]]) -> Iterator[Tree]:
         """The trees of all prompts, in the order in which they are complete; needs an idle engine."""
@@ -90,12 +90,12 @@ class TreeGrower:
                     yield tree
 
     def plant(self, prompt: Prompt, prompt_tokens: Sequence[int]) -> None:
-        """Submit the first segments of one more tree; whoever steps the engine tells `absorb` of its updates."""
+        """Submit the first segments of another tree; the caller steps the engine and passes its updates to `absorb`."""
         seed = noise.stream(self._seed, self._policy.name, prompt.id)
         self._branch(_Growing(prompt, tuple(prompt_tokens), seed), (), 0, self._shape.root)
 
     def absorb(self, update: Update) -> Tree | None:
-        """Take note of what the engine wrote; the tree, if this completes one. Other requests' updates are ignored."""
+        """Process an update of the engine; returns the tree if it completes one. Ignores updates of other requests."""
         if update.request_id not in self._origin:
             return None
         self.num_tokens += len(update.tokens)
@@ -130,10 +130,10 @@ class TreeGrower:
                 ),
                 stream=noise.stream(tree.seed, *child_path),
             )
-            self._engine.submit(request, first=layer > 0)  # begun trees before new ones: fewer rows wait
+            self._engine.submit(request, first=layer > 0)  # started trees before new ones: fewer rows wait
 
     def _extend(self, request_id: str, choice: Choice) -> _Growing:
-        """Append a finished segment to its tree, and start its children if the answer goes on."""
+        """Append a finished segment to its tree, and start its children if the answer continues."""
         tree, path, cut = self._origin.pop(request_id)
         tree.num_open -= 1
         if choice.finish not in (FinishReason.STOP, FinishReason.LENGTH):

@@ -1,4 +1,4 @@
-"""The Ray shell around the engine: one actor, one copy of the models. Grows trees and answers requests."""
+"""The rollout actor: an engine with its own copy of the models. Grows trees and answers requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Answer = tuple[Choice, str]  # with its text
 
 @dataclass(frozen=True)
 class Grow:
-    """One tree to be grown."""
+    """A tree to grow."""
 
     policy: Policy
     prompt: Prompt
@@ -33,13 +33,13 @@ class Grow:
 
 @dataclass(frozen=True)
 class Ask:
-    """One request to be answered; its prompt is still text."""
+    """A request to answer; its prompt is still text."""
 
     prompt: Prompt
     request: Request
 
 
-Batch = Sequence[Grow | Ask]  # what is written side by side
+Batch = Sequence[Grow | Ask]  # items that an actor works on at the same time
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +81,10 @@ Result = Grown | Answered
 
 @ray.remote
 class Worker:
-    """Writes one batch at a time; all it is told, and makes, fits in a message.
+    """Works on one batch at a time.
 
-    What a row computes depends on its neighbours by rounding. A batch is begun whole in an empty engine, so that its
-    results are the same to the last bit whoever works on it, in every precision.
+    By rounding, the results of a row depend on the other rows. A batch starts whole in an empty engine, so that its
+    results are the same to the last bit on every actor, in every precision.
     """
 
     def __init__(self, config: Config):
@@ -98,15 +98,15 @@ class Worker:
         self._load({})
 
     def work(self, value_iterations: Mapping[str, int], batch: Batch | None) -> tuple[list[Result], bool]:
-        """Begin a batch, or go on with the one that was begun, and write until anything is finished.
+        """Start a batch, or continue the current one if given None, until there is a result.
 
         `value_iterations` are the value models that guide: objective -> iteration.
-        Returns what is finished, and whether the whole batch is.
+        Returns the finished results, and whether the whole batch is finished.
         """
         if batch is not None:
             self._load(value_iterations)
             for item in batch:
-                self._begin(item)
+                self._start(item)
         done: list[Result] = []
         while not done and not self._engine.is_idle:
             for update in self._engine.step():
@@ -128,7 +128,7 @@ class Worker:
         self._growers.clear()
         self._answers.clear()
 
-    def _begin(self, item: Grow | Ask) -> None:
+    def _start(self, item: Grow | Ask) -> None:
         prompt_tokens = self._base.chat(item.prompt.text, self._config.base.system)
         if isinstance(item, Grow):
             if item.policy not in self._growers:
@@ -139,7 +139,7 @@ class Worker:
             self._answers[item.request.id] = [None] * item.request.params.n
 
     def _absorb(self, update: Update) -> list[Result]:
-        """What an update finishes: a tree, the last answer to a request, or nothing."""
+        """Results that an update completes: a tree, the last answer to a request, or none."""
         if update.request_id not in self._answers:
             trees = ((policy, grower.absorb(update)) for policy, grower in self._growers.items())
             return [Grown(policy, tree) for policy, tree in trees if tree is not None]
@@ -156,7 +156,7 @@ class Worker:
 
 
 def make_grower(config: Config, engine: Engine, policy: Policy) -> TreeGrower:
-    """Trees of a policy as the config wants them."""
+    """A grower of a policy's trees with the settings of the config."""
     rollout, steer = config.rollout, config.steer
     branching = rollout.first if policy.objective is None else rollout.later
     shape = Shape(branching.root, branching.children, branching.layers, rollout.max_tokens, rollout.dynamic_split)
@@ -165,7 +165,7 @@ def make_grower(config: Config, engine: Engine, policy: Policy) -> TreeGrower:
 
 
 def worker_factory(config: Config) -> Callable[[], ActorHandle[Worker]]:
-    """Starts an actor as `rollout.cpus_per_actor` and `rollout.gpus_per_actor` say."""
+    """A function that starts an actor with `rollout.cpus_per_actor` and `rollout.gpus_per_actor`."""
     options = Worker.options(  # type: ignore[attr-defined]
         num_cpus=config.rollout.cpus_per_actor, num_gpus=config.rollout.gpus_per_actor
     )

@@ -57,7 +57,7 @@ def test_no_near_duplicates(rows):
         assert not all(bound() >= NEAR_DUPLICATE for bound in bounds), (a, b)
 
 
-def test_any_beginning_is_varied(rows):
+def test_the_first_prompts_are_varied(rows):
     """The first twenty training prompts open in many different ways."""
     openings = {tuple(row["prompt"].split()[:2]) for row in [r for r in rows if r["split"] == "train"][:20]}
     assert len(openings) >= 12

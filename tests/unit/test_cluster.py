@@ -1,4 +1,4 @@
-"""What the driver tells the cluster's processes."""
+"""Environment variables that the driver forwards to the cluster."""
 
 from __future__ import annotations
 

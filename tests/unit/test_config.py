@@ -1,4 +1,4 @@
-"""The config refuses what cannot work, in one sentence that names the key, its value and the remedy."""
+"""An invalid config is refused with one sentence that names the key, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_missing_file_and_a_broken_file_are_errors(tmp_path: Path) -> None:
         load(broken)
 
 
-def test_overrides_replace_and_refuse(tmp_path: Path) -> None:
+def test_overrides_replace_settings_and_invalid_ones_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     changed = load(path, ["rollout.rows=5", "train.learning_rate=1e-5", "objectives.b.reward=brevity"])
@@ -90,7 +90,7 @@ def test_the_number_of_keys_stays_small() -> None:
     assert len(set(config_module._known_keys())) < 80
 
 
-def test_results_of_two_runs_never_mix() -> None:
+def test_settings_that_would_mix_two_runs_are_refused() -> None:
     old = parse(MINIMAL)
     [conflict] = conflicts(old, parse({**MINIMAL, "seed": 1}))
     assert "'seed' is 1" in conflict

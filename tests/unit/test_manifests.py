@@ -1,5 +1,5 @@
-"""ray_cluster.yaml and k8s/: valid as far as that can be known without machines, and in agreement with each other and
-with the files they name."""
+"""ray_cluster.yaml and k8s/: valid as far as can be checked without machines, and consistent with each other and with
+the files they name."""
 
 import shutil
 import subprocess
@@ -65,7 +65,7 @@ def quantity(text: str) -> Decimal:
 # k8s/
 
 
-def test_everything_needed_is_there(manifests):
+def test_every_resource_is_there(manifests):
     kinds = [m["kind"] for m in manifests]
     for kind in ("RayCluster", "RayJob", "RayService", "PersistentVolumeClaim", "NetworkPolicy"):
         assert kind in kinds

@@ -1,4 +1,4 @@
-"""Arithmetic before anything is placed."""
+"""Resource planning before anything is placed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def config(**sections: Any) -> Any:
     return parse({"run": "r", "objectives": objectives, **sections})
 
 
-def test_what_fits_is_used() -> None:
+def test_everything_that_fits_runs_at_once() -> None:
     plan = make_plan(config(rollout={"actors": 3, "cpus_per_actor": 2}), [Node(4), Node(2)])
     assert plan.fits_at_once == 3
     assert plan.notes == ()
@@ -40,7 +40,7 @@ def test_objectives_queue_when_there_is_no_room() -> None:
         ({"train": {"workers": 5, "trees_per_step": 5}}, "train.workers=5"),
     ],
 )
-def test_a_cluster_that_can_never_fit_is_named(sections: dict[str, Any], key: str) -> None:
+def test_a_cluster_that_is_too_small_is_named(sections: dict[str, Any], key: str) -> None:
     with pytest.raises(PlanError) as caught:
         make_plan(config(**sections), [Node(2), Node(2)])
     assert key in str(caught.value)
@@ -48,13 +48,13 @@ def test_a_cluster_that_can_never_fit_is_named(sections: dict[str, Any], key: st
     assert "lower" in str(caught.value)
 
 
-def test_a_service_that_can_never_fit_is_named() -> None:
+def test_a_service_that_can_never_be_placed_is_named() -> None:
     check_serving(config(serve={"cpus_per_replica": 0.4}), [Node(2)])
     with pytest.raises(PlanError, match=r"needs 2\.5 CPU .* lower serve\.cpus_per_replica"):
         check_serving(config(serve={"cpus_per_replica": 0.5}), [Node(2)])
 
 
-def test_more_replicas_than_fit_may_come_with_more_machines() -> None:
+def test_only_the_lower_end_of_a_range_must_fit() -> None:
     several = {"base_replicas": {"min": 1, "max": 9}, "value_replicas": {"min": 1, "max": 9}, "cpus_per_replica": 0.4}
     check_serving(config(serve=several), [Node(2)])
     with pytest.raises(PlanError, match=r"serve\.base_replicas"):

@@ -1,4 +1,4 @@
-"""Prompts: the right number, disjoint, reproducible, and plain sentences for everything else."""
+"""Prompts: the right number, disjoint, reproducible, and a clear error otherwise."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_a_file_without_splits_is_one_pool_of_disjoint_rows(tmp_path, name):
     assert all(prompt.text == f"question {prompt.id.removeprefix('row-')}?" for prompt in train)
 
 
-def test_the_seed_decides_the_draw(tmp_path):
+def test_the_seed_determines_the_draw(tmp_path):
     source = write(tmp_path / "p.jsonl", questions(200))
     assert load_prompts(settings(source), seed=1) == load_prompts(settings(source), seed=1)
     assert load_prompts(settings(source), seed=1) != load_prompts(settings(source), seed=2)
@@ -93,7 +93,7 @@ def test_the_builtin_set_is_taken_in_file_order(tmp_path, monkeypatch):
     assert [prompt.id for prompt in evaluation] == [f"eval{row}" for row in range(3)]
 
 
-def test_an_unseen_prompt_is_unseen_even_if_its_text_is_repeated(tmp_path):
+def test_no_evaluation_prompt_has_the_text_of_a_training_prompt(tmp_path):
     rows = [
         *questions(9, split="train"),
         *questions(9, split="eval"),
@@ -111,7 +111,7 @@ def test_the_field_is_a_column(tmp_path, name):
         load_prompts(settings(source), seed=1)
 
 
-def test_separators_of_unicode_do_not_end_a_row(tmp_path):
+def test_unicode_line_separators_do_not_end_a_row(tmp_path):
     rows = [{"prompt": f"one\u2028two {row}"} for row in range(9)]
     source = tmp_path / "p.jsonl"
     source.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
@@ -121,9 +121,9 @@ def test_separators_of_unicode_do_not_end_a_row(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "holds no rows"),
+        ("", "has no rows"),
         ('{"prompt": "a"}\n{"prompt": \n', "line 2 of .* is not JSON"),
-        ('{"prompt": "a"}\n["b"]\n', "line 2 of .* is no JSON object"),
+        ('{"prompt": "a"}\n["b"]\n', "line 2 of .* is not a JSON object"),
         ('{"prompt": "a"}\n{"prompt": "  "}\n' * 9, r"row \d*[13579] .*'  '"),
         ('{"prompt": "a"}\n{"prompt": 3}\n' * 9, r"row \d*[13579] .* has 3"),
         ('{"prompt": "a"}\n{"id": "x"}\n' * 9, r"row \d*[13579] .* has None"),
@@ -132,7 +132,7 @@ def test_separators_of_unicode_do_not_end_a_row(tmp_path):
         ('{"prompt": "a"}\n', "only 1 prompts for prompts.train=6: lower prompts.train"),
     ],
 )
-def test_what_cannot_be_used_is_named(tmp_path, content, sentence):
+def test_invalid_content_is_named(tmp_path, content, sentence):
     source = tmp_path / "p.jsonl"
     source.write_text(content)
     # Two texts only: a long evaluation set would run out of unseen ones.

@@ -1,4 +1,4 @@
-"""The runbook in docs/serving.md speaks the words of the code."""
+"""The runbook in docs/serving.md quotes the error codes and messages of the code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FOR_OPERATORS = {"DeployError", "EngineStopped", "KeyFileError", "PlanError", "S
 
 
 def constant_words(text: str) -> str:
-    """A message with {} for what varies, quoted or not."""
+    """A message with {} for its variable parts, quoted or not."""
     return re.sub(r"'?(\{[^{}]*\}|%[sdr])'?", "{}", text)
 
 
 def template(node: ast.expr) -> str | None:
-    """The message that an expression makes, if it is spelt out there."""
+    """The message of an expression, if it is a literal."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return constant_words(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -35,7 +35,7 @@ def template(node: ast.expr) -> str | None:
 
 
 def column(name: str) -> list[str]:
-    """What stands in backticks in the columns of this name."""
+    """All text in backticks in columns of this name."""
     found, place = [], None
     for line in RUNBOOK.splitlines():
         cells = [cell.strip() for cell in line.split("|")]
@@ -62,7 +62,7 @@ def codes() -> Iterator[str]:
 
 
 def raised() -> Iterator[str]:
-    """Every message that is spelt out where an error for operators is raised."""
+    """Every literal message of an error for operators."""
     for node in (node for tree in (*SERVICE, *STORE, CHECK_SERVING) for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in FOR_OPERATORS:
             message = template(node.args[0])
@@ -85,10 +85,10 @@ def test_the_runbook_has_every_code_and_no_other():
 
 
 @pytest.mark.parametrize("message", QUOTED)
-def test_what_the_runbook_quotes_is_in_the_code(message):
+def test_every_quoted_message_is_in_the_code(message):
     assert any(message in text for text in TEMPLATES)
 
 
 @pytest.mark.parametrize("message", sorted(set(raised())))
-def test_what_operators_may_be_told_is_in_the_runbook(message):
+def test_every_error_for_operators_is_in_the_runbook(message):
     assert any(quoted in message for quoted in QUOTED)

@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do to a job."""
+"""SIGTERM and Ctrl-C during a job."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ def test_a_signal_asks_the_stages_to_stop(number: signal.Signals) -> None:
         signal.raise_signal(number)
         with pytest.raises(Stopped):
             check_stop()
-        assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)  # for the impatient
+        assert signal.getsignal(number) in (
+            signal.SIG_DFL,
+            signal.default_int_handler,
+        )  # ends the process
     assert signal.getsignal(number) is before
     check_stop()
 
 
-def test_a_second_interrupt_is_not_waited_for() -> None:
+def test_a_second_interrupt_ends_at_once() -> None:
     with stop_on_signals():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_outside_the_main_thread_signals_are_left_alone() -> None:
+def test_outside_the_main_thread_handlers_do_not_change() -> None:
     def look() -> None:
         with stop_on_signals():
             seen.append(signal.getsignal(signal.SIGTERM))

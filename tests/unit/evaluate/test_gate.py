@@ -1,4 +1,4 @@
-"""Which iteration is current, and why."""
+"""The gate: which iteration is current."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_first_iteration_is_accepted(store: Store) -> None:
 
 @pytest.mark.parametrize(("shift", "accepted"), [(0.3, True), (0.0, True), (-0.03, True), (-0.1, False)])
 def test_a_loss_beyond_the_margin_is_refused(store: Store, shift: float, accepted: bool) -> None:
-    """Prompts differ by one sd, and the difference is known within hundredths: it is paired."""
+    """Prompts differ by one sd, but the paired difference is precise to hundredths."""
     gate.decide(store, "brief", 0, FIRST, margin=0.05)
     decision = gate.decide(store, "brief", 1, shifted(shift), margin=0.05)
     assert decision.accepted == accepted
@@ -45,12 +45,12 @@ def test_a_loss_beyond_the_margin_is_refused(store: Store, shift: float, accepte
     assert gate.current(store, "brief", 2) == int(accepted)
 
 
-def test_what_is_not_certain_enough_is_refused(store: Store) -> None:
+def test_an_uncertain_difference_is_refused(store: Store) -> None:
     gate.decide(store, "brief", 0, FIRST, margin=0.05)
     assert not gate.decide(store, "brief", 1, shifted(0.1, noise=2.0), margin=0.05).accepted
 
 
-def test_after_a_refusal_the_next_one_meets_the_same_opponent(store: Store) -> None:
+def test_after_a_refusal_the_next_iteration_is_compared_with_the_same_one(store: Store) -> None:
     gate.decide(store, "brief", 0, FIRST, margin=0.05)
     gate.decide(store, "brief", 1, shifted(-1.0), margin=0.05)
     third = gate.decide(store, "brief", 2, shifted(0.2), margin=0.05)

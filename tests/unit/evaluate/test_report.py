@@ -1,4 +1,4 @@
-"""The report: one page that says every number, trusts no text, loads nothing and never differs for the same input."""
+"""The report: one page with every number, all text escaped, nothing loaded, and the same bytes for the same input."""
 
 import re
 import subprocess
@@ -111,16 +111,16 @@ def test_every_number_of_every_point_is_on_the_page_as_text(num_objectives):
 
 
 @pytest.mark.parametrize(("num_objectives", "num_plots"), [(1, 2 + 1), (2, 2 + 2), (3, 4 + 3)])
-def test_plots_are_there_well_nested_and_told_in_words(num_objectives, num_plots):
+def test_plots_are_complete_well_nested_and_described(num_objectives, num_plots):
     page = Page(make_page(num_objectives))
     assert page.open == []
     assert page.elements.count("svg") == page.elements.count("figure") == num_plots
     pictures = [value for tag, name, value in page.attributes if (tag, name) == ("div", "aria-label")]
-    told = [words for words in pictures if words.startswith(("Scatter plot", "Bars", "Training loss"))]
-    assert len(told) == num_plots
+    described = [words for words in pictures if words.startswith(("Scatter plot", "Bars", "Training loss"))]
+    assert len(described) == num_plots
     assert page.values("role").count("img") == num_plots
     for point in make_sweep(num_objectives).points:
-        assert any(point.name in words for words in told)
+        assert any(point.name in words for words in described)
 
 
 def test_ids_are_unique_and_every_reference_has_its_target():
@@ -141,7 +141,7 @@ def test_colours_of_plots_follow_the_theme():
         assert used - {"--c"} <= set(re.findall(r"(--\w+):", theme))
 
 
-def test_no_text_from_outside_becomes_markup():
+def test_untrusted_text_is_escaped():
     sweep = make_sweep(2)
     points = [replace(point, name=point.name + HOSTILE) for point in sweep.points]
     examples = [{"prompt": HOSTILE, "answers": {point.name: HOSTILE for point in points}}]
@@ -173,7 +173,7 @@ def test_objective_names_are_escaped_inside_plots():
     assert f"gain in {name}, sd" in seen.pieces
 
 
-def test_only_base_and_corners_answer_and_only_the_first_prompts():
+def test_examples_show_base_and_corners_on_the_first_prompts():
     page = Page(make_page(2))
     assert "question number 5?" in page.text
     assert "question number 6?" not in page.text
@@ -193,7 +193,7 @@ def test_nothing_is_loaded():
     assert "default-src 'none'" in seen.values("content")[0]
 
 
-def test_a_bare_sweep_is_enough():
+def test_a_sweep_without_the_rest_is_enough():
     sweep = replace(make_sweep(2), examples=[])
     page = Page(render("demo", sweep, [], [], {}))
     assert page.elements.count("svg") == 2
@@ -201,7 +201,7 @@ def test_a_bare_sweep_is_enough():
     assert not {"#answers", "#models", "#time", "#settings"} & set(page.values("href"))
 
 
-def test_what_was_not_measured_is_called_so():
+def test_missing_measurements_are_named():
     models = [ModelMetadata("positive", 0, None, [], "sentiment"), ModelMetadata("brief", 0, None, [0.5], "brevity")]
     models[1] = replace(models[1], gate="refused, iteration 0 stays")
     page = Page(render("demo", make_sweep(2), models, STAGES, SETTINGS))
@@ -244,7 +244,7 @@ def test_same_input_same_bytes_here_and_in_another_process_that_never_loads_pypl
     assert done.stdout == first.encode()
 
 
-def test_settings_of_matplotlib_are_left_as_they_were():
+def test_settings_of_matplotlib_are_restored():
     before = dict(matplotlib.rcParams)
     make_page.__wrapped__(1)
     assert dict(matplotlib.rcParams) == before
