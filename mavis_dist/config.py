@@ -1,6 +1,6 @@
 """One YAML file plus dotted overrides, checked once; every error names the key, its value and the remedy.
 
-Knows nothing of torch, ray or files other than the YAML it is given, so that `--help` is instant.
+Loads neither torch nor ray, and reads no other file, so that `--help` is instant.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Progress on stderr: one line per message. Knows nothing of Ray."""
+"""Progress on stderr, one line per message. No Ray."""
 
 from __future__ import annotations
 

@@ -186,8 +186,8 @@ def gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
     return [
         Plot(
             title="Gain per nat",
-            caption="The cost of a gain: further right, the policy has moved further from the base model. Larger markers "
-            "show greater weights of that objective.",
+            caption="The cost of a gain: further right, the policy has moved further from the base model. "
+            "Larger markers show greater weights of that objective.",
             alt=f"Scatter plot of the gain of each objective, in sd, against KL divergence, in nats. {spots}.",
             svg=_svg(figure, "nats"),
         )
