@@ -40,7 +40,8 @@ def run(config: Config) -> None:
     print(f"\n{table(sweep)}\n")
 
     # All requests come from this machine: on loopback no other can send any, and no key is needed.
-    url = deploy(config.model_copy(update={"serve": config.serve.model_copy(update={"host": "127.0.0.1"})}))
+    local = config.serve.model_copy(update={"host": "127.0.0.1", "keys": None})
+    url = deploy(config.model_copy(update={"serve": local}))
     try:
         names = list(config.objectives)
         mixed = [{name: 1 / len(names) for name in names}] if len(names) > 1 else []

@@ -2,7 +2,8 @@
 
 python -m jobs.serve --config jobs/configs/quickstart.yaml [dotted.key=value ...]
 
-On another address than loopback it asks for API keys: those of MAVIS_KEYS, a file made by python -m jobs.keys.
+On any address but loopback it requires API keys: those in the file `serve.keys`, or else MAVIS_KEYS, or else keys.json
+(see python -m jobs.keys). A relative path is below this checkout.
 """
 
 from __future__ import annotations
@@ -27,11 +28,17 @@ def run(config: Config) -> None:
 
     cluster.connect()
     try:
-        print(example(config, deploy(config, keys=os.environ.get("MAVIS_KEYS"))), flush=True)
+        print(example(config, deploy(with_keys(config))), flush=True)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
     finally:
         undeploy()
+
+
+def with_keys(config: Config) -> Config:
+    """The config with the key file of MAVIS_KEYS, unless it names one itself."""
+    keys = config.serve.keys or os.environ.get("MAVIS_KEYS") or None
+    return config.model_copy(update={"serve": config.serve.model_copy(update={"keys": keys})})
 
 
 def example(config: Config, url: str) -> str:

@@ -169,6 +169,8 @@ def _type_name(model: type[BaseModel], name: str) -> str:
             return " | ".join(render(part) for part in typing.get_args(kind))
         if origin is dict:
             return "mapping"
+        if origin is tuple:
+            return "list"
         return "none" if kind is type(None) else kind.__name__
 
     return render(typing.get_type_hints(model)[name])

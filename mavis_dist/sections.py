@@ -235,19 +235,80 @@ def bounds(replicas: int | Range) -> Range:
     return replicas if isinstance(replicas, Range) else Range(min=replicas, max=replicas)
 
 
-class Serve(Section):
-    """The HTTP endpoint."""
+class Scaling(Section):
+    """How fast load changes the number of replicas, where a range of them is given."""
 
-    host: str = Field("127.0.0.1", description="address that the endpoint listens on")
-    port: int = Field(8000, ge=1, le=65535, description="port that the endpoint listens on")
+    target_load: Annotated[float, Field(gt=0)] = Field(
+        0.8,
+        description="load of one replica that a range aims at; base replica: rows in use and waiting, as a share of "
+        "`rows`; value replica: mean number of calls under way",
+    )
+    upscale_delay_s: NonNegative = Field(10, description="seconds of high load before replicas are added")
+    downscale_delay_s: NonNegative = Field(300, description="seconds of low load before replicas are removed")
+
+
+class Limits(Section):
+    """What one request may ask for, and how long it may take."""
+
+    max_tokens: Count = Field(512, description="longest answer a request may ask for, in tokens")
+    max_prompt_tokens: Count | None = Field(
+        None, description="longest prompt, in tokens; null: what the base model's context has room for"
+    )
+    max_n: Annotated[int, Field(ge=1, le=MAX_N)] = Field(16, description="most answers to one request")
+    max_preferences: Annotated[int, Field(ge=0, le=MAX_PREFERENCES)] = Field(
+        16, description="most preferences in one request"
+    )
+    stall_s: Annotated[float, Field(gt=0)] = Field(
+        60, description="seconds without a message after which a base replica counts as lost"
+    )
+    deadline_s: Annotated[float, Field(gt=0)] = Field(600, description="longest time one request may take, in seconds")
+
+
+class Access(Section):
+    """Who may call the service, and what is logged about a call."""
+
+    keys: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        validate_default=True,
+        description="file of API keys (python -m jobs.keys) on the gateway's machine, a relative path below this "
+        "checkout; `none`: no key is required; null: `none` if `serve.host` is loopback, else keys.json",
+    )
+    cors_origins: tuple[str, ...] = Field((), description="origins whose pages may call the service from a browser")
+    max_body_bytes: Count = Field(2**19, description="largest request body, in bytes")
+    log_access: bool = Field(True, description="log every request as one JSON line on standard output")
+    log_prompts: bool = Field(False, description="include the request's body, with its prompt, in that line")
+
+
+class MainSettings(Access, Limits):
+    """What the Serve application `main`, the gateway and the base replicas, can be set to."""
+
     placement: Literal["colocated", "replicas"] = Field(
         "replicas", description="value models inside the base replicas, or in replicas of their own"
     )
+    rows: Count = Field(
+        16, description="rows of a base replica (vLLM: max_num_seqs): one per answer, one more per active preference"
+    )
+    cache_tokens: Count | None = Field(
+        None,
+        description="size of a base replica's key-value cache, in tokens: rows times longest row; null: what `rows` "
+        "need",
+    )
+    queue: Count | None = Field(
+        None, description="rows that may wait in a base replica, at most half of them for one key; null: 4 times `rows`"
+    )
+    stream_interval_ms: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        50, description="least time between two chunks of a streamed answer, in ms; the first and last are not delayed"
+    )
+
+
+class Serve(MainSettings, Scaling):
+    """The HTTP service. Each setting is declared here once; the arguments of the Serve applications inherit them."""
+
+    host: str = Field("127.0.0.1", description="address that the endpoint listens on")
+    port: int = Field(8000, ge=1, le=65535, description="port that the endpoint listens on")
     base_replicas: Replicas = Field(
         1, description="replicas of the base model, or {min: 1, max: 4}: as many as the load asks for"
     )
     value_replicas: Replicas = Field(1, description="replicas of each objective's value model, or a range of them")
     cpus_per_replica: NonNegative = Field(0.25, description="CPU cores reserved by every replica")
     gpus_per_replica: NonNegative = Field(0, description="GPUs reserved by every base and value replica")
-    rows: Count = Field(16, description="rows of a base replica: one per answer, one more per sentence that steers it")
-    max_tokens: Count = Field(512, description="longest answer a request may ask for, in tokens")

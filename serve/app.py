@@ -54,10 +54,8 @@ def build_value(args: ValueArgs) -> Application:
     return _deployment(Value, **_model_options(args), request_router_config=router).bind(args)
 
 
-def deploy(config: Config, limit_s: float = 300.0, keys: str | None = None) -> str:
+def deploy(config: Config, limit_s: float = 300.0) -> str:
     """Run all applications of a config on the connected cluster; the URL, once every replica is healthy.
-
-    `keys` as in main_args.
 
     Raises:
         UserError: if they cannot be placed, fail to start, or take longer than `limit_s`.
@@ -67,8 +65,8 @@ def deploy(config: Config, limit_s: float = 300.0, keys: str | None = None) -> s
     if not objectives:
         raise DeployError(f"nothing is published in {store.root}: run the pipeline first, or choose another run=NAME")
     check_serving(config, cluster.nodes())
-    args = main_args(config, keys)
-    open_keys(args)  # a missing file is said here, in one line
+    args = main_args(config)
+    open_keys(args)  # reports a missing file here, in one line
     host, port = config.serve.host, config.serve.port
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     targets = [serve.RunTarget(build_main(args), MAIN, "/", external_scaler_enabled=is_fixed(args))]

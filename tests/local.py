@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -16,11 +17,11 @@ from mavis_dist.decode import Engine, LocalGuide
 from mavis_dist.models.load import load_base
 from mavis_dist.store.files import Store
 from serve.base.engine_loop import EngineLoop, stream
-from serve.gateway.build_request import Completions, Settings
-from serve.gateway.failover import Limits
-from serve.gateway.middleware import Edge
+from serve.gateway.api_keys import Keys
+from serve.gateway.build_request import Completions
 from serve.gateway.registry import Registry
 from serve.gateway.routes import create_api
+from serve.settings import NO_KEYS, MainArgs
 from tests.fakes import tiny_value
 from tests.tiny import MODEL, write_models
 
@@ -28,8 +29,13 @@ NAME = "tiny"
 OBJECTIVES = ("brief", "positive")
 
 
+def args_of(base: str, **settings: Any) -> MainArgs:
+    """Arguments of the application `main`, without keys and system sentence."""
+    return MainArgs(**{"run": "run", "base": base, "system": "", "beta": 1.0, "keys": NO_KEYS, **settings})
+
+
 class LocalService:
-    """A tiny base model with two objectives; apps on top of it differ in their edge only."""
+    """A tiny base model with two objectives; apps on top of it differ in who may access them."""
 
     def __init__(self, folder: Path):
         write_models(folder, "run", OBJECTIVES)
@@ -37,15 +43,17 @@ class LocalService:
         versions = [f"{name}@i0" for name in OBJECTIVES]
         models = {name: tiny_value(k, vocab=base.model.config.vocab_size) for k, name in enumerate(versions)}
         self.loop = EngineLoop(Engine(base, LocalGuide(models), max_rows=4))
-        settings = Settings(NAME, "", 1024, 64, 4, 1.0, 3.0, Limits(5, 20), max_prompt_tokens=200, max_n=3)
-        self._completions = Completions(base.tokenizer, settings, lambda *asked: stream(self.loop, *asked))
+        self._args = args_of(NAME, rows=4, max_tokens=64, max_prompt_tokens=200, max_n=3, stall_s=5, deadline_s=20)
+        self._completions = Completions(base.tokenizer, self._args, 1024, lambda *asked: stream(self.loop, *asked))
         self._registry = Registry(Store(str(folder / "runs"), "run"))
 
-    def app(self, edge: Edge | None = None) -> FastAPI:
+    def app(self, keys: Keys | None = None, **settings: Any) -> FastAPI:
+        """`settings` of mavis_dist.sections.Access."""
+
         async def load() -> tuple[int, int]:
             return self.loop.load
 
-        return create_api(NAME, self._completions, self._registry, load, edge)
+        return create_api(self._args.model_copy(update=settings), self._completions, self._registry, load, keys)
 
 
 @contextmanager

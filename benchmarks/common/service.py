@@ -15,7 +15,7 @@ from mavis_dist.config import Config
 
 def service_config(config: Config, run: Path, **settings: object) -> Config:
     """The config of a run, for a service on a free port of loopback; `settings` replace those of `serve`."""
-    serve = config.serve.model_copy(update={"host": "127.0.0.1", "port": _free_port(), **settings})
+    serve = config.serve.model_copy(update={"host": "127.0.0.1", "port": _free_port(), "keys": None, **settings})
     return config.model_copy(update={"storage": str(run.parent.absolute()), "run": run.name, "serve": serve})
 
 

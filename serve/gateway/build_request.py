@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,37 +21,21 @@ from mavis_dist.decode import (
 )
 from mavis_dist.decode.validate import Bounds, validate
 from mavis_dist.models.load import ModelError
-from serve.gateway.failover import Limits
 from serve.gateway.logprobs import Speller
 from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, GenerationRequest, Shape, TextRequest
 from serve.gateway.refusals import Overloaded, Refusals
 from serve.gateway.versions import pinned
 from serve.gateway.write_response import Completion
 from serve.messages import OpenStream
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the server decides where a request does not."""
-
-    model: str
-    system: str
-    max_context: int
-    max_tokens: int  # longest answer a request may ask for
-    rows: int  # of a base replica; a request's sentences and its plain prompt take one each
-    beta: float
-    tilt_cap: float | None
-    limits: Limits
-    max_prompt_tokens: int | None = None  # none: what the model's context has room for
-    max_n: int = 16  # answers to one request
-    max_preferences: int = 16  # sentences in one request
+from serve.settings import MainArgs
 
 
 class Completions:
     """Turns bodies into running completions."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings, open_stream: OpenStream):
-        self._tokenizer, self._settings, self._open_stream = tokenizer, settings, open_stream
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: MainArgs, max_context: int, open_stream: OpenStream):
+        """`max_context`: tokens of prompt and answer that the base model has room for."""
+        self._tokenizer, self._args, self._max_context, self._open_stream = tokenizer, args, max_context, open_stream
         self._spell = Speller(tokenizer)
         self._refusals = Refusals()
 
@@ -81,10 +65,10 @@ class Completions:
     async def _start(
         self, body: ChatRequest | TextRequest, versions: Mapping[str, str], key: str, request_id: str | None
     ) -> Completion:
-        if body.model != self._settings.model:
+        if body.model != self._args.base:
             raise ApiError(
                 404,
-                f"the model {body.model!r:.100} does not exist here; use {self._settings.model!r}",
+                f"the model {body.model!r:.100} does not exist here; use {self._args.base!r}",
                 "model",
                 "model_not_found",
             )
@@ -94,13 +78,11 @@ class Completions:
         try:
             shape, prompt, preferences = self._prompt(body)
             # Whether there are students only the base replica knows; it refuses by itself.
-            bounds = Bounds(versions, self._settings.max_context, predicted=versions, max_rows=self._settings.rows)
+            bounds = Bounds(versions, self._max_context, predicted=versions, max_rows=self._args.rows)
             request = validate(self._request(identity, body, prompt, preferences), bounds)
         except RequestError as error:
             raise _refused(error, body) from None
-        completion = Completion(
-            body, shape, request, self._settings.model, self._settings.limits, self._tokenizer, self._spell
-        )
+        completion = Completion(body, shape, request, self._args.base, self._args, self._tokenizer, self._spell)
         try:
             await completion.open(pinned(self._open_stream, {name: versions[name] for name in request.weights}), key)
         except RequestError as error:
@@ -111,13 +93,13 @@ class Completions:
         """What multiplies the work of a request is bounded before any work is done."""
         num_sentences = len(body.preferences or ())
         for name, count, limit in (
-            ("n", body.n or 1, self._settings.max_n),
-            ("preferences", num_sentences, self._settings.max_preferences),
+            ("n", body.n or 1, self._args.max_n),
+            ("preferences", num_sentences, self._args.max_preferences),
         ):
             if count > limit:
                 raise ApiError(400, f"{name}: {count} given; this server takes at most {limit}", name)
-        if body.num_variants > self._settings.rows:
-            message = f"preferences: are {body.num_variants - 1} sentences; use at most {self._settings.rows - 1}"
+        if body.num_variants > self._args.rows:
+            message = f"preferences: are {body.num_variants - 1} sentences; use at most {self._args.rows - 1}"
             raise ApiError(400, message, "preferences")
 
     def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, tuple[int, ...], tuple[Preference, ...]]:
@@ -133,14 +115,14 @@ class Completions:
             return TEXT, prompt, preferences
         messages = [message.turn for message in body.messages]
         try:
-            prompt, preferences = chat_prompts(self._tokenizer, messages, sentences, self._settings.system)
+            prompt, preferences = chat_prompts(self._tokenizer, messages, sentences, self._args.system)
         except ModelError as error:
             raise ApiError(400, str(error), "messages") from None
         self._check_length(prompt)
         return CHAT, prompt, preferences
 
     def _check_length(self, prompt: tuple[int, ...]) -> None:
-        limit = self._settings.max_prompt_tokens
+        limit = self._args.max_prompt_tokens
         if limit is not None and len(prompt) > limit:
             raise RequestError("prompt", f"has {len(prompt)} tokens; this server takes at most {limit}")
 
@@ -150,7 +132,7 @@ class Completions:
     def _request(
         self, identity: str, body: GenerationRequest, prompt: tuple[int, ...], preferences: tuple[Preference, ...]
     ) -> Request:
-        settings, default = self._settings, SamplingParams()
+        settings, default = self._args, SamplingParams()
         limit = body.token_limit
         if limit is not None and limit > settings.max_tokens:
             name = _limit_field(body)
@@ -158,7 +140,7 @@ class Completions:
         longest_prompt = max(len(prompt), *(len(preference.prompt) for preference in preferences), 1)
         params = SamplingParams(
             # A request without a limit gets the longest answer that has room.
-            max_tokens=limit or max(1, min(settings.max_tokens, settings.max_context - longest_prompt)),
+            max_tokens=limit or max(1, min(settings.max_tokens, self._max_context - longest_prompt)),
             temperature=default.temperature if body.temperature is None else body.temperature,
             top_k=default.top_k if body.top_k is None else body.top_k,
             top_p=default.top_p if body.top_p is None else body.top_p,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from mavis_dist.decode import Choice, FinishReason, Request, RequestError, TokenLogprobs, Update
+from mavis_dist.sections import Limits
 from serve.gateway.refusals import Overloaded
 from serve.messages import ANYBODY, Admission, AnswerFailed, AnswerLate, BaseLost, Full, OpenStream, Refused
 from serve.timeouts import within
@@ -20,14 +21,6 @@ logger = logging.getLogger(__name__)
 RETRY_PAUSE_S = 0.2
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds. A base replica that waits for a free row still sends empty lists, so silence means trouble."""
-
-    stall_s: float = 60.0
-    deadline_s: float = 600.0
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mavis_dist.sections import Access
 from serve.gateway.api_keys import Keys
 from serve.gateway.protocol import ApiError
 
@@ -31,21 +31,14 @@ SANE_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ID_HEADER = "x-request-id"
 
 
-@dataclass(frozen=True)
-class Edge:
-    """What the service asks of callers, and what it writes down about them."""
-
-    keys: Keys | None = None  # none: everyone may enter
-    cors_origins: tuple[str, ...] = ()  # whose pages may call from a browser
-    max_body_bytes: int = 2**19
-    log_access: bool = True  # a line per request
-    log_prompts: bool = False  # with the body of the request in it
-    returns_id: bool = True  # in the answer's headers; not where a proxy does it
-
-
-class Door:
-    def __init__(self, app: ASGIApp, edge: Edge):
-        self._app, self._edge = app, edge
+class Middleware:
+    def __init__(self, app: ASGIApp, settings: Access, keys: Keys | None, returns_id: bool):
+        """
+        Args:
+            keys: the keys that are accepted; none: no key is required.
+            returns_id: whether responses carry the request's id; not where a proxy adds it.
+        """
+        self._app, self._settings, self._keys, self._returns_id = app, settings, keys, returns_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +53,7 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self._edge.returns_id:
+                if self._returns_id:
                     MutableHeaders(scope=message)[ID_HEADER] = request_id
             await send(message)
 
@@ -77,15 +70,15 @@ class Door:
             failed = ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
             await JSONResponse(failed.body, failed.status)(scope, receive, answer)
         finally:
-            if self._edge.log_access:
+            if self._settings.log_access:
                 self._log(scope, status, time.monotonic() - started)
 
     def _owner(self, path: str, headers: Headers) -> str | None:
         """The name of the caller's key; raises ApiError."""
-        if self._edge.keys is None or path in OPEN_PATHS:
+        if self._keys is None or path in OPEN_PATHS:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        owner = self._edge.keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+        owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
         if owner is None:
             raise ApiError(
                 401,
@@ -103,8 +96,8 @@ class Door:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self._edge.max_body_bytes:
-                limit = self._edge.max_body_bytes
+            if size > self._settings.max_body_bytes:
+                limit = self._settings.max_body_bytes
                 raise HTTPException(413, f"the body is larger than {limit} bytes; send a shorter one")
             return message
 

@@ -14,9 +14,7 @@ from transformers import AutoConfig
 from mavis_dist.models.load import fetch, load_tokenizer
 from mavis_dist.store.files import Store
 from serve.gateway.api_keys import Keys
-from serve.gateway.build_request import Completions, Settings
-from serve.gateway.failover import Limits
-from serve.gateway.middleware import Edge
+from serve.gateway.build_request import Completions
 from serve.gateway.protocol import ApiError
 from serve.gateway.registry import Registry
 from serve.gateway.routes import create_api
@@ -29,25 +27,14 @@ from serve.settings import NO_KEYS, MainArgs
 HEALTH_LIMIT_S = 5.0
 
 
-def settings_of(args: MainArgs) -> Settings:
-    model = AutoConfig.from_pretrained(fetch(args.base)).get_text_config()
-    return Settings(
-        model=args.base,
-        system=args.system,
-        max_context=model.max_position_embeddings,
-        max_tokens=args.max_tokens,
-        rows=args.rows,
-        beta=args.beta,
-        tilt_cap=args.tilt_cap,
-        limits=Limits(args.stall_s, args.deadline_s),
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_n=args.max_n,
-        max_preferences=args.max_preferences,
-    )
+def max_context(base: str) -> int:
+    """Tokens of prompt and answer that a base model has room for."""
+    return AutoConfig.from_pretrained(fetch(base)).get_text_config().max_position_embeddings
 
 
 def open_keys(args: MainArgs) -> Keys | None:
-    """None: no keys are asked for. Raises KeyFileError."""
+    """None: no key is required. Raises KeyFileError."""
+    assert args.keys is not None  # MainArgs puts the default file in its place
     return None if args.keys == NO_KEYS else Keys(Path(args.keys))
 
 
@@ -57,21 +44,13 @@ class Gateway:
         self._args, self._base = args, base
         self._keys, self._record = open_keys(args), RayRecord()
         streams = watched_streams(base_streams(base), self._record)
-        self._completions = Completions(load_tokenizer(args.base), settings_of(args), streams)
+        self._completions = Completions(load_tokenizer(args.base), args, max_context(args.base), streams)
         replicas = value_replicas if args.placement == "replicas" else None
         self._registry = Registry(Store(args.storage, args.run), replicas=replicas)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        args = self._args
-        edge = Edge(
-            keys=self._keys,
-            cors_origins=args.cors_origins,
-            max_body_bytes=args.max_body_bytes,
-            log_access=args.log_access,
-            log_prompts=args.log_prompts,
-            returns_id=False,  # Serve's proxy gives every request an id and answers with it
-        )
-        api = create_api(args.base, self._completions, self._registry, self._base_load, edge)
+        # Serve's proxy gives every request an id and returns it.
+        api = create_api(self._args, self._completions, self._registry, self._base_load, self._keys, returns_id=False)
         return watched_api(api, self._record)
 
     async def _base_load(self) -> tuple[int, int]:

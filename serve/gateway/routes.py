@@ -15,33 +15,39 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from serve.gateway.api_keys import Keys
 from serve.gateway.build_request import Completions
 from serve.gateway.examples import CHAT_BODIES, QUESTION, REFUSALS, TEXT_BODIES, answer
-from serve.gateway.middleware import ID_HEADER, Door, Edge
+from serve.gateway.middleware import ID_HEADER, Middleware
 from serve.gateway.playground import playground
 from serve.gateway.protocol import ApiError, ChatRequest, Json, TextRequest, refusal
 from serve.gateway.registry import Registry
 from serve.gateway.write_response import Completion
+from serve.settings import MainArgs
 
 
 def create_api(
-    model: str,
+    args: MainArgs,
     completions: Completions,
     registry: Registry,
     base_load: Callable[[], Awaitable[tuple[int, int]]],
-    edge: Edge | None = None,
+    keys: Keys | None = None,
+    returns_id: bool = True,
 ) -> FastAPI:
-    """`base_load` asks a base replica for rows in use and waited for, and raises if none is healthy."""
-    edge = edge or Edge()
+    """`base_load` asks a base replica for rows in use and waiting, and raises if none is healthy.
+
+    `keys` and `returns_id` as in Middleware.
+    """
+    model = args.base
     api = FastAPI(title="mavis_dist", docs_url=None, redoc_url=None, responses=REFUSALS)
     _add_error_handlers(api)
-    _add_door(api, edge)
-    # The door has looked at the key; here it is for the description alone.
-    keyed = [Depends(HTTPBearer(auto_error=False, description="An API key"))] if edge.keys else []
+    _add_middleware(api, args, keys, returns_id)
+    # The middleware checks the key; this is for the description alone.
+    keyed = [Depends(HTTPBearer(auto_error=False, description="An API key"))] if keys else []
     model_object = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "mavis_dist"}
 
     async def complete(request: Request, body: ChatRequest | TextRequest) -> Any:
-        asked = {"body": body.model_dump(exclude_none=True)} if edge.log_prompts else {}
+        asked = {"body": body.model_dump(exclude_none=True)} if args.log_prompts else {}
         request.state.facts = lambda: asked
         key, request_id = request.state.key or "", request.state.request_id
         completion = await completions.start(body, await registry.versions(), key, request_id)
@@ -96,12 +102,12 @@ def create_api(
     return api
 
 
-def _add_door(api: FastAPI, edge: Edge) -> None:
-    api.add_middleware(Door, edge=edge)
-    if edge.cors_origins:  # outside of the door, so that a page can read refusals
+def _add_middleware(api: FastAPI, args: MainArgs, keys: Keys | None, returns_id: bool) -> None:
+    api.add_middleware(Middleware, settings=args, keys=keys, returns_id=returns_id)
+    if args.cors_origins:  # outermost, so that a page can read refusals
         api.add_middleware(
             CORSMiddleware,
-            allow_origins=edge.cors_origins,
+            allow_origins=args.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=[ID_HEADER, "retry-after"],

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from mavis_dist.decode import Choice, Request
 from mavis_dist.decode.request import stream_of
 from mavis_dist.decode.text import StoppedText
-from serve.gateway.failover import Limits, Piece, follow
+from mavis_dist.sections import Limits
+from serve.gateway.failover import Piece, follow
 from serve.gateway.logprobs import Alignment, LogprobEntry, Speller, chat_logprobs, text_logprobs
 from serve.gateway.protocol import DONE, TEXT, ApiError, GenerationRequest, Json, Preference, Shape, event, usage
 from serve.messages import Admission, AnswerFailed, AnswerLate, OpenStream

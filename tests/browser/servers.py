@@ -24,11 +24,11 @@ from mavis_dist.models.load import load_base
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from serve.base.engine_loop import EngineLoop, stream
-from serve.gateway.build_request import Completions, Settings
-from serve.gateway.failover import Limits
+from serve.gateway.build_request import Completions
 from serve.gateway.protocol import DONE, ApiError, Json, event
 from serve.gateway.registry import Registry
 from serve.gateway.routes import create_api
+from tests.local import args_of
 from tests.tiny import MODEL, write_models
 
 START_LIMIT_S = 20.0
@@ -70,10 +70,10 @@ def tiny_engine_app(folder: Path, objectives: tuple[str, ...]) -> Iterator[FastA
     async def load() -> tuple[int, int]:
         return loop.load
 
-    settings = Settings("tiny", "", 1024, 400, 8, 8.0, 3.0, Limits(stall_s=10, deadline_s=30))
+    args = args_of("tiny", rows=8, max_tokens=400, beta=8.0, stall_s=10, deadline_s=30)
     try:
-        completions = Completions(base.tokenizer, settings, lambda *asked: stream(loop, *asked))
-        yield create_api("tiny", completions, Registry(store), load)
+        completions = Completions(base.tokenizer, args, 1024, lambda *asked: stream(loop, *asked))
+        yield create_api(args, completions, Registry(store), load)
     finally:
         loop.stop()
 

@@ -23,7 +23,6 @@ from benchmarks.chaos.soak import total, wait_until_released
 from benchmarks.chaos.traffic import Kind
 from benchmarks.common import figures
 from benchmarks.common.http_load import Outcome
-from serve.gateway.middleware import Edge
 from tests.local import NAME, listening
 
 LIMIT = 0.02
@@ -103,7 +102,7 @@ def test_the_soak_waits_until_rows_are_released():
 
 @pytest.fixture(scope="module")
 def url(service) -> Iterator[str]:
-    with listening(service.app(Edge(log_access=False))) as url:
+    with listening(service.app(log_access=False)) as url:
         yield url
 
 

@@ -11,13 +11,12 @@ from hypothesis import HealthCheck, example, given, settings
 
 from benchmarks.chaos.fuzz_fields import ANYTHING, EXTRA, FIELDS, FLAT_WEIGHTS, LOGPROBS, MESSAGES, chat, text
 from benchmarks.common.http_load import CHAT, COMPLETIONS
-from serve.gateway.middleware import Edge
 from tests.local import NAME
 
 
 @pytest.fixture(scope="module")
 def client(service) -> Iterator[TestClient]:
-    with TestClient(service.app(Edge(log_access=False)), raise_server_exceptions=True) as client:
+    with TestClient(service.app(log_access=False), raise_server_exceptions=True) as client:
         yield client
 
 

@@ -18,6 +18,7 @@ from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Score
 from mavis_dist.decode.load_guide import fetch_published, load_guide, load_models
 from mavis_dist.models import qhead, value
 from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.sections import Limits
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
 from serve.base import model_loader, remote_guide
@@ -25,7 +26,7 @@ from serve.base.engine_loop import EngineLoop, stream
 from serve.base.model_loader import LocalModelLoader, ModelLoader, RemoteModelLoader
 from serve.base.remote_guide import RemoteGuide
 from serve.gateway import failover, registry
-from serve.gateway.failover import Limits, follow
+from serve.gateway.failover import follow
 from serve.gateway.protocol import ApiError
 from serve.gateway.registry import Registry
 from serve.gateway.versions import pinned

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from mavis_dist import config
+from jobs.serve import with_keys
+from mavis_dist import config, sections
 
 pytest.importorskip("ray.serve")
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
@@ -19,7 +21,8 @@ from serve import app
 from serve.settings import ROOT, MainArgs, ValueArgs, main_args, value_args
 
 FILE = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
-QUICKSTART = config.load(ROOT / "jobs/configs/quickstart.yaml")
+CONFIG = ROOT / "jobs/configs/quickstart.yaml"
+QUICKSTART = config.load(CONFIG)
 
 
 def applications() -> dict[str, dict]:
@@ -57,6 +60,113 @@ def test_serve_can_build_every_application():
         # What is scaled must be there, and have no autoscaler.
         fixed = {d.name for d in built.deployments if d._deployment_config.autoscaling_config is None}
         assert {part["name"] for part in entry["deployments"]} <= fixed
+
+
+# Another value than the default's, of every setting of the section `serve`.
+OTHER_SETTINGS = {
+    "host": "0.0.0.0",
+    "port": 9,
+    "placement": "colocated",
+    "base_replicas": 2,
+    "value_replicas": 2,
+    "cpus_per_replica": 2,
+    "gpus_per_replica": 1,
+    "rows": 3,
+    "cache_tokens": 500,
+    "queue": 7,
+    "max_tokens": 9,
+    "max_prompt_tokens": 8,
+    "max_n": 2,
+    "max_preferences": 3,
+    "stall_s": 5,
+    "deadline_s": 9,
+    "stream_interval_ms": 0,
+    "target_load": 0.5,
+    "upscale_delay_s": 1,
+    "downscale_delay_s": 2,
+    "keys": "/shared/keys.json",
+    "cors_origins": ["https://page.example"],
+    "max_body_bytes": 1000,
+    "log_access": False,
+    "log_prompts": True,
+}
+ELSEWHERE = {"host", "port"}  # of Serve itself: http_options in a file
+# What the arguments take from other sections of the config.
+OTHERS = {"storage", "run", "dtype", "device", "base", "system", "beta", "tilt_cap", "objective"}
+
+
+def changed(args: MainArgs | ValueArgs, others: MainArgs | ValueArgs) -> set[str]:
+    return {name for name, value in args.model_dump().items() if value != getattr(others, name)}
+
+
+def test_every_argument_can_be_set_in_the_config_and_every_setting_is_an_argument():
+    assert set(OTHER_SETTINGS) == set(sections.Serve.model_fields)
+    reached: set[str] = set()
+    for name, value in OTHER_SETTINGS.items():
+        other = config.load(CONFIG, [f"serve.{name}={json.dumps(value)}"])
+        main = changed(main_args(other), main_args(QUICKSTART))
+        of_value = changed(value_args(other, "brief"), value_args(QUICKSTART, "brief"))
+        assert bool(main | of_value) == (name not in ELSEWHERE - {"host"}), name
+        reached |= main | of_value
+    assert reached == {*MainArgs.model_fields, *ValueArgs.model_fields} - OTHERS
+
+
+def test_overrides_reach_the_application():
+    overrides = ["serve.queue=7", "serve.deadline_s=9", "serve.cors_origins=[https://page.example]", "steer.beta=2"]
+    args = main_args(config.load(CONFIG, overrides))
+    assert (args.queue, args.deadline_s, args.beta) == (7, 9, 2)
+    assert args.cors_origins == ("https://page.example",)
+
+
+def test_a_setting_has_the_same_bounds_and_default_in_file_and_config():
+    section, main = sections.Serve(), MainArgs(run="r")
+    for name in sections.MainSettings.model_fields.keys() - {"keys"}:
+        assert getattr(section, name) == getattr(main, name)
+    for bad in ({"max_n": 0}, {"queue": 0}, {"stall_s": 0}, {"keys": ""}, {"max_preferences": -1}):
+        with pytest.raises(ValidationError, match=next(iter(bad))):
+            MainArgs(run="r", **bad)
+        with pytest.raises(ValidationError, match=next(iter(bad))):
+            sections.Serve(**bad)
+
+
+@pytest.mark.parametrize(
+    ("host", "given", "variable", "taken"),
+    [
+        ("127.0.0.1", None, None, "none"),
+        ("0.0.0.0", None, None, f"{ROOT}/keys.json"),
+        ("0.0.0.0", None, "", f"{ROOT}/keys.json"),
+        ("0.0.0.0", None, "none", "none"),
+        ("127.0.0.1", None, "/shared/a.json", "/shared/a.json"),
+        ("127.0.0.1", "mine.json", None, f"{ROOT}/mine.json"),
+        ("0.0.0.0", "none", "/shared/a.json", "none"),
+    ],
+)
+def test_the_key_file_of_config_and_environment(host, given, variable, taken, monkeypatch):
+    if variable is None:
+        monkeypatch.delenv("MAVIS_KEYS", raising=False)
+    else:
+        monkeypatch.setenv("MAVIS_KEYS", variable)
+    asked = config.load(CONFIG, [f"serve.host={host}", f"serve.keys={json.dumps(given)}"])
+    assert main_args(with_keys(asked)).keys == taken
+
+
+def test_a_run_stored_with_fewer_settings_is_still_read():
+    stored = QUICKSTART.model_dump(mode="json")
+    stored["serve"] = {
+        name: stored["serve"][name]
+        for name in (
+            "host",
+            "port",
+            "placement",
+            "base_replicas",
+            "value_replicas",
+            "cpus_per_replica",
+            "gpus_per_replica",
+            "rows",
+            "max_tokens",
+        )
+    }
+    assert config.parse(stored) == QUICKSTART
 
 
 def test_a_misspelt_argument_is_refused():

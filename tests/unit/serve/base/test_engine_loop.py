@@ -23,8 +23,9 @@ from mavis_dist.decode import (
     SamplingParams,
     Update,
 )
+from mavis_dist.sections import Limits
 from serve.base.engine_loop import EngineLoop, stream
-from serve.gateway.failover import Limits, Piece, follow
+from serve.gateway.failover import Piece, follow
 from serve.gateway.refusals import Overloaded
 from serve.messages import Admission, AnswerFailed, AnswerLate, BaseLost, EngineStopped, Full, Refused
 from tests.fakes import tiny_base, tiny_value

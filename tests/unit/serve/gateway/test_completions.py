@@ -26,16 +26,15 @@ from mavis_dist.decode.text import StoppedText
 from mavis_dist.models.load import BaseModel, load_base
 from serve.base.engine_loop import EngineLoop, stream
 from serve.gateway import failover
-from serve.gateway.build_request import Completions, Settings
-from serve.gateway.failover import Limits
+from serve.gateway.build_request import Completions
 from serve.gateway.logprobs import Alignment, Speller, text_logprobs
 from serve.gateway.protocol import ApiError, ChatRequest, TextRequest
 from serve.messages import Admission, BaseLost
 from tests.fakes import tiny_value
+from tests.local import args_of
 from tests.tiny import write_base
 
 PROMPT = "Once upon a time"
-LIMITS = Limits(stall_s=5, deadline_s=20)
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +64,8 @@ class Service:
     """Completions whose base replica dies after some messages, as often as asked."""
 
     def __init__(self, base: BaseModel, loop: EngineLoop, num_deaths: int = 0, num_messages: int = 4):
-        settings = Settings("tiny", "", 1024, 400, 4, 1.0, 3.0, LIMITS)
-        self._completions = Completions(base.tokenizer, settings, self._open)
+        args = args_of("tiny", rows=4, max_tokens=400, stall_s=5, deadline_s=20)
+        self._completions = Completions(base.tokenizer, args, 1024, self._open)
         self._loop, self._deaths_left, self._num_messages = loop, num_deaths, num_messages
 
     async def _open(self, request: Request, entry: Admission):

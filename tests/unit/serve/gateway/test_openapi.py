@@ -12,7 +12,6 @@ from schemathesis import BaseSchema, Case
 from benchmarks.chaos.fuzz_openapi import answerable, boundary_cases, made_up, of_app, operations
 from serve.gateway import api_keys, watched
 from serve.gateway.api_keys import Keys
-from serve.gateway.middleware import Edge
 from tests.local import NAME
 
 OPERATIONS = [
@@ -41,7 +40,7 @@ def headers(key_file) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def described(service, headers, key_file) -> Iterator[BaseSchema]:
-    app = service.app(Edge(keys=Keys(key_file), log_access=False))
+    app = service.app(keys=Keys(key_file), log_access=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watched, "_node_addresses", list)  # a cluster without nodes
         yield of_app(watched.watched_api(app, lambda *figure, **labels: None))

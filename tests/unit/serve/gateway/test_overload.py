@@ -16,11 +16,11 @@ from mavis_dist.decode import Engine, Request
 from mavis_dist.models.load import BaseModel, load_base
 from serve.base.engine_loop import EngineLoop, stream
 from serve.gateway import failover
-from serve.gateway.build_request import Completions, Settings
-from serve.gateway.failover import Limits
+from serve.gateway.build_request import Completions
 from serve.gateway.refusals import MAX_MEMORY_S
 from serve.gateway.routes import create_api
 from serve.messages import Admission
+from tests.local import args_of
 from tests.tiny import write_base
 
 ROWS, QUEUE = 2, 4
@@ -57,9 +57,9 @@ class Service:
         self.engine = Slow(base, max_rows=ROWS)
         self.loop = EngineLoop(self.engine, queue=QUEUE)
         self.num_opened = 0
-        settings = Settings("tiny", "", 1024, 400, ROWS, 1.0, 3.0, Limits(stall_s=20, deadline_s=30))
-        completions = Completions(base.tokenizer, settings, self._open)
-        self.api = create_api("tiny", completions, NoObjectives(), self._load)  # type: ignore[arg-type]
+        args = args_of("tiny", rows=ROWS, max_tokens=400, stall_s=20, deadline_s=30)
+        completions = Completions(base.tokenizer, args, 1024, self._open)
+        self.api = create_api(args, completions, NoObjectives(), self._load)  # type: ignore[arg-type]
 
     async def _open(self, request: Request, entry: Admission):
         self.num_opened += 1

@@ -15,7 +15,6 @@ from fastapi.testclient import TestClient
 from serve import logs
 from serve.gateway import api_keys
 from serve.gateway.api_keys import Keys
-from serve.gateway.middleware import Edge
 from tests.local import NAME, OBJECTIVES, listening
 
 CHAT = "/v1/chat/completions"
@@ -37,7 +36,7 @@ def key(key_file) -> str:
 
 @pytest.fixture
 def keyed(service, key, key_file) -> TestClient:
-    return TestClient(service.app(Edge(keys=Keys(key_file))))
+    return TestClient(service.app(keys=Keys(key_file)))
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def test_probes_and_the_description_need_no_key(keyed, path):
 
 
 def test_routes_learn_whose_request_it_is(service, key, key_file):
-    app = service.app(Edge(keys=Keys(key_file)))
+    app = service.app(keys=Keys(key_file))
 
     @app.get("/v1/me")
     async def me(request: HttpRequest) -> dict:
@@ -92,7 +91,7 @@ def test_routes_learn_whose_request_it_is(service, key, key_file):
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(service, is_chunked):
-    client = TestClient(service.app(Edge(max_body_bytes=1000)))
+    client = TestClient(service.app(max_body_bytes=1000))
     content = json.dumps({**BODY, "user": "x" * 1000}).encode()
     sent = iter([content[:500], content[500:]]) if is_chunked else content
     response = client.post(CHAT, content=sent, headers={"content-type": "application/json"})
@@ -122,7 +121,7 @@ def test_pages_of_other_origins_are_kept_out_unless_they_are_named(service, open
     asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
     assert "access-control-allow-origin" not in open_door.get("/health", headers=asked).headers
     assert open_door.options(CHAT, headers=asked).status_code == 405
-    client = TestClient(service.app(Edge(cors_origins=("https://page.example",))))
+    client = TestClient(service.app(cors_origins=("https://page.example",)))
     assert client.options(CHAT, headers=asked).headers["access-control-allow-origin"] == "https://page.example"
     assert (
         "access-control-allow-origin" not in client.get("/health", headers={"origin": "https://other.example"}).headers
@@ -165,7 +164,7 @@ def test_a_request_is_a_line_in_the_log_without_its_words(keyed, key, caplog, is
 
 def test_prompts_are_logged_where_it_is_asked_for_and_refusals_always(service, caplog):
     caplog.set_level(logging.INFO, "serve")
-    client = TestClient(service.app(Edge(log_prompts=True)))
+    client = TestClient(service.app(log_prompts=True))
     client.post(CHAT, json={**BODY, "messages": [{"role": "user", "content": SECRET}]})
     client.post(CHAT, json={**BODY, "objective_weights": {"fame": 1}})
     client.get("/%0A" + "x" * 500)
@@ -225,7 +224,7 @@ def test_the_description_has_examples_that_work(open_door):
 
 @pytest.fixture(scope="module")
 def url(service, key, key_file) -> Iterator[str]:
-    with listening(service.app(Edge(keys=Keys(key_file)))) as url:
+    with listening(service.app(keys=Keys(key_file))) as url:
         yield f"{url}/v1"
 
 
