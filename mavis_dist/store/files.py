@@ -77,20 +77,13 @@ class Store:
         if not self._is_local:
             self._fs.pipe_file(full, data)  # object stores publish an object when its upload ends
             return
-        temporary = f"{full.rpartition('/')[0]}/.{uuid.uuid4().hex}.tmp"
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, full)
+            write_whole(Path(full), data)
         except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
             remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the storage"
             raise StoreError(
                 f"{full} cannot be written ({error.strerror}): {remedy} and run again, what is finished stays"
             ) from error
-        _sync_folder(Path(full).parent)
 
     def read_json(self, path: str) -> Any:
         try:
@@ -151,6 +144,25 @@ class Store:
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
+
+
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """A local file appears whole and on disk, or not at all. `mode`: its permissions, less the umask.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,13 +9,12 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import re
 import secrets
-import tempfile
 import time
 from pathlib import Path
 
+from mavis_dist.store.files import write_whole
 from mavis_dist.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -113,14 +112,9 @@ def _missing(path: Path) -> KeyFileError:
 
 
 def _write(path: Path, hashes: dict[str, str]) -> None:
-    """The file appears whole, for its owner alone."""
+    """The file appears whole, readable by its owner alone."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(hashes, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(hashes, indent=1).encode(), mode=0o600)
     except OSError as error:
         raise KeyFileError(f"the key file {path} cannot be written ({error}): choose another --file") from None

@@ -32,6 +32,15 @@ def test_a_key_belongs_to_its_name_and_is_not_in_the_file(file):
     assert os.listdir(file.parent) == ["keys.json"]
 
 
+def test_a_file_that_cannot_be_written_stays_as_it_was(file, monkeypatch):
+    key = api_keys.add(file, "ann")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(KeyFileError, match="No space left"):
+        api_keys.add(file, "bob")
+    assert os.listdir(file.parent) == ["keys.json"]
+    assert Keys(file).owner(key) == "ann"
+
+
 def test_keys_come_and_go_while_the_service_runs(file):
     first = api_keys.add(file, "ann")
     known = Keys(file, fresh_s=0)
