@@ -11,19 +11,48 @@ from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from serve.gateway.api_keys import Keys
 from serve.gateway.build_request import Completions
-from serve.gateway.examples import CHAT_BODIES, QUESTION, REFUSALS, TEXT_BODIES, answer
+from serve.gateway.examples import ANSWER, CHAT_BODIES, REFUSALS, TEXT_BODIES, answer
 from serve.gateway.middleware import ID_HEADER, Middleware
 from serve.gateway.playground import playground
-from serve.gateway.protocol import ApiError, ChatRequest, Json, TextRequest, refusal
+from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, Json, TextRequest, refusal
 from serve.gateway.registry import Registry
+from serve.gateway.responses import (
+    ChatChunk,
+    ChatCompletion,
+    Health,
+    ModelList,
+    ModelObject,
+    ObjectiveList,
+    ResponseBody,
+    TextChunk,
+    TextCompletion,
+    chunk_schemas,
+)
 from serve.gateway.write_response import Completion
 from serve.settings import MainArgs
+
+
+class _Api(FastAPI):
+    """With what FastAPI leaves out of the description: chunks of streams, and null in examples."""
+
+    def openapi(self) -> Json:
+        if self.openapi_schema is None:
+            described = super().openapi()
+            described["components"]["schemas"].update(chunk_schemas())
+            for route in self.routes:
+                if isinstance(route, APIRoute) and route.include_in_schema:
+                    [responses] = (method["responses"] for method in described["paths"][route.path_format].values())
+                    for status, response in route.responses.items():
+                        for kind, content in response.get("content", {}).items():
+                            responses[str(status)]["content"][kind]["example"] = content["example"]
+        return super().openapi()
 
 
 def create_api(
@@ -39,7 +68,7 @@ def create_api(
     `keys` and `returns_id` as in Middleware.
     """
     model = args.base
-    api = FastAPI(title="mavis_dist", docs_url=None, redoc_url=None, responses=REFUSALS)
+    api = _Api(title="mavis_dist", docs_url=None, redoc_url=None, responses=REFUSALS)
     _add_error_handlers(api)
     _add_middleware(api, args, keys, returns_id)
     # The middleware checks the key; this is for the description alone.
@@ -60,7 +89,8 @@ def create_api(
     @api.post(
         "/v1/chat/completions",
         dependencies=keyed,
-        responses={200: answer("chat.completion", {"message": QUESTION[0]}, "chatcmpl")},
+        response_model=None,
+        responses={200: answer(CHAT, ChatCompletion, ChatChunk, ANSWER)},
     )
     async def chat_completions(
         request: Request, body: Annotated[ChatRequest, Body(openapi_examples=CHAT_BODIES)]
@@ -70,36 +100,42 @@ def create_api(
     @api.post(
         "/v1/completions",
         dependencies=keyed,
-        responses={200: answer("text_completion", {"text": " long and good."}, "cmpl")},
+        response_model=None,
+        responses={200: answer(TEXT, TextCompletion, TextChunk, " long and good.")},
     )
     async def text_completions(
         request: Request, body: Annotated[TextRequest, Body(openapi_examples=TEXT_BODIES)]
     ) -> Any:
         return await complete(request, body)
 
-    @api.get("/v1/models", dependencies=keyed)
+    @api.get("/v1/models", dependencies=keyed, **_described(ModelList))
     async def models() -> Json:
         return {"object": "list", "data": [model_object]}
 
-    @api.get("/v1/models/{name:path}", dependencies=keyed)
+    @api.get("/v1/models/{name:path}", dependencies=keyed, **_described(ModelObject))
     async def one_model(name: str) -> Json:
         if name != model:
             raise ApiError(404, f"the model {name!r} does not exist here; use {model!r}", "model", "model_not_found")
         return model_object
 
-    @api.get("/v1/objectives", dependencies=keyed)
+    @api.get("/v1/objectives", dependencies=keyed, **_described(ObjectiveList))
     async def objectives() -> Json:
         """What is served: the reward of every objective, its scale, and how good its value model is."""
         return {"object": "list", "data": await registry.describe()}
 
     api.get("/", include_in_schema=False)(playground)
 
-    @api.get("/health")
+    @api.get("/health", **_described(Health))
     async def health() -> Json:
         running, waiting = await base_load()
         return {"status": "ok", "model": model, "running": running, "waiting": waiting}
 
     return api
+
+
+def _described(body: type[ResponseBody]) -> dict[str, Any]:
+    """Options of a route that answers with a body of this kind, and sends it as it is."""
+    return {"response_model": None, "responses": {200: {"model": body}}}
 
 
 def _add_middleware(api: FastAPI, args: MainArgs, keys: Keys | None, returns_id: bool) -> None:

@@ -29,6 +29,7 @@ from serve.gateway import failover
 from serve.gateway.build_request import Completions
 from serve.gateway.logprobs import Alignment, Speller, text_logprobs
 from serve.gateway.protocol import ApiError, ChatRequest, TextRequest
+from serve.gateway.responses import ChatChunk, ChatCompletion, TextChunk, TextCompletion
 from serve.messages import Admission, BaseLost
 from tests.fakes import tiny_value
 from tests.local import args_of
@@ -83,7 +84,9 @@ class Service:
             return await (await self._completions.start(body(body_type, **fields), {"a": "a", "b": "b"})).whole()
 
         answer = asyncio.run(run())
-        json.dumps(answer, allow_nan=False)
+        (ChatCompletion if body_type is ChatRequest else TextCompletion).model_validate_json(
+            json.dumps(answer, allow_nan=False)
+        )
         return answer
 
     def events(self, body_type: type = TextRequest, **fields) -> list[dict]:
@@ -93,6 +96,8 @@ class Service:
 
         *lines, done = asyncio.run(run())
         assert done == "[DONE]"
+        for line in lines:
+            (ChatChunk if body_type is ChatRequest else TextChunk).model_validate_json(line)
         return [json.loads(line) for line in lines]
 
 

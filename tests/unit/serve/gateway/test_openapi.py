@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import BaseSchema, Case
+from schemathesis.core.failures import FailureGroup
 
 from benchmarks.chaos.fuzz_openapi import answerable, boundary_cases, made_up, of_app, operations
 from serve.gateway import api_keys, watched
@@ -49,6 +50,21 @@ def described(service, headers, key_file) -> Iterator[BaseSchema]:
 def check(case: Case, headers: dict[str, str]) -> None:
     """Raises schemathesis's FailureGroup, with the request in curl's words."""
     answerable(case, NAME).call_and_validate(headers=headers)
+
+
+def test_an_answer_that_is_not_as_described_is_noticed(service):
+    app = service.app(log_access=False)
+    [health] = (route for route in app.routes if getattr(route, "path", "") == "/health")
+    spoilt = app.router.routes[app.router.routes.index(health)]
+    answer = spoilt.dependant.call
+
+    async def more() -> dict:
+        return {**await answer(), "mood": "good"}
+
+    spoilt.dependant.call = more
+    case = next(iter(boundary_cases(of_app(app).find_operation_by_label("GET /health"))))
+    with pytest.raises(FailureGroup, match="mood"):
+        check(case, {})
 
 
 def test_all_routes_are_asked(described):
