@@ -35,9 +35,17 @@ class Base:
         self._loader = kind(store, base, guide, self._loop)
         self._loader.begin()
 
-    async def stream(self, request: Request, entry: Admission = ANYBODY) -> AsyncIterator[Message]:
-        """What serve.base.engine_loop.stream yields, once the models that the request names are there."""
-        written = stream(self._loop, request, entry, interval_s=self._interval_s)
+    async def stream(self, request: Request, admission: Admission = ANYBODY) -> AsyncIterator[Message]:
+        """The messages of one request. The layers, from inside to outside:
+
+        1. Mailbox: bundles the updates of the engine's thread.
+        2. engine_loop.stream: submits the request and yields what happens to it; closing it cancels the request.
+        3. ModelLoader.stream: waits for the value models that the request names, then begins the stream within.
+        4. This method, since Serve streams only what a generator function of the replica yields.
+
+        The gateway's layers are listed in serve.gateway.streams.answer_stream.
+        """
+        written = stream(self._loop, request, admission, interval_s=self._interval_s)
         async with aclosing(self._loader.stream(request, written)) as messages:
             async for message in messages:
                 yield message

@@ -6,6 +6,8 @@ import secrets
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,18 +26,34 @@ from mavis_dist.models.load import ModelError
 from serve.gateway.logprobs import Speller
 from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, GenerationRequest, Shape, TextRequest
 from serve.gateway.refusals import Overloaded, Refusals
-from serve.gateway.versions import pinned
+from serve.gateway.streams import answer_stream
 from serve.gateway.write_response import Completion
 from serve.messages import OpenStream
 from serve.settings import MainArgs
+
+if TYPE_CHECKING:  # its module imports Ray
+    from serve.metrics import Record
 
 
 class Completions:
     """Turns bodies into running completions."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: MainArgs, max_context: int, open_stream: OpenStream):
-        """`max_context`: tokens of prompt and answer that the base model has room for."""
-        self._tokenizer, self._args, self._max_context, self._open_stream = tokenizer, args, max_context, open_stream
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        args: MainArgs,
+        max_context: int,
+        open_stream: OpenStream,
+        record: Record | None = None,
+    ):
+        """
+        Args:
+            max_context: tokens of prompt and answer that the base model has room for.
+            open_stream: the messages of some base replica.
+            record: of the streams' metrics, if any.
+        """
+        self._tokenizer, self._args, self._max_context = tokenizer, args, max_context
+        self._open_stream, self._record = open_stream, record
         self._spell = Speller(tokenizer)
         self._refusals = Refusals()
 
@@ -82,9 +100,16 @@ class Completions:
             request = validate(self._request(identity, body, prompt, preferences), bounds)
         except RequestError as error:
             raise _refused(error, body) from None
-        completion = Completion(body, shape, request, self._args.base, self._args, self._tokenizer, self._spell)
+        answers = partial(
+            answer_stream,
+            open_stream=self._open_stream,
+            limits=self._args,
+            versions={name: versions[name] for name in request.weights},
+            record=self._record,
+        )
+        completion = Completion(body, shape, request, self._args.base, self._tokenizer, self._spell)
         try:
-            await completion.open(pinned(self._open_stream, {name: versions[name] for name in request.weights}), key)
+            await completion.open(answers, key)
         except RequestError as error:
             raise _refused(error, body) from None
         return completion

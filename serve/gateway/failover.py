@@ -1,4 +1,7 @@
-"""An answer is followed across base replicas, from its acceptance to its end. Knows nothing of Ray or HTTP."""
+"""Following an answer across base replicas, from its acceptance to its end. Knows nothing of Ray or HTTP.
+
+The layers are composed in serve.gateway.streams.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,15 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from mavis_dist.decode import Choice, FinishReason, Request, RequestError, TokenLogprobs, Update
-from mavis_dist.sections import Limits
 from serve.gateway.refusals import Overloaded
-from serve.messages import ANYBODY, Admission, AnswerFailed, AnswerLate, BaseLost, Full, OpenStream, Refused
+from serve.messages import Admission, AnswerFailed, AnswerLate, BaseLost, Full, Message, OpenStream, Refused
 from serve.timeouts import within
 
 logger = logging.getLogger(__name__)
 
 RETRY_PAUSE_S = 0.2
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -33,39 +32,80 @@ class Piece:
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, where the request asks
 
 
+def another_if_full(open_stream: OpenStream) -> OpenStream:
+    """The stream of a base replica or, if it is full, of another one; raises Overloaded if that is full, too."""
+
+    async def opened(request: Request, admission: Admission) -> AsyncGenerator[Message, None]:
+        refusals: list[Full] = []
+        while len(refusals) < 2:
+            async with aclosing(open_stream(request, admission)) as messages:
+                async for message in messages:
+                    if isinstance(message, Full):
+                        refusals.append(message)
+                        admission = replace(admission, avoid=message.replica)
+                        break
+                    yield message
+                else:
+                    return
+        raise Overloaded(min(full.wait_s for full in refusals))
+
+    return opened
+
+
+def timed(open_stream: OpenStream, stall_s: float, ends_at: float) -> OpenStream:
+    """The same messages; raises BaseLost if none comes for `stall_s` seconds, or before time.monotonic() is `ends_at`.
+
+    A base replica that waits for a free row, or for a model to load, sends empty lists: silence means trouble.
+    """
+
+    async def opened(request: Request, admission: Admission) -> AsyncGenerator[Message, None]:
+        async with aclosing(open_stream(request, admission)) as messages:
+            while True:
+                limit_s = min(stall_s, max(ends_at - time.monotonic(), 0.001))
+                try:
+                    message = await within(limit_s, anext(messages))
+                except StopAsyncIteration:
+                    return
+                except asyncio.TimeoutError:
+                    raise BaseLost(f"no message for {round(limit_s, 3):g} s") from None
+                yield message
+
+    return opened
+
+
 async def follow(
-    request: Request, open_stream: OpenStream, limits: Limits, entry: Admission = ANYBODY
+    request: Request, open_stream: OpenStream, admission: Admission, deadline_s: float, ends_at: float
 ) -> AsyncGenerator[Request | Piece, None]:
     """One answer from its acceptance to its end, on as many base replicas as it takes.
 
-    The first item is the accepted request. When a base replica is lost, falls silent or stops early, the request is
-    sent again with the tokens so far and the same seed, and goes on with the very tokens it would have had. It was let
-    in then, and waits for room instead of being refused.
+    The first item is the accepted request. When a base replica is lost, sends nothing or stops early, the request is
+    sent again with the tokens so far and the same seed, and continues with the tokens it would have had anyway. It was
+    admitted before, so it waits for room instead of being refused.
 
     Raises:
         RequestError: the engine refuses the request.
         Overloaded: two base replicas, or the only one, have no room for it.
         AnswerFailed: the engine failed.
-        AnswerLate: no base replica completed the answer in time.
+        AnswerLate: no base replica completed the answer within `deadline_s`, that is until `ends_at`.
     """
     assert request.params.n == 1
     assert request.params.seed is not None
     tokens = list(request.answer)
-    deadline = time.monotonic() + limits.deadline_s
     accepted, attempt, reason = False, 0, ""
-    while time.monotonic() < deadline:
+    while time.monotonic() < ends_at:
         current = replace(request, id=f"{request.id}-{attempt}", answer=tuple(tokens))
         try:
-            async with aclosing(_messages(_let_in(current, open_stream, entry), limits.stall_s, deadline)) as messages:
+            async with aclosing(open_stream(current, admission)) as messages:
                 async for message in messages:
                     if isinstance(message, Refused):
                         raise RequestError(message.field, message.message)
                     if isinstance(message, Request):
                         if not accepted:
                             accepted = True
-                            entry = replace(entry, room=0, group="", is_resumed=True)
+                            admission = replace(admission, room=0, group="", is_resumed=True)
                             yield message
                         continue
+                    assert isinstance(message, list)  # another_if_full keeps Full to itself
                     piece = _piece(tokens, message, attempt > 0)
                     if piece.tokens or piece.finished:
                         yield piece
@@ -74,31 +114,11 @@ async def follow(
             reason = "its stream ended early"
         except BaseLost as error:
             reason = str(error)
-        except asyncio.TimeoutError:
-            reason = f"no sign of life for {limits.stall_s:g} s"
         attempt += 1
         logger.warning("request %s is sent again after %d tokens: %s", request.id, len(tokens), reason)
         await asyncio.sleep(RETRY_PAUSE_S)
     because = f" ({reason})" if reason else ""
-    raise AnswerLate(f"the answer was not complete within {limits.deadline_s:g} s{because}")
-
-
-async def _let_in(
-    request: Request, open_stream: OpenStream, entry: Admission
-) -> AsyncGenerator[Request | Refused | list[Update], None]:
-    """The stream of a base replica or, if it is full, of another one; raises Overloaded if that is full, too."""
-    refusals: list[Full] = []
-    while len(refusals) < 2:
-        async with aclosing(open_stream(request, entry)) as messages:
-            async for message in messages:
-                if isinstance(message, Full):
-                    refusals.append(message)
-                    entry = replace(entry, avoid=message.replica)
-                    break
-                yield message
-            else:
-                return
-    raise Overloaded(min(full.wait_s for full in refusals))
+    raise AnswerLate(f"the answer was not complete within {deadline_s:g} s{because}")
 
 
 def _piece(tokens: list[int], updates: list[Update], resumed: bool) -> Piece:
@@ -116,17 +136,3 @@ def _piece(tokens: list[int], updates: list[Update], resumed: bool) -> Piece:
         if finished is not None and finished.finish is FinishReason.ERROR:
             raise AnswerFailed(finished.error or "the engine failed")
     return Piece(tuple(tokens[known:]), finished, resumed, tuple(logprobs))
-
-
-async def _messages(source: AsyncGenerator[Item, None], stall_s: float, deadline: float) -> AsyncGenerator[Item, None]:
-    """The same messages; raises TimeoutError where the next one does not come in time, and closes the source."""
-    try:
-        while True:
-            limit = min(stall_s, max(deadline - time.monotonic(), 0.001))
-            try:
-                message = await within(limit, anext(source))
-            except StopAsyncIteration:
-                return
-            yield message
-    finally:
-        await source.aclose()

@@ -18,7 +18,7 @@ from serve.gateway.build_request import Completions
 from serve.gateway.protocol import ApiError
 from serve.gateway.registry import Registry
 from serve.gateway.routes import create_api
-from serve.gateway.watched import watched_api, watched_streams
+from serve.gateway.watched import watched_api
 from serve.logs import configure_logs
 from serve.metrics import RayRecord
 from serve.ray_handles import LOST, base_streams, value_replicas
@@ -43,8 +43,9 @@ class Gateway:
         configure_logs()
         self._args, self._base = args, base
         self._keys, self._record = open_keys(args), RayRecord()
-        streams = watched_streams(base_streams(base), self._record)
-        self._completions = Completions(load_tokenizer(args.base), args, max_context(args.base), streams)
+        self._completions = Completions(
+            load_tokenizer(args.base), args, max_context(args.base), base_streams(base), self._record
+        )
         replicas = value_replicas if args.placement == "replicas" else None
         self._registry = Registry(Store(args.storage, args.run), replicas=replicas)
 

@@ -1,11 +1,9 @@
-"""The gateway's metrics: streams and routes that count, and GET /metrics with the figures of all nodes."""
+"""The gateway's HTTP metrics: a count of requests, and GET /metrics with the figures of all nodes."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import httpx
 import ray
@@ -13,39 +11,9 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mavis_dist.decode import Request
-from serve.messages import OpenStream
 from serve.metrics import PREFIX, Record
 
 SCRAPE_LIMIT_S = 3.0
-
-
-def watched_streams(open_stream: OpenStream, record: Record) -> OpenStream:
-    """The same streams, with times and ends told."""
-
-    async def watched(request: Request, *rest: Any) -> AsyncGenerator[Any, None]:
-        began, first, last, num_tokens = time.perf_counter(), 0.0, 0.0, 0
-        if request.answer:
-            record("mavis_failovers", 1)
-        source = open_stream(request, *rest)
-        try:
-            async for message in source:
-                for update in message if isinstance(message, list) else ():
-                    last = time.perf_counter()
-                    if update.tokens and not num_tokens:
-                        first = last
-                        if not request.answer:
-                            record("mavis_first_token_seconds", first - began)
-                    num_tokens += len(update.tokens)
-                    if update.finished is not None and update.finished.finish is not None:
-                        record("mavis_answers", 1, finish=update.finished.finish.value)
-                yield message
-        finally:
-            await source.aclose()
-            if num_tokens > 1:
-                record("mavis_token_seconds", (last - first) / (num_tokens - 1))
-
-    return watched
 
 
 def watched_api(api: FastAPI, record: Record) -> FastAPI:

@@ -9,17 +9,23 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from mavis_dist.decode import Choice, Request
 from mavis_dist.decode.request import stream_of
 from mavis_dist.decode.text import StoppedText
-from mavis_dist.sections import Limits
-from serve.gateway.failover import Piece, follow
+from serve.gateway.failover import Piece
 from serve.gateway.logprobs import Alignment, LogprobEntry, Speller, chat_logprobs, text_logprobs
 from serve.gateway.protocol import DONE, TEXT, ApiError, GenerationRequest, Json, Preference, Shape, event, usage
-from serve.messages import Admission, AnswerFailed, AnswerLate, OpenStream
+from serve.messages import Admission, AnswerFailed, AnswerLate
+
+
+class OpenAnswer(Protocol):
+    """serve.gateway.streams.answer_stream with all of it fixed but the request and its admission."""
+
+    def __call__(self, request: Request, *, admission: Admission) -> AsyncGenerator[Request | Piece, None]: ...
 
 
 @dataclass
@@ -118,11 +124,10 @@ class Completion:
         shape: Shape,
         request: Request,
         model: str,
-        limits: Limits,
         tokenizer: PreTrainedTokenizerBase,
         spell: Speller,
     ):
-        self._body, self._shape, self._request, self._limits = body, shape, request, limits
+        self._body, self._shape, self._request = body, shape, request
         self._tokenizer, self._spell = tokenizer, spell
         self._answers = [self._begin() for _ in range(request.params.n)]
         self._failure: ApiError | None = None
@@ -184,7 +189,7 @@ class Completion:
             return "none"
         return "model" if self._tokenizer.chat_template else "plain"
 
-    async def open(self, open_stream: OpenStream, key: str = "") -> None:
+    async def open(self, answers: OpenAnswer, key: str = "") -> None:
         """Submit every choice as a request of its own, so that each can move to another base replica.
 
         The first one asks for room for all of them, the others follow it in: all are let in, or none. Closes itself
@@ -193,8 +198,8 @@ class Completion:
         indices = range(len(self._answers))
         rows = len(indices) * (1 + len(self._request.preferences))
         try:
-            await self._submit(indices[:1], open_stream, Admission(key, rows, self._request.id))
-            await self._submit(indices[1:], open_stream, Admission(key, 0, self._request.id))
+            await self._submit(indices[:1], answers, Admission(key, rows, self._request.id))
+            await self._submit(indices[1:], answers, Admission(key, 0, self._request.id))
         except AnswerFailed as error:
             self.close()
             raise ApiError(503, str(error), code="engine_unavailable") from None
@@ -202,7 +207,7 @@ class Completion:
             self.close()
             raise
 
-    async def _submit(self, indices: Sequence[int], open_stream: OpenStream, entry: Admission) -> None:
+    async def _submit(self, indices: Sequence[int], answers: OpenAnswer, admission: Admission) -> None:
         """Begin to follow some choices, until all of them are accepted."""
         accepted: list[asyncio.Future[None]] = []
         for index in indices:
@@ -213,7 +218,7 @@ class Completion:
                 params=replace(self._request.params, n=1),
             )
             accepted.append(asyncio.get_running_loop().create_future())
-            answer = follow(one, open_stream, self._limits, entry)
+            answer = answers(one, admission=admission)
             self._tasks.append(asyncio.create_task(self._pump(index, answer, accepted[-1])))
         await asyncio.gather(*accepted)
 

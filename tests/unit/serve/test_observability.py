@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from contextlib import aclosing
+from functools import partial
 
 import httpx
 import pytest
@@ -16,8 +17,9 @@ from serve.base import watched_engine
 from serve.base.engine_loop import EngineLoop, stream
 from serve.base.watched_engine import WatchedEngine, report_once
 from serve.gateway import watched
-from serve.gateway.watched import merged, watched_api, watched_streams
-from serve.messages import BaseLost
+from serve.gateway.streams import watched_streams
+from serve.gateway.watched import merged, watched_api
+from serve.messages import ANYBODY, Admission, BaseLost
 from serve.metrics import METRICS, NO_OBJECTIVE
 from tests.fakes import tiny_base, tiny_value
 from tests.root import ROOT
@@ -107,7 +109,7 @@ def test_a_guide_is_timed_also_where_it_fails() -> None:
 
 async def _read(open_stream, request: Request, num_messages: int | None = None) -> list[int]:
     tokens: list[int] = []
-    async with aclosing(open_stream(request)) as messages:
+    async with aclosing(open_stream(request, ANYBODY)) as messages:
         async for message in messages:
             for update in message if isinstance(message, list) else ():
                 tokens += update.tokens
@@ -118,7 +120,7 @@ async def _read(open_stream, request: Request, num_messages: int | None = None) 
 
 def test_streams_tell_times_ends_and_failovers() -> None:
     loop, figures = EngineLoop(make_engine()), Figures()
-    watched = watched_streams(lambda request: stream(loop, request), figures)
+    watched = watched_streams(partial(stream, loop), figures)
     request = make_request("r", {"a": 1.0}, max_tokens=20)
     begun = asyncio.run(_read(watched, request, 5))
     assert figures.of("mavis_answers", finish="length") == []
@@ -134,7 +136,7 @@ def test_streams_tell_times_ends_and_failovers() -> None:
 
 
 def test_a_lost_base_replica_stays_lost_for_those_who_follow_the_answer() -> None:
-    async def lost(request: Request):
+    async def lost(request: Request, _: Admission):
         yield request
         raise BaseLost("killed")
 

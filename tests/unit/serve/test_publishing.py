@@ -26,9 +26,9 @@ from serve.base.engine_loop import EngineLoop, stream
 from serve.base.model_loader import LocalModelLoader, ModelLoader, RemoteModelLoader
 from serve.base.remote_guide import RemoteGuide
 from serve.gateway import failover, registry
-from serve.gateway.failover import follow
 from serve.gateway.protocol import ApiError
 from serve.gateway.registry import Registry
+from serve.gateway.streams import answer_stream
 from serve.gateway.versions import pinned
 from serve.messages import Admission, AnswerFailed, BaseLost, Call, Reply
 from serve.model_cache import ModelCache, Unavailable, loaded
@@ -243,7 +243,7 @@ class Bases:
             return self.open(current, **(left.pop() if left else {}))
 
         tokens: list[int] = []
-        async with aclosing(follow(request, pinned(open_stream, versions), LIMITS)) as items:
+        async with aclosing(answer_stream(request, open_stream, LIMITS, versions=versions)) as items:
             accepted = await anext(items)
             assert isinstance(accepted, Request)
             assert accepted.weights.keys() == request.weights.keys()

@@ -25,8 +25,9 @@ from mavis_dist.decode import (
 )
 from mavis_dist.sections import Limits
 from serve.base.engine_loop import EngineLoop, stream
-from serve.gateway.failover import Piece, follow
+from serve.gateway.failover import Piece
 from serve.gateway.refusals import Overloaded
+from serve.gateway.streams import answer_stream
 from serve.messages import Admission, AnswerFailed, AnswerLate, BaseLost, EngineStopped, Full, Refused
 from tests.fakes import tiny_base, tiny_value
 
@@ -192,7 +193,7 @@ class Flaky:
 
 async def tokens_of(request: Request, open_stream, limits: Limits = LIMITS) -> tuple[list[int], Piece]:
     tokens, last = [], None
-    async with aclosing(follow(request, open_stream, limits)) as items:
+    async with aclosing(answer_stream(request, open_stream, limits)) as items:
         accepted = await anext(items)
         assert isinstance(accepted, Request)
         async for piece in items:
