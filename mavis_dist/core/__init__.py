@@ -1,1 +1,1 @@
-"""The mathematics: tensors in, tensors out. Knows nothing of Ray, transformers, requests or config."""
+"""The mathematics: tensors in, tensors out. Independent of Ray, transformers, requests and config."""

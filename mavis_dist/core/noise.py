@@ -1,7 +1,7 @@
 """Counter-based noise: a pure function of (stream, position, token), so that a token never depends on its neighbours.
 
-A stream is a hash of a seed and a path (choice index, or the way down a tree). Any process that knows the stream and
-the tokens so far continues an answer exactly as any other would.
+A stream is a hash of a seed and a path (choice index, or the path to a node of a tree). Any process that knows the
+stream and the tokens so far continues an answer in exactly the same way.
 
 Shapes: B rows, K candidates.
 """
@@ -31,7 +31,7 @@ def uniform(stream_: int, position: int) -> float:
 def gumbel(streams_B: torch.Tensor, positions_B: torch.Tensor, tokens_BK: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise G = -log(-log u), float64 [B, K]; all arguments int64.
 
-    The position is the index in the answer, the prompt not counted.
+    The position is the index in the answer, excluding the prompt.
     """
     return -torch.log(-torch.log(_uniform(streams_B, positions_B, tokens_BK)))
 
@@ -50,7 +50,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: torch's own keeps the sign."""
+    """Logical shift: torch's shift is arithmetic."""
     return (x >> bits) & (_MASK >> bits)
 
 

@@ -1,6 +1,6 @@
-"""Trees as packed sequences: every prompt and segment once, each token seeing its ancestors only.
+"""Trees as packed sequences: every prompt and segment once; each token attends to its ancestors only.
 
-Equal to one forward per root-to-leaf path, at a fraction of the tokens.
+Equivalent to one forward pass per root-to-leaf path, with a fraction of the tokens.
 
 Shapes: B trees, S tokens of the longest packed tree, X targets of the tree with most targets.
 """
@@ -20,7 +20,7 @@ class PackedBatch:
     tokens_BS: torch.Tensor  # int64, 0 where padded
     positions_BS: torch.Tensor  # int64, depth in tokens
     mask_B1SS: torch.Tensor  # bool, True where the second token is an ancestor of the first, or itself
-    index_BX: torch.Tensor  # int64, which token each target belongs to
+    index_BX: torch.Tensor  # int64, the token of each target
     value_BX: torch.Tensor  # float32
     weight_BX: torch.Tensor  # float32, 0 where padded
 
@@ -48,7 +48,7 @@ def pack(trees: list[Tree], targets: list[Targets], weight_by_depth: np.ndarray)
     num_targets = max(len(t.index_X) for t in targets)
     tokens_BS = np.zeros((len(trees), num_tokens), dtype=np.int64)
     positions_BS = np.zeros_like(tokens_BS)
-    mask_BSS = np.repeat(np.eye(num_tokens, dtype=bool)[None], len(trees), axis=0)  # padding sees itself: no nan
+    mask_BSS = np.repeat(np.eye(num_tokens, dtype=bool)[None], len(trees), axis=0)  # padding sees itself, to avoid nan
     index_BX = np.zeros((len(trees), num_targets), dtype=np.int64)
     value_BX = np.zeros((len(trees), num_targets), dtype=np.float32)
     weight_BX = np.zeros_like(value_BX)
@@ -71,10 +71,10 @@ def pack(trees: list[Tree], targets: list[Targets], weight_by_depth: np.ndarray)
 
 
 def subtrees(tree: Tree, targets: Targets) -> list[tuple[Tree, Targets]]:
-    """A tree cut at the prompt: one tree per segment that starts there, with all that follows it, and its targets.
+    """A tree split at the prompt: one tree per segment that starts there, with descendants and targets.
 
-    Attention grows with the square of a sequence, and most of a large tree's mask is empty: parts with the prompt
-    repeated cost less. The prompt's own target stays with the first part.
+    Attention is quadratic in the sequence length, and most of a large tree's mask is empty: several parts that repeat
+    the prompt cost less. The prompt's own target stays with the first part.
     """
     top_N = np.arange(tree.num_nodes)
     for node, parent in enumerate(tree.node_parent):

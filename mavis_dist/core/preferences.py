@@ -1,12 +1,12 @@
-"""Weights and strength of objectives in words (MATO, arXiv 2605.25342). Plain numbers.
+"""Weights and strength of preferences (MATO, arXiv 2605.25342). Plain numbers.
 
-    w_k  ∝  w_init,k exp(-S_k / tau)        S_k: what the answer's tokens have earned so far of g_k, see core.merge
+    w_k  ∝  w_init,k exp(-S_k / tau)        S_k: accumulated rewards g_k of the answer's tokens, see core.merge
 
-The published scale of S_k is 1: it and tau are one number. The published method finds the merged distribution by T
-steps of follow-the-regularised-leader from log p + sum_k w_k g_k. All its iterates lie on the line log p + c sum_k w_k
-g_k, so that the loop comes down to the scalar c.
+The published scale of S_k is 1, because it is redundant with tau. The published method finds the merged distribution by
+T steps of follow-the-regularised-leader from log p + sum_k w_k g_k. All its iterates lie on the line log p + c sum_k
+w_k g_k, so the loop reduces to the scalar c.
 
-Shapes: K sentences.
+Shapes: K preferences.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from functools import lru_cache
 
 
 class Accumulation(str, Enum):
-    """How the rewards of an answer's tokens make up S_k."""
+    """How the rewards of an answer's tokens are accumulated into S_k."""
 
     MEAN = "mean"  # keeps the proportions of the initial weights
-    SUM = "sum"  # makes all sentences earn the same in the end, whatever the initial weights
+    SUM = "sum"  # equalises the total rewards of all preferences, whatever the initial weights
     DECAY = "decay"  # a sum in which older tokens count less
 
 
@@ -43,7 +43,7 @@ def amplification(alpha: float, lam: float, nu: float, steps: int) -> float:
 
 
 def adapted_weights(initial_K: Sequence[float], rewards_K: Sequence[float], tau: float) -> list[float]:
-    """argmin_w sum_k w_k S_k + tau KL(w || w_init): weight goes to the sentences that earned least. Sums to 1."""
+    """argmin_w sum_k w_k S_k + tau KL(w || w_init): the least rewarded preferences gain weight. Sums to 1."""
     least = min(rewards_K)  # subtracted first: a tiny tau makes all the others infinite
     pairs = zip(initial_K, rewards_K, strict=True)
     logs_K = [math.log(w) - (s - least) / tau if w > 0 else -math.inf for w, s in pairs]
@@ -58,7 +58,7 @@ class RewardTracker:
     """S_k of one answer, token by token."""
 
     accumulation: Accumulation
-    decay: float  # what a token's reward is multiplied with at every later token
+    decay: float  # factor that a token's reward is multiplied by at every later token
     clip: float  # largest |S_k|
     total_K: list[float]
     num_tokens: int = 0

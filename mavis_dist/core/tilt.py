@@ -6,8 +6,8 @@
 p is the base model's distribution at temperature 1 on the candidate set C(s). Subtracting V(s) changes no probability
 as long as the cap U is infinite.
 
-Shapes: B rows, V vocabulary, K candidates, M objectives. Candidates that a row does not have carry log p = -inf;
-they stand behind those it has, which are sorted by logit (descending), then token id.
+Shapes: B rows, V vocabulary, K candidates, M objectives. A row's candidates are sorted by logit (descending), then
+token id. Rows with fewer than K are filled up with entries of log p = -inf.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def candidates(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The candidate sets: token ids [B, K] and log p renormalised on them [B, K], float64.
 
-    top_k first, then top_p and min_p on softmax(log p / T). T = 0 filters as T = 1 does: its limit would leave the
-    base model's own favourite alone and nothing to steer.
+    top_k first, then top_p and min_p on softmax(log p / T). T = 0 filters as T = 1 does: the limit would leave only the
+    base model's most likely token and nothing to steer.
     """
     num_candidates = min(int(top_k_B.max()), logits_BV.shape[1])
     logits_BK, ids_BK = _largest(logits_BV, num_candidates)
@@ -46,9 +46,9 @@ def candidates(
 
 
 def _largest(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest logits and their ids; equal logits in the order of ids, also at the border of the set."""
-    # topk may take any of the ids that share the smallest logit: fetch all of them, then order and cut. Some more than
-    # k will do, nearly always, even at the coarse steps of half precision.
+    """The k largest logits and their ids; equal logits in the order of ids, also at the k-th place."""
+    # topk may return any of the ids that share the smallest logit: fetch all of them, then sort and cut. Fetching a few
+    # more than k nearly always suffices, even with the coarse steps of half precision.
     num_fetched = min(k + TIE_ROOM, logits_BV.shape[1])
     logits_BK, ids_BK = logits_BV.topk(num_fetched)
     if num_fetched < logits_BV.shape[1] and bool((logits_BK[:, -1] == logits_BK[:, k - 1]).any()):
@@ -91,8 +91,8 @@ def choose(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) -
 
 
 def ranking(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
-    """Indices [B, K], the choice of `choose` first: the first q are q draws without replacement, in order, or the q
-    most likely where T = 0 (Gumbel-top-k, arXiv 1903.06059).
+    """Indices [B, K], starting with that of `choose`: the first q are q draws without replacement, in order, or the
+    q most likely where T = 0 (Gumbel-top-k, arXiv 1903.06059).
     """
     by_id_BK = ids_BK.argsort(dim=-1)
     total_BK = (phi_BK + delta_BK).gather(-1, by_id_BK)
@@ -100,8 +100,8 @@ def ranking(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) 
 
 
 def evaluation_order(logprobs_BK: torch.Tensor, phi_BK: torch.Tensor, uncapped_BK: torch.Tensor) -> torch.Tensor:
-    """Indices [B, K] of the candidates, the most promising before any tilt is known first: end-of-answer tokens, whose
-    tilt has no bound, then by phi = log p + T * G.
+    """Indices [B, K] of the candidates, most promising first while no tilt is known: end-of-answer tokens, whose tilt
+    is unbounded, then by phi = log p + T * G.
     """
     first_BK = uncapped_BK & (logprobs_BK > float("-inf"))
     return torch.where(first_BK, float("inf"), phi_BK).argsort(dim=-1, descending=True, stable=True)
@@ -123,12 +123,12 @@ def estimate_distribution(
     temperature_B: torch.Tensor,
     uncapped_BK: torch.Tensor,
 ) -> Distribution:
-    """What is known of pi from the tilts of a sample of candidates.
+    """Estimate pi from the tilts of a sample of candidates.
 
-    The sample is made of end-of-answer tokens (weight p) and of the candidates with the largest phi, which are a sample
-    without replacement. Its weights are p / q with q = 1 - exp(-p exp(-kappa)) and kappa the next phi (Gumbel-top-k,
-    arXiv 1903.06059), self-normalised. Exact where the sample is all of C; the divergence is on the low side for small
-    samples.
+    The sample consists of end-of-answer tokens (weight p) and of the candidates with the largest phi, which are a
+    sample without replacement. Its weights are p / q with q = 1 - exp(-p exp(-kappa)) and kappa the next phi
+    (Gumbel-top-k, arXiv 1903.06059), self-normalised. Exact where the sample is all of C; the divergence is biased low
+    for small samples.
     """
     temperature_B1 = temperature_B.double()[:, None]
     is_drawn_B1 = temperature_B1 > 0

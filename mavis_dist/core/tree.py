@@ -2,7 +2,7 @@
 
 A tree belongs to one prompt. Its nodes are segments of answers; node n continues its parent after the first
 `node_cut[n]` tokens of the parent's segment, or the prompt if the parent is -1. Ordinary children continue the whole
-segment. Children of a dynamic split continue an inner point of an answer that had already finished.
+segment. Children of a dynamic split continue an inner point of an already finished answer.
 
 Sources: arXiv 2508.13415 (trees, mean backup, node targets, dynamic split); the separate backup of split answers and
 the target at every token are this project's.
@@ -26,7 +26,7 @@ class Finish(IntEnum):
 
     OPEN = 0  # it has children
     STOP = 1  # the model ended the answer
-    LENGTH = 2  # the answer reached its longest length
+    LENGTH = 2  # the answer reached its maximum length
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Shape:
 
 
 def segment_length(shape: Shape, layer: int, left: int, uniform: float) -> int:
-    """Length of the segments that start at a state in `layer` (the prompt is layer 0) with `left` tokens to go.
+    """Length of the segments that start at a state in `layer` (the prompt is layer 0) with `left` tokens remaining.
 
-    Uniform on {1 .. 2 * floor(left / (layers - layer)) - 1}; the last layer gets what is left.
+    Uniform on {1 .. 2 * floor(left / (layers - layer)) - 1}; the last layer gets all that is left.
     """
     layers_to_go = shape.layers - layer
     if layers_to_go <= 1:
@@ -53,13 +53,13 @@ def segment_length(shape: Shape, layer: int, left: int, uniform: float) -> int:
 
 
 def cut_point(length: int, uniform: float) -> int:
-    """A uniform inner point of a segment of at least two tokens: how many tokens stand before the cut."""
+    """A uniform inner point of a segment of at least two tokens: the number of tokens before the cut."""
     return 1 + min(int(uniform * (length - 1)), length - 2)
 
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """One prompt's answers. Parents stand before their children."""
+    """One prompt's answers. Parents precede their children."""
 
     prompt_id: str
     policy: str
@@ -163,8 +163,9 @@ class Backup:
 def backup(tree: Tree, rewards: Mapping[int, float], average_split: bool = False) -> Backup:
     """Mean rewards and suffix log-ratios, from the leaves up. `rewards` holds one (standardised) score per leaf.
 
-    An answer that was split keeps its own reward, and its fresh children only inform the cut. The answer was chosen for
-    having finished: averaging it with them (`average_split`, as published) biases the cut and everything above it.
+    An answer that was split keeps its own reward; its new children only determine the value of the cut. The answer was
+    selected for having finished: averaging it with them (`average_split`, as published) biases the cut and its
+    ancestors.
     """
     reward_N = np.zeros(tree.num_nodes)
     logratio_N = np.zeros(tree.num_nodes)
@@ -188,7 +189,7 @@ def backup(tree: Tree, rewards: Mapping[int, float], average_split: bool = False
                 cuts[node, cut] = mean(fresh)
     if not average_split:
         return Backup(reward_N, logratio_N, mean(children[ROOT, 0]), cuts, False)
-    # As published, what was written after the cut is one more child of the cut, and the cut stands for the answer.
+    # As published, the tokens after the cut count as one more child of the cut, and the cut represents the answer.
     pairs = {node: (reward_N[node], total_N[node] + logratio_N[node]) for node in children[ROOT, 0]}
     for (node, cut), (reward, logratio) in cuts.items():
         before, after = np.split(tree.logratios(node).astype(np.float64), [cut])
@@ -205,7 +206,7 @@ def backup(tree: Tree, rewards: Mapping[int, float], average_split: bool = False
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What the value model should say. `index` counts tokens of prompt and segments in storage order."""
+    """Regression targets of the value model. `index` counts tokens of prompt and segments in storage order."""
 
     index_X: np.ndarray  # int64, into concatenate(prompt_tokens, tokens)
     value_X: np.ndarray  # float32, in standard deviations of the reward
@@ -214,7 +215,7 @@ class Targets:
 
 def targets(tree: Tree, means: Backup, zeta: float, every_token: bool = True) -> Targets:
     """Target of a token in a segment that ends in node n: the mean reward below n, minus zeta times the mean
-    log-ratio of everything that is written after the token. The prompt's last token carries the root's value.
+    log-ratio of everything that follows the token. The prompt's last token carries the root's value.
 
     `every_token=False` keeps the last token of each segment, as published.
     """
@@ -232,7 +233,7 @@ def targets(tree: Tree, means: Backup, zeta: float, every_token: bool = True) ->
     index = [np.array([num_prompt - 1]), num_prompt + kept_T]
     value = [np.array([means.root[0] - zeta * means.root[1]]), value_T[kept_T]]
     depth = [np.array([0]), depth_N[node_of_T[kept_T]]]
-    # A cut is no segment's end: it is a target of its own, unless the token before it carries the same already.
+    # A cut is not the end of a segment: it gets a target of its own, unless the token before it has the same one.
     for (node, cut), (reward, logratio) in ({} if every_token and means.is_split_averaged else means.cuts).items():
         index.append(np.array([num_prompt + tree.node_start[node] + cut - 1]))
         value.append(np.array([reward - zeta * logratio]))
@@ -247,8 +248,8 @@ def targets(tree: Tree, means: Backup, zeta: float, every_token: bool = True) ->
 def depth_weights(all_targets: list[Targets], layers: int, cap: float = 4.0) -> np.ndarray:
     """One constant per depth over the whole training set, float64 [layers + 1].
 
-    w_d = mean targets per tree / (layers * mean targets at depth d), at most `cap`: every layer weighs the same in the
-    loss. Constants per tree would depend on where its answers happened to end, which biases the values.
+    w_d = mean targets per tree / (layers * mean targets at depth d), at most `cap`: every layer has the same weight in
+    the loss. Constants per tree would depend on where its answers happened to end, which biases the values.
     """
     count_D = np.bincount(np.concatenate([t.depth_X for t in all_targets]), minlength=layers + 1)
     return np.minimum(cap, count_D.sum() / (layers * np.maximum(count_D, 1)))

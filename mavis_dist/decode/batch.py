@@ -1,4 +1,4 @@
-"""The running rows as tensors: what stays the same from step to step while the same rows are running.
+"""The running rows as tensors: everything that stays the same between steps while the same rows run.
 
 Shapes: B rows, M objectives.
 """
@@ -18,7 +18,7 @@ Values = dict[str, float]  # objective -> V of a row's last token
 
 
 class Batch:
-    """Built when a row or an objective comes or goes; its lists and tensors are in the order of `rows`."""
+    """Rebuilt when a row or an objective is added or removed; lists and tensors are in the order of `rows`."""
 
     def __init__(
         self, rows: Sequence[Row], objectives: Sequence[str], known: Mapping[int, Values], device: torch.device
@@ -51,7 +51,7 @@ class Batch:
         self._weights_BM = self._weights_BM.reshape(len(rows), len(objectives))
         baseline = [[known.get(number, {}).get(m, math.nan) for m in objectives] for number in self.numbers]
         self.baseline_BM = torch.tensor(baseline, dtype=torch.float32, device=device)
-        # A weight without a column would be a request that is steered by less than it asks for.
+        # A weight without a column would steer a request by less than it asks for.
         self.missing = [next((m for m in r.weights if r.is_guided and m not in objectives), None) for r in requests]
 
     def positions_B(self) -> torch.Tensor:
@@ -59,7 +59,7 @@ class Batch:
         return torch.tensor([row.position for row in self.rows], device=self._device)
 
     def steering(self, positions_B: torch.Tensor) -> Steering:
-        """What steers the next token."""
+        """The steering of the next token."""
         return Steering(
             self.numbers,
             self._is_guided_B & (positions_B % self._guide_every_B == 0),
@@ -79,5 +79,5 @@ class Batch:
 
 
 def named(objectives: Sequence[str], values_BM: torch.Tensor) -> list[Values]:
-    """The values of every row by objective: numbers that outlive the order of the guide's objectives."""
+    """The values of every row by objective: they stay valid when the guide's objectives change their order."""
     return [dict(zip(objectives, values, strict=True)) for values in values_BM.tolist()]

@@ -1,4 +1,4 @@
-"""Prompts with sentences in them."""
+"""Prompts with preferences in them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mavis_dist.types import NEUTRAL_SYSTEM
 def chat_prompts(
     tokenizer: PreTrainedTokenizerBase,
     conversation: str | Sequence[Mapping[str, str]],
-    sentences: Iterable[tuple[str, float]],
+    preferences: Iterable[tuple[str, float]],
     system: str = NEUTRAL_SYSTEM,
 ) -> tuple[tuple[int, ...], tuple[Preference, ...]]:
-    """`Request.prompt` and `Request.preferences` for a question, or a conversation as in `chat_ids`, and sentences with
-    their weights.
+    """`Request.prompt` and `Request.preferences` for a question, or a conversation as in `chat_ids`, and preferences
+    with their weights.
 
-    A sentence is a line of its own behind the system text, so that it is all that its prompt differs in from the plain
-    one. One of weight 0 gets no prompt.
+    A preference is a line of its own after the system text: nothing else distinguishes its prompt from the plain one.
+    Preferences of weight 0 get no prompt.
 
     Raises:
-        ModelError: if the model's chat template refuses the conversation.
+        ModelError: if the model's chat template rejects the conversation.
     """
     turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
     if all(turn["role"] != "system" for turn in turns):
@@ -36,5 +36,5 @@ def chat_prompts(
         return tuple(chat_ids(tokenizer, [*turns[:place], turn, *turns[place + 1 :]], system))
 
     return prompt(""), tuple(
-        Preference(text, prompt(f"\n{text}") if weight else (), weight) for text, weight in sentences
+        Preference(text, prompt(f"\n{text}") if weight else (), weight) for text, weight in preferences
     )

@@ -1,6 +1,7 @@
-"""One token for every row of a step: candidates and noise, what the guide says of them, and the choice.
+"""One token for every row of a step: candidates and noise, the guide's scores, and the choice.
 
-Shapes: B rows, X rows with sentences, V vocabulary, K candidates, C without sentences, M objectives, Q draws.
+Shapes: B rows, X rows with preferences, V vocabulary, K candidates, C candidates without preferences, M objectives,
+Q draws.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class Drawn:
     logratios: list[float]
     divergences: list[float]
     preference_divergences: list[float]  # the preferences' part of the divergences; empty where no row has any
-    values_BM: torch.Tensor  # V_m(s∘a) of the token, nan where not asked for
+    values_BM: torch.Tensor  # V_m(s∘a) of the token, nan where not computed
     num_candidates: list[int]
     is_guided: list[bool]
     faults: list[str | None]
-    alternatives: list[list[Alternative]]  # empty where a row does not ask for them
-    logprobs: dict[int, TokenLogprobs]  # by b, of the rows that ask for them
+    alternatives: list[list[Alternative]]  # empty where a row does not request them
+    logprobs: dict[int, TokenLogprobs]  # by b, of the rows that request them
 
 
 def draw(
@@ -77,7 +78,7 @@ def draw(
 
 
 def _drafts(batch: Batch, positions_B: torch.Tensor, logits_BV: torch.Tensor, eos: torch.Tensor) -> Drafts:
-    """The candidate sets of all rows with their noise, in the order in which they are evaluated."""
+    """The candidate sets of all rows with their noise, in evaluation order."""
     ids_BK, logprobs_BK = _cut(batch, positions_B, eos, logits_BV)
     phi_BK = logprobs_BK + batch.temperature_B[:, None] * noise.gumbel(batch.stream_B, positions_B, ids_BK)
     is_eos_BK = torch.isin(ids_BK, eos)
@@ -102,7 +103,7 @@ def _cut(
     logits_XV: torch.Tensor,
     rows: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates and log p of these rows (none: of all) under their sampling parameters; changes the logits."""
+    """Candidates and log p of these rows (None: all) under their sampling parameters; changes the logits."""
     chosen = slice(None) if rows is None else list(rows)
     logits_XV[(positions_B[chosen] == 0).nonzero(), eos] = float("-inf")  # an answer has at least one token
     columns = (batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.temperature_B)
@@ -110,7 +111,7 @@ def _cut(
 
 
 def _alternatives(batch: Batch, drafts: Drafts, scores: Scores) -> list[list[Alternative]]:
-    """For every row as many distinct draws as it asks for, in order; fewer where it has fewer candidates."""
+    """As many distinct draws per row as it requests, in order; fewer where it has fewer candidates."""
     alternatives: list[list[Alternative]] = [[] for _ in batch.rows]
     asking = [b for b, row in enumerate(batch.rows) if row.request.draws is not None and batch.missing[b] is None]
     if not asking:
@@ -131,7 +132,7 @@ def _alternatives(batch: Batch, drafts: Drafts, scores: Scores) -> list[list[Alt
 def _faults(
     is_value_fine_B: torch.Tensor, is_logit_fine_B: torch.Tensor, missing: Sequence[str | None]
 ) -> list[str | None]:
-    """What is wrong with each row."""
+    """The reason why a row fails, if it does."""
     not_finite, faults = "the {} returned a number that is not finite", []
     for objective, value, logit in zip(missing, is_value_fine_B.tolist(), is_logit_fine_B.tolist(), strict=True):
         gone = f"the objective {objective!r} was taken away from the engine" if objective else None

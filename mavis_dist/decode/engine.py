@@ -1,8 +1,8 @@
 """The decode loop: decide, compute, absorb. The only one in the project.
 
-Every step lets waiting answers in, encodes a piece of what is new, computes the base model's logits for all running
-answers at once, asks the guide what the candidates are worth, draws one token each, and hands out what was written.
-Answers of different prompts, lengths and weights share the batch; none depends on its neighbours.
+Every step admits waiting answers, encodes some of their tokens, computes the base model's logits for all running
+answers at once, scores the candidates with the guide, draws one token each, and returns the new tokens. Answers of
+different prompts, lengths and weights share the batch; none depends on its neighbours.
 
 Shapes: B rows, V vocabulary, K candidates, M objectives.
 """
@@ -27,12 +27,12 @@ from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.load import BaseModel
 
-# Tokens of new prompts that a step encodes: about what a running answer would not notice.
+# Tokens of new prompts that a step encodes: few enough not to delay running answers noticeably.
 PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}
 
 
 class Engine:
-    """Writes answers with a base model, tilted by a guide.
+    """Generates answers with a base model, tilted by a guide: up to `max_rows` rows (vLLM: max_num_seqs) at a time.
 
     >>> base = load_base("smollm2-135m-instruct")
     >>> engine = Engine(base, LocalGuide({"brief": value_model}))
@@ -51,14 +51,13 @@ class Engine:
     ):
         """
         Args:
-            max_rows: rows of the base model at a time, one per answer and one more for each of its sentences; what
-                does not fit waits.
-            cache_tokens: room for the base model's keys and values, in tokens: the number of rows at a time times the
-                longest prompt and answer among them stays within it. None: bounded by `max_rows` and the model's
-                context alone.
-            prefill_tokens: tokens of new prompts that a step encodes beside writing, so that long prompts do not hold
-                up running answers. None: 128 on a CPU, 2048 on a GPU.
-            use_hf_forward: run the base model through its own forward pass, also where there is a faster one.
+            max_rows: rows of the base model at a time: one per answer, and one more for each of its preferences.
+                Further answers wait.
+            cache_tokens: limit on the base model's keys and values, in tokens: the number of rows at a time times the
+                longest prompt and answer among them. None: bounded only by `max_rows` and the model's context.
+            prefill_tokens: tokens of new prompts encoded per step, so that long prompts do not delay running answers.
+                None: 128 on a CPU, 2048 on a GPU.
+            use_hf_forward: run the base model through its own forward pass, even where there is a faster one.
         """
         self.max_context, self.max_rows, self.cache_tokens = base.max_context, max_rows, cache_tokens
         self._guide = guide
@@ -70,8 +69,8 @@ class Engine:
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self._device.type, 2048)
         self._eos = torch.tensor(sorted(base.eos_ids), device=self._device)
         self._batch: Batch | None = None
-        self._opened: dict[int, Values] = {}  # V_m(s) of rows that are in no batch yet, by row number
-        self._unseen: dict[int, list[int]] = {}  # tokens that the guide was not told of, by row number
+        self._opened: dict[int, Values] = {}  # V_m(s) of rows that are not in a batch yet, by row number
+        self._unseen: dict[int, list[int]] = {}  # tokens that the guide has not received yet, by row number
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -83,7 +82,7 @@ class Engine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Rows in use and rows waited for."""
+        """Rows in use and rows waiting."""
         return self._scheduler.num_admitted, self._scheduler.num_waiting
 
     @property
@@ -92,7 +91,7 @@ class Engine:
         return self._base.num_tokens
 
     def validate(self, request: Request) -> Request:
-        """The request with a seed and normalised weights; a validated request stays as it is. Any thread may call this.
+        """The request with a seed and normalised weights; validating it again changes nothing. Thread-safe.
 
         Raises:
             RequestError: naming the field, its value and the remedy.
@@ -132,8 +131,8 @@ class Engine:
         assert self.is_idle, "generate() needs an engine without other requests; use submit() and step()"
         place = {request.id: i for i, request in enumerate(requests)}
         if len(place) < len(requests):
-            raise ValueError("two requests have the same id: give every request an id of its own")
-        for request in [self.validate(request) for request in requests]:  # all are refused before any is begun
+            raise ValueError("two requests have the same id: give every request its own id")
+        for request in [self.validate(request) for request in requests]:  # all are validated before any starts
             self.enqueue(request)
         answers: list[list[Choice]] = [[] for _ in requests]
         while not self.is_idle:
@@ -143,7 +142,7 @@ class Engine:
         return [sorted(choices, key=lambda choice: choice.index) for choices in answers]
 
     def stream(self, request: Request) -> Iterator[Update]:
-        """The answer piece by piece, as tokens and text; other requests go on meanwhile, their updates are dropped."""
+        """The answer in pieces, as tokens and text; other requests continue meanwhile, their updates are dropped."""
         request = self.submit(request)
         texts = [self._text_of(request) for _ in range(request.params.n)]
         try:
@@ -157,7 +156,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """Write one more token of every running answer."""
+        """Generate one more token of every running answer."""
         self._encode()
         if not self._scheduler.running:
             return []
@@ -171,15 +170,15 @@ class Engine:
         else:
             drawn = self._draw(batch, logits_RV.float())
         updates = self._absorb(batch, drawn)
-        # Draws are made to be continued: their keys and values stay for the requests that come next.
+        # Draws will be continued: their keys and values stay for the next requests.
         if self.is_idle and all(row.request.draws is None for row in batch.rows):
             self._release()
         return updates
 
-    # --- decide: who is in the batch ------------------------------------------------------------------------------
+    # --- decide: which rows are in the batch ------------------------------------------------------------------------
 
     def _encode(self) -> None:
-        """Let rows in and encode a limited number of their tokens, the base model's and the guide's caches in step."""
+        """Admit rows and encode a limited number of their tokens, in the base model's and the guide's caches alike."""
         self._scheduler.admit()
         budget = self._prefill_tokens
         while budget > 0 and (pieces := self._scheduler.pieces(budget)):
@@ -207,7 +206,7 @@ class Engine:
                     piece.variant.logprobs += logprobs_T.tolist()
 
     def _encode_guide(self, pieces: Sequence[Piece]) -> None:
-        """The last piece brings the last token as well: V(s) is its value."""
+        """The last piece includes the last token: V(s) is its value."""
         opening, rows, tokens = [], [], []
         for piece in pieces:
             row, end = piece.row, piece.end + piece.is_last
@@ -226,7 +225,7 @@ class Engine:
             self._opened.update(zip(rows, values, strict=True))
 
     def _assemble(self) -> Batch:
-        """The running rows as tensors, made anew when a row or an objective came or went."""
+        """The running rows as tensors, rebuilt when a row or an objective was added or removed."""
         rows = self._scheduler.running
         if self._batch is None or self._batch.rows != rows or self._batch.objectives != self.objectives:
             known = self._opened | (self._batch.baselines() if self._batch else {})
@@ -236,7 +235,7 @@ class Engine:
         return self._batch
 
     def _release(self) -> None:
-        """Free the rows that finished; nobody shares their first tokens any more."""
+        """Free the finished rows; no other row can share their first tokens any more."""
         released = self._scheduler.release()
         for row in released:
             for variant in row.variants:
@@ -244,7 +243,7 @@ class Engine:
                     self._base.close(variant.number)
             self._opened.pop(row.number, None)
             self._unseen.pop(row.number, None)
-        # A step that failed may have opened a row without taking note of it.
+        # A step that failed may have opened a row without recording it.
         guided = [row.number for row in released if row.request.is_guided]
         if self._guide and guided:
             self._guide.close(guided)
@@ -260,7 +259,7 @@ class Engine:
         return draw(batch, positions_B, steering, logits_BV, self._guide, self._eos, preference_step)
 
     def _catch_up(self, batch: Batch, steering: Steering) -> None:
-        """Tell the guide about tokens that were written without it, where it is about to be asked again."""
+        """Send the guide the tokens that were generated without it, for the rows that it scores next."""
         if not self._unseen:
             return
         behind = [b for b in steering.is_guided_B.nonzero()[:, 0].tolist() if batch.numbers[b] in self._unseen]
@@ -270,10 +269,10 @@ class Engine:
             values_BM = self._guide.extend(numbers, [self._unseen.pop(number) for number in numbers])
             batch.baseline_BM[behind] = values_BM.to(batch.baseline_BM)
 
-    # --- absorb: what was written ---------------------------------------------------------------------------------
+    # --- absorb: the new tokens ------------------------------------------------------------------------------------
 
     def _absorb(self, batch: Batch, drawn: Drawn) -> list[Update]:
-        """Append the chosen tokens, finish what is finished, and tell the guide about the rest."""
+        """Append the chosen tokens, end the finished rows, and let the guide follow the others."""
         updates, kept = [], []
         for b, row in enumerate(batch.rows):
             if drawn.faults[b] is not None:
@@ -283,7 +282,7 @@ class Engine:
                 continue
             start = row.position
             self._append(row, b, drawn)
-            # A student predicts without a forward pass over the token, so that it has not seen it yet.
+            # A student predicts without a forward pass over the token, so it has not seen the token yet.
             is_seen = drawn.is_guided[b] and row.request.scorer is not Scorer.QHEAD
             if row.choice.finish is None and is_seen:
                 kept.append(b)
@@ -330,7 +329,7 @@ class Engine:
         row.choice.text = text.add(row.tokens[len(row.request.prompt) :], last=True)
 
     def _text_of(self, request: Request) -> StoppedText:
-        """The text of an answer, with the tokens written before already in it."""
+        """The text of an answer, starting with the tokens that it continues."""
         text = StoppedText(self.tokenizer, request.params.stop)
         text.add(request.answer)
         return text

@@ -1,9 +1,9 @@
-"""Guides: who tells the engine what the candidates are worth.
+"""Guides: they score the engine's candidate tokens with value models.
 
-A guide keeps key-value caches for the engine's rows, but only as a cache: the engine owns the token ids, and a guide
-that lost its state can be given them again.
+A guide holds key-value caches for the engine's rows, but no other state: the engine owns the token ids, and can send
+them again to a guide that lost its caches.
 
-Shapes: B rows, N candidates of all rows side by side, M objectives in the order of `Guide.objectives`.
+Shapes: B rows, N candidates of all rows, concatenated, M objectives in the order of `Guide.objectives`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from mavis_dist.models.value import ValueModel
 
 @dataclass(frozen=True)
 class GuideRow:
-    """A row that the guide is to follow."""
+    """A row for the guide to follow."""
 
     row: int
     tokens: tuple[int, ...]  # prompt and answer so far, or the first part of them
     objectives: frozenset[str]  # those with a positive weight; the others cost nothing
     source: int | None = None  # a row whose first `shared` tokens are the same
     shared: int = 0
-    by_student: bool = False  # its candidates are predicted, not evaluated; its tokens are extended, never kept
+    by_student: bool = False  # candidates are predicted, not evaluated; tokens are extended, never kept
 
 
 class Guide(Protocol):
     """Calls come in the order open, extend*, (score+, keep or extend, extend*)*, close; rows are the engine's numbers.
 
-    Values of objectives that a row does not use mean nothing. Objectives may come, go and change places between two
-    steps of the engine; rows that use one that has gone have no values any more.
+    Values of objectives that a row does not use are undefined. Objectives may be added, removed and reordered between
+    two steps of the engine; rows that use a removed objective have no values any more.
     """
 
     @property
@@ -44,7 +44,7 @@ class Guide(Protocol):
 
     @property
     def predicted(self) -> tuple[str, ...]:
-        """The objectives that a student predicts: all that a row followed `by_student` may use."""
+        """The objectives that a student predicts: the only ones that rows with `by_student` may use."""
         ...
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
@@ -56,23 +56,23 @@ class Guide(Protocol):
         ...
 
     def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
-        """V_m(s∘a) of alternative next tokens [N, M], `counts[b]` of them for row b, those of a row side by side.
+        """V_m(s∘a) of alternative next tokens [N, M], `counts[b]` of them for row b, grouped by row.
 
-        A row may be asked about several times before one token is kept.
+        A row may be scored several times before one token is kept.
         """
         ...
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
-        """Append one of the candidates scored since the row's last token; they are counted over all those calls."""
+        """Append one of the candidates scored since the row's last token; they are numbered over all calls."""
         ...
 
     def close(self, rows: Sequence[int]) -> None:
-        """Forget rows, as far as they are followed."""
+        """Stop following rows; unknown ones are ignored."""
         ...
 
 
 class LocalGuide:
-    """Value models in this process, one forward pass per model and call, whatever the number of its objectives."""
+    """Value models in this process; one forward pass per model and call, for all its objectives."""
 
     def __init__(
         self,
@@ -101,9 +101,9 @@ class LocalGuide:
         models: Mapping[str, ValueModel | tuple[ValueModel, int]],
         students: Mapping[str, tuple[Student, int]] | None = None,
     ) -> None:
-        """Value further objectives, between two steps of the engine; arguments as at the beginning.
+        """Add objectives, between two steps of the engine; arguments as in the constructor.
 
-        Heads of a model that is there share it with those that are used of it already.
+        Heads of a model that is already in use share it.
         """
         heads = {name: model if isinstance(model, tuple) else (model, 0) for name, model in models.items()}
         students = students or {}
@@ -118,7 +118,7 @@ class LocalGuide:
         self._arrange((*self._objectives, *heads), (*self._predicted, *students))
 
     def remove(self, objectives: Collection[str]) -> None:
-        """Forget objectives, between two steps of the engine, and models that are used for no other."""
+        """Remove objectives, between two steps of the engine, and models that no other objective uses."""
         for trunk in self._trunks:
             trunk.heads = {name: head for name, head in trunk.heads.items() if name not in objectives}
         self._trunks = [trunk for trunk in self._trunks if trunk.heads]
@@ -130,10 +130,10 @@ class LocalGuide:
     def _arrange(self, objectives: tuple[str, ...], predicted: tuple[str, ...]) -> None:
         for trunk in self._trunks:
             trunk.arrange(objectives)
-        self._objectives, self._predicted = objectives, predicted  # whole: other threads read them
+        self._objectives, self._predicted = objectives, predicted  # replaced, not changed: other threads read them
 
     def _trunk_of(self, owner: ValueModel | Student) -> _Trunk:
-        """The trunk that follows rows with a model; a new one if there is none."""
+        """The trunk of a model; created if there is none."""
         for trunk in self._trunks:
             if trunk.owner is owner:
                 return trunk
@@ -152,7 +152,7 @@ class LocalGuide:
                 continue
             missing = []
             for b in used:
-                # The last token is always computed anew: it is the one whose value is asked for.
+                # The last token is always computed, because its value is returned.
                 shared = min(rows[b].shared, len(rows[b].tokens) - 1)
                 missing.append(rows[b].tokens[trunk.slots.open(rows[b].row, rows[b].source, shared) :])
             trunk.fill(values_BM, used, trunk.extend([rows[b].row for b in used], missing))
@@ -182,7 +182,7 @@ class LocalGuide:
             trunk.close([rows[b] for b in used])
 
     def _users(self, rows: Sequence[int]) -> Iterator[tuple[_Trunk, list[int]]]:
-        """Every model that follows any of the rows, with their places."""
+        """Every model that follows any of the rows, with their indices."""
         for trunk in self._trunks:
             used = [b for b, row in enumerate(rows) if row in trunk.slots]
             if used:
@@ -196,7 +196,7 @@ T = TypeVar("T")
 
 
 def _by_owner(heads: Mapping[str, tuple[T, int]]) -> list[tuple[T, dict[str, int]]]:
-    """Every model once, with the heads that are used of it."""
+    """Every model once, with its heads in use."""
     owners = {id(owner): owner for owner, _ in heads.values()}.values()
     return [(owner, {name: head for name, (other, head) in heads.items() if other is owner}) for owner in owners]
 
@@ -209,11 +209,11 @@ class _Trunk:
     def __init__(self, model: ValueModel):
         self.owner: ValueModel | Student = model
         self.slots = SlotModel(value_decoder(model))
-        self.heads: dict[str, int] = {}  # of the guide's objectives those that this model values
+        self.heads: dict[str, int] = {}  # the guide's objectives that this model values
         self._places = torch.empty(0, dtype=torch.long)
 
     def arrange(self, objectives: Sequence[str]) -> None:
-        """Take note of the guide's objectives in the order of its values."""
+        """Set the order of the guide's objectives."""
         self._places = torch.tensor([objectives.index(name) for name in self.heads])
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -232,7 +232,7 @@ class _Trunk:
             self.slots.close(row)
 
     def fill(self, values_XM: torch.Tensor, places: Sequence[int], out_XO: torch.Tensor) -> None:
-        """Put head outputs where the guide's caller expects them."""
+        """Write head outputs into the columns of the guide's objectives."""
         rows_X1 = torch.tensor(places)[:, None]
         values_XM[rows_X1, self._places] = out_XO[:, list(self.heads.values())].to(values_XM)
 
@@ -263,7 +263,7 @@ class _Student(_Trunk):
         return values_BO[row_N] + predicted(queries_BOR[row_N], factors_NR)
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
-        raise AssertionError("tokens of these rows are extended: the next state needs a forward pass anyway")
+        raise AssertionError("rows of a student are extended: the next state needs a forward pass anyway")
 
     def close(self, rows: Sequence[int]) -> None:
         super().close(rows)

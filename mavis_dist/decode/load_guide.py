@@ -1,4 +1,4 @@
-"""The published value models of a run as a guide: objectives that share a distilled model share it here, too."""
+"""The published value models of a run as a guide; objectives of one distilled model share it."""
 
 from __future__ import annotations
 

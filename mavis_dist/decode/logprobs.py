@@ -1,4 +1,4 @@
-"""The law that a token was drawn from, as far as its scorer knows it: for those who ask.
+"""The distribution that a token was drawn from, as far as its scorer evaluated it; reported on request.
 
 Shapes: B rows, K candidates in evaluation order.
 """
@@ -17,10 +17,10 @@ from mavis_dist.decode.scorer import Drafts, Scores
 def token_logprobs(
     drafts: Drafts, scores: Scores, index_B: torch.Tensor, counts: Mapping[int, int]
 ) -> dict[int, TokenLogprobs]:
-    """By row, for those in `counts`: the chosen token and so many of the most likely ones.
+    """By row, for those in `counts`: the chosen token and that many of the most likely ones.
 
-    Exact where all candidates were evaluated; else the normaliser of pi is an estimate, and candidates that were not
-    evaluated are left out. A row at temperature 0 has no law of its own, so that it is told that of temperature 1.
+    Exact where all candidates were evaluated; otherwise the normaliser of pi is an estimate, and candidates that were
+    not evaluated are omitted. Rows at temperature 0 report the distribution of temperature 1.
     """
     if not counts:
         return {}

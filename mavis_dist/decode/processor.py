@@ -1,6 +1,7 @@
-"""The tilt inside `model.generate`, for those who stay with transformers. No decode loop.
+"""The tilt as a logits processor for transformers' `model.generate`. No decode loop.
 
-Shapes: B rows, T tokens, V vocabulary, K candidates, M objectives with a weight, N candidates of all rows side by side.
+Shapes: B rows, T tokens, V vocabulary, K candidates, M objectives with a weight, N candidates of all rows,
+concatenated.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ Ids = tuple[int, ...]  # input ids of a row, padding included
 
 @dataclass
 class _Batch:
-    """What is known of the rows of a call; lists are in their order."""
+    """The state of the rows of one call; lists are in their order."""
 
-    places: Mapping[Ids, Sequence[int]]  # where in the batch; the same ids may be there several times
-    rows: list[int | None]  # the guide's names; none: the answer has ended, and nobody reads its law
+    places: Mapping[Ids, Sequence[int]]  # indices in the batch; the same ids may occur several times
+    rows: list[int | None]  # the guide's numbers; None: the answer has ended, and its distribution is not used
     baseline_BM: torch.Tensor  # V_m(s); nan where the answer has ended
     scored: list[dict[int, int]] = field(default_factory=list)  # token -> its index among the candidates
     values_BKM: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # V_m(s∘a); nan where not scored
@@ -42,13 +43,14 @@ class TiltProcessor(LogitsProcessor):
     >>> processor.close()
 
     transformers runs its own processors (min_new_tokens, repetition_penalty) before this one, and temperature, top_k,
-    top_p and min_p after it. So `temperature=T` samples softmax((log p + delta) / T), the law of the engine, provided
-    that temperature, top_k=0 and top_p=1.0 are given: a model's generation_config may say otherwise, and would cut the
-    tilted distribution. min_new_tokens=1 because the engine's answers have a token. num_beams ranks beams by the sum of
-    log p + delta, which without a cap is log p(answer) + beta * V of its end, up to what the beams have in common.
+    top_p and min_p after it. So `temperature=T` samples softmax((log p + delta) / T), the engine's distribution,
+    provided that temperature, top_k=0 and top_p=1.0 are given: otherwise a model's generation_config may truncate the
+    tilted distribution. min_new_tokens=1, because the engine's answers have at least one token. num_beams ranks beams
+    by the sum of log p + delta, which without a cap is log p(answer) + beta * V of its end, up to terms that all beams
+    share.
 
-    Rows are followed from call to call. One that grew by a scored token costs nothing new; a second beam from the same
-    row shares its keys and values; all else, such as a new batch, is read from the start.
+    Rows are followed between calls. A row that grew by a scored token needs no new computation; a second beam from the
+    same row shares its keys and values; everything else, such as a new batch, is encoded from the start.
     """
 
     def __init__(
@@ -64,15 +66,15 @@ class TiltProcessor(LogitsProcessor):
     ):
         """
         Args:
-            guide: its own, not that of an engine: both would name their rows alike. A second LocalGuide of the same
+            guide: not shared with an engine, because their row numbers would clash. A second LocalGuide of the same
                 value models shares their weights.
-            weights: objective -> weight, normalised to sum 1; all zero: the base model's own law.
+            weights: objective -> weight, normalised to sum 1; all zero: the base model's own distribution.
             beta: nats of tilt per standard deviation of reward.
-            tilt_cap: nats; none: unbounded.
+            tilt_cap: nats; None: unbounded.
             top_k: candidates, from the logits at temperature 1.
             eos_ids: the ids that end an answer, the same as for `generate`: their tilt has no cap.
-            pad_id: the id that fills prompts up on the left. A processor is not shown the attention mask, so all
-                leading ones are taken for padding. None: there is no padding.
+            pad_id: the id that pads prompts on the left. Processors do not receive the attention mask, so all leading
+                ones are taken as padding. None: no padding.
 
         Raises:
             RequestError: naming the argument, its value and the remedy.
@@ -92,7 +94,7 @@ class TiltProcessor(LogitsProcessor):
         self._latest: _Batch | None = None
 
     def close(self) -> None:
-        """Forget all rows and free their keys and values; the next call begins anew."""
+        """Drop all rows and free their keys and values; the next call starts from scratch."""
         if self._latest is not None:
             self._guide.close([row for row in self._latest.rows if row is not None])
         self._latest = None
@@ -108,16 +110,16 @@ class TiltProcessor(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter(1, ids_BK, logprobs_BK.to(scores))
 
     def _score(self, batch: _Batch, ids_BK: torch.Tensor, logprobs_BK: torch.Tensor) -> torch.Tensor:
-        """delta [B, K]; 0 where an answer has ended. Takes note of what was scored, for the next call."""
+        """delta [B, K]; 0 where an answer has ended. Keeps the scored candidates for the next call."""
         (num_rows, num_candidates), device = ids_BK.shape, ids_BK.device
-        goes_on_B = torch.tensor([row is not None for row in batch.rows], device=device)
-        is_scored_BK = logprobs_BK.isfinite() & goes_on_B[:, None]
+        is_running_B = torch.tensor([row is not None for row in batch.rows], device=device)
+        is_scored_BK = logprobs_BK.isfinite() & is_running_B[:, None]
         rows, counts_B = [row for row in batch.rows if row is not None], is_scored_BK.sum(-1)
         batch.values_BKM = torch.full((num_rows, num_candidates, len(self._used)), math.nan, device=device)
         if rows:
-            values_NM = self._guide.score(rows, counts_B[goes_on_B].tolist(), ids_BK[is_scored_BK])
+            values_NM = self._guide.score(rows, counts_B[is_running_B].tolist(), ids_BK[is_scored_BK])
             batch.values_BKM[is_scored_BK] = values_NM[:, self._used].to(batch.values_BKM)
-        # Candidates that a row does not have stand behind the others: places among all are places among the scored.
+        # Missing candidates come after all others: indices among all are indices among the scored ones.
         batch.scored = [
             {token: index for index, token in enumerate(ids[:num_scored])}
             for ids, num_scored in zip(ids_BK.tolist(), counts_B.tolist(), strict=True)
@@ -131,7 +133,7 @@ class TiltProcessor(LogitsProcessor):
             self._cap * one_B,
             torch.isin(ids_BK, torch.tensor(sorted(self._eos_ids), device=device)),
         )
-        # An infinite V(s∘a) may hide behind the cap.
+        # The cap may hide an infinite V(s∘a).
         if not (delta_BK.isfinite() & batch.values_BKM.isfinite().all(-1))[is_scored_BK].all():
             self.close()
             raise ValueModelError("the value model returned a number that is not finite")
@@ -140,7 +142,7 @@ class TiltProcessor(LogitsProcessor):
     # --- the guide's rows -----------------------------------------------------------------------------------------
 
     def _follow(self, ids: Sequence[Ids]) -> _Batch:
-        """Bring the guide from the rows of the latest call to those of this one."""
+        """Move the guide from the rows of the latest call to those of this one."""
         places: dict[Ids, list[int]] = {}
         for place, row_ids in enumerate(ids):
             places.setdefault(row_ids, []).append(place)
@@ -153,11 +155,11 @@ class TiltProcessor(LogitsProcessor):
             self._open(now, ids, {b: now.rows[copies[0]] for copies in places.values() for b in copies[1:]})
         else:
             assert self._latest is not None
-            self._go_on(self._latest, now, ids, parents)
+            self._continue(self._latest, now, ids, parents)
         return now
 
     def _parents(self, ids: Sequence[Ids]) -> list[int] | None:
-        """For every row its place in the latest call, one token ago; None if any row was not there."""
+        """For every row its index in the latest call, one token ago; None if any row was not in it."""
         if self._latest is None:
             return None
         parents = []
@@ -168,29 +170,29 @@ class TiltProcessor(LogitsProcessor):
             parents.append(place if place in places else places[0])
         return parents
 
-    def _go_on(self, before: _Batch, now: _Batch, ids: Sequence[Ids], parents: Sequence[int]) -> None:
-        """Every row goes on as one of the rows that grew from it; the others share its keys and values."""
-        heirs: dict[int, tuple[int, int, int]] = {}  # row -> place before, place now, index of its new token
+    def _continue(self, before: _Batch, now: _Batch, ids: Sequence[Ids], parents: Sequence[int]) -> None:
+        """One continuation of every row keeps its number; the others share its keys and values."""
+        kept: dict[int, tuple[int, int, int]] = {}  # row -> place before, place now, index of its new token
         sources: dict[int, int | None] = {}  # place now -> row
         for place, (parent, row_ids) in enumerate(zip(parents, ids, strict=True)):
             row, token = before.rows[parent], row_ids[-1]
             if token in self._eos_ids or (row is None and token == self._pad_id):
                 continue
-            if row is not None and token in before.scored[parent] and row not in heirs:
-                heirs[row] = (parent, place, before.scored[parent][token])
+            if row is not None and token in before.scored[parent] and row not in kept:
+                kept[row] = (parent, place, before.scored[parent][token])
                 now.rows[place] = row
             else:
                 sources[place] = row
-        self._open(now, ids, sources)  # before their sources go on or go
-        if heirs:
-            places_before, places, index = map(list, zip(*heirs.values(), strict=True))
+        self._open(now, ids, sources)  # before their sources are extended or closed
+        if kept:
+            places_before, places, index = map(list, zip(*kept.values(), strict=True))
             now.baseline_BM[places] = before.values_BKM[places_before, index].to(now.baseline_BM)
-            self._guide.keep(list(heirs), torch.tensor(index))
-        if gone := [row for row in before.rows if row is not None and row not in heirs]:
-            self._guide.close(gone)
+            self._guide.keep(list(kept), torch.tensor(index))
+        if dropped := [row for row in before.rows if row is not None and row not in kept]:
+            self._guide.close(dropped)
 
     def _open(self, batch: _Batch, ids: Sequence[Ids], sources: Mapping[int, int | None]) -> None:
-        """Have the guide read rows by place, each sharing all but its last token with its source."""
+        """Open rows in the guide, by index; each shares all tokens except its last with its source."""
         opening = []
         for place, source in sources.items():
             tokens = self._without_padding(ids[place])

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: plain values."""
+"""Input and output of the engine: plain values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mavis_dist.types import TILT_CAP, UserError
 
 
 class RequestError(UserError):
-    """A request that cannot be served. `field` names the part at fault."""
+    """A request that cannot be served. `field` names the invalid part."""
 
     def __init__(self, field: str, message: str):
         super().__init__(field, message)  # both arguments, so that it pickles
@@ -33,10 +33,10 @@ class FinishReason(str, Enum):
 
 
 class Scorer(str, Enum):
-    """Which candidates the value models look at."""
+    """Which candidates the value models evaluate."""
 
     FULL = "full"  # all of them, as published
-    LAZY = "lazy"  # as few as decide the draw; needs a tilt_cap to have anything to leave out
+    LAZY = "lazy"  # only as many as determine the draw; without a tilt_cap all of them
     QHEAD = "qhead"  # none: a student predicts from the state what each of them adds to the value
 
 
@@ -49,28 +49,28 @@ class SamplingParams:
     top_k: int = 40
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int | None = None  # none: drawn at submission
+    seed: int | None = None  # None: drawn at submission
     n: int = 1  # independent answers
     stop: tuple[str, ...] = ()  # texts that end an answer; they are not part of it
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question with its steering."""
+    """One prompt with its steering."""
 
     id: str
     prompt: tuple[int, ...]  # token ids, chat template applied
     weights: Mapping[str, float] = field(default_factory=dict)  # objective -> weight
     beta: float = 8.0  # nats of tilt per standard deviation of reward
-    tilt_cap: float | None = TILT_CAP  # nats; none: unbounded
+    tilt_cap: float | None = TILT_CAP  # nats; None: unbounded
     params: SamplingParams = SamplingParams()
-    answer: tuple[int, ...] = ()  # tokens written so far, when an answer is continued
-    stream: int | None = None  # noise stream; none: derived from the seed and the choice index
+    answer: tuple[int, ...] = ()  # tokens so far, when an answer is continued
+    stream: int | None = None  # noise stream; None: derived from the seed and the choice index
     scorer: Scorer = Scorer.LAZY
-    guide_every: int = 1  # tilt every so many tokens; the base model writes the others
-    draws: int | None = None  # write one token, and report so many distinct draws of it as Choice.alternatives
-    top_logprobs: int | None = None  # report the law of every token, with so many of the most likely; none: do not
-    preferences: tuple[Preference, ...] = ()  # objectives in words
+    guide_every: int = 1  # tilt every n-th token; the others are the base model's
+    draws: int | None = None  # generate one token, and report this many distinct draws of it in Choice.alternatives
+    top_logprobs: int | None = None  # report every token's distribution with this many most likely tokens; None: no
+    preferences: tuple[Preference, ...] = ()
     preference_params: PreferenceParams = PRESETS["mato"]
 
     @property
@@ -89,7 +89,7 @@ class Alternative:
 
 
 class Candidate(NamedTuple):
-    """A token that a step could write."""
+    """A possible token of a step."""
 
     token: int
     logprob: float  # log pi(a)
@@ -97,45 +97,45 @@ class Candidate(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """The law of one step, as far as the scorer knows it; for an answer at temperature 0 that of temperature 1."""
+    """The distribution of one step, as far as the scorer evaluated it; at temperature 0 that of temperature 1."""
 
     chosen: Candidate
     divergence: float  # KL(pi || pi_ref), nats
-    top: tuple[Candidate, ...]  # the most likely first; the chosen one need not be among them
+    top: tuple[Candidate, ...]  # the most likely first; may lack the chosen one
 
 
 @dataclass
 class Choice:
-    """One answer, growing or finished. Lists hold one entry per token that this engine wrote."""
+    """One answer, growing or finished. Lists hold one entry per token that this engine generated."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
     error: str | None = None
-    text: str = ""  # when finished: the whole answer, without what stopped it
+    text: str = ""  # when finished: the whole answer, without the stop string
     logratios: list[float] = field(default_factory=list)  # log pi(a) - log pi_ref(a) of the chosen tokens
     divergences: list[float] = field(default_factory=list)  # KL(pi || pi_ref) of the steps, nats; nan at temperature 0
-    preference_divergences: list[float] = field(default_factory=list)  # the sentences' part of it, may be negative
+    preference_divergences: list[float] = field(default_factory=list)  # the preferences' part of it, may be negative
     values: dict[str, list[float]] = field(default_factory=dict)  # objective -> V after each token, in sd of its reward
-    num_scored: list[int] = field(default_factory=list)  # candidates that value models were asked about
-    preference_weights: list[list[float]] = field(default_factory=list)  # of every sentence that steers
+    num_scored: list[int] = field(default_factory=list)  # candidates that value models evaluated
+    preference_weights: list[list[float]] = field(default_factory=list)  # of every steering preference
     preference_rewards: list[list[float]] = field(default_factory=list)  # g_k of the tokens, nats
-    alternatives: list[Alternative] = field(default_factory=list)  # in the order drawn; where Request.draws asks
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # where Request.top_logprobs asks
+    alternatives: list[Alternative] = field(default_factory=list)  # in the order drawn; with Request.draws
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # with Request.top_logprobs
 
     @property
     def divergence(self) -> float:
-        """Spent by the whole answer, nats."""
+        """Of the whole answer, nats."""
         return math.fsum(self.divergences)
 
     @property
     def mean_preference_weights(self) -> list[float]:
-        """Over the tokens, of every sentence that steers."""
+        """Over the tokens, of every steering preference."""
         return [fmean(weights) for weights in zip(*self.preference_weights, strict=True)]
 
     @property
     def preference_divergence(self) -> float:
-        """The sentences' part of it: E_pi[log p' - log p] with the merged and the plain distribution."""
+        """The preferences' part of `divergence`: E_pi[log p' - log p], with merged p' and plain p."""
         return math.fsum(self.preference_divergences)
 
 
@@ -148,8 +148,8 @@ class Update:
     start: int
     tokens: tuple[int, ...]
     finished: Choice | None = None
-    logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, where Request.top_logprobs asks
-    text: str = ""  # what became certain of the answer's text; filled by Engine.stream
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, with Request.top_logprobs
+    text: str = ""  # the new part of the answer's text that can no longer change; filled by Engine.stream
 
 
 def stream_of(request: Request, index: int) -> int:

@@ -1,8 +1,8 @@
-"""Which answers are written now, and what has to be encoded first. Plain data; never touches a tensor.
+"""Which answers run, and what is encoded next. Plain data; never touches a tensor.
 
-A row waits, is opened (its tokens are encoded piece by piece), runs (a token a step), and is finished. A finished row
-stays until the next admission, so that the answers which continue it find its keys and values. A row with objectives
-in words is several to the base model: its variants differ in the prompt and share the answer.
+A row waits, is opened (its tokens are encoded in pieces), runs (one token per step), and finishes. A finished row stays
+until the next admission, so that answers that continue it can reuse its keys and values. A row with preferences is
+several rows of the base model: its variants differ in the prompt and share the answer.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from mavis_dist.core.preferences import RewardTracker
 from mavis_dist.decode.request import Choice, Request, stream_of
 from mavis_dist.decode.text import StoppedText
 
-# Tokens shared with a variant that is still being encoded, from which on waiting for them beats encoding them again.
+# At least so many tokens shared with a variant in encoding are worth waiting for instead of encoding them again.
 WORTH_WAITING_FOR = 32
 
 
 @dataclass(eq=False)
 class PromptVariant:
-    """A row of the base model: the prompt as it stands, or with a sentence in it, and the answer so far."""
+    """A row of the base model: the plain prompt, or the one with a preference in it, and the answer so far."""
 
-    number: int  # unique in the life of the engine; the name that models and guides know it by
+    number: int  # unique within the engine; identifies the row in models and guides
     prompt_length: int
     tokens: list[int]  # prompt and answer
     max_shared: int  # tokens that may be copied from another variant instead of being encoded
-    num_encoded: int | None = None  # tokens whose keys and values the base model has; none: not opened
-    logprobs: list[float] = field(default_factory=list)  # of the answer's tokens, where sentences reward them
+    num_encoded: int | None = None  # tokens whose keys and values the base model has; None: not opened
+    logprobs: list[float] = field(default_factory=list)  # of the answer's tokens, where preferences reward them
 
     @property
     def is_encoded(self) -> bool:
@@ -43,13 +43,13 @@ class Row:
     request: Request
     choice: Choice
     stream: int
-    variants: list[PromptVariant]  # the plain one, then one per sentence
-    text: StoppedText | None = None  # followed only where stop strings are looked for
-    reward_tracker: RewardTracker | None = None  # by the sentences, where there are any
+    variants: list[PromptVariant]  # the plain one, then one per preference
+    text: StoppedText | None = None  # only with stop strings
+    reward_tracker: RewardTracker | None = None  # only with preferences
 
     @property
     def number(self) -> int:
-        """The name of the answer: that of its plain variant."""
+        """The number of its plain variant."""
         return self.variants[0].number
 
     @property
@@ -68,11 +68,11 @@ class Row:
 
     @property
     def reserved(self) -> int:
-        """The tokens that its longest variant may grow to."""
+        """The maximum length of its longest variant, in tokens."""
         return max(variant.prompt_length for variant in self.variants) + self.request.params.max_tokens
 
     def append(self, token: int) -> None:
-        """Add a token to the answer, after a step that encoded the one before."""
+        """Add a token to the answer, after a step that encoded the previous one."""
         for variant in self.variants:
             variant.num_encoded = len(variant.tokens)
             variant.tokens.append(token)
@@ -95,7 +95,7 @@ class Piece:
 
     @property
     def rewarded(self) -> list[int]:
-        """The tokens of the answer that follow those of the piece, where sentences reward them."""
+        """The answer tokens that follow the tokens of the piece, where preferences reward them."""
         if not self.row.request.preferences:
             return []
         first = max(self.start + 1, self.variant.prompt_length)
@@ -105,7 +105,7 @@ class Piece:
 class Scheduler:
     """First come, first served, up to `max_rows` variants at a time, in a cache of `cache_tokens` tokens.
 
-    The cache is rectangular: variants side by side take as many tokens each as the longest of them may grow to.
+    The cache is rectangular: every variant takes as many tokens as the longest one may grow to.
     """
 
     def __init__(self, max_rows: int, cache_tokens: int | None = None):
@@ -130,11 +130,11 @@ class Scheduler:
         return _num_variants(self._waiting)
 
     def has(self, request_id: str) -> bool:
-        """Whether any choice of a request is not finished yet."""
+        """Whether any choice of a request is unfinished."""
         return any(row.request.id == request_id for row in (*self.running, *self._opening, *self._waiting))
 
     def submit(self, request: Request, first: bool = False) -> None:
-        """Queue every choice of a prepared request, `first` before all others."""
+        """Queue every choice of a validated request; with `first` before all others."""
         rows = []
         for index in range(request.params.n):
             with_preferences = [self._variant(request, preference.prompt) for preference in request.preferences]
@@ -147,22 +147,22 @@ class Scheduler:
             self._waiting.extend(rows)
 
     def _variant(self, request: Request, prompt: Sequence[int], number: int | None = None) -> PromptVariant:
-        """Numbers of plain variants count answers, so that guides may share them out; the others get negative ones."""
+        """Plain variants are numbered 0, 1, ..., so that guides can distribute them; the others negatively."""
         if number is None:
             self._num_preference_variants += 1
             number = -self._num_preference_variants
         tokens = [*prompt, *request.answer]
-        # What a sentence says to tokens that are there already is seen only where they are encoded.
+        # The rewards of existing answer tokens are computed where these are encoded: they must not be copied.
         is_rewarded = bool(request.preferences and request.answer)
         return PromptVariant(number, len(prompt), tokens, (len(prompt) if is_rewarded else len(tokens)) - 1)
 
     def admit(self) -> None:
-        """Let waiting rows in while there is room."""
+        """Admit waiting rows while there is room."""
         while self._waiting and self._fits(self._waiting[0]):
             self._opening.append(self._waiting.popleft())
 
     def pieces(self, budget: int) -> list[Piece]:
-        """What to encode next, at most `budget` tokens, first come first served. The caller reports it as `encoded`."""
+        """The pieces to encode next, at most `budget` tokens, first come first served. The caller calls `encoded`."""
         pieces: list[Piece] = []
         for row in self._opening:
             for variant in row.variants:
@@ -184,7 +184,7 @@ class Scheduler:
         return pieces
 
     def encoded(self, pieces: Iterable[Piece]) -> None:
-        """Take note of encoded pieces; rows that are complete run."""
+        """Mark pieces as encoded; complete rows start to run."""
         for piece in pieces:
             piece.variant.num_encoded = piece.end
         ready = [row for row in self._opening if row.is_encoded]
@@ -192,7 +192,7 @@ class Scheduler:
         self._opening = [row for row in self._opening if not row.is_encoded]
 
     def release(self) -> list[Row]:
-        """The rows that finished before the latest admission; nobody can share with them any more."""
+        """The rows that finished before the latest admission; no row can share their tokens any more."""
         released, self._finished = self._finished, []
         return released
 
@@ -204,7 +204,7 @@ class Scheduler:
         self._opening = [row for row in self._opening if row not in gone]
 
     def cancel(self, request_id: str) -> list[Row]:
-        """Drop all rows of a request that are not finished; returns them."""
+        """Drop all unfinished rows of a request; returns them."""
         dropped = [row for row in self._waiting if row.request.id == request_id]
         self._waiting = deque(row for row in self._waiting if row.request.id != request_id)
         admitted = [row for row in (*self.running, *self._opening) if row.request.id == request_id]
@@ -212,7 +212,7 @@ class Scheduler:
         return admitted + dropped
 
     def _resident(self) -> Iterator[Row]:
-        """The rows that have, or may have, keys and values, but for the finished ones."""
+        """The rows that have, or may have, keys and values, except finished ones."""
         yield from self.running
         yield from self._opening
 
@@ -225,7 +225,7 @@ class Scheduler:
         return _num_variants(rows) * max(r.reserved for r in rows) <= self.cache_tokens
 
     def _best_source(self, variant: PromptVariant) -> tuple[PromptVariant | None, int]:
-        """The variant that shares most encoded tokens, as far as they may be shared."""
+        """The variant that shares most encoded tokens, and how many of them may be copied."""
         best, best_shared = None, 0
         for source in _variants((*self._finished, *self._resident())):
             if source.num_encoded is not None:
@@ -236,7 +236,7 @@ class Scheduler:
         return best, best_shared
 
     def _is_worth_waiting(self, variant: PromptVariant, shared: int) -> bool:
-        """Whether a variant before this one is about to encode many more of its tokens."""
+        """Whether an earlier variant is about to encode many more of its tokens."""
         for other in _variants(self._opening):
             if other is variant:
                 return False

@@ -1,11 +1,11 @@
-"""Scorers: which candidates are given to the value models before a token is chosen.
+"""Scorers: which candidates the value models evaluate before a token is chosen.
 
 `full` evaluates all of C, as published. `lazy` evaluates the few that are most likely to win, and then those that can
-still win: who, with all the tilt that the cap allows, reaches the best so far. That gives the token of `full` with the
-same cap, for a fraction of the work. `qhead` asks for all of C as well, of a guide that predicts: a gather, no forward
-pass. Rows of any kind share every call of the guide, two in a step at most.
+still win: the ones that would reach the best so far with the maximum tilt that the cap allows. This chooses the same
+token as `full` with the same cap, for a fraction of the work. `qhead` scores all of C with a guide that predicts: a
+gather, no forward pass. Rows of all kinds share the calls of the guide, at most two per step.
 
-Shapes: B rows, K candidates in evaluation order, N candidates of all rows side by side, M objectives.
+Shapes: B rows, K candidates in evaluation order, N candidates of all rows, concatenated, M objectives.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from mavis_dist.core.tilt import estimate_distribution, tilt
 from mavis_dist.decode.guide import Guide
 
-# Candidates of a row in a step's first call, beside the end-of-answer tokens. A GPU hardly notices a few more.
+# Candidates of a row in a step's first call, besides the end-of-answer tokens. On a GPU a few more cost little.
 FIRST_CHUNK = {"cpu": 3, "cuda": 16}
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """The candidates of all rows in evaluation order, so that an index is also the place among those asked about."""
+    """The candidates of all rows in evaluation order: an index is also the index among the evaluated ones."""
 
     ids_BK: torch.Tensor
     logprobs_BK: torch.Tensor  # -inf where a row has no such candidate
@@ -36,9 +36,9 @@ class Drafts:
 
 @dataclass(frozen=True)
 class Steering:
-    """What steers the rows."""
+    """The steering of all rows."""
 
-    numbers: Sequence[int]  # the guide's names for the rows
+    numbers: Sequence[int]  # of the rows, for the guide
     is_guided_B: torch.Tensor  # the others have no tilt
     is_lazy_B: torch.Tensor
     weights_BM: torch.Tensor
@@ -49,27 +49,27 @@ class Steering:
 
 @dataclass(frozen=True)
 class Scores:
-    """The tilt of all rows, and what it was computed from."""
+    """The tilt of all rows, and the values it was computed from."""
 
     delta_BK: torch.Tensor  # -inf where not evaluated: such a candidate cannot win
     values_BKM: torch.Tensor  # nan where not evaluated
     num_evaluated_B: torch.Tensor
-    is_sound_B: torch.Tensor  # every value asked for was finite
+    is_sound_B: torch.Tensor  # all evaluated values were finite
     divergence_B: torch.Tensor  # KL(pi || pi_ref), nats; estimated where not all candidates were evaluated
     preference_divergence_B: torch.Tensor | None  # the preferences' part of it, where there are any
     logratio_BK: torch.Tensor  # log pi(a) - log pi_ref(a), 0 at T = 0; estimated likewise, and only where evaluated
 
 
 def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
-    """Ask the guide as each row's scorer wants; rows without guidance have no tilt."""
+    """Query the guide according to each row's scorer; rows without guidance have no tilt."""
     search = _Search(drafts, steering)
-    for is_asked_BK in search.questions():
+    for is_queried_BK in search.queries():
         assert guide is not None
-        counts_B = is_asked_BK.sum(-1)
+        counts_B = is_queried_BK.sum(-1)
         rows = counts_B.nonzero()[:, 0].tolist()
         numbers = [steering.numbers[b] for b in rows]
-        values_NM = guide.score(numbers, counts_B[rows].tolist(), drafts.ids_BK[is_asked_BK])
-        search.absorb(is_asked_BK, values_NM)
+        values_NM = guide.score(numbers, counts_B[rows].tolist(), drafts.ids_BK[is_queried_BK])
+        search.absorb(is_queried_BK, values_NM)
     # Without guidance the tilt is known to be 0 for all.
     is_known_BK = search.is_evaluated_BK | ~steering.is_guided_B[:, None]
     distribution = estimate_distribution(
@@ -95,12 +95,12 @@ def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
 
 
 class _Search:
-    """The search for the winners of all rows: what is known of their candidates, and who can still win."""
+    """The search for the winners of all rows: the evaluated candidates, and those that can still win."""
 
     def __init__(self, drafts: Drafts, steering: Steering):
         self._drafts, self._steering = drafts, steering
         is_guided_B1 = steering.is_guided_B[:, None]
-        # Without a cap nothing may be left out, and it is best to ask for everything at once.
+        # Without a cap no candidate can be omitted, and a single call for all is best.
         self._is_lazy_B1 = (steering.is_lazy_B & (steering.cap_B < float("inf")))[:, None]
         self._is_used_B1M = (steering.weights_BM != 0)[:, None]
         self._is_open_BK = (drafts.logprobs_BK > float("-inf")) & is_guided_B1  # not evaluated, and may win
@@ -110,17 +110,17 @@ class _Search:
         self.is_evaluated_BK = torch.zeros_like(self._is_open_BK)
         self.is_sound_B = torch.ones_like(steering.is_guided_B)
 
-    def questions(self) -> Iterator[torch.Tensor]:
-        """The candidates [B, K] to ask for; what is learned in between decides about the second time."""
+    def queries(self) -> Iterator[torch.Tensor]:
+        """The candidates [B, K] to evaluate, in one or two calls; the second depends on the results of the first."""
         if self._is_open_BK.any():
             yield self._first(FIRST_CHUNK.get(self._is_open_BK.device.type, FIRST_CHUNK["cuda"]))
         if self._is_open_BK.any():
             yield self._is_open_BK
 
-    def absorb(self, is_asked_BK: torch.Tensor, values_NM: torch.Tensor) -> None:
-        """Take note of the values of the candidates that were asked for, and rule out who cannot win any more."""
+    def absorb(self, is_queried_BK: torch.Tensor, values_NM: torch.Tensor) -> None:
+        """Store the values of the evaluated candidates, and exclude those that cannot win any more."""
         drafts, steering = self._drafts, self._steering
-        self.values_BKM[is_asked_BK] = values_NM.to(self.values_BKM)
+        self.values_BKM[is_queried_BK] = values_NM.to(self.values_BKM)
         tilt_BK = tilt(
             self.values_BKM,
             steering.baseline_BM,
@@ -129,17 +129,17 @@ class _Search:
             steering.cap_B,
             drafts.is_eos_BK,
         )
-        # The tilt shows a V(s) that is not finite; an infinite V(s∘a) may hide behind the cap.
+        # A V(s) that is not finite shows in the tilt; the cap may hide an infinite V(s∘a).
         is_fine_BK = (self.values_BKM.isfinite() | ~self._is_used_B1M).all(-1) & tilt_BK.isfinite()
-        self.is_sound_B &= (is_fine_BK | ~is_asked_BK).all(-1)
-        self.delta_BK = torch.where(is_asked_BK, tilt_BK, self.delta_BK)
-        self.is_evaluated_BK = self.is_evaluated_BK | is_asked_BK
-        # Equal counts as reached: where scores are equal the smaller token id wins, and it may be theirs.
+        self.is_sound_B &= (is_fine_BK | ~is_queried_BK).all(-1)
+        self.delta_BK = torch.where(is_queried_BK, tilt_BK, self.delta_BK)
+        self.is_evaluated_BK = self.is_evaluated_BK | is_queried_BK
+        # Including equality: among equal scores the smaller token id wins, which may be theirs.
         best_B1 = (drafts.phi_BK + self.delta_BK).amax(-1, keepdim=True)
         can_win_BK = drafts.phi_BK + steering.cap_B[:, None] >= best_B1
         self._is_open_BK = self._is_open_BK & can_win_BK & ~self.is_evaluated_BK & self.is_sound_B[:, None]
 
     def _first(self, size: int) -> torch.Tensor:
-        """End-of-answer tokens, whose tilt has no bound, and the first others; all where the scorer is `full`."""
+        """End-of-answer tokens, whose tilt is unbounded, and the first others; all where the scorer is `full`."""
         others_BK = self._is_open_BK & ~self._drafts.is_eos_BK
         return self._is_open_BK & (self._drafts.is_eos_BK | (others_BK.cumsum(-1) <= size) | ~self._is_lazy_B1)

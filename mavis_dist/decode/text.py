@@ -1,4 +1,4 @@
-"""From tokens to text, piece by piece. Knows nothing of tensors."""
+"""Incremental decoding of tokens to text. No tensors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Tokens in, text out; characters that are spread over tokens come out whole."""
+    """Tokens in, text out; characters that span several tokens are returned whole."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._context = 0  # where decoding starts: some tokenizers treat the first token of a text differently
-        self._emitted = 0  # tokens whose text has been handed out
+        self._emitted = 0  # tokens whose text has been returned
 
     def add(self, ids: Sequence[int], last: bool = False) -> str:
-        """The text that is certain by now; `last` also hands out what will never become a whole character."""
+        """The new text that can no longer change; with `last` also bytes that form no whole character."""
         self._ids.extend(ids)
         before = self._decode(self._ids[self._context : self._emitted])
         text = self._decode(self._ids[self._context :])
@@ -34,9 +34,9 @@ class Detokenizer:
 
 
 class StoppedText:
-    """The text of an answer that ends before the first of some stop strings.
+    """The text of an answer up to the first stop string.
 
-    What may turn out to be the beginning of a stop string is held back until it is certain.
+    Text that may be the beginning of a stop string is held back until that is decided.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
@@ -50,12 +50,12 @@ class StoppedText:
         return len(self._held)
 
     def add(self, ids: Sequence[int], last: bool = False) -> str:
-        """The text that is certain by now; `last` also hands out what was held back."""
+        """The new text that can no longer change; with `last` also the text that was held back."""
         text = self._held + self._detokenizer.add(ids, last)
         if self.is_stopped:
             return ""
         found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
-        if found:  # the one that is complete first, in whatever pieces the text comes
+        if found:  # the one that is completed first, however the text is split into pieces
             self.is_stopped, self._held = True, ""
             return text[: min(found)[1]]
         keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
@@ -64,5 +64,5 @@ class StoppedText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

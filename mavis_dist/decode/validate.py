@@ -1,4 +1,4 @@
-"""Requests are checked before any tensor is made: a refusal names the field, its value and the remedy."""
+"""Validation of requests before any tensor is created: errors name the field, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mavis_dist.decode.preferences import Preference, PreferenceParams
 from mavis_dist.decode.request import Request, RequestError, SamplingParams, Scorer
 from mavis_dist.types import MAX_COUNT
 
-MAX_STRENGTH = 8.0  # of sentences; beyond it answers fall apart
+MAX_STRENGTH = 8.0  # of preferences; beyond it answers become incoherent
 MAX_STEPS = 10_000  # of online optimisation
-# Far beyond use, and safe in any sum and quotient.
+# Far beyond practical values, and safe in any sum and quotient.
 MAX_BETA = 1e6
-SUM_TOLERANCE = 1e-12  # of weights that sum to 1; rounding leaves less
+SUM_TOLERANCE = 1e-12  # of weights that sum to 1; larger than rounding errors
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an engine can serve; none: not known, or without a bound."""
+    """The limits of an engine; None: unknown or unbounded."""
 
     objectives: Collection[str]
     max_context: int
@@ -33,7 +33,7 @@ class Bounds:
 
 
 def validate(request: Request, bounds: Bounds) -> Request:
-    """The request with a seed and with weights that are normalised and not 0; raises RequestError."""
+    """The request with a seed and with normalised weights, without those that are 0; raises RequestError."""
     request = replace(
         request,
         weights=normalise_weights(request.weights, bounds.objectives),
@@ -66,31 +66,31 @@ def normalise_weights(weights: Mapping[str, float], objectives: Collection[str])
 
 
 def normalise_preferences(preferences: tuple[Preference, ...], params: PreferenceParams) -> tuple[Preference, ...]:
-    """The sentences that steer, with weights that sum to 1, or with their strengths where `params` has these.
+    """The preferences whose weights are not 0, with weights that sum to 1, or as given without `params.normalise`.
 
     Raises:
-        RequestError: a sentence is empty, a weight is out of range, or all weights are 0.
+        RequestError: a text is empty, a weight is out of range, or all weights are 0.
     """
     for number, preference in enumerate(preferences):
-        _require(bool(preference.text.strip()), f"preferences.{number}.text", preference.text, "say what is preferred")
+        _require(bool(preference.text.strip()), f"preferences.{number}.text", preference.text, "state the preference")
         field, weight = f"preferences.{number}.weight", preference.weight
         _require(math.isfinite(weight), field, weight, "use a finite number")
         if params.normalise:
             _require(weight >= 0, field, weight, "use a number >= 0, or preference_params.normalise: false")
         elif not abs(weight) * params.strength <= MAX_STRENGTH:
-            limit = f"a strength times c = {params.strength:g} is a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+            limit = f"a strength times c = {params.strength:g} must lie between {-MAX_STRENGTH:g} and {MAX_STRENGTH:g}"
             raise RequestError(field, f"is {weight!r}; {limit}")
     weights = [preference.weight for preference in preferences]
     if weights and not any(weights):
-        raise RequestError("preferences", "all weights are 0; give one of them a weight, or leave them out")
+        raise RequestError("preferences", "all weights are 0; use a weight > 0, or give no preferences")
     shares = _shares(weights) if params.normalise else weights
     weighted = (replace(preference, weight=share) for preference, share in zip(preferences, shares, strict=True))
     return tuple(preference for preference in weighted if preference.weight != 0)
 
 
 def _shares(weights: Sequence[float]) -> list[float]:
-    """Finite weights >= 0, scaled to sum to 1; all 0 if all are 0. Weights that sum to 1 stay as they are, to the last
-    bit: a request may be validated several times on its way.
+    """Finite weights >= 0, scaled to sum to 1; all 0 if all are 0. Weights that already sum to 1 are returned
+    unchanged, to the last bit: a request may be validated several times.
     """
     largest = max(weights, default=0.0) or 1.0
     scaled = [weight / largest for weight in weights]  # their sum is finite
@@ -111,7 +111,7 @@ def _check_sampling(params: SamplingParams) -> None:
         ("top_p", 0 < params.top_p <= 1, "use a number in (0, 1]"),
         ("min_p", 0 <= params.min_p < 1, "use a number in [0, 1)"),
         ("n", params.n >= 1, "use an integer >= 1"),
-        ("stop", all(params.stop), "use texts that are not empty"),
+        ("stop", all(params.stop), "use non-empty texts"),
     ):
         _require(is_fine, name, getattr(params, name), remedy)
 
@@ -125,7 +125,7 @@ def _check_steering(request: Request, bounds: Bounds) -> None:
         (
             "stream",
             request.stream is None or request.params.n == 1,
-            "several answers need noise of their own: use n = 1",
+            "every answer needs its own noise stream: use n = 1",
         ),
     ):
         _require(is_fine, name, getattr(request, name), remedy)
@@ -166,13 +166,14 @@ def _check_tokens(request: Request, bounds: Bounds) -> None:
         if preference.prompt == request.prompt:
             raise RequestError(
                 "preferences",
-                f"{preference.text!r:.60} changes nothing in the prompt: the model's chat template leaves it out; "
-                f"begin with a system or user turn, or use a model whose template takes system texts",
+                f"{preference.text!r:.60} changes nothing in the prompt: the model's chat template drops it; start "
+                f"with a system or user turn, or use a model whose template accepts system texts",
             )
     for name, tokens in texts:
-        unknown = [t for t in tokens if bounds.vocabulary is not None and not 0 <= t < bounds.vocabulary]
-        if unknown:
-            raise RequestError(name, f"has the token {unknown[0]}; the model has {bounds.vocabulary} tokens, from 0 on")
+        if bounds.vocabulary is not None:
+            unknown = next((t for t in tokens if not 0 <= t < bounds.vocabulary), None)
+            if unknown is not None:
+                raise RequestError(name, f"has the token {unknown}; use tokens from 0 to {bounds.vocabulary - 1}")
         if not tokens and name != "answer":
             raise RequestError(name, "is empty; give at least one token")
 
@@ -190,15 +191,15 @@ def _check_room(request: Request, bounds: Bounds) -> None:
         if num_prompt >= bounds.max_context:
             raise RequestError(
                 "preferences",
-                f"make the prompt too long: with {longest.text!r:.60} it has {num_prompt} tokens, and the context of "
-                f"{bounds.max_context} leaves no room for an answer; use shorter sentences",
+                f"with {longest.text!r:.60} the prompt has {num_prompt} tokens; the context of {bounds.max_context} "
+                f"leaves no room for an answer: use shorter preferences",
             )
-    num_written, longest_answer = len(request.answer), bounds.max_context - num_prompt
+    num_given, longest_answer = len(request.answer), bounds.max_context - num_prompt
     _require(
-        num_written < request.params.max_tokens <= longest_answer,
+        num_given < request.params.max_tokens <= longest_answer,
         "max_tokens",
         request.params.max_tokens,
-        f"with a prompt of {num_prompt} tokens use an integer from {num_written + 1} to {longest_answer}",
+        f"with a prompt of {num_prompt} tokens use an integer from {num_given + 1} to {longest_answer}",
     )
     if bounds.max_rows is not None and num_variants > bounds.max_rows:
         raise RequestError(
@@ -220,21 +221,21 @@ def _check_room(request: Request, bounds: Bounds) -> None:
 def _check_draws(request: Request) -> None:
     assert request.draws is not None
     if request.preferences:
-        raise RequestError("preferences", "follow one answer: several draws of a token, as in a beam, have none")
-    num_written = len(request.answer)
+        raise RequestError("preferences", "cannot be combined with several draws of a token, as in a beam search")
+    num_given = len(request.answer)
     for name, is_fine, remedy in (
         ("draws", request.draws >= 1, "use an integer >= 1, or none"),
-        ("draws", request.is_guided, "draws are told apart by value: use a weight > 0 and beta > 0"),
-        # The lazy scorer knows the best candidate, not the second.
+        ("draws", request.is_guided, "draws are ranked by value: use a weight > 0 and beta > 0"),
+        # The lazy scorer finds the best candidate only, not the second.
         ("scorer", request.scorer is Scorer.FULL, "several draws of a token need Scorer.FULL"),
         ("guide_every", request.guide_every == 1, "several draws of a token need 1"),
     ):
         _require(is_fine, name, getattr(request, name), remedy)
     _require(
-        request.params.max_tokens == num_written + 1,
+        request.params.max_tokens == num_given + 1,
         "max_tokens",
         request.params.max_tokens,
-        f"a request with draws writes one token: use {num_written + 1}",
+        f"a request with draws generates one token: use {num_given + 1}",
     )
 
 

@@ -1,1 +1,1 @@
-"""Models: loading them, giving them heads, and keeping their key-value caches. No Ray, no config objects."""
+"""Models: loading, value heads, key-value caches. No Ray, no config objects."""

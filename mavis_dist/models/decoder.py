@@ -1,6 +1,6 @@
-"""Decoders for the slot cache: the portable path for any transformers decoder, and a faster one for Llama's family.
+"""Decoders over the slot cache: one for any transformers decoder, and a faster one for the Llama family.
 
-Shapes: B rows, T tokens of the longest row, N tokens of all rows side by side, R read tokens, H heads, D head size,
+Shapes: B rows, T tokens of the longest row, N tokens of all rows, concatenated, R read tokens, H heads, D head size,
 S visible cells, O outputs of the head, V vocabulary.
 """
 
@@ -22,7 +22,7 @@ from mavis_dist.models.value import ValueModel
 
 
 def base_decoder(model: Any, use_hf_forward: bool = False) -> Decoder:
-    """Logits [R, V] of a causal language model, by the fastest path that its architecture has."""
+    """Logits [R, V] of a causal language model, by the fastest decoder for its architecture."""
     if not use_hf_forward and FusedDecoder.supports(model.base_model):
         return FusedDecoder(model.base_model, linear_head(model.lm_head))
     return HFDecoder(model.base_model, lambda **inputs: model(**inputs).logits)
@@ -36,7 +36,7 @@ def value_decoder(model: ValueModel, use_hf_forward: bool = False) -> Decoder:
 
 
 def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
-    """Outputs [R, O] of a student, which `Student.split` takes apart."""
+    """Outputs [R, O] of a student, to be split by `Student.split`."""
     backbone = student.model.backbone
     if not use_hf_forward and FusedDecoder.supports(backbone):
         return FusedDecoder(backbone, student.read)
@@ -44,14 +44,14 @@ def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
 
 
 class HFDecoder:
-    """Any decoder of transformers, through its own forward pass."""
+    """Any transformers decoder, through its own forward pass."""
 
     def __init__(self, backbone: PreTrainedModel, forward: Callable[..., torch.Tensor]):
         """`forward` has the interface of a Hugging Face decoder and returns head outputs [B, T, O]; `backbone` is the
-        same model without the head, for tokens whose outputs nobody reads.
+        same model without the head, for steps whose outputs are not read.
 
         Raises:
-            ModelError: a model whose layers or positions the slot cache cannot serve.
+            ModelError: the model's layers or positions do not fit the slot cache.
         """
         self._backbone, self._forward, self._layer_types = backbone, forward, _supported_layer_types(backbone)
         self.device = backbone.device
@@ -74,7 +74,7 @@ class HFDecoder:
         return step.unpad(out_BTO)[step.read_R] if is_read else torch.empty(0, 0, device=self.device)
 
     def _masks(self, step: Step) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What tokens see, [B, 1, T, S]; by type of layer where a model has several."""
+        """Attention masks [B, 1, T, S]; by layer type where a model has several."""
         masks = {
             kind: step.mask_BTS if kind == FULL else step.windowed_mask_BTS(self._backbone.config.sliding_window)
             for kind in self._layer_types
@@ -83,7 +83,7 @@ class HFDecoder:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _as_added(self, mask_BTS: torch.Tensor) -> torch.Tensor:
-        """The mask as attention takes it: transformers' eager one adds it to the scores, the others read it."""
+        """The mask as attention expects it: eager attention adds it to the scores, the others take booleans."""
         if self._backbone.config._attn_implementation != "eager":
             return mask_BTS
         dtype = self._backbone.dtype
@@ -95,14 +95,14 @@ def _supported_layer_types(backbone: PreTrainedModel) -> set[str]:
     kinds = layer_types(config)
     if "position_ids" not in signature(backbone.forward).parameters or kinds - {FULL, WINDOWED}:
         raise ModelError(
-            f"a model of type {config.model_type!r} cannot be decoded here: use one whose layers have full or "
-            f"sliding-window attention and whose positions can be given"
+            f"a model of type {config.model_type!r} cannot be decoded here: use one with full or sliding-window "
+            f"attention that accepts position_ids"
         )
     return kinds
 
 
 class _HFCacheLayer(CacheLayerMixin):
-    """A layer of the slot cache, as transformers calls it."""
+    """A layer of the slot cache behind the interface of transformers' caches."""
 
     def __init__(self, layer: KVLayer):
         super().__init__()
@@ -110,7 +110,7 @@ class _HFCacheLayer(CacheLayerMixin):
         self.step: Step | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """The slot cache makes its tensors itself."""
+        """The slot cache allocates its tensors itself."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         assert self.step is not None

@@ -1,6 +1,6 @@
-"""One Hugging Face directory: read it strictly, name the damaged file, and fingerprint what it holds.
+"""One Hugging Face directory: strict reading, errors that name the damaged file, fingerprints of the content.
 
-Knows nothing of where the directory came from.
+Does not depend on where the directory came from.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from mavis_dist.types import UserError
 
-# Written last into a directory that this project built; holds the fingerprint that its content must have.
+# Written last into a directory that this project built; holds the expected fingerprint of its content.
 SEAL = "fingerprint.txt"
 HASH_THREADS = 4
-# Settings that say how a config was saved or is used, not what the model computes.
+# Config keys that do not affect what the model computes.
 VOLATILE_KEYS = frozenset({"transformers_version", "use_cache", "dtype", "torch_dtype"})
 
 
@@ -28,7 +28,7 @@ class ModelError(UserError):
 
 
 def check_directory(directory: Path) -> Path:
-    """Returns `directory` if its config is readable and every weight file is whole; raises ModelError."""
+    """Returns `directory` if its config is readable and every weight file is intact; raises ModelError."""
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         if name == "config.json" or (directory / name).exists():
             _read_json(directory / name)
@@ -38,7 +38,7 @@ def check_directory(directory: Path) -> Path:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, as its index lists them; raises ModelError if one is absent."""
+    """The safetensors files of a model, as its index lists them; raises ModelError if one is missing."""
     index = directory / "model.safetensors.index.json"
     names = set(_read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
     files = [directory / name for name in sorted(names)]
@@ -51,8 +51,8 @@ def weight_files(directory: Path) -> list[Path]:
 def read_model(auto: Any, directory: Path, dtype: str = "float32", optional: tuple[str, ...] = ()) -> Any:
     """The model of an Auto class, in eval mode and without gradients.
 
-    Weights that the class needs and the files lack are an error, because transformers would draw them at random;
-    only those that start with one of `optional` may be absent. Raises ModelError.
+    Missing weights are an error, because transformers would initialise them at random; only those whose names start
+    with one of `optional` may be missing. Raises ModelError.
     """
     check_directory(directory)
     with _loading(directory), quiet():
@@ -63,7 +63,7 @@ def read_model(auto: Any, directory: Path, dtype: str = "float32", optional: tup
     if missing:
         raise ModelError(
             f"model directory {str(directory)!r} lacks the weights {', '.join(missing[:3])} that "
-            f"{type(model).__name__} needs: choose a model that was saved as one"
+            f"{type(model).__name__} needs: choose a model of that class"
         )
     return model.eval().requires_grad_(False)
 
@@ -80,7 +80,7 @@ def read_tokenizer(directory: Path) -> Any:
 def fingerprint_model(directory: Path) -> str:
     """SHA-256 (hex) of the architecture and of every tensor's name, type, shape and content.
 
-    Does not depend on the path, on the sharding or on metadata of the files. Raises ModelError.
+    Independent of the path, the sharding and the files' metadata. Raises ModelError.
     """
     check_directory(directory)
     config = _read_json(directory / "config.json")
@@ -96,21 +96,21 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     if backend is None:
         rules: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
     else:
-        # Calls with padding or truncation leave these two behind in the backend.
+        # Calls with padding or truncation change these two in the backend.
         rules = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     rules["special"] = [str(tokenizer.bos_token), str(tokenizer.eos_token)]
     return _sha256(json.dumps(rules, sort_keys=True))
 
 
 def check_seal(directory: Path, fingerprint: str) -> None:
-    """Raises ModelError if this project built the directory with another content."""
+    """Raises ModelError if this project built the directory and its content has changed since."""
     seal = directory / SEAL
     if seal.exists() and seal.read_text() != fingerprint:
-        raise damaged(directory, "its content is not what was written")
+        raise damaged(directory, "its content has changed since it was written")
 
 
 def damaged(path: Path, reason: object) -> ModelError:
-    """The error for a file or directory that holds something unreadable, with the remedy that fits its origin."""
+    """The error for an unreadable file or directory, with the remedy that fits its origin."""
     folder = path if path.is_dir() else path.parent
     prepared = (folder / SEAL).exists()
     remedy = f"remove the folder {str(folder)!r} to have it prepared again" if prepared else "put an intact copy there"
@@ -125,7 +125,7 @@ def one_line(reason: object, limit: int = 200) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the bars and warnings of transformers: every worker would print them, and what matters is raised."""
+    """Silences the progress bars and warnings of transformers, which every worker would print; errors are raised."""
     from transformers.utils import logging
 
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -143,13 +143,13 @@ def quiet() -> Iterator[None]:
 def _loading(directory: Path) -> Iterator[None]:
     try:
         yield
-    # Parsers of weights, configs and tokenizers raise whatever the bytes lead them to, bare Exception included.
+    # Parsers of weights, configs and tokenizers raise any exception on damaged bytes, bare Exception included.
     except Exception as error:
         if (directory / SEAL).exists():
             raise damaged(directory, error) from error
         raise ModelError(
             f"model directory {str(directory)!r} cannot be loaded ({one_line(error)}): "
-            f"give a complete model of a type that transformers knows"
+            f"give a complete model of a type that transformers supports"
         ) from error
 
 
@@ -161,7 +161,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise damaged(file, error) from None
     if not isinstance(content, dict):
-        raise damaged(file, "it holds no JSON object")
+        raise damaged(file, "it does not contain a JSON object")
     return content
 
 

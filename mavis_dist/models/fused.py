@@ -1,10 +1,10 @@
-"""A faster forward pass for Llama's family: fewer, larger operations over tokens side by side.
+"""A faster forward pass for the Llama family: fewer, larger operations over the concatenated tokens of all rows.
 
-Differs from the model's own forward pass in speed alone: q, k and v are one product, gate and up are one, rows of
-different numbers of tokens need no padding outside attention, queries of one key head share a row of attention instead
-of repeating keys and values, and only tokens that are read meet the head.
+Differs from the model's own forward pass in speed only: q, k and v are one product, gate and up are one, rows of
+different lengths need no padding outside attention, queries of one key head are grouped instead of repeating keys and
+values, and the head is computed only for tokens that are read.
 
-Shapes: N tokens of all rows side by side, R read tokens, C channels, H heads, K key-value heads, G = H / K, D head
+Shapes: N tokens of all rows, concatenated, R read tokens, C channels, H heads, K key-value heads, G = H / K, D head
 size, B rows, T tokens of the longest row, S visible cells, O outputs of the head.
 """
 
@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 
 from mavis_dist.models.kv import KVLayer, Step
 
-_PACKED_FOR_ROWS = 64  # a hint to the kernel; any number of rows may come
+_PACKED_FOR_ROWS = 64  # a hint to the kernel; any number of rows works
 FAMILY = ("llama", "mistral", "qwen2")
-FULL, WINDOWED = "full_attention", "sliding_attention"  # types of layers, in the words of transformers
+FULL, WINDOWED = "full_attention", "sliding_attention"  # layer types as transformers names them
 
 
 def layer_types(config: Any) -> set[str]:
-    """What kinds of attention a model has; where it does not say, one window means that all layers have it."""
+    """The kinds of attention of a model; without `layer_types` in the config, a window applies to all layers."""
     return set(getattr(config, "layer_types", None) or [WINDOWED if getattr(config, "sliding_window", None) else FULL])
 
 
@@ -50,7 +50,7 @@ class FusedDecoder:
 
     @staticmethod
     def supports(backbone: PreTrainedModel) -> bool:
-        """Whether a model is of the family, without what this forward pass leaves out."""
+        """Whether a model is of the family and uses only features that this forward pass implements."""
         config = backbone.config
         return config.model_type in FAMILY and config.hidden_act == "silu" and layer_types(config) == {FULL}
 
@@ -64,12 +64,12 @@ class FusedDecoder:
         return self._head(self._norm(x_NC[step.read_R]))
 
 
-# What the decoders of one model have in common, by the module that it was made of.
+# Objects that the decoders of one model share, by the module they were made from.
 _SHARED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def _shared(module: nn.Module, make: Callable[[], Any]) -> Any:
-    """Make it once for a module: weights in another order take memory."""
+    """Make it once per module: rearranged weights take memory."""
     if module not in _SHARED:
         _SHARED[module] = make()
     return _SHARED[module]
@@ -147,10 +147,10 @@ class _Norm:
 
 
 class Linear:
-    """One linear map made of several of the same input.
+    """Several linear maps of the same input as one.
 
-    In bfloat16 on a CPU its weight is held once more, in the order that the matrix kernel reads it: oneDNN would
-    reorder it on every call. Elsewhere the parts become views of the whole, so that no memory is held twice.
+    In bfloat16 on a CPU a second copy of the weight is kept in the kernel's own layout: otherwise oneDNN would reorder
+    it on every call. Elsewhere the parts become views of the whole, which takes no extra memory.
     """
 
     def __init__(self, *parts: nn.Linear):

@@ -1,10 +1,10 @@
-"""Rows of different lengths in one batch: opened, forked, extended, branched and closed at will.
+"""Rows of different lengths in one batch, which can be opened, forked, extended, branched and closed at any time.
 
-`SlotModel` keeps the books: which row sits in which slot of the key-value cache, and how far it has come. A `Decoder`
-does the arithmetic behind one narrow call. The rows in use always fill the first slots, so that a step over all of
-them reads views and copies nothing.
+`SlotModel` tracks which row occupies which slot of the key-value cache, and its length. A `Decoder` does the arithmetic
+in one call, `step`. The rows in use always occupy the first slots, so that a step over all of them uses views without
+copying.
 
-Shapes: B rows, N tokens of all rows side by side, T tokens of the longest row, S visible cells, R tokens whose outputs
+Shapes: B rows, N tokens of all rows, concatenated, T tokens of the longest row, S visible cells, R tokens whose outputs
 are read, O outputs of the model's head.
 """
 
@@ -23,10 +23,10 @@ SLOTS_PER_GROWTH, CELLS_PER_GROWTH = 8, 64
 
 @dataclass(frozen=True)
 class Step:
-    """The tokens of one forward pass, those of a row side by side, rows in the order of their slots.
+    """The tokens of one forward pass, grouped by row, rows in the order of their slots.
 
-    A token at position p sees the first p cells of its slot and its own cell. That is causal attention when tokens are
-    appended (cell = position), and it keeps alternatives from seeing each other (one position, a cell each).
+    A token at position p attends to the first p cells of its slot and to its own cell. That is causal attention when
+    tokens are appended (cell = position), and isolates alternatives from each other (same position, a cell each).
     """
 
     slots: Sequence[int]  # of each row, ascending
@@ -34,7 +34,7 @@ class Step:
     tokens_N: torch.Tensor
     positions_N: torch.Tensor
     cells_N: torch.Tensor
-    read_R: torch.Tensor  # which of the N tokens' outputs are asked for
+    read_R: torch.Tensor  # indices of the tokens whose outputs are read
     num_visible: int
     num_cells: int  # of a slot
 
@@ -50,38 +50,38 @@ class Step:
 
     @cached_property
     def column_N(self) -> torch.Tensor:
-        """The place of each token among those of its row."""
+        """The index of each token within its row."""
         counts_B = torch.tensor(self.counts, device=self.tokens_N.device)
         starts_B = counts_B.cumsum(0) - counts_B
         return torch.arange(len(self.tokens_N), device=counts_B.device) - starts_B[self.row_N]
 
     @cached_property
     def place_N(self) -> torch.Tensor:
-        """The cell of each token, counted over all slots."""
+        """The cell of each token, numbered over all slots."""
         slot_N = torch.tensor(self.slots, device=self.tokens_N.device)[self.row_N]
         return slot_N * self.num_cells + self.cells_N
 
     @cached_property
     def slot_index(self) -> slice | torch.Tensor:
-        """Selects the rows' slots: a view where they are side by side."""
+        """Selects the rows' slots: a view where they are contiguous."""
         if self.slots[-1] - self.slots[0] + 1 == len(self.slots):
             return slice(self.slots[0], self.slots[-1] + 1)
         return torch.tensor(self.slots, device=self.tokens_N.device)
 
     @cached_property
     def mask_BTS(self) -> torch.Tensor:
-        """Which cells each token sees; padding sees the first."""
+        """The cells that each token attends to; padding attends to the first."""
         cell_S = torch.arange(self.num_visible, device=self.tokens_N.device)
         positions_BT, cells_BT = self.pad(self.positions_N), self.pad(self.cells_N)
         return (cell_S < positions_BT[:, :, None]) | (cell_S == cells_BT[:, :, None])
 
     def windowed_mask_BTS(self, window: int) -> torch.Tensor:
-        """Which cells each token sees where it sees the last `window` tokens only, itself included."""
+        """The cells that each token attends to among the last `window` tokens, itself included."""
         cell_S = torch.arange(self.num_visible, device=self.tokens_N.device)
         return self.mask_BTS & (cell_S > self.pad(self.positions_N)[:, :, None] - window)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, ...] -> [B, T, ...] with zeros behind the shorter rows."""
+        """[N, ...] -> [B, T, ...], shorter rows padded with zeros at the end."""
         shape = (len(self.counts), max(self.counts), *x.shape[1:])
         if self.is_rectangular:
             return x.reshape(shape)
@@ -95,7 +95,7 @@ class Step:
 
 
 class KVLayer:
-    """Keys and values of one layer: [slots, cells, heads, head size], made when the first ones arrive."""
+    """Keys and values of one layer: [slots, cells, heads, head size], allocated at the first write."""
 
     def __init__(self) -> None:
         self._num_slots, self._num_cells = 0, 0
@@ -103,7 +103,7 @@ class KVLayer:
         self._values: torch.Tensor | None = None
 
     def write(self, step: Step, keys_NHD: torch.Tensor, values_NHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the step's keys and values; returns all that its rows can see, [B, H, S, D] each."""
+        """Store the step's keys and values; returns all visible ones of its rows, [B, H, S, D] each."""
         if self._keys is None or self._values is None:
             self._keys, self._values = self._empty(keys_NHD), self._empty(values_NHD)
         seen = []
@@ -118,11 +118,11 @@ class KVLayer:
             self._keys, self._values = self._grown(self._keys), self._grown(self._values)
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._keys = self._values = None
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Give a slot the first cells of another, and nothing else: a masked cell that is nan still spoils the sums."""
+        """Copy the first cells of a slot to another and zero the rest: masked cells that are nan still spoil sums."""
         for store in (self._keys, self._values):
             if store is not None:
                 store[target, :length] = store[source, :length]
@@ -143,10 +143,10 @@ class KVLayer:
 
 
 class Decoder(Protocol):
-    """A model with its keys and values, by slots: all that one process, or a group in lockstep, has to do.
+    """A model with its keys and values by slots: the part that one process, or a group in lockstep, computes.
 
-    `step` computes the outputs [R, O] of the tokens that are read, in the order of `step.read_R`, and keeps the keys
-    and values of all.
+    `step` returns the outputs [R, O] of the tokens that are read, in the order of `step.read_R`, and stores the keys
+    and values of all tokens.
     """
 
     layers: list[KVLayer]
@@ -156,7 +156,7 @@ class Decoder(Protocol):
 
 
 class SlotModel:
-    """A decoder with its rows. Row names are the caller's; a row's tokens are the caller's to remember."""
+    """A decoder with its rows. The caller numbers the rows and keeps their tokens."""
 
     def __init__(self, decoder: Decoder):
         self._decoder, self._device = decoder, decoder.device
@@ -164,7 +164,7 @@ class SlotModel:
         self._slot_of: dict[int, int] = {}
         self._rows: list[int] = []  # slot -> row
         self._lengths: list[int] = []  # slot -> tokens in the cache
-        self._branched: list[int] = []  # slot -> alternatives in the cells behind them
+        self._branched: list[int] = []  # slot -> alternatives in the cells after those
 
     def __contains__(self, row: int) -> bool:
         return row in self._slot_of
@@ -180,7 +180,7 @@ class SlotModel:
 
     @torch.inference_mode()
     def open(self, row: int, source: int | None = None, shared: int = 0) -> int:
-        """Start a row, with the first `shared` tokens of another row; returns how many it really has."""
+        """Start a row with the first `shared` tokens of another row; returns how many were available."""
         assert row not in self._slot_of
         slot = len(self._rows)
         if slot == self._num_slots:
@@ -215,8 +215,8 @@ class SlotModel:
     def extend(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], num_read: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Append tokens to rows; the head's outputs [R, O] at the last `num_read[b]` new tokens of each row, those of a
-        row side by side. None: at the last one.
+        """Append tokens to rows; the head's outputs [R, O] at the last `num_read[b]` new tokens of each row, grouped by
+        row. None: at the last one.
         """
         counts = [len(t) for t in tokens]
         flat = [token for row_tokens in tokens for token in row_tokens]
@@ -234,10 +234,10 @@ class SlotModel:
 
     @torch.inference_mode()
     def branch(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
-        """The head's outputs [N, O] for alternative next tokens, `counts[b]` of row b, those of a row side by side.
+        """The head's outputs [N, O] for alternative next tokens, `counts[b]` of row b, grouped by row.
 
-        An alternative sees its row and itself only. Those of several calls add up until one is kept or the row is
-        extended.
+        An alternative attends only to its row and itself. Alternatives of several calls accumulate until one is kept or
+        the row is extended.
         """
         slots = [self._slot_of[row] for row in rows]
         counts_B = torch.tensor(counts, device=self._device)
@@ -254,7 +254,7 @@ class SlotModel:
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
-        """Append one alternative, counted over all branches since the row's last token, with its keys and values."""
+        """Append one alternative with its keys and values; they are numbered over all calls since the last token."""
         slots = [self._slot_of[row] for row in rows]
         slots_B = torch.tensor(slots, device=self._device)
         lengths_B = torch.tensor([self._lengths[slot] for slot in slots], device=self._device)
@@ -277,7 +277,7 @@ class SlotModel:
         cells_N: torch.Tensor,
         read_R: torch.Tensor,
     ) -> torch.Tensor:
-        """One forward pass, with the rows brought into the order of their slots."""
+        """One forward pass, with the rows sorted by slot."""
         slots = [self._slot_of[row] for row in rows]
         if any(first > second for first, second in pairwise(slots)):
             order = sorted(range(len(rows)), key=slots.__getitem__)
@@ -299,7 +299,7 @@ class SlotModel:
             layer.resize(num_slots, num_cells)
 
     def _clear(self) -> None:
-        """Give the memory back: one long row would keep it for ever."""
+        """Free the memory: one long row would hold it for ever."""
         self._num_slots, self._num_cells = 0, 0
         for layer in self._decoder.layers:
             layer.clear()

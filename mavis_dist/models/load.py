@@ -1,7 +1,4 @@
-"""A name -> base model and tokenizer, ready for the decoder.
-
-Knows nothing of Ray or of config objects.
-"""
+"""Loads a base model and its tokenizer by name. No Ray, no config objects."""
 
 from __future__ import annotations
 
@@ -37,8 +34,8 @@ __all__ = [
     "load_tokenizer",
 ]
 
-# For tokenizers without a chat template: begin-of-text if there is one, the system text, then labelled turns,
-# paragraphs apart.
+# For tokenizers without a chat template: begin-of-text if there is one, the system text, then labelled turns, separated
+# by blank lines.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}User: {% elif message['role'] == 'assistant' %}Assistant: {% endif %}"
@@ -94,14 +91,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], system: str) -> list[int]:
-    """Token ids of a conversation, up to where the assistant's answer starts.
+    """Token ids of a conversation, up to the start of the assistant's answer.
 
     Messages have `role` and `content`. Without a system message, `system` becomes one, so that a chat template's
-    silent default never shows. Where a template refuses system messages, their text opens the first user message. A
-    tokenizer without a chat template uses PLAIN_TEMPLATE.
+    default is never used. If a template rejects system messages, their text is put before the first user message.
+    Tokenizers without a chat template use PLAIN_TEMPLATE.
 
     Raises:
-        ModelError: if the template refuses the conversation.
+        ModelError: if the template rejects the conversation.
     """
     turns = [dict(message) for message in messages]
     if all(turn["role"] != "system" for turn in turns):
@@ -109,12 +106,12 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
     try:
         return _render(tokenizer, turns)
     except jinja2.TemplateError as error:
-        refusal = one_line(error)
+        rejection = one_line(error)
     try:
         return _render(tokenizer, _without_system(turns))
     except jinja2.TemplateError:
         raise ModelError(
-            f"the model's chat template refuses the messages ({refusal}): change their roles or order"
+            f"the model's chat template rejects the messages ({rejection}): change their roles or order"
         ) from None
 
 
@@ -136,10 +133,10 @@ def move(model: Any, device: str) -> PreTrainedModel:
     """The model on a torch device; raises ModelError."""
     try:
         return model.to(torch.device(device))
-    # torch asserts that it was built for the device, and raises RuntimeError for the rest.
+    # AssertionError: torch was not built for the device.
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"device {device!r} cannot hold the model ({one_line(error)}): choose cpu or a device that torch sees"
+            f"device {device!r} cannot hold the model ({one_line(error)}): choose cpu or a device that torch lists"
         ) from error
 
 
@@ -147,7 +144,7 @@ def _eos_ids(model: PreTrainedModel, name: str) -> tuple[int, ...]:
     config = model.generation_config
     ids = None if config is None else config.eos_token_id
     if ids is None:
-        raise ModelError(f"model {name!r} names no eos_token_id: add the key to its generation_config.json")
+        raise ModelError(f"model {name!r} has no eos_token_id: add the key to its generation_config.json")
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
@@ -155,9 +152,9 @@ def _max_context(model: PreTrainedModel, name: str) -> int:
     config: Any = model.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     if not length:
-        raise ModelError(f"model {name!r} states no max_position_embeddings: add the key to its config.json")
+        raise ModelError(f"model {name!r} has no max_position_embeddings: add the key to its config.json")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):
-        # Beyond this length positions turn by what is longest in the batch: answers would depend on their neighbours.
+        # Beyond it rotations depend on the longest row of the batch: answers would depend on their neighbours.
         length = min(length, rope.get("original_max_position_embeddings") or length)
     return int(length)

@@ -3,7 +3,7 @@
     delta_m(s, a)  =  q_m(h(s)) · e(a),     q_m(h) = A_m g(h),     e(a) = E g'(token embedding of a)
 
 h(s) is the trunk's hidden state; g, g' (layers with GELU) and E are shared by all objectives. One forward pass of the
-trunk over s thus serves every candidate of every objective, where a value model needs one over s∘a for each.
+trunk over s thus serves every candidate of every objective; a value model needs one over s∘a per candidate.
 
 Sources: per-token predictions from the state alone, as in VAS (arXiv 2405.06639), GenARM (2410.08193) and Q#
 (2502.20548); the low-rank form over shared token factors is this project's.
@@ -28,23 +28,23 @@ QHEAD_FILE = "qhead.safetensors"
 
 
 class QHead(nn.Module):
-    """delta_m(s, a) of low rank, in standard deviations of the rewards. Says 0 until it is trained."""
+    """delta_m(s, a) of low rank, in standard deviations of the rewards; initially 0."""
 
     def __init__(self, width: int, num_objectives: int, rank: int):
         super().__init__()
         self.state = nn.Linear(width, width)
         self.token = nn.Linear(width, width)
         self.factors = nn.Linear(width, rank)
-        # One map per objective: another objective leaves the arithmetic of the others as it is.
-        self.queries = nn.ModuleList([_silent(width, rank) for _ in range(num_objectives)])
+        # One map per objective: adding an objective does not change the arithmetic of the others.
+        self.queries = nn.ModuleList([_zero_linear(width, rank) for _ in range(num_objectives)])
 
     @property
     def rank(self) -> int:
         return self.factors.out_features
 
     def add_objective(self) -> None:
-        """One more objective, predicted as 0."""
-        self.queries.append(_silent(self.factors.in_features, self.rank))
+        """Add an objective, predicted as 0."""
+        self.queries.append(_zero_linear(self.factors.in_features, self.rank))
 
     def query(self, hidden_XH: torch.Tensor) -> torch.Tensor:
         """q_m(h(s)) of all objectives, [X, M, R]."""
@@ -56,7 +56,7 @@ class QHead(nn.Module):
         return self.factors(F.gelu(self.token(_normal(embedding_NH))))
 
 
-def _silent(width: int, rank: int) -> nn.Linear:
+def _zero_linear(width: int, rank: int) -> nn.Linear:
     linear = nn.Linear(width, rank)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -68,7 +68,7 @@ def _normal(x_XH: torch.Tensor) -> torch.Tensor:
 
 
 class Student(nn.Module):
-    """A value model and its head for next tokens, as one model whose outputs hold V_m(s) and q_m(s) side by side."""
+    """A value model and its QHead as one model, whose outputs are V_m(s) and q_m(s), concatenated."""
 
     def __init__(self, model: ValueModel, qhead: QHead):
         super().__init__()
@@ -84,7 +84,7 @@ class Student(nn.Module):
         return self.model.heads.weight.device
 
     def add_objective(self) -> None:
-        """One more objective, valued and predicted as 0; the others stay as they are."""
+        """Add an objective, valued and predicted as 0; the others do not change."""
         self.model.add_objective()
         self.qhead.add_objective()
 
@@ -103,7 +103,7 @@ class Student(nn.Module):
         return values_XM, queries_XMR.unflatten(-1, (self.num_objectives, self.qhead.rank))
 
     def token_factors(self, tokens_N: torch.Tensor) -> torch.Tensor:
-        """e(a) [N, R]; computed for the whole vocabulary once, since training is over when this is asked."""
+        """e(a) [N, R]; computed once for the whole vocabulary, so training must be finished."""
         if self._factors_VR is None:
             embeddings: Any = self.model.backbone.get_input_embeddings()
             self._factors_VR = self.qhead.factor(embeddings.weight)
@@ -112,7 +112,7 @@ class Student(nn.Module):
 
 def predicted(queries_NMR: torch.Tensor, factors_NR: torch.Tensor) -> torch.Tensor:
     """delta_m(s, a) [N, M] of candidates, each with its state's queries."""
-    # A sum of products, not a matrix product: the result for one candidate does not depend on how many there are.
+    # A sum of products, not a matrix product: a candidate's result does not depend on the number of candidates.
     return (queries_NMR * factors_NR[:, None]).sum(-1)
 
 
@@ -122,15 +122,15 @@ def deltas(qhead: QHead, state_CH: torch.Tensor, embedding_CH: torch.Tensor) -> 
 
 
 def save(qhead: QHead, folder: Path) -> None:
-    """Write the head beside its value model. The caller makes the folder appear whole."""
+    """Write the head into the folder of its value model. The caller makes the folder appear whole."""
     save_file({k: v.detach().contiguous().cpu() for k, v in qhead.state_dict().items()}, folder / QHEAD_FILE)
 
 
 def load(folder: Path, model: ValueModel) -> Student:
-    """The student of a distilled value model that was loaded from the same folder, ready to be asked.
+    """The student of a distilled value model that was loaded from the same folder, ready for use.
 
     Raises:
-        ValueModelError: if the file or a tensor is missing, damaged, or of another model.
+        ValueModelError: the file or a tensor is missing, damaged, or belongs to another model.
     """
     width, num_objectives = model.heads.in_features, model.heads.out_features
     try:

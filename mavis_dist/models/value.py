@@ -1,14 +1,12 @@
 """The value model: a decoder with the base model's tokenizer and one linear head per objective.
 
 On disk a value model is a folder: config.json (the backbone), model.safetensors (backbone and heads) and mavis.json
-(what it is a model of). Loading is strict: a missing head is an error, never a fresh one.
+(its card). Loading is strict: a missing head is an error and is never initialised.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import logging
 
+from mavis_dist.models.directory import quiet
 from mavis_dist.types import R2_KEY, RewardScale, UserError
 
 CARD_FILE = "mavis.json"
@@ -32,26 +30,26 @@ class ValueModelError(UserError):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A value model that another one learnt an objective from."""
+    """A value model that an objective of another one was distilled from."""
 
     objective: str
     iteration: int
-    fingerprint: str  # of its weights: a model that was trained again is another one
+    fingerprint: str  # of its weights: a retrained model counts as another one
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a value model is a model of; stored beside its weights."""
+    """What a value model was trained on and for; stored beside its weights."""
 
     objectives: tuple[str, ...]
     scales: tuple[RewardScale, ...]
     rewards: tuple[dict[str, Any], ...]  # the objectives' config
     iteration: int
-    parent: str | None  # where the training started: None (the base model) or the value model before
+    parent: str | None  # where the training started: None (the base model) or the previous value model
     base_fingerprint: str
     tokenizer_fingerprint: str
     max_tokens: int  # longest answer of the training trees (T_max)
-    beta: float  # strength of the policies that wrote the training trees
+    beta: float  # strength of the policies that generated the training trees
     r2: float | None  # on validation trees, the mean over objectives; None without any
     teachers: tuple[Teacher, ...] = ()  # by objective, where the model was distilled from others
 
@@ -71,12 +69,12 @@ class Card:
 
 
 class ValueModel(nn.Module):
-    """V_m(s) for every token of a batch, in standard deviations of the objectives' rewards."""
+    """V_m(s) at every token of a batch, in standard deviations of the objectives' rewards."""
 
     def __init__(self, backbone: PreTrainedModel, num_objectives: int):
         super().__init__()
         self.backbone = backbone
-        # Single precision: a value is a small difference, and it is multiplied by beta.
+        # Single precision: differences of values are small and are multiplied by beta.
         self.heads = Heads(backbone.config.hidden_size, num_objectives, dtype=torch.float32)
 
     def forward(self, **inputs: Any) -> torch.Tensor:
@@ -85,7 +83,7 @@ class ValueModel(nn.Module):
         return self.heads(hidden_BTH.float())
 
     def add_objective(self) -> None:
-        """One more head, which says 0; the others stay as they are."""
+        """Add a head, initially 0; the others do not change."""
         old = self.heads
         self.heads = Heads(old.in_features, old.out_features + 1, dtype=torch.float32, device=old.weight.device)
         with torch.no_grad():
@@ -98,44 +96,34 @@ class ValueModel(nn.Module):
 
 
 class Heads(nn.Linear):
-    """One linear head per objective; they say 0 until they are trained."""
+    """One linear head per objective, initially 0."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden_XH: torch.Tensor) -> torch.Tensor:
-        """Values [X, M]. A head at a time: matrix kernels round differently for other numbers of columns, and another
-        objective must not change the values of those there were.
+        """Values [X, M], one head at a time: the rounding of matrix kernels depends on the number of columns, and a new
+        objective must not change the values of the others.
         """
         parts = zip(self.weight.split(1), self.bias.split(1), strict=True)
         return torch.cat([F.linear(hidden_XH, weight, bias) for weight, bias in parts], -1)
 
 
 def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> ValueModel:
-    """The first `layers` layers of the decoder in `folder` (all of them if None), with heads that say 0."""
+    """The first `layers` layers of the decoder in `folder` (None: all), with zero heads."""
     config = AutoConfig.from_pretrained(folder)
     available = config.num_hidden_layers
     if layers is not None and layers > available:
         raise ValueModelError(f"value.layers is {layers} but {folder} has {available} layers: use at most {available}")
     truncate(config, layers or available)
-    with _without_load_report():  # the layers left out are no news
+    with quiet():  # transformers would report the omitted layers
         backbone = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
     return ValueModel(backbone, num_objectives)
 
 
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
 def truncate(config: Any, layers: int) -> None:
-    """Make a model configuration describe the first `layers` layers."""
+    """Cut a model configuration to the first `layers` layers."""
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -174,7 +162,7 @@ def parse_card(content: bytes, file: str) -> Card:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[ValueModel, Card]:
-    """A value model ready to be asked; raises ValueModelError if any file or tensor is missing or damaged."""
+    """A value model ready for use; raises ValueModelError if any file or tensor is missing or damaged."""
     card = load_card(folder)
     try:
         config = AutoConfig.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""From an objective's settings to a reward whose scores are checked."""
+"""Builds the reward of an objective's settings, with checked scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mavis_dist.sections import Objective
 
 
 class Checked:
-    """A reward whose every result is known to be as many finite floats as there are answers."""
+    """Checks that a reward returns one finite float per answer."""
 
     def __init__(self, inner: Reward, kind: str) -> None:
         self.inner, self.kind = inner, kind
@@ -50,7 +50,7 @@ class Checked:
 def build(objective: Objective, device: str = "cpu") -> Reward:
     """The reward that an objective's settings describe; `device` is where its model runs, if it has one.
 
-    Its scores are checked: a wrong number of them or one that is not finite raises RewardError.
+    A wrong number of scores, or one that is not finite, raises RewardError.
 
     Raises:
         RewardError or ModelError: naming the setting or file and the remedy.

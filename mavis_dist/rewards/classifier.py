@@ -12,7 +12,7 @@ from mavis_dist.rewards.protocol import RewardError
 class Classifier:
     """One output of a sequence classifier on the filled-in template, as logit or as softmax probability.
 
-    A text that is too long loses its start, so that the end of the answer is judged.
+    Texts that are too long are truncated at the start, so that the end of the answer is scored.
     """
 
     def __init__(
@@ -37,17 +37,17 @@ class Classifier:
         self.label = _label_index(label, self.model.config, model)
         if output == "probability" and self.model.config.num_labels == 1:
             raise RewardError(
-                f"classifier {model!r} has one output, whose softmax probability is always 1: set output to logit"
+                f"classifier {model!r} has one output, and its softmax probability is always 1: set output to logit"
             )
         self.batch_size = batch_size if _agree_on_padding(self.tokenizer, self.model.config) else 1
-        # A causal model can judge an empty text only from a token that stands for it.
+        # A causal model can score an empty text only through a token in its place.
         self.nothing = self.tokenizer.bos_token or self.tokenizer.eos_token or ""
         self.max_tokens = _max_tokens(self.tokenizer, self.model.config)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         pairs = zip(prompts, answers, strict=True)
         texts = [fill(self.template, prompt, answer) or self.nothing for prompt, answer in pairs]
-        # Texts of similar length pad little.
+        # Batches of texts of similar length need little padding.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         scores = [0.0] * len(texts)
         for start in range(0, len(order), self.batch_size):
@@ -69,7 +69,7 @@ class Classifier:
 
 
 def fill(template: str, prompt: str, answer: str) -> str:
-    """The template with {prompt} and {answer} filled in; braces within the two texts stay as they are."""
+    """The template with {prompt} and {answer} filled in; braces within the two texts are kept."""
     texts = {"{prompt}": prompt, "{answer}": answer}
     return re.sub(r"\{prompt\}|\{answer\}", lambda found: texts[found[0]], template)
 
@@ -85,10 +85,10 @@ def _label_index(label: int | str, config: Any, model: str) -> int:
 
 
 def _agree_on_padding(tokenizer: Any, config: Any) -> bool:
-    """Makes tokenizer and model pad with the same token, on the right, and cut on the left.
+    """Makes tokenizer and model pad with the same token, on the right, and truncate on the left.
 
-    Returns False if neither knows a padding token. Texts are then scored one by one: a stand-in such as the
-    end-of-text token would hide the true end of a text that has it, which is where causal models read their score.
+    Returns False if neither has a padding token. Texts are then scored one by one: with the end-of-text token as
+    padding, causal models could not find the true end of a text that contains it, where they read their score.
     """
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     if tokenizer.pad_token_id is None and config.pad_token_id is not None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Relevance:
     """Cosine of the mean-pooled embeddings of prompt and answer, -1 to 1; Reimers and Gurevych, arXiv 1908.10084.
 
-    An empty answer or prompt scores 0. Text beyond the embedder's length is cut off.
+    An empty answer or prompt scores 0. Text beyond the embedder's maximum length is truncated.
     """
 
     def __init__(self, model: str, device: str = "cpu", batch_size: int = 32) -> None:
@@ -26,13 +26,13 @@ class Relevance:
 
         directory = fetch(model)
         self.tokenizer = read_tokenizer(directory)
-        # Mean pooling does not use the pooler, so embedders may be saved without one.
+        # Mean pooling does not use the pooler: embedders may be saved without one.
         self.model = move(read_model(AutoModel, directory, optional=("pooler.",)), device)
         self.max_tokens = _max_tokens(directory, self.tokenizer, self.model.config)
         self.batch_size = batch_size
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        # Many answers share a prompt; texts of similar length pad little; an empty text may have no token at all.
+        # Answers share prompts; sorting by length reduces padding; an empty text may have no tokens.
         texts = sorted({text: None for text in [*prompts, *answers] if text.strip()}, key=len)
         rows = {text: row for row, text in enumerate(texts)}
         embeddings_ND = self._embed(texts)
@@ -60,12 +60,12 @@ class Relevance:
         with torch.inference_mode():
             hidden_BTD = self.model(**inputs).last_hidden_state
         mask_BT1 = inputs["attention_mask"].unsqueeze(-1)
-        # The norm makes the division by the number of tokens unnecessary.
+        # Normalising makes the division by the number of tokens unnecessary.
         return torch.nn.functional.normalize((hidden_BTD * mask_BT1).sum(1), dim=-1).float().cpu()
 
 
 def _max_tokens(directory: Path, tokenizer: Any, config: Any) -> int:
-    """The length that a sentence-transformers model states, else what the network can take."""
+    """The maximum length in a sentence-transformers model's settings, else that of the network."""
     stated = directory / "sentence_bert_config.json"
     limit = min(tokenizer.model_max_length, config.max_position_embeddings)
     return min(limit, json.loads(stated.read_text())["max_seq_length"]) if stated.exists() else limit

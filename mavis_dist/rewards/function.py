@@ -29,6 +29,6 @@ def _find(path: str) -> Any:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        found = "no such name" if function is None else f"a {type(function).__name__}"
-        raise RewardError(f"reward function {path!r} is not callable: module {module_name!r} holds {found} there")
+        found = "no such name" if function is None else f"an object of type {type(function).__name__}"
+        raise RewardError(f"reward function {path!r} is not callable: module {module_name!r} has {found} there")
     return function

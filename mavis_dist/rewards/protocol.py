@@ -13,8 +13,8 @@ class RewardError(UserError):
 
 
 class Reward(Protocol):
-    """One objective's judge of finished answers; more is better."""
+    """Scores finished answers for one objective; higher is better."""
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """One finite score per pair of prompt and answer, both N long, plain text without any chat template."""
+        """One finite score per pair of prompt and answer, both of length N, plain text without a chat template."""
         ...

@@ -1,1 +1,1 @@
-"""Shared storage: files appear whole, a marker comes last, and readers believe only the marker."""
+"""Shared storage: files appear whole, the marker is written last, and readers trust only the marker."""

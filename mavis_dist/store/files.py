@@ -1,7 +1,7 @@
 """Whole files and whole folders on any fsspec file system (local or shared mount, s3, gs, hdfs).
 
 A file is written under a temporary name, synced and renamed. A folder is finished when its marker exists, which is
-written last and holds facts about the folder.
+written last and holds metadata of the folder.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Store:
         self._is_local = isinstance(self._fs, LocalFileSystem)
 
     def check_writable(self) -> None:
-        """Raises StoreError unless files can be created here; leaves nothing behind."""
+        """Raises StoreError unless files can be created here; leaves no files behind."""
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.write_bytes(probe, b"")
             self.delete(probe)
-        except Exception as error:  # every file system has errors of its own
+        except Exception as error:  # every file system raises its own errors
             raise StoreError(
                 f"storage {self.storage!r} cannot be written ({error}): give storage=URI that this machine may write to"
             ) from None
@@ -54,7 +54,7 @@ class Store:
         return self._fs.exists(self._full(path))
 
     def list(self, folder: str) -> list[str]:
-        """Names in a folder, sorted; temporary files left out; empty if there is no such folder."""
+        """Names in a folder, sorted, without temporary files; empty if the folder does not exist."""
         if not self.exists(folder):
             return []
         names = (info["name"].rstrip("/").rpartition("/")[2] for info in self._fs.ls(self._full(folder), detail=True))
@@ -71,7 +71,7 @@ class Store:
             raise StoreError(f"{self._full(path)} cannot be read: {error}") from None
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """The file appears whole, or not at all."""
+        """The file appears whole or not at all."""
         full = self._full(path)
         self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
         if not self._is_local:
@@ -96,14 +96,14 @@ class Store:
     def write_json(self, path: str, value: Any) -> None:
         self.write_bytes(path, json.dumps(value, indent=1).encode())
 
-    def finish(self, folder: str, facts: dict[str, Any]) -> None:
-        """Write the marker: everything else in the folder must be there already, and stays as it is."""
-        self.write_json(f"{folder}/{MARKER}", {"facts": facts, "files": self._sizes(folder)})
+    def finish(self, folder: str, metadata: dict[str, Any]) -> None:
+        """Write the marker; all other files of the folder must exist by then, and must not change afterwards."""
+        self.write_json(f"{folder}/{MARKER}", {"facts": metadata, "files": self._sizes(folder)})
 
     def metadata(self, folder: str) -> dict[str, Any] | None:
-        """What the marker of a finished folder says; None if the folder is not finished.
+        """The metadata in the marker of a finished folder; None if the folder is not finished.
 
-        A folder that lost a file, or part of one, is not finished either: its work is redone.
+        A folder that lost a file, or part of one, is not finished: its work is repeated.
         """
         path = f"{folder}/{MARKER}"
         if not self.exists(path):
@@ -112,22 +112,22 @@ class Store:
             marker = self.read_json(path)
             return marker["facts"] if marker["files"].items() <= self._sizes(folder).items() else None
         except (StoreError, KeyError, TypeError, AttributeError):
-            return None  # a marker that is not whole was never written by us
+            return None  # this project writes no such marker
 
     def _sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of every file in a folder but its marker."""
+        """Bytes of every file in a folder except its marker."""
         infos = self._fs.ls(self._full(folder), detail=True) if self.exists(folder) else []
         sizes = {info["name"].rpartition("/")[2]: info["size"] for info in infos if info["type"] == "file"}
         return {name: sizes[name] for name in sorted(sizes) if name != MARKER and not name.startswith(".")}
 
-    def upload(self, source: Path, folder: str, facts: dict[str, Any]) -> None:
+    def upload(self, source: Path, folder: str, metadata: dict[str, Any]) -> None:
         """Copy the files of a local folder, then write the marker."""
         for file in sorted(source.iterdir()):
             self.write_bytes(f"{folder}/{file.name}", file.read_bytes())
-        self.finish(folder, facts)
+        self.finish(folder, metadata)
 
     def download(self, folder: str) -> Path:
-        """A local folder with these files: the folder itself where storage is local, else a temporary copy."""
+        """A local folder with these files: the folder itself if storage is local, otherwise a temporary copy."""
         if self._is_local:
             return Path(self._full(folder))
         target = Path(tempfile.mkdtemp(prefix="mavis-"))
@@ -139,7 +139,7 @@ class Store:
         return target
 
     def uri(self, path: str) -> str:
-        """Where a path lies, for libraries that write by themselves."""
+        """The URI of a path, for libraries that do their own writing."""
         return f"{self.storage.rstrip('/')}/{self.run}/{path}"
 
     def _full(self, path: str) -> str:

@@ -1,4 +1,4 @@
-"""Where everything of a run lies, relative to its folder `{storage}/{run}`. Plain strings: nothing is read or written.
+"""The paths of a run, relative to its folder `{storage}/{run}`. Plain strings: nothing is read or written.
 
 A folder is finished when its marker exists (mavis_dist.store.files).
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 from mavis_dist.types import Policy
 
 CONFIG_FILE = "run.yaml"  # the config that the run was started with
-STAGES_FILE = "stages.json"  # how long every stage took
+STAGES_FILE = "stages.json"  # durations of the stages
 REPORT_FILE = "report.html"
 METRICS_FILE = "metrics.jsonl"  # measurements of a value model's training, in its folder
 
 ROLLOUTS = "rollouts"
 VALUES = "values"
-TRAINING = "train"  # of training that is not finished
+TRAINING = "train"  # files of unfinished training
 SWEEP_FOLDER = "eval/sweep"
 SWEEP_FILE = f"{SWEEP_FOLDER}/sweep.json"
 RAY_TRAIN_FOLDER = f"{TRAINING}/.ray"  # Ray Train's own bookkeeping
@@ -36,7 +36,7 @@ def value_folder(objective: str, iteration: int) -> str:
 
 
 def published_file(objective: str) -> str:
-    """Which model is served for an objective."""
+    """The file that names the model served for an objective."""
     return f"{VALUES}/{objective}/published.json"
 
 
@@ -46,7 +46,7 @@ def distilled_folder(name: str) -> str:
 
 
 def gate_folder(objective: str, iteration: int) -> str:
-    """The decision whether an iteration replaces the one before it."""
+    """The decision whether an iteration replaces the previous one."""
     return f"gate/{objective}/i{iteration}"
 
 
@@ -56,7 +56,7 @@ def checkpoint_folder(objective: str, iteration: int) -> str:
 
 
 def tensorboard_folder(objective: str, iteration: int) -> str:
-    """TensorBoard's files of a value model's training; they stay."""
+    """TensorBoard's files of a value model's training; kept afterwards."""
     return f"{_training_folder(objective, iteration)}/tensorboard"
 
 

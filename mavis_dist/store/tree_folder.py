@@ -1,4 +1,4 @@
-"""The stored trees of one policy: shards that are written as their last tree arrives, in whatever order trees come."""
+"""The stored trees of one policy. A shard is written when its last tree arrives; trees may arrive in any order."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mavis_dist.store.shards import read_trees, write_trees
 
 
 class TreeFolder:
-    """Shard n holds the trees of the n-th slice of the prompts: no file depends on who grew what, and when."""
+    """Shard n holds the trees of the n-th slice of the prompts: files do not depend on the order of arrival."""
 
     def __init__(self, store: Store, folder: str, prompt_ids: Sequence[str], shard_size: int):
-        """Takes over what an earlier attempt left; files that cannot be read count as not there."""
+        """Keeps the shards of an earlier attempt; unreadable files count as missing."""
         self._store, self._folder, self._num_trees = store, folder, len(prompt_ids)
         shards = {
             f"{folder}/part-{start // shard_size:05d}.parquet": list(prompt_ids[start : start + shard_size])
@@ -24,11 +24,11 @@ class TreeFolder:
 
     @property
     def missing(self) -> list[list[str]]:
-        """The prompts of every shard that is not there, in order."""
+        """The prompts of every missing shard, in order."""
         return list(self._missing.values())
 
     def add(self, tree: Tree) -> None:
-        """Take a finished tree; one that is there already is the same tree."""
+        """Add a finished tree; adding it again has no effect."""
         for path, ids in list(self._missing.items()):
             if tree.prompt_id in ids:
                 self._waiting[tree.prompt_id] = tree
@@ -37,7 +37,7 @@ class TreeFolder:
                     del self._missing[path]
 
     def finish(self) -> None:
-        """All trees are there: the folder is complete."""
+        """Write the marker; all trees must have been added."""
         assert not self._missing, self.missing
         self._store.finish(self._folder, {"trees": self._num_trees})
 
@@ -45,4 +45,4 @@ class TreeFolder:
         try:
             return [tree.prompt_id for tree in read_trees(self._store, path)] if self._store.exists(path) else []
         except StoreError:
-            return []  # torn: its trees are grown again
+            return []  # damaged: its trees are generated again

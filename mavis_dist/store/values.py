@@ -1,7 +1,8 @@
-"""Where value models lie in a run, and which iteration of each is published.
+"""The value models of a run, and which iteration of each is published.
 
-A version names what is published for an objective at some time, so that requests can go on with it when something else
-is published: `positive@i1` is the first iteration after the base model's, `positive@d5fa0ea24d` a distilled model.
+A version names the model that is published for an objective at some time, so that running requests can keep it when
+another one is published: `positive@i1` is the first iteration after the base model's, `positive@d5fa0ea24d` a distilled
+model.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from pathlib import Path
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import VALUES, distilled_folder, published_file, value_folder
 
-# The parts of folder names are what this pattern lets through, so that a version can name no other folder.
+# Folder names are built from the parts of this pattern, so that a version cannot name any other folder.
 _VERSION = re.compile(r"(?P<objective>\w+)@(?:i(?P<iteration>\d+)|d(?P<distilled>\w+))", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Served:
-    """What is served for an objective."""
+    """The model that is served for an objective."""
 
     objective: str
     iteration: int
-    distilled: str | None = None  # name of the model that is served in place of the iteration that it learnt from
+    distilled: str | None = None  # name of the model that is served instead of the iteration it was distilled from
 
     @property
     def folder(self) -> str:
@@ -37,7 +38,7 @@ class Served:
 
 
 def version(objective: str, path: str) -> str:
-    """What the model in a folder is called as far as one objective is concerned."""
+    """The version of an objective that the model in a folder is."""
     kind, _, name = path.partition("/")
     return f"{objective}@d{name}" if kind == "distilled" else f"{objective}@{name.rpartition('/')[2]}"
 
@@ -47,7 +48,7 @@ def objective_of(version: str) -> str:
 
 
 def folder_of(version: str) -> str:
-    """The folder of a version's model; raises StoreError for what is no version."""
+    """The folder of a version's model; raises StoreError if `version` is not one."""
     named = _VERSION.fullmatch(version)
     if named is None:
         raise StoreError(f"there is no version {version!r} of an objective: use one like name@i0")
@@ -57,19 +58,19 @@ def folder_of(version: str) -> str:
 
 
 def publish(store: Store, objective: str, iteration: int) -> None:
-    """Make a finished iteration the one that is served; a distilled model that is served for it stays."""
+    """Serve a finished iteration; a distilled model that is already served instead of it is kept."""
     _check_finished(store, objective, iteration)
     pointer = published_file(objective)
     try:
         is_served = store.exists(pointer) and store.read_json(pointer)["iteration"] == iteration
     except StoreError:
-        is_served = False  # torn: written anew
+        is_served = False  # damaged: written again
     if not is_served:
         store.write_json(pointer, {"iteration": iteration})
 
 
 def publish_distilled(store: Store, objective: str, iteration: int, name: str | None) -> None:
-    """Serve a distilled model in place of the iteration that it learnt from; None: the iteration itself."""
+    """Serve a distilled model instead of the iteration it was distilled from; None: the iteration itself."""
     _check_finished(store, objective, iteration)
     if name is not None and store.metadata(distilled_folder(name)) is None:
         raise StoreError(f"the distilled model {name!r} is not finished in {store.root}: distil it first")
@@ -77,14 +78,14 @@ def publish_distilled(store: Store, objective: str, iteration: int, name: str | 
 
 
 def served(store: Store) -> dict[str, Served]:
-    """objective -> what is served for it, sorted by name."""
+    """objective -> the model that is served for it, sorted by name."""
     files = {name: published_file(name) for name in store.list(VALUES)}
     pointers = {name: store.read_json(file) for name, file in files.items() if store.exists(file)}
     return {name: Served(name, p["iteration"], p.get("distilled")) for name, p in pointers.items()}
 
 
 def published(store: Store) -> dict[str, int]:
-    """objective -> iteration of everything that is published, sorted by name."""
+    """objective -> published iteration, sorted by name."""
     return {name: model.iteration for name, model in served(store).items()}
 
 

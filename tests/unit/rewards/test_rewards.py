@@ -1,4 +1,4 @@
-"""Rewards: a score belongs to its pair alone, and nothing unusable comes back silently."""
+"""Rewards: a score depends only on its pair, and unusable results are errors."""
 
 import subprocess
 import sys
@@ -99,7 +99,7 @@ def test_a_score_depends_on_its_pair_alone(make):
     assert alone == pytest.approx(scores, abs=1e-4)
 
 
-def test_braces_in_texts_are_text():
+def test_braces_in_texts_are_kept():
     assert fill("{prompt}|{answer}|{x}", "{answer}{0}", "{prompt}%s\\1") == "{answer}{0}|{prompt}%s\\1|{x}"
 
 
@@ -138,7 +138,7 @@ def test_one_output_has_no_probability(gpt2):
         Classifier(gpt2, output="probability")
 
 
-def test_the_end_of_a_long_text_counts(bert, gpt2):
+def test_long_texts_are_truncated_at_the_start(bert, gpt2):
     for model in (bert, gpt2):
         reward = Classifier(model, template="{prompt} {answer}")
         long = "rain " * 50
@@ -148,7 +148,7 @@ def test_the_end_of_a_long_text_counts(bert, gpt2):
 
 
 def test_a_causal_reward_model_reads_the_last_token(gpt2):
-    """Without a padding token, an end-of-text token in the template is the place where the score is read."""
+    """Without a padding token, the score is read at an end-of-text token of the template."""
     reward = Classifier(gpt2, template="{answer} [EOS]")
     scores = reward.score(["", ""], ["good", "a longer bad answer"])
     ids = reward.tokenizer("good [EOS]", return_tensors="pt")["input_ids"]
@@ -161,7 +161,7 @@ def test_an_empty_text_has_a_score(bert, gpt2, embedder):
         assert len(Checked(reward, "x").score(["", ""], ["", "good"])) == 2
 
 
-def test_a_model_without_a_classification_head_is_refused(embedder):
+def test_a_model_without_a_classification_head_is_rejected(embedder):
     with pytest.raises(ModelError, match=r"lacks the weights .*classifier"):
         Classifier(embedder)
 
@@ -193,7 +193,7 @@ def build_function(path):
 
 
 @pytest.mark.usefixtures("user_module")
-def test_a_function_of_the_user():
+def test_a_user_function():
     assert build_function("user_rewards:length").score(["q", "q"], ["four", ""]) == [4.0, 0.0]
     assert build_function("user_rewards:length").score([], []) == []
 
@@ -205,10 +205,10 @@ def test_a_function_of_the_user():
         ("user_nowhere:length", "cannot be imported .*user_nowhere"),
         ("user_broken:length", "cannot be imported .*a_module_that_is_not_there"),
         ("user_rewards:width", "no such name"),
-        ("user_rewards:constant", "holds a int"),
+        ("user_rewards:constant", "has an object of type int"),
     ],
 )
-def test_a_function_that_cannot_be_used_is_named(path, sentence):
+def test_an_unusable_function_is_named(path, sentence):
     with pytest.raises(rewards.RewardError, match=sentence):
         build_function(path)
 
@@ -231,7 +231,7 @@ def test_unusable_results_are_named(monkeypatch, user_module, name, sentence):
         build_function("user_rewards:length").score(["q", "q"], ["a", "b"])
 
 
-def test_prompts_and_answers_come_in_pairs():
+def test_prompts_and_answers_must_have_equal_length():
     with pytest.raises(rewards.RewardError, match="1 prompts for 2 answers"):
         rewards.build(sections.TextRule(reward="brevity")).score(["q"], ["a", "b"])
 
