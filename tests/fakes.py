@@ -15,7 +15,7 @@ VOCAB, EOS = 97, 2
 
 
 class Letters:
-    """A tokenizer that only decodes: one character per token, none for the end of an answer."""
+    """A tokenizer that only decodes: one character per token, none for the end-of-answer token."""
 
     def decode(self, ids: list[int], **_: object) -> str:
         return "".join(chr(ord(" ") + token) for token in ids if token != EOS)
@@ -36,11 +36,11 @@ def tiny_config(layers: int = 2, vocab: int = VOCAB) -> LlamaConfig:
 
 
 def tiny_base(seed: int = 0, eos_boost: float = 0.0) -> BaseModel:
-    """A two-layer Llama; `eos_boost` > 0 makes answers end sooner."""
+    """A two-layer Llama; with `eos_boost` > 0 answers end sooner."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="sdpa").float().eval()
     model.requires_grad_(False)
-    model.lm_head.weight.mul_(4.0)  # a distribution with some shape
+    model.lm_head.weight.mul_(4.0)  # a peaked distribution
     model.lm_head.weight[EOS] += eos_boost * torch.randn(32)
     return BaseModel(
         model=model,

@@ -1,4 +1,4 @@
-"""A world small enough to be solved exactly: every answer over a few tokens, with its base policy and rewards.
+"""An MDP small enough to be solved exactly: every answer over a few tokens, with its base policy and rewards.
 
 Shapes: S unfinished answers, N answers finished or not (the unfinished ones first), K candidates.
 """
@@ -22,7 +22,7 @@ Prefix = tuple[int, ...]
 class ToyMDP:
     """Answers of up to `horizon` tokens, the first never EOS; a random policy truncated to `top_k`; random rewards.
 
-    Answers that end on their own earn `stop_bonus` more: a policy's finished answers are no fair sample of its answers.
+    Answers that end with EOS get `stop_bonus` in addition: a policy's finished answers are a biased sample.
     """
 
     def __init__(self, seed: int, vocab: int = 4, horizon: int = 4, top_k: int = 3, stop_bonus: float = 0.0):
@@ -66,7 +66,7 @@ class ToyMDP:
         return value_N
 
     def optimal_values(self, zeta: float) -> torch.Tensor:
-        """V* [N] = zeta log sum p exp(V* / zeta), the most that any policy can reach."""
+        """V* [N] = zeta log sum p exp(V* / zeta), the maximum over all policies."""
         value_N = self._rewards()
         for level in reversed(self.levels):
             gain_LK = value_N[self.child_SK[level]] / zeta
@@ -74,7 +74,7 @@ class ToyMDP:
         return value_N
 
     def delta(self, value_N: torch.Tensor, beta: float) -> torch.Tensor:
-        """The project's own tilt [S, K] by these values."""
+        """The tilt [S, K] by these values, computed by the project."""
         num_states = self.num_unfinished
         return tilt(
             value_N[self.child_SK][..., None],
@@ -86,7 +86,7 @@ class ToyMDP:
         )
 
     def ratio(self, delta_SK: torch.Tensor) -> torch.Tensor:
-        """The project's own log-ratios [S, K] to the base at temperature 1."""
+        """The log-ratios [S, K] to the base policy at temperature 1."""
         return log_ratio(self.base_SK, delta_SK, torch.ones(self.num_unfinished))
 
     def answer_logprobs(self, ratio_SK: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ class _Row:
 
 
 class ToyEngine:
-    """Writes a toy's answers for whoever drives an engine by submit() and step(); guided requests follow the tilt."""
+    """Generates a toy's answers behind an engine's submit() and step(); guided requests follow the tilt."""
 
     def __init__(self, mdp: ToyMDP, delta_SK: torch.Tensor):
         self._mdp, self._delta_SK, self._ratio_SK = mdp, delta_SK, mdp.ratio(delta_SK)
@@ -142,12 +142,12 @@ class ToyEngine:
         chosen_B = choose(mdp.base_SK[state_B] + noise_BK, delta_BK, mdp.ids_SK[state_B])
         ratio_B = torch.where(is_guided_B1[:, 0], self._ratio_SK[state_B, chosen_B], 0.0)
         tokens = mdp.ids_SK[state_B, chosen_B].tolist()
-        updates = [_write(row, *new) for row, *new in zip(rows, tokens, ratio_B.tolist(), strict=True)]
+        updates = [_append(row, *new) for row, *new in zip(rows, tokens, ratio_B.tolist(), strict=True)]
         self._rows = [row for row in rows if row.choice.finish is None]
         return updates
 
 
-def _write(row: _Row, token: int, ratio: float) -> Update:
+def _append(row: _Row, token: int, ratio: float) -> Update:
     start = len(row.answer)
     row.answer = (*row.answer, token)
     row.choice.tokens.append(token)

@@ -1,4 +1,4 @@
-"""The tilted policy against worlds that can be solved exactly, brute force, and the statistics of its draws.
+"""The tilted policy against exactly solvable MDPs, brute force, and the statistics of its draws.
 
 Shapes: B rows, V vocabulary, K candidates, M objectives.
 """
@@ -24,7 +24,7 @@ INF = float("inf")
 NUM_DRAWS = 40_000
 
 
-# --- what the tilt aims at ---------------------------------------------------------------------------------------
+# --- optimality of the tilt ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -39,7 +39,7 @@ def test_tilting_by_the_optimal_soft_value_gives_the_kl_optimal_answers(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_soft_policy_iteration_reaches_the_optimum_within_horizon_many_steps(seed):
+def test_soft_policy_iteration_reaches_the_optimum_within_horizon_steps(seed):
     """Starting from the base policy. One step is not enough: values of a policy are not yet optimal values."""
     mdp, zeta = ToyMDP(seed, vocab=5, horizon=4, top_k=3), 0.5
     best_SK = mdp.ratio(mdp.delta(mdp.optimal_values(zeta), beta=1 / zeta))
@@ -49,13 +49,13 @@ def test_soft_policy_iteration_reaches_the_optimum_within_horizon_many_steps(see
 
 
 def test_soft_policy_iteration_never_lowers_the_soft_value_of_any_state():
-    """With zeta = 1 / beta and one truncation throughout: 60 worlds, 5 iterations, all states, to rounding."""
+    """With zeta = 1 / beta and one truncation throughout: 60 MDPs, 5 iterations, all states, up to rounding."""
     worst = min(largest_fall(ToyMDP(seed), zeta, 1 / zeta) for seed, zeta in zip(range(60), zetas(), strict=False))
     assert worst > -1e-12
 
 
 def test_a_price_other_than_one_over_beta_can_lower_soft_values():
-    """The equality zeta = 1 / beta matters: at beta = 3 / zeta some of the same worlds lose far more than rounding."""
+    """The equality zeta = 1 / beta matters: at beta = 3 / zeta some of these MDPs lose far more than rounding."""
     falls = [largest_fall(ToyMDP(seed), zeta, 3 / zeta) for seed, zeta in zip(range(60), zetas(), strict=False)]
     assert sum(fall < -1e-3 for fall in falls) > 5
 
@@ -79,7 +79,7 @@ def largest_fall(mdp, zeta, beta):
 
 
 def test_weights_mix_values_linearly():
-    """Tilting by several objectives is tilting by their weighted sum; values of weight 0 are never looked at."""
+    """Tilting by several objectives is tilting by their weighted sum; values of weight 0 are ignored."""
     torch.manual_seed(0)
     values_BKM, baseline_BM = torch.randn(6, 5, 3), torch.randn(6, 3)
     weights_BM = torch.tensor([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]]).repeat(3, 1)
@@ -99,7 +99,7 @@ def tilt_of(values_BK1, baseline_B):
     )
 
 
-# --- the law of the draws ----------------------------------------------------------------------------------------
+# --- distribution of the draws -----------------------------------------------------------------------------------
 
 LOGPROBS = np.log([0.42, 0.05, 0.2, 0.03, 0.2, 0.1])
 VALUES = np.array([-0.4, 0.9, 0.1, 1.1, -0.2, 0.3])
@@ -109,7 +109,7 @@ IS_EOS = np.array([False, False, False, True, False, False])
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 1.7])
 @pytest.mark.parametrize("cap", [INF, 0.5])
-def test_draws_follow_the_tilted_law_at_every_temperature(cap, temperature):
+def test_draws_follow_the_tilted_distribution_at_every_temperature(cap, temperature):
     """Chi-square of 40,000 draws against softmax((log p + delta) / T), the end token exempt from the cap.
 
     A correct sampler fails one seed in 1,000; a cap on the end token, or T on one part only, fails every seed.
@@ -141,7 +141,7 @@ def draw(cap, temperature):
 
 @given(st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_temperature_zero_takes_the_mode_and_among_equals_the_smaller_id(data):
+def test_temperature_zero_chooses_the_mode_and_the_smaller_id_among_ties(data):
     """Values on a coarse grid, so that most cases have ties; ids in any order."""
     num_candidates = data.draw(st.integers(1, 8))
     grid = st.lists(st.integers(-2, 2).map(lambda x: x / 2), min_size=num_candidates, max_size=num_candidates)
@@ -157,7 +157,7 @@ def test_temperature_zero_takes_the_mode_and_among_equals_the_smaller_id(data):
 
 
 def test_noise_is_standard_gumbel_and_does_not_depend_on_the_batch():
-    """Kolmogorov-Smirnov at 1 in 1,000; every number is the same when it is asked for alone."""
+    """Kolmogorov-Smirnov at 1 in 1,000; every number is the same when computed alone."""
     streams_B = torch.tensor([noise.stream(0, index) for index in range(50)])
     positions_B, ids_BK = torch.arange(50), torch.arange(400).expand(50, 400)
     gumbel_BK = noise.gumbel(streams_B, positions_B, ids_BK)
@@ -189,7 +189,7 @@ def noise_block():
 
 
 @pytest.mark.parametrize(("one", "other"), [((5, 0), (5, 1)), ((5, 0), (6, 0)), ((5, 1), (51,)), ((5, 0), (5, "0"))])
-def test_streams_of_different_paths_share_nothing(one, other):
+def test_streams_of_different_paths_share_no_noise(one, other):
     ids_BK, positions_B = torch.arange(100).expand(50, 100), torch.arange(50)
     a, b = (noise.gumbel(torch.tensor([noise.stream(*path)] * 50), positions_B, ids_BK) for path in (one, other))
     assert not (a == b).any()
@@ -215,8 +215,8 @@ def obvious_candidates(logits, top_k, top_p, min_p, temperature):
 
 @pytest.mark.parametrize("step", [0.0, 0.25, 1.0], ids=["continuous", "coarse", "mostly ties"])
 @pytest.mark.parametrize("seed", range(15))
-def test_candidates_are_those_of_a_plain_sort(seed, step):
-    """top_k, top_p, min_p and temperature of its own in every row; with a step, logits tie as bfloat16 ones do."""
+def test_candidates_match_a_plain_sort(seed, step):
+    """Different top_k, top_p, min_p and temperature per row; with a step, logits tie as bfloat16 ones do."""
     rng = np.random.default_rng([seed, int(100 * step)])
     num_rows, num_tokens = 8, int(rng.integers(5, 60))
     logits = rng.normal(scale=2.0, size=(num_rows, num_tokens))
@@ -233,14 +233,14 @@ def test_candidates_are_those_of_a_plain_sort(seed, step):
         finite = [token for token, logprob in zip(kept, logprobs, strict=True) if logprob > -INF]
         is_present_K = logprobs_BK[row] > -INF
         assert ids_BK[row][is_present_K].tolist() == finite
-        assert is_present_K.tolist() == sorted(is_present_K.tolist(), reverse=True), "absent ones stand behind"
+        assert is_present_K.tolist() == sorted(is_present_K.tolist(), reverse=True), "missing candidates come last"
         np.testing.assert_allclose(logprobs_BK[row][is_present_K], logprobs[: len(finite)], atol=1e-12)
 
 
 @pytest.mark.parametrize("num_tokens", [5, 300, 5000])
 @pytest.mark.parametrize("top_k", [1, 4, 40])
-def test_equal_logits_at_the_border_of_the_set_go_by_token_id(top_k, num_tokens):
-    """Whatever torch.topk makes of ties at its size: one clear favourite, all others the same."""
+def test_ties_at_the_border_of_the_candidate_set_are_broken_by_token_id(top_k, num_tokens):
+    """For any order in which torch.topk returns ties: one clear maximum, all others equal."""
     logits_BV = torch.zeros(2, num_tokens)
     logits_BV[1, num_tokens - 1] = 1.0
     ids_BK, _ = truncate(logits_BV, top_k)
@@ -264,8 +264,8 @@ def random_step(seed, temperature):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("seed", range(10))
-def test_divergence_and_log_ratio_are_those_of_brute_force(seed, temperature):
-    """KL of the sampled law to the base sampled at the same temperature."""
+def test_divergence_and_log_ratio_match_brute_force(seed, temperature):
+    """KL of the sampled distribution to the base model sampled at the same temperature."""
     row, log_tilted, log_base = random_step(seed, temperature)
     np.testing.assert_allclose(log_ratio(*row)[0, :6], log_tilted - log_base, atol=1e-12)
     np.testing.assert_allclose(divergence(*row), (np.exp(log_tilted) * (log_tilted - log_base)).sum(), atol=1e-12)

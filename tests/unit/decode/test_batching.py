@@ -1,6 +1,6 @@
 """Any traffic through one engine: every answer is the one that its request gets alone.
 
-Neighbours, slots, shared first tokens, pieces of prompts, cancellations and the order of arrival change no token.
+Neighbours, slots, shared prefixes, pieces of prompts, cancellations and the order of arrival do not change any token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCORERS += [(Scorer.QHEAD, None), (Scorer.QHEAD, 0.8)]
 STEM = tuple(range(10, 60))  # what prompts share
 STEPS_TO_IDLE = 1000  # more than any of these queues needs
 
-# Hypothesis prefers small numbers, and small requests have little to get wrong: it draws the seed of a plain generator.
+# Hypothesis prefers small numbers, but small requests rarely fail: it only draws the seed of a plain generator.
 CHANCES = st.integers(0, 2**32 - 1).map(random.Random)
 
 
@@ -60,7 +60,7 @@ def any_request(chance: random.Random) -> Request:
 
 @pytest.fixture(autouse=True)
 def small_growth(monkeypatch):
-    """The cache outgrows its slots and cells again and again."""
+    """The cache outgrows its slots and cells repeatedly."""
     monkeypatch.setattr(kv, "CELLS_PER_GROWTH", 4)
     monkeypatch.setattr(kv, "SLOTS_PER_GROWTH", 1)
 
@@ -77,7 +77,7 @@ def alone(request: Request) -> list[Choice]:
 
 
 def assert_is(choice: Choice, whole: Choice, start: int) -> None:
-    """A choice is the rest of a whole answer; numbers to rounding, which depends on the shape of the batch."""
+    """A choice is the rest of a whole answer; numbers up to rounding, which depends on the shape of the batch."""
     assert (choice.finish, choice.error) == (whole.finish, None)
     assert (choice.tokens, choice.text) == (whole.tokens[start:], whole.text)
     np.testing.assert_allclose(choice.logratios, whole.logratios[start:], atol=1e-4)
@@ -109,7 +109,7 @@ class Traffic:
         self.guide = LocalGuide(MODELS, STUDENTS)
         self.engine = Engine(BASE, self.guide, **limits)
         self.requests: dict[str, Request] = {}
-        self.whole: dict[str, tuple[list[Choice], int]] = {}  # by request: its choices, and where they are taken up
+        self.whole: dict[str, tuple[list[Choice], int]] = {}  # by request: its choices, and its start in them
         self.written: dict[tuple[str, int], list[int]] = {}  # by answer
         self.open: set[tuple[str, int]] = set()
 
@@ -117,7 +117,7 @@ class Traffic:
         self._submit(request, first, alone(request), 0)
 
     def fork(self, request_id: str, index: int, cut: int, first: bool = False) -> None:
-        """Continue an answer from its first `cut` tokens that this engine wrote."""
+        """Continue an answer from its first `cut` tokens that this engine generated."""
         request = self.requests[request_id]
         choices, start = self.whole[request_id]
         answer = (*request.answer, *self.written[request_id, index][:cut])
@@ -126,7 +126,7 @@ class Traffic:
         self._submit(rest, first, [choices[index]], start + cut)
 
     def longest_fork(self, request_id: str, index: int) -> int:
-        """The tokens of an answer so far, all but the whole answer's last."""
+        """Number of tokens of an answer so far, without the last one of a whole answer."""
         choices, start = self.whole[request_id]
         return min(len(self.written[request_id, index]), len(choices[index].tokens) - start - 1)
 
@@ -140,7 +140,7 @@ class Traffic:
         self._absorb(updates, FinishReason.ABORT)
 
     def finish(self) -> None:
-        """Everything is answered in the end, and nothing is left behind."""
+        """All requests are answered, and no state remains."""
         for _ in range(STEPS_TO_IDLE):
             if self.engine.is_idle:
                 break
@@ -175,7 +175,7 @@ class Traffic:
 
 
 class TrafficMachine(RuleBasedStateMachine):
-    """Requests come, go on elsewhere, are cancelled and finish in any order, in engines of any size."""
+    """Requests arrive, are forked, cancelled and finished in any order, in engines of any size."""
 
     @initialize(
         max_rows=st.integers(1, 6),
@@ -198,7 +198,7 @@ class TrafficMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(self.traffic.written.values()))
     @rule(chance=CHANCES)
     def fork(self, chance):
-        """Continue answers, running, finished or cancelled; from their newest token, more often than not."""
+        """Continue running, finished or cancelled answers, mostly from their newest token."""
         written = [key for key, tokens in self.traffic.written.items() if tokens]
         for key in chance.choices(written, k=3):
             longest = self.traffic.longest_fork(*key)
@@ -224,8 +224,8 @@ TestAnyTraffic = TrafficMachine.TestCase
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 5, 16])
-def test_a_step_encodes_no_more_tokens_of_prompts_than_its_budget(prefill_tokens, monkeypatch):
-    """Every token of every prompt but the last, a limited number of them at a time."""
+def test_a_step_encodes_at_most_its_budget_of_prompt_tokens(prefill_tokens, monkeypatch):
+    """All tokens of all prompts except the last ones, a limited number per step."""
     engine, encoded = Engine(BASE, max_rows=4, prefill_tokens=prefill_tokens), []
     extend = engine._base.extend
 
@@ -257,8 +257,8 @@ def some_request(chance: random.Random) -> Request:
     )
 
 
-def test_an_engine_that_has_served_for_long_holds_what_a_new_one_holds():
-    """Three hundred requests, a third of them cancelled, and idle in between."""
+def test_an_engine_keeps_no_state_after_many_requests():
+    """300 requests, a third of them cancelled, with idle periods."""
     chance = random.Random(0)
     traffic = Traffic(max_rows=8, prefill_tokens=16, cache_tokens=500)
     for number in range(300):

@@ -1,4 +1,4 @@
-"""The engine against a slow loop without cache or batch, and each request against everything that must not matter.
+"""The engine against a slow loop without cache or batch, and the independence of each request from all others.
 
 Shapes: V vocabulary, K candidates, M objectives.
 """
@@ -25,7 +25,7 @@ WEIGHTS = [{}, {"brief": 1.0}, {"kind": 2.0, "brief": 1.0}, {"kind": 0.7, "brief
 
 
 def some_requests():
-    """Different in everything a request can be different in; seeds given."""
+    """Requests that differ in every field; seeds given."""
     return [
         Request(
             id=f"r{i}",
@@ -60,7 +60,7 @@ def alone():
 
 
 def assert_same(choices, others):
-    """The same tokens; numbers to rounding, which depends on the shape of the batch."""
+    """The same tokens; numbers up to rounding, which depends on the shape of the batch."""
     assert [c.tokens for c in choices] == [c.tokens for c in others]
     assert [(c.index, c.finish, c.error) for c in choices] == [(c.index, c.finish, c.error) for c in others]
     for one, other in zip(choices, others, strict=True):
@@ -76,12 +76,12 @@ def assert_same_values(one, other):
         assert one[name] == pytest.approx(other[name], abs=1e-4, nan_ok=True)
 
 
-# --- the method, written out -------------------------------------------------------------------------------------
+# --- reference implementation ------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def written_out(request, index):
-    """One answer by whole forward passes: tokens, log-ratios, divergence, values by objective, candidates looked at."""
+def reference(request, index):
+    """One answer by whole forward passes: tokens, log-ratios, divergence, values by objective, scored candidates."""
     weights = {m: w / sum(request.weights.values()) for m, w in request.weights.items() if w > 0}
     params, tokens, ratios, kl, values, counts = request.params, list(request.prompt), [], 0.0, {}, []
     one = torch.ones(1)
@@ -126,10 +126,10 @@ def value_of(weights, sequences):
 
 
 @pytest.mark.parametrize("request_", some_requests(), ids=lambda request: request.id)
-def test_answers_are_those_of_the_method_written_out(request_):
+def test_answers_match_the_reference_implementation(request_):
     """Tokens, log-ratios, divergence and values, for all temperatures, filters, caps, weights and `guide_every`."""
     for choice in alone()[request_.id]:
-        tokens, ratios, kl, values, counts = written_out(request_, choice.index)
+        tokens, ratios, kl, values, counts = reference(request_, choice.index)
         assert choice.tokens == tokens
         np.testing.assert_allclose(choice.logratios, ratios, atol=1e-4)
         np.testing.assert_allclose(choice.divergence, kl, atol=1e-3)
@@ -138,8 +138,8 @@ def test_answers_are_those_of_the_method_written_out(request_):
         assert choice.finish is (FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH)
 
 
-def test_the_requests_at_hand_differ_where_it_matters():
-    """The tilt changes answers, answers end in both ways, and two choices of one request are two answers."""
+def test_the_requests_cover_the_relevant_differences():
+    """The tilt changes answers, both finish reasons occur, and two choices of one request differ."""
     requests = [replace(request, weights={}) for request in some_requests()]
     plain = engine().generate(requests)
     changed = [alone()[r.id][0].tokens != choices[0].tokens for r, choices in zip(requests, plain, strict=True)]
@@ -150,8 +150,8 @@ def test_the_requests_at_hand_differ_where_it_matters():
     assert sum(one.tokens != other.tokens for one, other in pairs) >= len(pairs) - 1
 
 
-def test_greedy_decoding_without_weights_is_that_of_transformers():
-    """With at least one new token: where the model would end an answer at once, both take its second choice."""
+def test_greedy_decoding_without_weights_matches_transformers():
+    """With at least one new token: where the model would end at once, both take the second most likely token."""
     base = tiny_base(seed=0, eos_boost=2.0)
     prompts = [(1, 5 + i, 7 + i % 3) for i in range(24)]
     params = SamplingParams(max_tokens=4, temperature=0.0)
@@ -175,30 +175,30 @@ def test_greedy_decoding_without_weights_is_that_of_transformers():
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
-class _Forbidden(torch.nn.Linear):
+class _NeverRunHead(torch.nn.Linear):
     def forward(self, *_):
         raise AssertionError("a value model of weight 0 was run")
 
 
-class NeverAsked(ValueModel):
+class NeverRun(ValueModel):
     """A value model that must not be run."""
 
     def __init__(self):
         super().__init__(tiny_value(9).backbone, 1)
-        self.heads = _Forbidden(32, 1)
+        self.heads = _NeverRunHead(32, 1)
 
 
 def guided(weights, beta=8.0):
-    """The requests at hand, all with these weights."""
+    """The requests, all with these weights."""
     return [replace(request, weights=weights, beta=beta) for request in some_requests()]
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_corner_is_that_objective_alone(name):
-    """Weight 0 and no such objective are the same, the other model is not even run, and the scale has no effect."""
+def test_weight_on_one_objective_is_that_objective_alone(name):
+    """Weight 0 equals omitting the objective, the other model is not run, and the scale has no effect."""
     only = engine(models={name: MODELS[name]}).generate(guided({name: 1.0}))
     other = next(m for m in MODELS if m != name)
-    both = engine(models={other: NeverAsked(), name: MODELS[name]}).generate(guided({other: 0.0, name: 5.0}))
+    both = engine(models={other: NeverRun(), name: MODELS[name]}).generate(guided({other: 0.0, name: 5.0}))
     for choices, expected in zip(both, only, strict=True):
         assert_same(choices, expected)
 
@@ -214,8 +214,8 @@ def test_only_the_proportions_of_weights_matter():
 
 @pytest.mark.parametrize(("weights", "beta"), [({"brief": 0.0, "kind": 0.0}, 8.0), ({"brief": 1.0}, 0.0)])
 def test_weight_zero_and_beta_zero_are_the_base_model(weights, beta):
-    """Token for token with the same seed, with no divergence, and without a value model being run."""
-    silent = engine(models={"brief": NeverAsked(), "kind": NeverAsked()})
+    """Token for token with the same seed, with no divergence, and without running a value model."""
+    silent = engine(models={"brief": NeverRun(), "kind": NeverRun()})
     plain = Engine(BASE).generate(guided({}))
     for choices, expected in zip(silent.generate(guided(weights, beta)), plain, strict=True):
         assert_same(choices, expected)
@@ -225,8 +225,8 @@ def test_weight_zero_and_beta_zero_are_the_base_model(weights, beta):
             assert choice.divergence == 0 or np.isnan(choice.divergence)
 
 
-class EndLover(LocalGuide):
-    """Values the end of the answer, and nothing else."""
+class PrefersEnd(LocalGuide):
+    """Values only the end of the answer."""
 
     def score(self, rows, counts, candidates_N):
         super().score(rows, counts, candidates_N)
@@ -234,27 +234,27 @@ class EndLover(LocalGuide):
 
 
 @pytest.mark.parametrize("cap", [None, 0.01])
-def test_the_cap_never_keeps_an_answer_from_ending(cap):
-    """Ending is worth far more than the cap: the answer stops as soon as it may, which the base model would not do."""
+def test_the_cap_never_prevents_an_answer_from_ending(cap):
+    """The value of ending far exceeds the cap: the answer stops as early as possible, unlike the base model's."""
     request = Request(
         "r", (1, 5), {"brief": 1.0}, 20.0, cap, SamplingParams(max_tokens=8, temperature=0.0, top_k=VOCAB)
     )
     base = tiny_base(seed=0)
     [[plain]] = Engine(base).generate([replace(request, weights={})])
-    [[steered]] = Engine(base, EndLover({"brief": MODELS["brief"]})).generate([request])
+    [[steered]] = Engine(base, PrefersEnd({"brief": MODELS["brief"]})).generate([request])
     assert plain.finish is FinishReason.LENGTH
     assert steered.tokens == [steered.tokens[0], EOS]
 
 
-# --- every so many tokens ---------------------------------------------------------------------------------------
+# --- guide_every ------------------------------------------------------------------------------------------------
 
 
 class Following(LocalGuide):
-    """Notes what it has been told of each row whenever it is asked about it."""
+    """Records the tokens that it has received of each row, at every call of score."""
 
     def __init__(self, models):
         super().__init__(models)
-        self.tokens, self.asked, self.known = {}, {}, {}  # known: what it had been told, at every question
+        self.tokens, self.asked, self.known = {}, {}, {}  # known: tokens received, at every call
 
     def open(self, rows):
         self.tokens |= {row.row: list(row.tokens) for row in rows}
@@ -279,8 +279,8 @@ class Following(LocalGuide):
 
 @pytest.mark.parametrize("every", [1, 2, 3, 20])
 @pytest.mark.parametrize("written", [0, 1, 2])
-def test_every_so_many_tokens_are_tilted_and_the_guide_is_told_of_the_others(every, written):
-    """It knows the whole answer whenever it is asked, also where one is taken up between two tilted tokens."""
+def test_every_nth_token_is_tilted_and_the_guide_receives_the_others(every, written):
+    """The guide has the whole answer at every call, also when one is continued between two tilted tokens."""
     params = SamplingParams(max_tokens=14, seed=3)
     request = Request("r", (1, 5, 9), {"brief": 1.0}, 4.0, None, params, guide_every=every)
     base, guide = tiny_base(seed=0), Following(MODELS)
@@ -301,7 +301,7 @@ def test_every_so_many_tokens_are_tilted_and_the_guide_is_told_of_the_others(eve
 
 
 def test_tokens_between_tilted_ones_are_those_of_the_base_model():
-    """With the noise of their stream and position, after whatever was written before."""
+    """With the noise of their stream and position, after any preceding tokens."""
     request = replace(guided({"brief": 1.0})[13], guide_every=4)
     for choice in engine().generate([request])[0]:
         stream = noise.stream(request.params.seed, choice.index)
@@ -315,7 +315,7 @@ def test_tokens_between_tilted_ones_are_those_of_the_base_model():
 
 
 def run(engine_, requests, arrive_every=0, cancel=()):
-    """Finished choices by request; a request arrives every few steps, and some are cancelled after a few more."""
+    """Finished choices by request; requests arrive every few steps, and some are cancelled."""
     requests, answers, steps = list(requests), {request.id: [] for request in requests}, 0
     while requests or not engine_.is_idle:
         while requests and steps >= arrive_every * (len(answers) - len(requests)):
@@ -334,7 +334,7 @@ def run(engine_, requests, arrive_every=0, cancel=()):
 @pytest.mark.parametrize("arrive_every", [0, 1, 2])
 @pytest.mark.parametrize("max_rows", [2, 5, 32])
 def test_answers_do_not_depend_on_neighbours_rows_or_arrival(max_rows, arrive_every):
-    """Tokens are exact in fp32; the order of submission is drawn anew for every case."""
+    """Tokens are exact in fp32; every case has its own random order of submission."""
     requests = some_requests()
     order = np.random.default_rng([max_rows, arrive_every]).permutation(len(requests))
     for name, choices in run(engine(max_rows), [requests[i] for i in order], arrive_every).items():
@@ -342,7 +342,7 @@ def test_answers_do_not_depend_on_neighbours_rows_or_arrival(max_rows, arrive_ev
 
 
 def test_answers_do_not_depend_on_cancellations():
-    """The cancelled stop with what they have; the others never notice, nor does who comes after."""
+    """Cancelled answers stop with their tokens so far; all others are unaffected, including later ones."""
     cancelled = ["r3", "r14", "r8", "r7"]
     answers = run(engine(max_rows=6), some_requests(), cancel=cancelled)
     stopped = [choice for name in cancelled for choice in answers.pop(name)]
@@ -352,8 +352,8 @@ def test_answers_do_not_depend_on_cancellations():
 
 
 @pytest.mark.parametrize("max_rows", [1, 32])
-def test_an_answer_resubmitted_with_its_tokens_so_far_goes_on_identically(max_rows):
-    """From every point of every answer, all in one batch: tokens, log-ratios, values and the way it ends."""
+def test_an_answer_resubmitted_with_its_tokens_so_far_continues_identically(max_rows):
+    """From every point of every answer, all in one batch: tokens, log-ratios, values and finish reason."""
     continued, expected = [], []
     for request in some_requests():
         for choice in alone()[request.id]:
@@ -373,8 +373,8 @@ def test_an_answer_resubmitted_with_its_tokens_so_far_goes_on_identically(max_ro
         assert_same_values(choice.values, {name: values[cut:] for name, values in whole.values.items()})
 
 
-def test_candidates_that_only_a_neighbour_has_cannot_harm():
-    """A value model that is nan for one token: a request without it among its candidates goes on beside one with it."""
+def test_candidates_of_a_neighbour_have_no_effect():
+    """A value model that is nan for one token: a request without this candidate continues beside one that has it."""
     narrow = Request("narrow", (1, 6), {"brief": 1.0}, params=SamplingParams(max_tokens=8, top_k=2, seed=1))
     wide = replace(narrow, id="wide", prompt=(1, 30), params=SamplingParams(max_tokens=8, top_k=VOCAB, seed=2))
     poison = next(a for a in range(3, VOCAB) if a not in reachable(narrow) | set(wide.prompt))
@@ -403,7 +403,7 @@ def poisoned(token):
 
 
 class CountingGuide(LocalGuide):
-    """Knows which rows it follows."""
+    """Records the rows that it follows."""
 
     def __init__(self, models):
         super().__init__(models)
@@ -421,8 +421,8 @@ class CountingGuide(LocalGuide):
         super().close(rows)
 
 
-def test_a_guide_follows_no_row_longer_than_its_answer_is_written():
-    """Finished and cancelled rows stay for one admission at most, so that others can share with them; then none."""
+def test_a_guide_follows_rows_only_while_their_answers_run():
+    """Finished and cancelled rows stay for at most one admission, so that others can share their tokens."""
     guide = CountingGuide(MODELS)
     engine_ = Engine(BASE, guide, max_rows=3)
     run(engine_, guided({"brief": 1.0}), cancel=["r3", "r14"])
@@ -434,8 +434,8 @@ def test_a_guide_follows_no_row_longer_than_its_answer_is_written():
 # --- failures ----------------------------------------------------------------------------------------------------
 
 
-def test_a_value_that_is_not_a_number_fails_its_own_request_only():
-    """Those beside it and those that take its place in the cache get what they would have got without it."""
+def test_a_nan_value_fails_only_its_own_request():
+    """Its neighbours and the requests that reuse its slot get the same answers as without it."""
     poison = 90
     params = SamplingParams(max_tokens=12, top_k=2)
     prompts = [(1, 5 + i, 30 + i) for i in range(9)]
@@ -461,7 +461,7 @@ def test_a_value_that_is_not_a_number_fails_its_own_request_only():
 
 
 class BrokenGuide(LocalGuide):
-    """Says nan once: at the opening of a row, or for its candidates."""
+    """Returns values that are not finite: at the opening of a row, or for its candidates."""
 
     def __init__(self, models, at):
         super().__init__(models)
@@ -480,8 +480,8 @@ class BrokenGuide(LocalGuide):
 
 @pytest.mark.parametrize("at", ["open", "score"])
 @pytest.mark.parametrize("cap", [None, 1.0])
-def test_no_token_is_drawn_from_a_tilt_that_is_not_finite(at, cap):
-    """V(s) and V(s∘a) alike: the request fails with its reason, instead of going on with a law nobody asked for."""
+def test_no_token_is_drawn_with_a_tilt_that_is_not_finite(at, cap):
+    """V(s) and V(s∘a) alike: the request fails with the reason instead of continuing with another distribution."""
     request = Request("r", (1, 5), {"brief": 1.0}, tilt_cap=cap, params=SamplingParams(max_tokens=4, seed=0))
     unguided = replace(request, id="plain", weights={})
     [broken], [plain] = Engine(BASE, BrokenGuide({"brief": MODELS["brief"]}, at)).generate([request, unguided])
@@ -489,7 +489,7 @@ def test_no_token_is_drawn_from_a_tilt_that_is_not_finite(at, cap):
     assert plain.finish in (FinishReason.STOP, FinishReason.LENGTH)
 
 
-def test_streaming_is_generating_and_ends_when_somebody_else_cancels() -> None:
+def test_streaming_matches_generating_and_ends_on_cancellation() -> None:
     request = Request("s", (5, 6, 7), params=SamplingParams(max_tokens=12, seed=3))
     [[whole]] = Engine(tiny_base()).generate([request])
     assert [t for update in Engine(tiny_base()).stream(request) for t in update.tokens] == whole.tokens

@@ -1,4 +1,4 @@
-"""The lazy scorer: the token of `full`, from fewer candidates, and an honest estimate of what it spends."""
+"""The lazy scorer: the token of `full` from fewer candidates, and its estimate of the divergence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_CANDIDATES, EOS_ID = 40, 7
 
 
 class Table:
-    """A guide that knows V(s∘a) for every row and token id, and counts what it is asked."""
+    """A guide with a table of V(s∘a) for every row and token id."""
 
     objectives, predicted = ("a",), ()
 
@@ -84,17 +84,17 @@ def test_lazy_draws_the_token_of_full(grid: float, temperature: float, cap: floa
     if cap < 1:
         assert lazy.num_evaluated_B.sum() < 0.8 * present_B.sum()
     if cap == float("inf"):
-        assert torch.equal(lazy.num_evaluated_B, present_B), "nothing bounds the tilt: nothing may be left out"
+        assert torch.equal(lazy.num_evaluated_B, present_B), "without a bound on the tilt no candidate may be omitted"
 
 
 def sample_of(drafted: Drafts, size: int) -> torch.Tensor:
-    """The end-of-answer tokens and the first `size` others, as far as a row has them."""
+    """The end-of-answer tokens and the first `size` others that a row has."""
     others_BK = ~drafted.is_eos_BK & (drafted.logprobs_BK > float("-inf"))
     return (others_BK & (others_BK.cumsum(-1) <= size)) | drafted.is_eos_BK
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
-def test_the_divergence_estimate_is_near_when_pooled(temperature: float) -> None:
+def test_the_pooled_divergence_estimate_is_close(temperature: float) -> None:
     """400 cases with 8 sampled candidates and EOS: the pooled mean is within 3 %, that of log Z too.
 
     The standard error of the pooled ratio is below 1 %.
@@ -113,7 +113,7 @@ def test_the_divergence_estimate_is_near_when_pooled(temperature: float) -> None
     assert float((log_z - exact_log_z).mean()) == pytest.approx(0.0, abs=0.03 * float(exact_log_z.abs().mean()) + 0.01)
 
 
-def test_the_estimate_is_exact_where_the_sample_is_everything_and_zero_without_a_tilt() -> None:
+def test_the_estimate_is_exact_for_a_full_sample_and_zero_without_a_tilt() -> None:
     temperature_B = torch.ones(50, dtype=torch.float64)
     drafted = drafts(50, 5, temperature_B, 0.0)
     delta_BK = torch.randn(50, NUM_CANDIDATES, dtype=torch.float64)
@@ -151,7 +151,7 @@ def requests(scorer: Scorer, cap: float | None) -> list[Request]:
 
 
 @pytest.mark.parametrize("cap", [1.0, 2.5, None])
-def test_the_engine_writes_the_same_answers_with_both_scorers(cap: float | None) -> None:
+def test_the_engine_generates_the_same_answers_with_both_scorers(cap: float | None) -> None:
     """Real decoders and caches: chunks, kept alternatives, scorers mixed in one batch."""
     values = {"a": tiny_value(1), "b": tiny_value(2)}
     full = Engine(tiny_base(eos_boost=1.0), LocalGuide(values)).generate(requests(Scorer.FULL, cap))
@@ -173,10 +173,10 @@ def test_the_engine_writes_the_same_answers_with_both_scorers(cap: float | None)
 
 
 def test_lazy_keeps_end_of_answer_uncapped() -> None:
-    """A value model that only likes EOS ends the answer at once, whatever the cap."""
+    """A value model that prefers EOS ends the answer at once, whatever the cap."""
     model = tiny_value(1)
 
-    class LikesEos:
+    class PrefersEos:
         objectives, predicted = ("a",), ()
 
         def __init__(self) -> None:
@@ -196,6 +196,6 @@ def test_lazy_keeps_end_of_answer_uncapped() -> None:
             self.inner.close(rows)
 
     request = replace(requests(Scorer.LAZY, 0.5)[0], params=SamplingParams(max_tokens=24, seed=0, top_k=97))
-    [[choice]] = Engine(tiny_base(), LikesEos()).generate([request])
-    assert len(choice.tokens) == 2, "EOS is never first, and then nothing holds it back"
+    [[choice]] = Engine(tiny_base(), PrefersEos()).generate([request])
+    assert len(choice.tokens) == 2, "EOS is never first, and is uncapped afterwards"
     assert choice.tokens[-1] == EOS

@@ -1,4 +1,4 @@
-"""Objectives come and go while an engine writes, and no answer notices that does not name them."""
+"""Objectives are added and removed while an engine runs; answers that do not use them are unaffected."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class _Done:
 
 
 class Changing:
-    """A guide's objectives, of which those in use stay and all others come and go at random."""
+    """Adds and removes a guide's objectives at random, except those in use."""
 
     def __init__(self, guide: LocalGuide | RemoteGuide, seed: int):
         self.guide, self._chance = guide, random.Random(seed)
@@ -91,7 +91,7 @@ class Changing:
 
 
 def write(guide: Guide, requests: list[Request], seed: int) -> dict[str, Choice]:
-    """The answers, while objectives change before every step, and requests come one by one."""
+    """The answers, while objectives change before every step and requests arrive one by one."""
     engine, changing = Engine(BASE, guide, max_rows=4, prefill_tokens=3), Changing(guide, seed)
     left, running, choices = list(requests), {}, {}
     while left or running:
@@ -109,7 +109,7 @@ def write(guide: Guide, requests: list[Request], seed: int) -> dict[str, Choice]
 
 
 def assert_same(choice: Choice, other: Choice) -> None:
-    """The same tokens; numbers to rounding, which depends on what is computed side by side."""
+    """The same tokens; numbers up to rounding, which depends on the shape of the batch."""
     assert (choice.tokens, choice.finish, choice.error) == (other.tokens, other.finish, None)
     assert choice.num_scored == other.num_scored
     assert choice.values.keys() == other.values.keys()
@@ -119,7 +119,7 @@ def assert_same(choice: Choice, other: Choice) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["local", "remote"])
-def test_answers_are_those_of_an_engine_whose_objectives_never_change(kind, seed):
+def test_answers_match_those_of_an_engine_with_fixed_objectives(kind, seed):
     scorers = (Scorer.FULL, Scorer.LAZY) + ((Scorer.QHEAD,) if kind == "local" else ())
     requests = some_requests(scorers)
     random.Random(seed).shuffle(requests)
@@ -130,7 +130,7 @@ def test_answers_are_those_of_an_engine_whose_objectives_never_change(kind, seed
         assert_same(choices[request.id], expected)
 
 
-def test_versions_of_one_objective_stand_side_by_side():
+def test_versions_of_one_objective_can_be_used_at_once():
     old = Request("old", (1, 5, 6), {"a@i0": 1.0}, beta=6.0, params=SamplingParams(max_tokens=20, seed=1))
     new = replace(old, id="new", weights={"a@i1": 1.0})
     [[one], [other]] = Engine(BASE, LocalGuide(MODELS)).generate([old, new])
@@ -141,7 +141,7 @@ def test_versions_of_one_objective_stand_side_by_side():
         assert_same(choice, alone)
 
 
-def test_heads_that_come_one_by_one_share_their_model():
+def test_heads_added_one_by_one_share_their_model():
     guide = LocalGuide({"a@d5": MODELS["a@d5"]})
     guide.add({"b@d5": MODELS["b@d5"], "b@i0": MODELS["b@i0"]})
     assert len(guide._trunks) == 2
@@ -153,8 +153,8 @@ def test_heads_that_come_one_by_one_share_their_model():
 
 @pytest.mark.parametrize("scorer", [Scorer.LAZY, Scorer.QHEAD])
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_what_is_taken_from_under_an_answer_ends_it_and_no_other(scorer, steps):
-    """Steered by what is left, it would be an answer nobody asked for."""
+def test_removing_an_objective_in_use_ends_only_its_answers(scorer, steps):
+    """Steering by the remaining objectives alone would not be what was requested."""
     params = SamplingParams(max_tokens=12, seed=2)
     lost = Request("lost", (1, 5), {"a@d5": 1.0, "b@d5": 1.0}, beta=4.0, params=params, scorer=scorer)
     kept = replace(lost, id="kept", weights={"b@d5": 1.0})

@@ -1,4 +1,4 @@
-"""What a token's law is said to be: exact for `full` and without guidance, never wrong about what `lazy` left out."""
+"""Reported distributions of tokens: exact for `full` and without guidance; `lazy` omits what it did not evaluate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.fakes import tiny_base, tiny_value
 PROMPT = (5, 6, 7, 8)
 TOP_K = 20
 PARAMS = SamplingParams(max_tokens=12, temperature=0.8, top_k=TOP_K, seed=3)
-SENTENCES = (Preference("a", (9, *PROMPT), 0.7), Preference("b", (11, *PROMPT), 0.3))
+PREFERENCES = (Preference("a", (9, *PROMPT), 0.7), Preference("b", (11, *PROMPT), 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def base_logprobs(tokens: list[int], temperature: float) -> dict[int, float]:
     return dict(zip(ids_K.tolist(), (values_K / temperature).log_softmax(-1).tolist(), strict=True))
 
 
-@pytest.mark.parametrize("fields", [{}, {"weights": {}}, {"preferences": SENTENCES}, {"guide_every": 3}])
+@pytest.mark.parametrize("fields", [{}, {"weights": {}}, {"preferences": PREFERENCES}, {"guide_every": 3}])
 def test_all_candidates_are_a_distribution_with_the_reported_divergence(engine, fields):
     [[choice]] = engine.generate([request(**fields)])
     for step, reported in enumerate(choice.logprobs):
@@ -79,19 +79,19 @@ def test_without_the_ratio_it_is_the_base_model(engine, temperature):
             assert one.logprob - one.logratio == pytest.approx(expected[one.token], abs=1e-4)
 
 
-def test_an_answer_at_temperature_0_is_told_the_law_of_temperature_1(engine):
+def test_temperature_0_reports_the_distribution_of_temperature_1(engine):
     greedy = logprobs_of(engine, request(params=replace(PARAMS, temperature=0.0, max_tokens=1)))
     drawn = logprobs_of(engine, request(params=replace(PARAMS, temperature=1.0, max_tokens=1)))
     for one, other in zip(greedy[0].top, drawn[0].top, strict=True):
         assert tuple(one) == pytest.approx(tuple(other), abs=1e-4)
     assert greedy[0].chosen == greedy[0].top[0]
     assert greedy[0].divergence == pytest.approx(drawn[0].divergence, abs=1e-4)
-    steered = logprobs_of(engine, request(params=replace(PARAMS, temperature=0.0), preferences=SENTENCES))
+    steered = logprobs_of(engine, request(params=replace(PARAMS, temperature=0.0), preferences=PREFERENCES))
     assert all(math.fsum(math.exp(one.logprob) for one in reported.top) == pytest.approx(1) for reported in steered)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_lazy_tells_only_what_it_evaluated_and_the_base_model_exactly(engine, temperature):
+def test_lazy_reports_only_evaluated_candidates_and_the_exact_base_model(engine, temperature):
     params = replace(PARAMS, temperature=temperature)
     [[lazy]] = engine.generate([request(params=params, scorer=Scorer.LAZY)])
     [[full]] = engine.generate([request(params=params)])
@@ -105,29 +105,29 @@ def test_lazy_tells_only_what_it_evaluated_and_the_base_model_exactly(engine, te
     assert min(lazy.num_scored) < TOP_K
 
 
-def test_updates_bring_the_law_of_their_own_tokens(engine):
+def test_updates_contain_the_logprobs_of_their_own_tokens(engine):
     updates = list(engine.stream(request(top_logprobs=2)))
     assert all(len(update.logprobs) == len(update.tokens) == 1 for update in updates)
     assert [update.logprobs[0] for update in updates] == updates[-1].finished.logprobs
     assert all(len(update.logprobs[0].top) == 2 for update in updates)
 
 
-def test_only_those_who_ask_are_told(engine):
-    asking, other = request(top_logprobs=0), request(id="o", top_logprobs=None)
-    [[told], [untold]] = engine.generate([asking, other])
-    assert told.tokens == untold.tokens
-    assert [len(reported.top) for reported in told.logprobs] == [0] * len(told.tokens)
-    assert untold.logprobs == []
+def test_logprobs_are_reported_only_on_request(engine):
+    with_logprobs, without = request(top_logprobs=0), request(id="o", top_logprobs=None)
+    [[asked], [other]] = engine.generate([with_logprobs, without])
+    assert asked.tokens == other.tokens
+    assert [len(reported.top) for reported in asked.logprobs] == [0] * len(asked.tokens)
+    assert other.logprobs == []
 
 
-def test_a_continued_answer_has_the_laws_it_would_have_had(engine):
-    whole = logprobs_of(engine, request(preferences=SENTENCES))
-    begun = [reported.chosen.token for reported in whole[:5]]
-    rest = logprobs_of(engine, request(preferences=SENTENCES, answer=tuple(begun)))
+def test_a_continued_answer_has_the_same_logprobs(engine):
+    whole = logprobs_of(engine, request(preferences=PREFERENCES))
+    start = [reported.chosen.token for reported in whole[:5]]
+    rest = logprobs_of(engine, request(preferences=PREFERENCES, answer=tuple(start)))
     for one, other in zip(whole[5:], rest, strict=True):
         assert one.chosen.logprob == pytest.approx(other.chosen.logprob, abs=1e-4)
 
 
-def test_a_negative_number_is_refused(engine):
+def test_a_negative_number_is_rejected(engine):
     with pytest.raises(RequestError, match="top_logprobs"):
         engine.validate(request(top_logprobs=-1))

@@ -1,6 +1,6 @@
-"""Objectives in words against the published loop, against the method written out, and against what must not matter.
+"""Preferences against the published loop, a reference implementation, and changes that must have no effect.
 
-Shapes: V vocabulary, K sentences or candidates, B rows.
+Shapes: V vocabulary, K preferences or candidates, B rows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ POSITIVE = st.floats(0.01, 20)
 
 
 def literal_loop(plain_V, anchor_V, alpha, lam, nu, steps):
-    """log pi_T as published: every step's utility is remembered, every policy normalised."""
+    """log pi_T as published: every step's utility is kept, every policy normalised."""
     policy_V, utilities = anchor_V, []
     for t in range(1, steps + 1):
         utilities.append(alpha * (policy_V - plain_V))
@@ -59,7 +59,7 @@ def literal_loop(plain_V, anchor_V, alpha, lam, nu, steps):
     nu=POSITIVE,
     steps=st.integers(0, 60),
 )
-def test_the_loop_is_one_scalar(seed, alpha, lam, nu, steps):
+def test_the_published_loop_reduces_to_one_scalar(seed, alpha, lam, nu, steps):
     c = amplification(alpha, lam, nu, steps)
     assume(c <= 50)
     plain_V, *variants = torch.randn(4, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -83,12 +83,12 @@ WEIGHTS = st.lists(st.just(0.0) | st.floats(1e-6, 1), min_size=1, max_size=5).fi
 )
 
 
-def test_a_tiny_pull_gives_all_to_the_one_that_earned_least():
+def test_a_tiny_tau_gives_all_weight_to_the_least_rewarded():
     assert adapted_weights([0.5, 0.2, 0.3], [1.0, 2.0, 1.5], 1e-310) == [1.0, 0.0, 0.0]
 
 
 @given(WEIGHTS, st.data(), st.floats(0.05, 10))
-def test_weights_minimise_what_was_earned_plus_the_pull_to_the_given_ones(initial, data, tau):
+def test_weights_minimise_rewards_plus_the_pull_to_the_given_weights(initial, data, tau):
     initial = [weight / math.fsum(initial) for weight in initial]
     rewards = data.draw(st.lists(st.floats(-10, 10), min_size=len(initial), max_size=len(initial)))
     weights = adapted_weights(initial, rewards, tau)
@@ -106,7 +106,7 @@ def test_weights_minimise_what_was_earned_plus_the_pull_to_the_given_ones(initia
             assert cost(weights) <= cost(list(other / other.sum())) + 1e-9
 
 
-def test_what_is_earned_accumulates_as_asked():
+def test_rewards_accumulate_as_configured():
     rewards = [[1.0, -2.0], [3.0, 0.5], [2.0, -40.0]]
     expected = {Accumulation.MEAN: [2.0, -10.0], Accumulation.SUM: [6.0, -10.0], Accumulation.DECAY: [3.75, -10.0]}
     for accumulation, amounts in expected.items():
@@ -134,7 +134,7 @@ def likely(logits_V, top_p):
 
 
 @given(st.integers(0, 1000), st.floats(0.05, 0.999))
-def test_a_nucleus_is_the_smallest_likely_set(seed, top_p):
+def test_a_nucleus_is_the_smallest_set_of_enough_probability(seed, top_p):
     logits_V = logits(seed, 200)
     probs_V, is_in_V = logits_V.softmax(-1), likely(logits_V, top_p)
     assert probs_V[is_in_V].sum() >= top_p - 1e-6
@@ -142,9 +142,9 @@ def test_a_nucleus_is_the_smallest_likely_set(seed, top_p):
     assert probs_V[is_in_V].min() >= probs_V[~is_in_V].max()
 
 
-def test_rows_have_nuclei_of_their_own():
+def test_every_row_has_its_own_nucleus():
     logits_XV, top_p_X = logits(3, 6, 3000), torch.tensor([0.2, 0.9, 1.0, 0.999, 0.5, 0.99])
-    logits_XV[3] /= 100  # nearly all of it, in no first glance
+    logits_XV[3] /= 100  # nearly all tokens: more than the first sizes of topk
     is_in_XV = is_in_nucleus(logits_XV.log_softmax(-1), top_p_X)
     for row, top_p, is_in_V in zip(logits_XV, top_p_X, is_in_XV, strict=True):
         assert (likely(row, float(top_p)) == is_in_V).all()
@@ -153,7 +153,7 @@ def test_rows_have_nuclei_of_their_own():
 
 
 @given(st.integers(0, 1000), st.floats(0, 4), st.floats(0.3, 1))
-def test_only_what_is_likely_with_or_without_sentences_gains(seed, c, top_p):
+def test_only_tokens_in_a_nucleus_with_or_without_preferences_gain(seed, c, top_p):
     plain_V, *variants = logits(seed, 3, 120).double().log_softmax(-1)
     weights = [0.3, 0.7]
     g_KV = torch.stack(variants) - plain_V
@@ -166,21 +166,21 @@ def test_only_what_is_likely_with_or_without_sentences_gains(seed, c, top_p):
     assert shift_V.isfinite().all()
 
 
-# --- the method written out --------------------------------------------------------------------------------------
+# --- reference implementation -----------------------------------------------------------------------------------
 
 PROMPT = (1, 5, 9)
-SENTENCES = [(1, 40, 41, 5, 9), (1, 50, 5, 9), (1, 60, 61, 62, 5, 9)]
+PREFERENCE_PROMPTS = [(1, 40, 41, 5, 9), (1, 50, 5, 9), (1, 60, 61, 62, 5, 9)]
 
 
 def preferences(*weights):
     return tuple(
-        Preference(f"sentence {k}", prompt, weight)
-        for k, (prompt, weight) in enumerate(zip(SENTENCES, weights, strict=False))
+        Preference(f"preference {k}", prompt, weight)
+        for k, (prompt, weight) in enumerate(zip(PREFERENCE_PROMPTS, weights, strict=False))
     )
 
 
 def some_requests():
-    """Different in everything that sentences bring along; some with value models as well."""
+    """Requests that differ in all settings of preferences; some with value models as well."""
     sampling = SamplingParams(max_tokens=10)
     return [
         Request(
@@ -212,7 +212,7 @@ def engine(max_rows=32, **options):
 
 @cache
 def alone():
-    """What every request gets from an engine of its own, one answer at a time."""
+    """The answers to every request from an engine of its own, one at a time."""
     return {request.id: engine(max_rows=4).generate([request])[0] for request in some_requests()}
 
 
@@ -225,8 +225,8 @@ def value_of(names, sequences):
 
 
 @torch.inference_mode()
-def written_out(request, index):
-    """K + 1 models stepped by hand, with the published loop; tokens, log-ratios, both parts of the divergence, w, g."""
+def reference(request, index):
+    """K + 1 models by whole forward passes, with the published loop: tokens, log-ratios, divergences, w, g."""
     params, sampling, one = request.preference_params, request.params, torch.ones(1)
     initial = [p.weight for p in request.preferences]
     if params.normalise:
@@ -253,7 +253,7 @@ def written_out(request, index):
                 plain_V, anchor_V.log_softmax(-1), params.alpha, params.lam, params.nu, params.steps
             )
             shift_V = optimised_V - plain_V
-            shift_V += (params.strength * (anchor_V - plain_V) - shift_V)[0]  # what normalising took away
+            shift_V += (params.strength * (anchor_V - plain_V) - shift_V)[0]  # undoes the normalisation
         else:
             shift_V = params.c * (anchor_V - plain_V)
         if params.top_p < 1:
@@ -297,9 +297,9 @@ def written_out(request, index):
 
 
 @pytest.mark.parametrize("request_", some_requests(), ids=lambda request: request.id)
-def test_k_sentences_are_k_more_models_stepped_by_hand(request_):
+def test_answers_match_the_reference_implementation(request_):
     for choice in alone()[request_.id]:
-        steps = written_out(request_, choice.index)
+        steps = reference(request_, choice.index)
         tokens, ratios, total, preference_part, weights, rewards = zip(*steps, strict=True)
         assert choice.tokens == list(tokens)
         np.testing.assert_allclose(choice.preference_weights, weights, atol=1e-5)
@@ -315,8 +315,8 @@ def test_k_sentences_are_k_more_models_stepped_by_hand(request_):
             np.testing.assert_allclose(choice.preference_divergences, preference_part, atol=1e-4)
 
 
-def test_the_requests_at_hand_differ_where_it_matters():
-    """Sentences change answers, and so do the value models beside them."""
+def test_the_requests_cover_the_relevant_differences():
+    """Preferences change answers, and so do value models used with them."""
     without = engine().generate([replace(request, preferences=()) for request in some_requests()])
     untrained = engine().generate([replace(request, weights={}) for request in some_requests()])
     for others in (without, untrained):
@@ -342,15 +342,15 @@ def assert_same(many, others):
             np.testing.assert_allclose(one.divergences, other.divergences, atol=1e-3)
 
 
-def test_a_corner_is_that_sentence_alone():
-    """A sentence of weight 0 gets no row, and the scale of the weights has no effect."""
+def test_weight_on_one_preference_is_that_preference_alone():
+    """Preferences of weight 0 get no row, and the scale of the weights has no effect."""
     narrow = engine(max_rows=2)
     both = [replace(r, params=replace(r.params, n=1)) for r in with_preferences((5.0, 0.0, 0.0))]
     only = [replace(r, params=replace(r.params, n=1)) for r in with_preferences((1.0,))]
     assert_same(narrow.generate(both), engine().generate(only))
 
 
-def test_strength_zero_is_the_model_without_sentences():
+def test_strength_zero_is_the_model_without_preferences():
     params = replace(PRESETS["mato"], c=0.0)
     none = [replace(request, preferences=()) for request in some_requests()]
     answers = engine().generate(with_preferences((0.3, 0.7), params))
@@ -360,7 +360,7 @@ def test_strength_zero_is_the_model_without_sentences():
             np.testing.assert_allclose(choice.preference_divergences, 0, atol=1e-12)
 
 
-def test_a_negative_strength_leads_away_from_the_sentence():
+def test_a_negative_strength_steers_away_from_the_preference():
     params = replace(PRESETS["context_steering"], top_p=1.0)
     sampling = SamplingParams(max_tokens=1, temperature=0.0, top_k=VOCAB)
     request = Request("r", PROMPT, params=sampling, preference_params=params)
@@ -372,7 +372,7 @@ def test_a_negative_strength_leads_away_from_the_sentence():
     assert rewards[0] < rewards[-1]
 
 
-def test_presets_are_those_of_their_papers():
+def test_presets_match_their_papers():
     assert PRESETS["amulet"].strength == pytest.approx(5.6487, abs=1e-4)
     assert [PRESETS[name].strength for name in ("anchor", "opad", "linear_alignment")] == [1, 2, 3]
     assert [params for params in PRESETS.values() if params.adapt] == [PRESETS["mato"]]
@@ -383,15 +383,15 @@ def test_presets_are_those_of_their_papers():
 
 @pytest.mark.parametrize("options", [{}, {"max_rows": 5}, {"prefill_tokens": 2}, {"cache_tokens": 64}])
 def test_neighbours_room_and_chunks_do_not_matter(options):
-    """All at once, beside requests without sentences."""
+    """All at once, together with requests without preferences."""
     plain = [replace(request, id=f"plain {request.id}", preferences=()) for request in some_requests()]
     mixed = [request for pair in zip(some_requests(), plain, strict=True) for request in pair]
     assert_same(engine(**options).generate(mixed)[::2], alone().values())
 
 
 @pytest.mark.parametrize("prefill_tokens", [None, 3])
-def test_an_answer_that_is_taken_up_goes_on_as_it_would_have(prefill_tokens):
-    """What its tokens have earned is counted again from the tokens themselves; neighbours share its prompts."""
+def test_a_continued_answer_matches_the_whole_one(prefill_tokens):
+    """The rewards of its tokens are recomputed from the tokens; neighbours share its prompts."""
     for request in some_requests()[1:7]:
         [whole] = alone()[request.id]
         for cut in range(1, len(whole.tokens)):
@@ -401,8 +401,8 @@ def test_an_answer_that_is_taken_up_goes_on_as_it_would_have(prefill_tokens):
             np.testing.assert_allclose(choice.preference_weights, whole.preference_weights[cut:], atol=1e-5)
 
 
-def test_rows_are_counted():
-    """A request with K sentences takes K + 1 rows; what does not fit waits, and all get their turn."""
+def test_a_request_takes_one_row_per_variant():
+    """A request with K preferences takes K + 1 rows; requests that do not fit wait until they do."""
     engine_ = engine(max_rows=5)
     for request in with_preferences((1.0, 1.0))[:3]:
         engine_.submit(replace(request, params=replace(request.params, n=1)))
@@ -414,7 +414,7 @@ def test_rows_are_counted():
     assert len(engine_._base._rows) == 0
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- validation --------------------------------------------------------------------------------------------------
 
 FINE = Request("r", PROMPT, preferences=preferences(1.0, 1.0), params=SamplingParams(max_tokens=4))
 
@@ -428,7 +428,7 @@ FINE = Request("r", PROMPT, preferences=preferences(1.0, 1.0), params=SamplingPa
         ({"preferences": preferences(0.0, 0.0)}, r"preferences: all weights are 0"),
         ({"preferences": (Preference("x", ()),)}, r"preferences: is empty"),
         ({"preferences": (Preference("x", (VOCAB,)),)}, r"preferences: has the token 97"),
-        ({"preferences": (Preference("long", (1,) * 256),)}, r"preferences: make the prompt too long.*'long'.*256"),
+        ({"preferences": (Preference("long", (1,) * 256),)}, r"preferences: with 'long' the prompt has 256 tokens"),
         ({"preferences": (Preference("long", (1,) * 253),)}, r"max_tokens: is 4; .*253 tokens.*from 1 to 3"),
         ({"preferences": (Preference("same", PROMPT),)}, r"preferences: 'same' changes nothing"),
         ({"preferences": preferences(1, 1, 1) * 2}, r"preferences: 6 given; at most 5 fit"),
@@ -448,27 +448,27 @@ FINE = Request("r", PROMPT, preferences=preferences(1.0, 1.0), params=SamplingPa
         ({"preferences": (), "preference_params": PreferenceParams(c=99)}, r"preference_params\.c: is 99"),
     ],
 )
-def test_what_cannot_steer_is_refused(changes, message):
+def test_invalid_preferences_are_rejected(changes, message):
     engine_ = engine(max_rows=6)
     engine_.validate(FINE)
     with pytest.raises(RequestError, match=message):
         engine_.validate(replace(FINE, **changes))
 
 
-def test_a_cache_has_to_hold_all_variants():
+def test_a_cache_must_hold_all_variants():
     engine(cache_tokens=3 * 9).validate(FINE)
     with pytest.raises(RequestError, match=r"max_tokens: is 4; with 3 prompts .* leaves room for 3"):
         engine(cache_tokens=3 * 9 - 1).validate(FINE)
 
 
-def test_several_draws_have_no_sentences():
+def test_several_draws_cannot_have_preferences():
     request = replace(FINE, weights={"brief": 1.0}, scorer=Scorer.FULL, draws=2)
-    with pytest.raises(RequestError, match=r"preferences: follow one answer"):
+    with pytest.raises(RequestError, match=r"preferences: cannot be combined"):
         engine().validate(replace(request, params=SamplingParams(max_tokens=1)))
 
 
 @given(st.lists(st.floats(0, 1e300), min_size=1, max_size=5))
-def test_prepared_weights_sum_to_one(weights):
+def test_validated_weights_sum_to_one(weights):
     assume(any(weights))
     used = normalise_preferences(tuple(Preference("x", PROMPT, w) for w in weights), PRESETS["mato"])
     assert math.fsum(preference.weight for preference in used) == pytest.approx(1.0)

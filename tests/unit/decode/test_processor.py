@@ -1,4 +1,4 @@
-"""The tilt inside `model.generate`: the engine's answers and its law, whatever transformers does with the rows.
+"""The tilt inside `model.generate`: the engine's answers and distribution, however transformers arranges the rows.
 
 Shapes: B rows, V vocabulary, K candidates.
 """
@@ -23,7 +23,7 @@ MANY = [*PROMPTS, *((1, 40 + i, 20 + 2 * i)[i % 2 :] for i in range(18))]
 
 
 class Counting(LocalGuide):
-    """Knows which rows it follows, how often it kept a candidate, and what it had to read."""
+    """Records the rows that it follows, and counts kept candidates and encoded tokens."""
 
     def __init__(self, models=MODELS):
         super().__init__(models)
@@ -50,7 +50,7 @@ def processor(guide=None, weights=WEIGHTS, beta=2.0, **fields):
 
 
 def padded(prompts):
-    """Input ids and attention mask, filled up on the left."""
+    """Input ids and attention mask, padded on the left."""
     width = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -93,7 +93,7 @@ def tilted_logprobs(ids, scores, cap=None, top_k=40, beta=2.0):
 
 
 class Checked(TiltProcessor):
-    """Compares every call with the law without memory, row by row, but for answers that have ended."""
+    """Compares every call with a stateless computation, row by row, except for finished answers."""
 
     num_checked = 0
 
@@ -114,7 +114,7 @@ class Checked(TiltProcessor):
 
 
 @pytest.mark.parametrize("cap", [None, 0.8])
-def test_greedy_generation_is_the_engine_at_temperature_zero(cap):
+def test_greedy_generation_matches_the_engine_at_temperature_zero(cap):
     """Token for token, in a batch of prompts of different lengths whose answers end at different times."""
     guide = Counting()
     tilted = processor(guide, tilt_cap=cap)
@@ -124,7 +124,7 @@ def test_greedy_generation_is_the_engine_at_temperature_zero(cap):
     expected = [choice.tokens for [choice] in Engine(BASE, LocalGuide(MODELS)).generate(requests)]
     assert [row[: len(tokens)] for row, tokens in zip(answers.tolist(), expected, strict=True)] == expected
     assert len({len(tokens) for tokens in expected}) > 1
-    # All tokens but the first of a prompt and the last of an answer are followed without reading anything again.
+    # Only prompts are encoded; all further tokens are kept candidates.
     assert guide.num_read == sum(map(len, MANY))
     tilted.close()
     assert guide.rows == set()
@@ -142,27 +142,27 @@ def test_greedy_generation_is_the_engine_at_temperature_zero(cap):
     ids=str,
 )
 @pytest.mark.parametrize("fields", [{}, {"tilt_cap": 0.8, "top_k": 7}], ids=str)
-def test_the_law_is_that_of_the_method_whatever_becomes_of_the_rows(options, fields):
-    """Sampling, several answers to a prompt, and beams that leave, double and change places."""
+def test_the_distribution_is_correct_however_rows_are_rearranged(options, fields):
+    """Sampling, several answers to a prompt, and beams that are dropped, duplicated and reordered."""
     torch.manual_seed(0)
     guide = Counting()
     tilted = Checked(guide, WEIGHTS, 2.0, eos_ids=(EOS,), pad_id=PAD, **fields)
     generate(tilted, PROMPTS, **options)
     assert tilted.num_checked > 20
     assert guide.num_kept > 10
-    assert guide.num_from_start == len(PROMPTS), "a prompt is read once, whatever becomes of its rows"
+    assert guide.num_from_start == len(PROMPTS), "a prompt is encoded once, however its rows are rearranged"
 
 
-def test_the_next_batch_begins_anew():
-    """The same processor for one call of generate after another, of other shapes or the same."""
+def test_the_next_batch_starts_from_scratch():
+    """The same processor for several calls of generate, of different shapes or the same."""
     tilted = processor()
     for prompts in (PROMPTS, PROMPTS[:2], PROMPTS[2:4], PROMPTS):
         again = generate(tilted, prompts, do_sample=False)
         assert again.tolist() == generate(processor(), prompts, do_sample=False).tolist()
 
 
-def test_rows_may_go_on_in_any_way():
-    """By a token that was no candidate, in another order, doubled, or after their end."""
+def test_rows_may_continue_in_any_way():
+    """By a token that was not a candidate, in another order, duplicated, or after their end."""
     torch.manual_seed(0)
     tilted = processor(top_k=3)
     ids = torch.tensor([[PAD, 1, 5], [1, 6, 7]])
@@ -183,8 +183,8 @@ def test_rows_may_go_on_in_any_way():
                 torch.testing.assert_close(after.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_answers_that_ended_ask_for_no_value():
-    """And yet have a law that can be sampled from: transformers draws a token for them and throws it away."""
+def test_finished_answers_are_not_scored():
+    """Their distribution must still be valid: transformers draws a token for them and discards it."""
     guide = Counting()
     tilted = processor(guide)
     tilted(torch.tensor([[1, 5], [1, 6]]), torch.randn(2, 97))
@@ -205,7 +205,7 @@ def test_without_steering_it_is_the_truncated_base_model(fields):
 
 
 def test_a_value_that_is_not_a_number_is_an_error():
-    """Also behind the cap, which would hide it; the next batch is none the worse."""
+    """Also where the cap would hide it; the next batch is unaffected."""
     model = tiny_value(1)
     model.backbone.embed_tokens.weight[90] = float("nan")
     tilted = TiltProcessor(LocalGuide({"brief": model}), {"brief": 1.0}, tilt_cap=1.0, top_k=3, eos_ids=(EOS,))
@@ -215,7 +215,7 @@ def test_a_value_that_is_not_a_number_is_an_error():
     assert tilted(torch.tensor([[1, 5]]), scores).isfinite().sum() == 3
 
 
-def test_refusals_name_their_argument():
+def test_errors_name_their_argument():
     for fields in ({"beta": -1.0}, {"tilt_cap": 0.0}, {"top_k": 0}):
         with pytest.raises(RequestError) as caught:
             processor(**fields)

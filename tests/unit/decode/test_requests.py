@@ -1,4 +1,4 @@
-"""Requests that cannot be served, and those that fail on the way: each alone, with its reason."""
+"""Invalid requests, and requests that fail while running: each alone, with its reason."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def with_params(**fields) -> Request:
         ("stop", [("",), ("a", "")]),
     ],
 )
-def test_a_setting_out_of_range_is_refused_with_its_name_and_value(field, values):
+def test_a_setting_out_of_range_is_rejected_with_its_name_and_value(field, values):
     for value in values:
         with pytest.raises(RequestError) as caught:
             validate(with_params(**{field: value}), Bounds(["a"], CONTEXT))
@@ -46,7 +46,7 @@ def test_a_setting_out_of_range_is_refused_with_its_name_and_value(field, values
 @pytest.mark.parametrize(
     ("field", "values"), [("beta", [-1.0, NAN, INF]), ("tilt_cap", [0.0, -1.0, NAN]), ("guide_every", [0, -2])]
 )
-def test_steering_out_of_range_is_refused_with_its_name_and_value(field, values):
+def test_steering_out_of_range_is_rejected_with_its_name_and_value(field, values):
     for value in values:
         with pytest.raises(RequestError) as caught:
             validate(replace(REQUEST, **{field: value}), Bounds(["a"], CONTEXT))
@@ -54,13 +54,13 @@ def test_steering_out_of_range_is_refused_with_its_name_and_value(field, values)
         assert repr(value) in str(caught.value)
 
 
-def test_one_noise_stream_is_for_one_answer():
+def test_a_given_noise_stream_allows_one_answer_only():
     with pytest.raises(RequestError, match=r"stream: is 7; .*use n = 1"):
         validate(replace(with_params(n=2), stream=7), Bounds(["a"], CONTEXT))
 
 
 @pytest.mark.parametrize("weights", [{"a": NAN}, {"a": INF}, {"a": -0.1}, {"a": 1.0, "b": -1.0}, {"c": 1.0}])
-def test_weights_that_mean_nothing_are_refused_by_objective(weights):
+def test_invalid_weights_are_rejected_by_objective(weights):
     with pytest.raises(RequestError) as caught:
         validate(replace(REQUEST, weights=weights), Bounds(["a", "b"], CONTEXT))
     assert caught.value.field == "objective_weights"
@@ -77,13 +77,13 @@ def test_weights_that_mean_nothing_are_refused_by_objective(weights):
         ("max_tokens", replace(REQUEST, answer=(5,) * 8), None),
     ],
 )
-def test_what_cannot_fit_is_refused_by_context_cache_and_tokens_written_before(field, request_, cache_tokens):
+def test_requests_that_exceed_context_or_cache_are_rejected(field, request_, cache_tokens):
     with pytest.raises(RequestError) as caught:
         validate(request_, Bounds(["a"], CONTEXT, cache_tokens=cache_tokens))
     assert caught.value.field == field
 
 
-def test_what_just_fits_is_taken():
+def test_requests_that_just_fit_are_accepted():
     full = with_params(max_tokens=CONTEXT - 3, top_k=1, top_p=1.0, min_p=0.0, temperature=0.0)
     assert validate(full, Bounds(["a"], CONTEXT, cache_tokens=CONTEXT)).params == full.params
     almost_written = replace(REQUEST, answer=(5,) * 7)
@@ -91,12 +91,12 @@ def test_what_just_fits_is_taken():
 
 
 @pytest.mark.parametrize("weights", [(1.0, 3.0), (1e-300, 3e-300), (5e307, 1.5e308)])
-def test_only_the_proportions_of_weights_count_however_large(weights):
+def test_only_the_proportions_of_weights_matter_however_large(weights):
     a, b = weights
     assert normalise_weights({"a": a, "b": b}, ["a", "b"]) == pytest.approx({"a": 0.25, "b": 0.75})
 
 
-def test_a_refused_request_leaves_no_trace():
+def test_a_rejected_request_leaves_no_state():
     engine = Engine(tiny_base(), LocalGuide({"a": tiny_value(1)}))
     for bad in (with_params(top_k=0), replace(REQUEST, weights={"b": 1.0})):
         with pytest.raises(RequestError):
@@ -106,7 +106,7 @@ def test_a_refused_request_leaves_no_trace():
         assert engine.is_idle
 
 
-# --- failures on the way -----------------------------------------------------------------------------------------
+# --- failures while running --------------------------------------------------------------------------------------
 
 
 def run_to_idle(engine):
@@ -117,7 +117,7 @@ def run_to_idle(engine):
 
 
 def poisoned_base():
-    """A base model that is nowhere a number after one token."""
+    """A base model whose outputs are nan after one token."""
     base = tiny_base()
     base.model.model.embed_tokens.weight[POISON] = NAN
     return base
@@ -125,8 +125,8 @@ def poisoned_base():
 
 @pytest.mark.parametrize("use_hf_forward", [False, True])
 @pytest.mark.parametrize("weights", [{}, {"a": 1.0}])
-def test_logits_that_are_not_numbers_fail_their_own_request_only(weights, use_hf_forward):
-    """Those beside it, and those that come after it into its place, get what they would have got."""
+def test_nan_logits_fail_only_their_own_request(weights, use_hf_forward):
+    """Its neighbours and the requests that reuse its slot get the same answers as without it."""
     params = SamplingParams(max_tokens=10, top_k=4)
     good = [Request(f"g{i}", (9 + i, 5, 6), weights, params=replace(params, seed=i)) for i in range(6)]
     bad = [Request(f"b{i}", (30 + i, POISON, 40), weights, params=replace(params, seed=i, n=2)) for i in range(2)]
@@ -145,8 +145,8 @@ def test_logits_that_are_not_numbers_fail_their_own_request_only(weights, use_hf
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_prompt_that_begins_as_one_that_fails_is_none_the_worse(when):
-    """Their first tokens are the same; what follows them in the one must not spoil the other."""
+def test_a_prompt_that_shares_a_prefix_with_a_failing_one_is_unaffected(when):
+    """The first tokens are the same; the later ones of the failing prompt must not affect the other."""
     stem = tuple(range(10, 60))
     bad = Request("bad", (*stem, POISON, 7), params=SamplingParams(max_tokens=4, seed=0))
     good = Request("good", (*stem, 8, 9), params=SamplingParams(max_tokens=10, top_k=4, seed=1))
@@ -162,7 +162,7 @@ def test_a_prompt_that_begins_as_one_that_fails_is_none_the_worse(when):
 
 
 class Interrupted(LocalGuide):
-    """Fails once, after its work is done, at the call of some name."""
+    """Fails once, at the end of the method `at`."""
 
     def __init__(self, models, at):
         super().__init__(models)
@@ -194,8 +194,8 @@ class Interrupted(LocalGuide):
 
 
 @pytest.mark.parametrize("at", ["open", "extend", "score", "keep"])
-def test_an_engine_whose_step_failed_is_as_new_when_all_is_cancelled(at):
-    """No row stays with the guide or in the cache, and the next answers are what they should be."""
+def test_an_engine_recovers_from_a_failed_step_when_all_is_cancelled(at):
+    """No row stays in the guide or the cache, and the next answers are correct."""
     models = {"a": tiny_value(1)}
     requests = [replace(REQUEST, id=str(i), prompt=tuple(range(5, 16 + i)), guide_every=1 + i % 2) for i in range(3)]
     expected = Engine(tiny_base(), LocalGuide(models)).generate(requests)
@@ -214,7 +214,7 @@ def test_an_engine_whose_step_failed_is_as_new_when_all_is_cancelled(at):
 
 
 @pytest.mark.parametrize("token", [VOCAB, -1])
-def test_a_token_that_the_model_does_not_have_is_refused(token):
+def test_a_token_outside_the_vocabulary_is_rejected(token):
     engine = Engine(tiny_base())
     for bad in (replace(REQUEST, weights={}, prompt=(5, token)), replace(REQUEST, weights={}, answer=(token,))):
         with pytest.raises(RequestError, match=str(token)):
@@ -223,7 +223,7 @@ def test_a_token_that_the_model_does_not_have_is_refused(token):
 
 @given(st.lists(st.floats(0, 1e308), min_size=1, max_size=6), st.booleans())
 @settings(deadline=None, max_examples=500)
-def test_a_validated_request_stays_as_it_is(weights, as_preferences):
+def test_validating_again_changes_nothing(weights, as_preferences):
     """To the last bit: the gateway and the engine both validate it."""
     if as_preferences:
         steering = {"preferences": tuple(Preference(str(k), (k, 9), w) for k, w in enumerate(weights))}

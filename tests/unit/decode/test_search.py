@@ -1,4 +1,4 @@
-"""Best-of-n and beams: against the method written out by whole forward passes, and against ordinary requests.
+"""Best-of-n and beams against a reference implementation by whole forward passes, and against ordinary requests.
 
 Shapes: K candidates, M objectives, Q draws.
 """
@@ -38,7 +38,7 @@ def engine(max_rows=32, guide=None):
 
 
 def some_requests():
-    """Different in everything that a beam depends on."""
+    """Requests that differ in everything a beam depends on."""
     return [
         Request(
             id=f"r{i}",
@@ -56,7 +56,7 @@ def some_requests():
     ]
 
 
-# --- the method, written out -------------------------------------------------------------------------------------
+# --- reference implementation ------------------------------------------------------------------------------------
 
 
 def values_of(weights, sequences):
@@ -87,7 +87,7 @@ def candidates_of(request, tokens):
     return ids_1K, logprobs_1K, delta_1K, values_KM
 
 
-def written_out(request, width):
+def reference(request, width):
     """Beams as (tokens, V_m after each, log-ratios, divergences), best first."""
     temperature_1 = torch.tensor([request.params.temperature])
     weights = np.array(list(request.weights.values())) / sum(request.weights.values())
@@ -133,15 +133,15 @@ def assert_are(choices, beams, request):
 
 @pytest.mark.parametrize("max_rows", [2, 32])
 @pytest.mark.parametrize("width", [1, 2, 3])
-def test_beams_are_those_of_the_method_written_out(width, max_rows):
-    """Tokens, values and all that is reported, also where the batch is too small for all beams."""
+def test_beams_match_the_reference_implementation(width, max_rows):
+    """Tokens, values and all reported figures, also where the batch is too small for all beams."""
     requests = some_requests()
     for choices, request in zip(beam_search(engine(max_rows), requests, width), requests, strict=True):
-        assert_are(choices, written_out(request, width), request)
+        assert_are(choices, reference(request, width), request)
 
 
-def test_the_beams_at_hand_differ_where_it_matters():
-    """Answers end in both ways, and finished beams wait for others."""
+def test_the_beams_cover_the_relevant_differences():
+    """Both finish reasons occur, and finished beams wait for others."""
     results = beam_search(engine(), some_requests(), 3)
     lengths = [sorted(len(choice.tokens) for choice in choices) for choices in results]
     finishes = Counter(choice.finish for choices in results for choice in choices)
@@ -189,7 +189,7 @@ def test_beams_do_not_depend_on_neighbours():
 
 
 def test_stop_strings_end_a_beam():
-    """As they end an ordinary answer: here the first letter that the best beam would write after three."""
+    """As they end an ordinary answer; here the stop string is the fourth letter of the best beam."""
     request = some_requests()[2]
     [[plain]] = beam_search(engine(), [request], 1)
     stop = Letters().decode(plain.tokens[3:4])
@@ -226,7 +226,7 @@ def test_draws_are_samples_without_replacement(temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_first_draw_is_the_ordinary_token_and_its_figures(temperature):
+def test_the_first_draw_is_the_ordinary_token(temperature):
     for seed in range(20):
         [[drawn]] = engine().generate([one_token(3, seed, temperature)])
         [[plain]] = engine().generate([one_token(None, seed, temperature)])
@@ -246,8 +246,8 @@ def test_at_temperature_zero_draws_are_the_most_likely():
     assert [alternative.token for alternative in choice.alternatives] == ids_1K[0, best].tolist()
 
 
-def test_there_are_no_more_draws_than_candidates():
-    """Beside a request with more: what only the neighbour has is no candidate."""
+def test_draws_are_limited_by_the_candidates():
+    """Also next to a request with more candidates."""
     few, many = one_token(8, seed=1, top_k=3), one_token(8, seed=2, top_k=40)
     [narrow], [wide] = engine().generate([few, many])
     assert [len({a.token for a in choice.alternatives}) for choice in (narrow, wide)] == [3, 8]
@@ -256,7 +256,7 @@ def test_there_are_no_more_draws_than_candidates():
 # --- best of n ---------------------------------------------------------------------------------------------------
 
 
-def test_best_of_is_the_answer_of_largest_combined_value():
+def test_best_of_returns_the_answer_of_largest_combined_value():
     requests = [replace(request, stream=None) for request in some_requests()]
     answers = engine().generate([replace(request, params=replace(request.params, n=4)) for request in requests])
     changed = 0
@@ -270,7 +270,7 @@ def test_best_of_is_the_answer_of_largest_combined_value():
 
 
 def test_best_of_ranks_by_a_given_score():
-    """Also without guidance, and with every token of a choice at hand."""
+    """Also without guidance; the score sees whole choices."""
     requests = [replace(request, stream=None, weights={}) for request in some_requests()]
     seen = []
 
@@ -289,7 +289,7 @@ def test_best_of_ranks_by_a_given_score():
 
 
 class Watched(LocalGuide):
-    """Knows which rows it follows, and what they were read from; may break down."""
+    """Records the rows that it follows and opens; fails after `breaks_at` rows."""
 
     def __init__(self, models, breaks_at=None):
         super().__init__(models)
@@ -311,8 +311,8 @@ class Watched(LocalGuide):
 
 
 @pytest.mark.parametrize("num_requests", [1, 3])
-def test_a_continuation_shares_the_keys_and_values_of_what_it_continues(num_requests):
-    """Every step of every beam reads one token, also when no other row is running meanwhile."""
+def test_a_continuation_shares_the_keys_and_values_of_its_beam(num_requests):
+    """Every step of every beam encodes one token, also when no other row is running."""
     requests = [replace(request, id=str(i)) for i, request in enumerate([some_requests()[2]] * num_requests)]
     guide = Watched(MODELS)
     beam_search(engine(guide=guide), requests, 2)
@@ -321,7 +321,7 @@ def test_a_continuation_shares_the_keys_and_values_of_what_it_continues(num_requ
     assert all(row.source is not None and row.shared == len(row.tokens) - 1 for row in later)
 
 
-def test_nothing_is_left_behind():
+def test_no_state_remains():
     guide = Watched(MODELS)
     engine_ = engine(guide=guide)
     beam_search(engine_, some_requests(), 3)
@@ -341,7 +341,7 @@ def test_a_failing_step_leaves_an_idle_engine():
     assert guide.rows == set()
 
 
-def test_values_that_are_not_numbers_fail_their_own_request_only():
+def test_nan_values_fail_only_their_own_request():
     model = tiny_value(15)
     model.backbone.embed_tokens.weight[90] = float("nan")
     params = SamplingParams(max_tokens=6, top_k=2, seed=0)
@@ -367,7 +367,7 @@ def test_values_that_are_not_numbers_fail_their_own_request_only():
         ("max_tokens", {"params": SamplingParams(max_tokens=1000)}),
     ],
 )
-def test_a_beam_search_that_cannot_be_is_refused_before_any_is_begun(field, change):
+def test_invalid_requests_are_rejected_before_any_search_starts(field, change):
     good = some_requests()[0]
     engine_ = engine()
     with pytest.raises(RequestError) as caught:
@@ -376,7 +376,7 @@ def test_a_beam_search_that_cannot_be_is_refused_before_any_is_begun(field, chan
     assert engine_.is_idle
 
 
-def test_other_refusals_name_their_field():
+def test_other_errors_name_their_field():
     request = some_requests()[0]
     with pytest.raises(RequestError, match="width"):
         beam_search(engine(), [request], 0)

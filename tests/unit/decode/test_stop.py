@@ -1,4 +1,4 @@
-"""Stop strings: where an answer ends, what its text is, and what of it may be shown while it is written."""
+"""Stop strings: the end of an answer, its text, and the text that may be streamed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_string(at, length):
     assert (choice.text, choice.finish) == (plain().text[:at], FinishReason.STOP)
 
 
-def test_half_a_stop_string_ends_nothing():
+def test_an_incomplete_stop_string_does_not_end_an_answer():
     """It was held back, but it is part of the text."""
     half = plain().text[-2:] + "?"
     [[choice]] = Engine(BASE).generate([stopped(half)])
@@ -57,7 +57,7 @@ def test_half_a_stop_string_ends_nothing():
 
 
 @pytest.mark.parametrize("cut", range(1, 8))
-def test_a_stop_string_that_began_before_an_answer_was_taken_up_ends_it(cut):
+def test_a_stop_string_that_began_before_a_continuation_ends_it(cut):
     stop = plain().text[5:8]
     [[whole]] = Engine(BASE).generate([stopped(stop)])
     assert len(whole.tokens) == 8
@@ -74,7 +74,7 @@ def test_rows_of_a_batch_end_at_their_own_stop_strings():
 
 @pytest.mark.parametrize("stop", [(), ("never",), (5, 6), (5, 8), (14, 16), (0, 1)])
 def test_streamed_text_adds_up_to_the_text_of_the_answer(stop):
-    """Whole or taken up after four tokens, whose text was shown by then but for what might have been a stop."""
+    """Whole, or continued after four tokens, whose text was already streamed except for a possible stop string."""
     if stop and isinstance(stop[0], int):
         stop = (plain().text[slice(*stop)],)
     request = stopped(*stop)
@@ -89,7 +89,7 @@ def test_streamed_text_adds_up_to_the_text_of_the_answer(stop):
         assert shown + "".join(update.text for update in Engine(BASE).stream(rest)) == whole.text
 
 
-def test_the_end_of_an_answer_is_no_text():
+def test_the_end_of_answer_token_has_no_text():
     base = tiny_base(seed=0, eos_boost=2.0)
     request = Request("r", (1, 5), params=SamplingParams(max_tokens=40, seed=1, stop=("never",)))
     [[choice]] = Engine(base).generate([request])
@@ -97,7 +97,7 @@ def test_the_end_of_an_answer_is_no_text():
     assert choice.text == text_of(choice.tokens[:-1])
 
 
-def test_an_empty_stop_string_is_refused():
+def test_an_empty_stop_string_is_rejected():
     with pytest.raises(RequestError, match="stop") as caught:
         Engine(BASE).submit(stopped("a", ""))
     assert caught.value.field == "stop"
@@ -121,8 +121,8 @@ def pieces_of(tokens: list[int], lengths: list[int]) -> list[list[int]]:
 @settings(max_examples=400, derandomize=True, deadline=None)
 @given(tokens=st.lists(st.sampled_from(IDS), max_size=14), lengths=st.lists(st.integers(0, 4), max_size=14), stop=STOPS)
 @example(tokens=TOKENIZER("abba")["input_ids"], lengths=[1, 1, 1], stop=("abb", "b"))
-def test_text_does_not_depend_on_the_pieces_in_which_tokens_come(tokens, lengths, stop):
-    """Half characters and stop strings within each other included; no stop string ever shows."""
+def test_text_does_not_depend_on_how_tokens_are_split_into_pieces(tokens, lengths, stop):
+    """Including incomplete characters and nested stop strings; no stop string is ever part of the text."""
     whole = StoppedText(TOKENIZER, stop)
     expected = whole.add(tokens, last=True)
     pieces = pieces_of(tokens, lengths)
@@ -136,13 +136,13 @@ def test_text_does_not_depend_on_the_pieces_in_which_tokens_come(tokens, lengths
 
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(tokens=st.lists(st.sampled_from(IDS), max_size=14), stop=STOPS)
-def test_text_that_is_shown_is_never_taken_back(tokens, stop):
-    """It begins whatever the answer turns out to be, and lags by less than a stop string and one character."""
+def test_emitted_text_is_never_retracted(tokens, stop):
+    """It is a prefix of every possible text, and lags by less than a stop string and one character."""
     text, shown = StoppedText(TOKENIZER, stop), ""
     longest = max((len(string) for string in stop), default=1)
     for count, token in enumerate(tokens, start=1):
         shown += text.add([token])
         so_far = StoppedText(TOKENIZER, stop).add(tokens[:count], last=True)
         assert so_far.startswith(shown)
-        if REPLACEMENT not in so_far:  # bytes that are no text are shown when a character follows
+        if REPLACEMENT not in so_far:  # invalid bytes are emitted when a character follows
             assert len(so_far) - len(shown) < longest

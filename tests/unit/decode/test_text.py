@@ -1,4 +1,4 @@
-"""Tokens become text piece by piece: whole characters, and nothing of what ends an answer."""
+"""Incremental decoding to text: whole characters, without stop strings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def ids_of(text: str) -> list[int]:
     return TOKENIZER(text)["input_ids"]
 
 
-def test_characters_spread_over_tokens_come_out_whole():
+def test_characters_that_span_tokens_are_returned_whole():
     ids = ids_of("a é éb")
     assert len(ids) == 8  # two tokens for each é
     text = Detokenizer(TOKENIZER)
@@ -22,7 +22,7 @@ def test_characters_spread_over_tokens_come_out_whole():
     assert pieces == ["a", " ", "", "é", " ", "", "é", "b"]
 
 
-def test_half_a_character_at_the_end_is_not_lost():
+def test_an_incomplete_character_at_the_end_is_not_lost():
     text = Detokenizer(TOKENIZER)
     assert text.add(ids_of("aé")[:-1]) == ""
     assert text.add((), last=True) == "a\ufffd"
@@ -41,7 +41,7 @@ def test_half_a_character_at_the_end_is_not_lost():
         ("nothing", [], "nothing"),
     ],
 )
-def test_no_part_of_a_stop_string_comes_out(text, stop, expected, size):
+def test_no_part_of_a_stop_string_is_returned(text, stop, expected, size):
     ids = ids_of(text)
     stopped, out = StoppedText(TOKENIZER, stop), ""
     for start in range(0, len(ids), size):

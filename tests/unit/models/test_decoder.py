@@ -1,4 +1,4 @@
-"""Both paths through the slot cache against the models' own generation: architectures, windows, rotations, biases."""
+"""Both decoders against transformers' generate: architectures, windows, rotary embeddings, biases."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OTHER = {
 
 
 def tiny(kind: str, **fields) -> PreTrainedModel:
-    """A random model of some architecture, with a distribution of some shape and biases that are not zero."""
+    """A random model of some architecture, with a peaked distribution and nonzero biases."""
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -90,7 +90,7 @@ def generated(model: PreTrainedModel, prompt: tuple[int, ...]) -> list[int]:
 
 
 def written(kind: str, fields: dict[str, Any]) -> tuple[PreTrainedModel, list[list[int]]]:
-    """A tiny model, and what transformers writes with it: not the same token all the time."""
+    """A tiny model, and what transformers generates with it: varied tokens."""
     model = tiny(kind, **fields)
     expected = [generated(model, prompt) for prompt in PROMPTS]
     assert len({token for tokens in expected for token in tokens}) > 5
@@ -98,7 +98,7 @@ def written(kind: str, fields: dict[str, Any]) -> tuple[PreTrainedModel, list[li
 
 
 def decoded(model: PreTrainedModel, use_hf_forward: bool) -> list[list[int]]:
-    """All prompts in one batch, in small pieces, so that rows of different lengths meet in every kind of pass."""
+    """All prompts in one batch, in small pieces, so that every kind of pass has rows of different lengths."""
     engine = Engine(replace(tiny_base(), model=model), prefill_tokens=7, use_hf_forward=use_hf_forward)
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
     requests = [Request(str(i), prompt, params=params) for i, prompt in enumerate(PROMPTS)]
@@ -106,7 +106,7 @@ def decoded(model: PreTrainedModel, use_hf_forward: bool) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", list(FUSED))
-def test_the_fused_path_and_the_portable_one_write_what_transformers_writes(name):
+def test_the_fused_decoder_and_the_hf_decoder_match_transformers(name):
     model, expected = written(*FUSED[name])
     assert isinstance(base_decoder(model), FusedDecoder)
     assert decoded(model, use_hf_forward=True) == expected
@@ -114,7 +114,7 @@ def test_the_fused_path_and_the_portable_one_write_what_transformers_writes(name
 
 
 @pytest.mark.parametrize("name", list(OTHER))
-def test_other_models_take_the_portable_path_and_write_what_transformers_writes(name):
+def test_other_models_use_the_hf_decoder_and_match_transformers(name):
     """Prompts and answers are several times as long as the windows."""
     model, expected = written(*OTHER[name])
     assert not FusedDecoder.supports(model.base_model)
@@ -122,7 +122,7 @@ def test_other_models_take_the_portable_path_and_write_what_transformers_writes(
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen2, some windows", "gemma2, eager attention", "gpt_neox"])
-def test_answers_of_any_architecture_do_not_depend_on_their_neighbours(name):
+def test_answers_of_any_architecture_do_not_depend_on_neighbours(name):
     kind, fields = (FUSED | OTHER)[name]
     base = replace(tiny_base(), model=tiny(kind, **fields))
     requests = [
@@ -135,15 +135,15 @@ def test_answers_of_any_architecture_do_not_depend_on_their_neighbours(name):
         assert [choice.tokens for choice in choices] == [choice.tokens for choice in alone]
 
 
-def test_a_model_that_the_slot_cache_cannot_serve_is_refused_with_its_type():
+def test_an_unsupported_model_is_rejected_with_its_type():
     """Bloom's attention takes its positions from the mask."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=VOCAB, hidden_size=32, n_layer=1))
     with pytest.raises(ModelError, match="'bloom'"):
         base_decoder(model)
 
 
-def test_a_model_keeps_its_own_weights_when_a_faster_path_is_built_on_it():
-    """Parts become views of the whole: the same numbers, in the model's own forward pass too."""
+def test_a_fused_decoder_does_not_change_the_model():
+    """Parts become views of the whole: weights and the model's own forward pass stay the same."""
     model, ids = tiny("llama", attention_bias=True), torch.tensor([PROMPTS[1]])
     weights, logits = {name: w.clone() for name, w in model.state_dict().items()}, model(input_ids=ids).logits
     base_decoder(model)

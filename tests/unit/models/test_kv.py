@@ -33,7 +33,7 @@ def slots(model=MODEL, use_hf_forward=False):
 
 
 def branch(cache, rows, candidates):
-    """Outputs of all candidates, those of a row side by side."""
+    """Outputs of all candidates, grouped by row."""
     flat = torch.tensor([token for own in candidates for token in own])
     return cache.branch(rows, [len(own) for own in candidates], flat)
 
@@ -48,7 +48,7 @@ def use_hf_forward(request):
     return request.param
 
 
-def test_candidates_in_one_pass_equal_a_forward_pass_each(use_hf_forward):
+def test_candidates_in_one_pass_equal_one_forward_pass_each(use_hf_forward):
     """Rows of different lengths, an empty one included, each with its own number of candidates, in any order."""
     cache, tokens = slots(use_hf_forward=use_hf_forward), {0: [5, 6, 7, 8, 9], 1: [11], 2: [20, 21, 22], 3: []}
     for row in tokens:
@@ -62,8 +62,8 @@ def test_candidates_in_one_pass_equal_a_forward_pass_each(use_hf_forward):
 
 
 @pytest.mark.parametrize("index", [0, 1, 3])
-def test_keeping_a_candidate_equals_computing_it_anew(index, use_hf_forward):
-    """Its keys and values stand where a fresh computation puts them, and everything after it agrees."""
+def test_keeping_a_candidate_equals_computing_it(index, use_hf_forward):
+    """Its keys and values are where a fresh computation puts them, and all later outputs agree."""
     kept, anew = slots(use_hf_forward=use_hf_forward), slots(use_hf_forward=use_hf_forward)
     candidates_BK, start = torch.tensor([[30, 31, 32, 33], [40, 41, 42, 43]]), [[5, 6, 7], [8]]
     for cache in (kept, anew):
@@ -91,8 +91,8 @@ def test_alternatives_move_with_their_row(use_hf_forward):
     torch.testing.assert_close(cache.extend([1], [[60]])[0], plain([11, 12, 32, 60]), **TOLERANCE)
 
 
-def test_a_row_that_is_not_a_number_leaves_nothing_behind(use_hf_forward):
-    """Masked cells still enter the sums of attention, as 0 * nan: a slot must come clean to its next row."""
+def test_a_nan_row_does_not_affect_later_rows(use_hf_forward):
+    """Masked cells enter the sums of attention as 0 * nan: a slot must be cleared for its next row."""
     model = tiny_value(3, layers=2)
     model.backbone.embed_tokens.weight[9] = float("nan")
     cache = slots(model, use_hf_forward)
@@ -110,7 +110,7 @@ def test_a_row_that_is_not_a_number_leaves_nothing_behind(use_hf_forward):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Any sequence of calls; after every one that computes, outputs equal those without a cache."""
+    """Any sequence of calls; all outputs equal those without a cache."""
 
     use_hf_forward = False
 
@@ -158,7 +158,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def branch(self, data):
-        """Alternatives add up until one is kept or the row is extended, whatever happens to other rows meanwhile."""
+        """Alternatives accumulate until one is kept or the row is extended, independently of other rows."""
         rows = self.some_rows(data)
         candidates = [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5)) for _ in rows]
         outputs = iter(branch(self.cache, rows, candidates))
@@ -183,7 +183,7 @@ class CacheMachine(RuleBasedStateMachine):
         return data.draw(st.lists(st.sampled_from(sorted(self.tokens)), min_size=1, max_size=5, unique=True))
 
     def teardown(self):
-        """Whatever was not read on the way is read now."""
+        """Check the final state of all rows."""
         for row, tokens in self.tokens.items():
             [out_O] = self.cache.extend([row], [[1]])
             torch.testing.assert_close(out_O, plain([*tokens, 1]), **TOLERANCE)

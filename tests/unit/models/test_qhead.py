@@ -1,4 +1,4 @@
-"""The student: what it predicts is what is drawn from, in one forward pass per token, for rows of any neighbours."""
+"""The student: tokens are drawn with its predictions, with one forward pass per token, independent of neighbours."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def direct(tokens: tuple[int, ...], candidates: list[int]) -> tuple[np.ndarray, 
     return value[0].numpy(), (value + added).numpy()
 
 
-def test_scores_are_the_predictions_of_the_whole_sequence() -> None:
-    """Opened with a shared prefix, extended, asked twice: always as a forward pass over all tokens."""
+def test_scores_match_predictions_from_the_whole_sequence() -> None:
+    """Opened with a shared prefix, extended, scored twice: always as with a forward pass over all tokens."""
     followed = guide()
     first = GuideRow(0, PROMPT, frozenset(MODELS), by_student=True)
     second = GuideRow(1, (*PROMPT, 9), frozenset(MODELS), source=0, shared=4, by_student=True)
@@ -61,7 +61,7 @@ def test_scores_are_the_predictions_of_the_whole_sequence() -> None:
     assert all(not trunk.slots._slot_of for trunk in followed._trunks)
 
 
-def test_values_reported_are_those_of_the_state_with_the_prediction() -> None:
+def test_reported_values_are_the_state_value_plus_the_prediction() -> None:
     [[choice]] = Engine(BASE, guide()).generate([request()])
     so_far = list(PROMPT)
     for t, token in enumerate(choice.tokens):
@@ -73,7 +73,7 @@ def test_values_reported_are_those_of_the_state_with_the_prediction() -> None:
 
 
 def test_a_token_costs_one_forward_pass_for_all_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompt, then one token after another but the last; value models that nobody asks are not run."""
+    """The prompt, then every token except the last; unused value models are not run."""
     followed, seen = guide(), []
     value_trunk, student_trunk = followed._trunks
     monkeypatch.setattr(value_trunk.slots, "extend", None)
@@ -85,11 +85,11 @@ def test_a_token_costs_one_forward_pass_for_all_objectives(monkeypatch: pytest.M
     requests = [request(id=str(i), params=SamplingParams(max_tokens=6, top_k=20, seed=i)) for i in range(3)]
     choices = [c for [c] in Engine(tiny_base(0), followed).generate(requests)]
     assert [len(choice.tokens) for choice in choices] == [6, 6, 6]
-    assert seen == [[4], [1, 1]] + 5 * [[1, 1, 1]]  # the prompt is shared, but for its last token
+    assert seen == [[4], [1, 1]] + 5 * [[1, 1, 1]]  # the prompt is shared, except its last token
 
 
-def test_the_law_is_that_of_the_predicted_deltas() -> None:
-    """log pi(a) - log p(a) of every token, with a cap that end-of-answer tokens are exempt from."""
+def test_log_ratios_follow_the_predicted_deltas() -> None:
+    """log pi(a) - log p(a) of every token, with a cap that does not apply to end-of-answer tokens."""
     cap, beta = 0.5, 6.0
     asked = request(tilt_cap=cap, beta=beta)
     [[choice]] = Engine(BASE, guide()).generate([asked])
@@ -110,8 +110,8 @@ def test_the_law_is_that_of_the_predicted_deltas() -> None:
 
 @pytest.mark.parametrize("guide_every", [1, 3])
 @pytest.mark.parametrize("cut", [1, 4])
-def test_a_resubmitted_answer_goes_on_as_it_would_have(cut: int, guide_every: int) -> None:
-    """Also with a cap, under which the law depends on V(s) itself: it is the heads' in either case."""
+def test_a_resubmitted_answer_continues_identically(cut: int, guide_every: int) -> None:
+    """Also with a cap, under which the distribution depends on V(s): it is the heads' in both cases."""
     asked = request(tilt_cap=0.4, guide_every=guide_every)
     [[whole]] = Engine(BASE, guide()).generate([asked])
     assert len(whole.tokens) > cut
@@ -120,7 +120,7 @@ def test_a_resubmitted_answer_goes_on_as_it_would_have(cut: int, guide_every: in
     np.testing.assert_allclose(rest.values["kind"], whole.values["kind"][cut:], atol=1e-4)
 
 
-def test_a_student_that_is_not_finite_ends_its_rows_and_no_others() -> None:
+def test_a_student_that_is_not_finite_fails_only_its_own_rows() -> None:
     broken = tiny_student(5, num_objectives=2)
     broken.qhead.queries[0].weight.fill_(float("nan"))
     models = {"brief": (STUDENT.model, 0), "kind": (STUDENT.model, 1)}
@@ -136,7 +136,7 @@ def test_a_student_that_is_not_finite_ends_its_rows_and_no_others() -> None:
     ("students", "weights", "named"),
     [({}, {"kind": 1.0}, "kind"), ({"brief": (STUDENT, 0)}, {"kind": 1.0, "brief": 1.0}, "kind"), ({}, {}, "any")],
 )
-def test_without_a_student_the_request_is_refused(students, weights, named) -> None:
+def test_without_a_student_the_request_is_rejected(students, weights, named) -> None:
     engine = Engine(BASE, LocalGuide(MODELS, students))
     with pytest.raises(RequestError, match=f"scorer: .*no student for {named}.*lazy") as refused:
         engine.submit(request(weights=weights))
@@ -145,8 +145,8 @@ def test_without_a_student_the_request_is_refused(students, weights, named) -> N
         Engine(BASE).submit(request(weights={}))
 
 
-def test_another_objective_leaves_the_others_as_they_are(tmp_path: Path) -> None:
-    """Weights and outputs, bit for bit, for numbers of rows at which kernels change."""
+def test_adding_an_objective_does_not_change_the_others(tmp_path: Path) -> None:
+    """Weights and outputs, bit for bit, for numbers of rows that use different kernels."""
     grown = Student(tiny_value(5, 2), qhead.QHead(32, 2, 4))
     grown.load_state_dict(STUDENT.state_dict())
     hidden = {n: torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in (1, 2, 7, 64, 257)}
@@ -163,7 +163,7 @@ def test_another_objective_leaves_the_others_as_they_are(tmp_path: Path) -> None
             assert torch.equal(queries[:, :2], before[n][1])
 
 
-def test_a_student_is_stored_whole_and_read_strictly(tmp_path: Path) -> None:
+def test_a_student_is_saved_and_loaded_strictly(tmp_path: Path) -> None:
     qhead.save(STUDENT.qhead, tmp_path)
     loaded = qhead.load(tmp_path, STUDENT.model)
     for name, tensor in STUDENT.qhead.state_dict().items():

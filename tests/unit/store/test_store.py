@@ -1,4 +1,4 @@
-"""Files appear whole, markers come last, and damage is named."""
+"""Files appear whole, markers are written last, and damage is named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tree() -> Tree:
     return builder.build()
 
 
-def test_a_folder_is_finished_when_its_marker_says_so(store: Store) -> None:
+def test_a_folder_is_finished_when_it_has_a_marker(store: Store) -> None:
     store.write_bytes("stage/data", b"x")
     assert store.metadata("stage") is None
     store.finish("stage", {"n": 1})
@@ -41,7 +41,7 @@ def test_a_folder_is_finished_when_its_marker_says_so(store: Store) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"n"', b"\xff\xfe"])
-def test_a_torn_marker_is_no_marker(store: Store, damage: bytes) -> None:
+def test_a_damaged_marker_is_ignored(store: Store, damage: bytes) -> None:
     store.write_bytes(f"stage/{MARKER}", damage)
     assert store.metadata("stage") is None
 
@@ -57,7 +57,7 @@ def test_a_damaged_file_is_named(store: Store) -> None:
         store.read_bytes("nowhere")
 
 
-def test_a_failing_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_only_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(tmp_path), "run")
     store.write_bytes("f", b"old")
 
@@ -71,7 +71,7 @@ def test_a_failing_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path, m
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["f"]
 
 
-def test_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_unwritable_storage_is_rejected(tmp_path: Path) -> None:
     occupied = tmp_path / "file"
     occupied.write_text("not a folder")
     with pytest.raises(StoreError, match="cannot be written"):
@@ -81,12 +81,12 @@ def test_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert stat.S_ISREG(occupied.stat().st_mode)
 
 
-def test_probing_leaves_nothing_behind(store: Store) -> None:
+def test_checking_storage_leaves_no_files(store: Store) -> None:
     store.check_writable()
     assert store.list("") == []
 
 
-def test_trees_and_labels_come_back_as_they_were(store: Store) -> None:
+def test_trees_and_labels_survive_a_round_trip(store: Store) -> None:
     written = tree()
     write_trees(store, "t.parquet", [written, written])
     read, _ = read_trees(store, "t.parquet")
@@ -114,7 +114,7 @@ def test_only_finished_iterations_can_be_published(store: Store) -> None:
     assert values.published(store) == {"a": 1}
 
 
-def test_a_folder_can_be_fetched_from_anywhere(store: Store, tmp_path: Path) -> None:
+def test_a_folder_can_be_fetched_from_any_storage(store: Store, tmp_path: Path) -> None:
     source = tmp_path / "made"
     source.mkdir()
     (source / "config.json").write_text("{}")
@@ -125,7 +125,7 @@ def test_a_folder_can_be_fetched_from_anywhere(store: Store, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate"])
-def test_a_folder_that_lost_something_is_not_finished(store: Store, damage: str) -> None:
+def test_a_folder_that_lost_a_file_is_not_finished(store: Store, damage: str) -> None:
     for name in ("a", "b"):
         store.write_bytes(f"stage/{name}", b"1234")
     store.finish("stage", {"n": 1})
@@ -135,7 +135,7 @@ def test_a_folder_that_lost_something_is_not_finished(store: Store, damage: str)
     assert store.metadata("stage") is None
 
 
-def test_a_full_disk_is_said_and_leaves_the_last_good_state(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_keeps_the_old_files(tmp_path: Path) -> None:
     """A real file system of one megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -152,7 +152,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_state(tmp_path: Path) -> N
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# --- trees that come in any order ---------------------------------------------------------------------------------
+# --- trees in any order ------------------------------------------------------------------------------------------
 
 IDS = ["p0", "p1", "p2", "p3", "p4"]
 
@@ -184,7 +184,7 @@ def test_shards_do_not_depend_on_the_order_of_the_trees(store: Store) -> None:
     assert sorted(expected) == [MARKER, "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
 
 
-def test_finished_shards_survive_and_damaged_ones_are_asked_for_again(store: Store) -> None:
+def test_finished_shards_are_kept_and_damaged_ones_are_missing(store: Store) -> None:
     trees = folder(store)
     for prompt_id in ("p0", "p1", "p2", "p4"):
         trees.add(named(prompt_id))
