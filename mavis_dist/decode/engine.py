@@ -175,7 +175,7 @@ class Engine:
             self._release()
         return updates
 
-    # --- decide: which rows are in the batch ------------------------------------------------------------------------
+    # --- decide: which rows are in the batch ----------------------------------------------------------------------
 
     def _encode(self) -> None:
         """Admit rows and encode a limited number of their tokens, in the base model's and the guide's caches alike."""
@@ -269,7 +269,7 @@ class Engine:
             values_BM = self._guide.extend(numbers, [self._unseen.pop(number) for number in numbers])
             batch.baseline_BM[behind] = values_BM.to(batch.baseline_BM)
 
-    # --- absorb: the new tokens ------------------------------------------------------------------------------------
+    # --- absorb: the new tokens -----------------------------------------------------------------------------------
 
     def _absorb(self, batch: Batch, drawn: Drawn) -> list[Update]:
         """Append the chosen tokens, end the finished rows, and let the guide follow the others."""

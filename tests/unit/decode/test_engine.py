@@ -246,7 +246,7 @@ def test_the_cap_never_prevents_an_answer_from_ending(cap):
     assert steered.tokens == [steered.tokens[0], EOS]
 
 
-# --- guide_every ------------------------------------------------------------------------------------------------
+# --- guide_every -------------------------------------------------------------------------------------------------
 
 
 class Following(LocalGuide):

@@ -166,7 +166,7 @@ def test_only_tokens_in_a_nucleus_with_or_without_preferences_gain(seed, c, top_
     assert shift_V.isfinite().all()
 
 
-# --- reference implementation -----------------------------------------------------------------------------------
+# --- reference implementation ------------------------------------------------------------------------------------
 
 PROMPT = (1, 5, 9)
 PREFERENCE_PROMPTS = [(1, 40, 41, 5, 9), (1, 50, 5, 9), (1, 60, 61, 62, 5, 9)]

@@ -151,7 +151,7 @@ def test_all_tokens_of_a_prompt_except_the_last_are_encoded(prompt):
     assert engine.encoded == {"r": len(prompt) - 1}
 
 
-# --- shared prefixes ---------------------------------------------------------------------------------------------
+# --- shared prefixes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [2, 5, 20, 60])

@@ -199,7 +199,7 @@ def test_stop_strings_end_a_beam():
     assert (stopped.finish, stopped.text) == (FinishReason.STOP, Letters().decode(plain.tokens[:3]))
 
 
-# --- several draws of one token ------------------------------------------------------------------------------------
+# --- several draws of one token ----------------------------------------------------------------------------------
 
 
 def one_token(draws, seed=0, temperature=1.0, top_k=4, **fields):
@@ -285,7 +285,7 @@ def test_best_of_ranks_by_a_given_score():
         assert sum(choice.tokens) == min(sum(other.tokens) for other in choices)
 
 
-# --- failures and cleaning up --------------------------------------------------------------------------------------
+# --- failures and cleaning up ------------------------------------------------------------------------------------
 
 
 class Watched(LocalGuide):

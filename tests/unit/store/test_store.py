@@ -152,7 +152,7 @@ def test_a_full_disk_is_an_error_and_keeps_the_old_files(tmp_path: Path) -> None
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# --- trees in any order ------------------------------------------------------------------------------------------
+# --- trees in any order -------------------------------------------------------------------------------------------
 
 IDS = ["p0", "p1", "p2", "p3", "p4"]
 
