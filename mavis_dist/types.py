@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 BASE_POLICY = "base"
@@ -54,3 +55,20 @@ class Policy:
     @property
     def name(self) -> str:
         return BASE_POLICY if self.objective is None else f"{self.objective}-i{self.iteration}"
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`positive=0.7,brief=0.3` -> weights; raises UserError that quotes the part at fault."""
+    weights: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = (piece.strip() for piece in part.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or name in weights or not math.isfinite(weight):
+            raise UserError(
+                f"{part!r} is not name=weight with a finite weight and a name of its own; write positive=0.7,brief=0.3"
+            )
+        weights[name] = weight
+    return weights

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mavis_dist.sections import MAX_N, MAX_PREFERENCES
-from mavis_dist.types import MAX_COUNT
+from mavis_dist.types import MAX_COUNT, UserError, parse_weights
 
 Json = dict[str, Any]
 
@@ -201,7 +201,10 @@ class GenerationRequest(Body):
             return dict(self.objective_weights or {})
         if self.objective_weights is not None:
             raise ApiError(400, "give objective_weights or vllm_xargs.objective_weights, not both", "vllm_xargs")
-        return parse_weights(self.vllm_xargs.objective_weights)
+        try:
+            return parse_weights(self.vllm_xargs.objective_weights)
+        except UserError as error:
+            raise ApiError(400, str(error), "vllm_xargs.objective_weights") from None
 
 
 class TextPart(Body):
@@ -283,25 +286,6 @@ class TextRequest(GenerationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """`positive=0.7,brief=0.3` -> weights; raises ApiError."""
-    weights: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, number = (piece.strip() for piece in part.partition("="))
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not name or name in weights or not math.isfinite(weight):
-            raise ApiError(
-                400,
-                f"{part!r} is not name=weight with a finite weight and a name of its own; write positive=0.7,brief=0.3",
-                "vllm_xargs.objective_weights",
-            )
-        weights[name] = weight
-    return weights
 
 
 _NEUTRAL = {**StreamOptions.NEUTRAL, **Message.NEUTRAL, **ChatRequest.NEUTRAL, **TextRequest.NEUTRAL}

@@ -20,7 +20,6 @@ from serve.gateway.protocol import (
     StreamOptions,
     TextRequest,
     event,
-    parse_weights,
     refusal,
 )
 
@@ -173,7 +172,7 @@ def test_weights_come_from_the_nested_or_the_flat_field():
 @pytest.mark.parametrize("text", ["brief", "brief=", "=1", "brief=x", "brief=nan", "brief=1,brief=2"])
 def test_flat_weights_that_cannot_be_read_are_refused(text):
     with pytest.raises(ApiError) as caught:
-        parse_weights(text)
+        chat(vllm_xargs={"objective_weights": text}).weights()
     assert caught.value.param == "vllm_xargs.objective_weights"
 
 
