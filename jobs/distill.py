@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jobs import arguments
-from mavis_dist.actors import start_progress_actor
 from mavis_dist.config import Config
 from mavis_dist.progress import say
 from mavis_dist.store import layout
@@ -31,6 +30,7 @@ def main() -> None:
 
 def run(config: Config) -> None:
     from mavis_dist import cluster
+    from mavis_dist.actors import start_progress_actor
     from mavis_dist.prompts import held_out, load_prompts
     from mavis_dist.run_state import check_same_run
     from mavis_dist.store import values
