@@ -12,6 +12,7 @@ GOMP_SPINCOUNT=1000                    but waking a thread costs as much as a sm
                                        of spinning save a fifth of a step
 MAVIS_KEYS                             file of API keys that `jobs.serve` requires (default: no keys on loopback, else
                                        keys.json); "none": no keys on any address
+MAVIS_API_KEY                          API key that `jobs.ask` sends to a service
 MAVIS_CACHE                            folder of prepared models (default ~/.cache/mavis_dist)
 RAY_ADDRESS                            cluster to join; without it a local one is started
 """

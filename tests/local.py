@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+import yaml
 from fastapi import FastAPI
 
+from mavis_dist import config as config_module
 from mavis_dist.decode import Engine, LocalGuide
 from mavis_dist.models.load import load_base
+from mavis_dist.store import layout
 from mavis_dist.store.files import Store
 from serve.base.engine_loop import EngineLoop, stream
+from serve.base.model_loader import LocalModelLoader
 from serve.gateway.api_keys import Keys
 from serve.gateway.build_request import Completions
 from serve.gateway.registry import Registry
+from serve.gateway.replica import max_context
 from serve.gateway.routes import create_api
-from serve.settings import NO_KEYS, MainArgs
+from serve.settings import NO_KEYS, MainArgs, main_args
 from tests.fakes import tiny_value
 from tests.tiny import MODEL, write_models
 
@@ -54,6 +59,34 @@ class LocalService:
             return self.loop.load
 
         return create_api(self._args.model_copy(update=settings), self._completions, self._registry, load, keys)
+
+
+class RunService:
+    """The service of a finished run: what its replicas build from the config, with value models in the base replica."""
+
+    def __init__(self, run: Path, **settings: object):
+        """`settings` replace those of the config's `serve` section."""
+        config = config_module.parse(yaml.safe_load((run / layout.CONFIG_FILE).read_text()))
+        serve = config.serve.model_copy(update=settings)
+        args = main_args(config.model_copy(update={"storage": str(run.parent), "run": run.name, "serve": serve}))
+        base, store = load_base(args.base, args.dtype, args.device), Store(args.storage, args.run)
+        guide = LocalGuide({})
+        self.loop = EngineLoop(Engine(base, guide, args.rows), queue=10_000)
+        loader = LocalModelLoader(store, base, guide, self.loop)
+        loader.begin()
+        self._args, self._registry = args, Registry(store)
+        self._completions = Completions(
+            base.tokenizer,
+            args,
+            max_context(args.base),
+            lambda request, admission: loader.stream(request, stream(self.loop, request, admission)),
+        )
+
+    def app(self, keys: Keys | None = None) -> FastAPI:
+        async def load() -> tuple[int, int]:
+            return self.loop.load
+
+        return create_api(self._args, self._completions, self._registry, load, keys)
 
 
 @contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
+from mavis_dist.config import Config
 from mavis_dist.models import value
 from mavis_dist.models.load import load_base
 from mavis_dist.store import layout, values
@@ -64,6 +66,22 @@ def write_models(folder: Path, run: str, objectives: tuple[str, ...]) -> None:
     for seed, objective in enumerate(objectives, 1):
         work, config = folder / "work" / objective, LlamaConfig.from_pretrained(base)
         _publish(store, work, objective, 0, seed, config, *fingerprints)
+
+
+def write_run(folder: Path, run: str, objectives: tuple[str, ...]) -> Path:
+    """folder/runs/{run}: a finished run in single precision, as far as those who use its models can tell."""
+    write_models(folder, run, objectives)
+    config = Config(
+        run=run,
+        storage=str(folder / "elsewhere"),  # runs may be moved
+        objectives={name: {"reward": "sentiment"} for name in objectives},
+        base={"model": str(folder / MODEL), "dtype": "float32", "system": "Be good."},
+        steer={"beta": 2.0, "tilt_cap": 2.5},
+        serve={"max_tokens": 40},
+    )
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    Store(str(folder / "runs"), run).write_bytes(layout.CONFIG_FILE, text.encode())
+    return folder / "runs" / run
 
 
 def publish_next(folder: Path, run: str, objective: str, iteration: int, seed: int) -> None:

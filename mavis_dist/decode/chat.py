@@ -38,3 +38,9 @@ def chat_prompts(
     return prompt(""), tuple(
         Preference(text, prompt(f"\n{text}") if weight else (), weight) for text, weight in preferences
     )
+
+
+def longest_answer(prompt: Sequence[int], preferences: Sequence[Preference], max_context: int, max_tokens: int) -> int:
+    """Tokens of an answer whose request sets no limit: `max_tokens`, or what its longest prompt leaves room for."""
+    longest_prompt = max(len(prompt), *(len(preference.prompt) for preference in preferences), 1)
+    return max(1, min(max_tokens, max_context - longest_prompt))

@@ -21,6 +21,7 @@ from mavis_dist.decode import (
     Scorer,
     chat_prompts,
 )
+from mavis_dist.decode.chat import longest_answer
 from mavis_dist.decode.validate import Bounds, validate
 from mavis_dist.models.load import ModelError
 from serve.gateway.logprobs import Speller
@@ -162,10 +163,8 @@ class Completions:
         if limit is not None and limit > settings.max_tokens:
             name = _limit_field(body)
             raise ApiError(400, f"{name} is {limit}; this server writes at most {settings.max_tokens} tokens", name)
-        longest_prompt = max(len(prompt), *(len(preference.prompt) for preference in preferences), 1)
         params = SamplingParams(
-            # A request without a limit gets the longest answer that has room.
-            max_tokens=limit or max(1, min(settings.max_tokens, self._max_context - longest_prompt)),
+            max_tokens=limit or longest_answer(prompt, preferences, self._max_context, settings.max_tokens),
             temperature=default.temperature if body.temperature is None else body.temperature,
             top_k=default.top_k if body.top_k is None else body.top_k,
             top_p=default.top_p if body.top_p is None else body.top_p,
