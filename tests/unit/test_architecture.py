@@ -22,6 +22,7 @@ FLOORS = [
     {"models", "store"},
     {"rewards"},
     {"decode"},
+    {"llm"},
     {"cluster"},
     {"actors"},
     {"rollout", "train", "evaluate"},
@@ -135,19 +136,38 @@ def test_the_service_does_not_train(path: Path) -> None:
     assert "serve" not in imports(path), "write `from ray import serve` and `from serve.x import y`"
 
 
-def test_help_is_instant_and_loads_no_framework() -> None:
+@pytest.mark.parametrize(
+    ("job", "shown"),
+    [
+        *((job, ["rollout.max_tokens", "in tokens"]) for job in ("distill", "pipeline", "quickstart", "serve")),
+        ("ask", ["--compare", "MAVIS_API_KEY"]),
+        ("keys", ["make a key"]),
+    ],
+)
+def test_help_is_instant_and_loads_no_framework(job: str, shown: list[str]) -> None:
     script = (
         "import sys\n"
-        "sys.argv = ['pipeline', '--help']\n"
-        "from jobs import pipeline\n"
-        "try:\n    pipeline.main()\n"
+        f"sys.argv = ['{job}', '--help']\n"
+        f"from jobs import {job} as job\n"
+        "try:\n    job.main()\n"
         "except SystemExit as end:\n    assert end.code == 0\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules), 'too much is loaded'\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "rollout.max_tokens" in done.stdout
-    assert "in tokens" in done.stdout
+    assert all(text in done.stdout for text in shown)
+
+
+def test_the_package_loads_torch_when_it_is_used_and_never_ray() -> None:
+    script = (
+        "import sys, mavis_dist\n"
+        "assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules), 'too much is loaded'\n"
+        "from mavis_dist import LLM, Answer\n"
+        "assert LLM.from_run and Answer\n"
+        "assert 'ray' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("module", ["mavis_dist.cluster", "mavis_dist.actors", "serve.app", "serve.gateway.replica"])
