@@ -60,7 +60,7 @@ class Report:
 
 
 Write = Callable[[str], None]
-Door = Callable[[Asked, Write], Report]  # writes the answer piece by piece
+Backend = Callable[[Asked, Write], Report]  # writes the answer piece by piece
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,34 +107,34 @@ def run(given: argparse.Namespace) -> None:
         raise UserError("--compare needs something that steers: give --weights or --prefer")
     is_interactive = given.question is None and sys.stdin.isatty()
     questions = _typed() if is_interactive else [_read(given.question)]
-    door = open_door(given.url, given.run, given.key or os.environ.get("MAVIS_API_KEY", ""))
+    backend = open_backend(given.url, given.run, given.key or os.environ.get("MAVIS_API_KEY", ""))
     for question in questions:
         seed = secrets.randbelow(10**6) if given.seed is None else given.seed
         asked = Asked(
             question, seed, weights, preferences, given.beta, given.max_tokens, given.temperature, given.system
         )
         try:
-            answer(door, asked, given.compare)
+            answer(backend, asked, given.compare)
         except UserError as error:
             if not is_interactive:
                 raise
             print(f"error: {error}", file=sys.stderr)
 
 
-def answer(door: Door, asked: Asked, is_compared: bool = False) -> None:
+def answer(backend: Backend, asked: Asked, is_compared: bool = False) -> None:
     """Print the answer as it comes, after the base model's if they are compared, and a line about its cost."""
     if is_compared:
-        _print_block("base", door, replace(asked, weights={}, preferences={}))
-        report = _print_block(f"steered ({asked.steering})", door, asked)
+        _print_block("base", backend, replace(asked, weights={}, preferences={}))
+        report = _print_block(f"steered ({asked.steering})", backend, asked)
     else:
-        report = door(asked, _write)
+        report = backend(asked, _write)
         print(flush=True)
     print(summary(report, asked), file=sys.stdout if is_compared else sys.stderr)
 
 
-def _print_block(head: str, door: Door, asked: Asked) -> Report:
+def _print_block(head: str, backend: Backend, asked: Asked) -> Report:
     print(f"{head}\n{'-' * len(head)}", flush=True)
-    report = door(asked, _write)
+    report = backend(asked, _write)
     print("\n", flush=True)
     return report
 
@@ -153,7 +153,7 @@ def _write(piece: str) -> None:
     print("".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc"), end="", flush=True)
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
+# --- the question -----------------------------------------------------------------------------------------------------
 
 
 def _read(question: str | None) -> str:
@@ -210,10 +210,10 @@ def _number(text: str) -> float:
     return number
 
 
-# --- who answers ------------------------------------------------------------------------------------------------------
+# --- backends ---------------------------------------------------------------------------------------------------------
 
 
-def open_door(url: str | None, run: str | None, key: str = "") -> Door:
+def open_backend(url: str | None, run: str | None, key: str = "") -> Backend:
     """A service, or a run's models in this process; by default the service of this machine, else the quickstart run.
 
     Raises UserError.
@@ -234,7 +234,7 @@ def open_door(url: str | None, run: str | None, key: str = "") -> Door:
     return local(RUN)
 
 
-def local(run: str) -> Door:
+def local(run: str) -> Backend:
     """The models of a finished run in this process."""
     from mavis_dist.llm import LLM
 
@@ -258,7 +258,7 @@ def local(run: str) -> Door:
     return ask
 
 
-def service(url: str, key: str = "") -> Door:
+def service(url: str, key: str = "") -> Backend:
     """A running service of this project, at its root or at /v1."""
     import httpx
 

@@ -1,15 +1,18 @@
-"""One-time set-up, so that nothing has to be fetched or compiled later.
+"""One-time set-up: fetch the models and compile DeepSpeed's operator, so that no later command has to.
 
 python -m jobs.prepare
+
+Where the extra [train] is not installed, only the base model is fetched.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 from jobs import arguments
 
-MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")
+BASE_MODEL, EMBEDDER = "smollm2-135m-instruct", "all-minilm-l6-v2"
 
 
 def main() -> None:
@@ -18,10 +21,14 @@ def main() -> None:
 
 def prepare() -> None:
     from mavis_dist.models.fetch import fetch
+
+    fetch(BASE_MODEL)
+    if find_spec("deepspeed") is None:
+        print("DeepSpeed is not installed: this machine can serve, but not train", file=sys.stderr)
+        return
     from mavis_dist.train.engine import warm_up
 
-    for name in MODELS:
-        fetch(name)
+    fetch(EMBEDDER)
     print("compiling DeepSpeed's communication operator (about 30 s, once)", file=sys.stderr)
     warm_up()
 

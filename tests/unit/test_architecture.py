@@ -141,7 +141,7 @@ def test_the_service_does_not_train(path: Path) -> None:
     [
         *((job, ["rollout.max_tokens", "in tokens"]) for job in ("distill", "pipeline", "quickstart", "serve")),
         ("ask", ["--compare", "MAVIS_API_KEY"]),
-        ("keys", ["make a key"]),
+        ("keys", ["create a key"]),
     ],
 )
 def test_help_is_instant_and_loads_no_framework(job: str, shown: list[str]) -> None:

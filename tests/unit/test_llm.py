@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 import mavis_dist
-from benchmarks.common.http_load import clients
-from benchmarks.common.same_answers import differences
+from benchmarks.common.http_load import client_process
 from mavis_dist import LLM
 from mavis_dist.decode import PRESETS, RequestError
 from mavis_dist.types import UserError
+from tests.same_answers import differences
 from tests.tiny import MODEL
 
 QUESTION = "How do I make good coffee?"
@@ -36,7 +36,7 @@ def served(url: str, run: Path, **body: object) -> dict:
 def test_random_weights_give_the_same_answers_over_http(llm, finished_run, run_url):
     """With 1,000 pairs there is no difference either; that takes half a minute."""
     model = str(finished_run.parents[1] / MODEL)
-    with clients() as process:
+    with client_process() as process:
         assert differences(llm, run_url, model, process, num_pairs=150, max_tokens=6) == []
 
 

@@ -18,7 +18,6 @@ from mavis_dist import LLM
 from mavis_dist.types import UserError
 from serve.gateway import api_keys
 from serve.gateway.api_keys import Keys
-from serve.gateway.middleware import Edge
 from tests.local import listening
 from tests.root import ROOT
 
@@ -107,8 +106,8 @@ def test_compared_answers_have_one_seed(capsys, place, llm):
 
 def test_pieces_are_shown_as_they_come(place):
     pieces: list[str] = []
-    door = ask.open_door(*({"--url": (place[1], None), "--run": (None, place[1])}[place[0]]))
-    door(ask.Asked(QUESTION, 1, WEIGHTS, {}), pieces.append)
+    backend = ask.open_backend(*({"--url": (place[1], None), "--run": (None, place[1])}[place[0]]))
+    backend(ask.Asked(QUESTION, 1, WEIGHTS, {}), pieces.append)
     assert len(pieces) > 1
 
 
@@ -153,11 +152,11 @@ def test_questions_may_be_typed_one_after_another(capsys, monkeypatch, run_url, 
 
 
 def test_what_a_model_generates_does_not_steer_the_terminal(capsys):
-    def door(asked: ask.Asked, write: ask.Write) -> ask.Report:
+    def backend(asked: ask.Asked, write: ask.Write) -> ask.Report:
         write("a\x1b[2Jb\n\tc\x07\x85é\u200d")
         return ask.Report(None, {})
 
-    ask.answer(door, ask.Asked("?", 1, {}, {}))
+    ask.answer(backend, ask.Asked("?", 1, {}, {}))
     assert capsys.readouterr().out == "a[2Jb\n\tcé\u200d\n"
 
 
@@ -211,7 +210,7 @@ def test_an_empty_pipe_is_no_question(capsys, monkeypatch):
 
 def test_a_service_asks_for_its_key_and_nobody_sees_it(capsys, monkeypatch, tmp_path, service):
     key = api_keys.add(tmp_path / "keys.json", "ann")
-    with listening(service.app(Edge(keys=Keys(tmp_path / "keys.json")))) as url:
+    with listening(service.app(Keys(tmp_path / "keys.json"))) as url:
         argv = ["?", "--url", url, "--max-tokens", "2"]
         assert "give --key or set MAVIS_API_KEY" in refused(capsys, *argv)
         assert "wrong" not in refused(capsys, *argv, "--key", "wrong")
@@ -230,10 +229,10 @@ def test_what_is_not_a_service_of_ours_is_refused(capsys):
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, BrokenPipeError])
 def test_an_interrupt_and_a_closed_pipe_end_it_quietly(capfd, monkeypatch, end):
-    def door(asked: ask.Asked, write: ask.Write) -> ask.Report:
+    def backend(asked: ask.Asked, write: ask.Write) -> ask.Report:
         raise end
 
-    monkeypatch.setattr(ask, "open_door", lambda *_: door)
+    monkeypatch.setattr(ask, "open_backend", lambda *_: backend)
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     with pytest.raises(SystemExit) as caught:
         ask.main(["?"])

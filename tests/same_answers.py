@@ -32,7 +32,7 @@ def differences(
     Args:
         url: a service of the run that `llm` has loaded; both in float32.
         model: the name of the model there.
-        clients: the process that asks, of `http_load.clients`.
+        clients: the process that sends the requests, of `http_load.client_process`.
     """
     source, objectives = random.Random(0), llm.objectives
     pairs = [{name: source.random() for name in source.sample(objectives, 2)} for _ in range(num_pairs)]
@@ -58,7 +58,7 @@ def differences(
         for question, weights, temperature, seed in asked
     ]
     texts = [answer.text for [answer] in llm.generate(requests)]
-    served = {outcome.asked: outcome.text for outcome in load.result().outcomes if outcome.is_whole}
+    served = {outcome.body_index: outcome.text for outcome in load.result().outcomes if outcome.is_whole}
     return [
         Difference(*one, python=text, http=served.get(index, "no answer"))
         for index, (one, text) in enumerate(zip(asked, texts, strict=True))
