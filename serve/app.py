@@ -1,7 +1,7 @@
 """The Serve applications, and their deployment on the connected cluster.
 
 `main` is gateway and base; `value-<objective>` is one objective's value model, in an application of its own so that
-objectives come, go and scale without touching the others.
+objectives are added, removed and scaled without touching the others.
 """
 
 # No postponed annotations here: Serve reads the builders' argument types as classes.
@@ -43,7 +43,7 @@ def build_main(args: MainArgs) -> Application:
         serve.ingress()(Gateway),
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": args.cpus},
-        # Streams under way end by themselves when the gateway is replaced.
+        # Running streams end by themselves when the gateway is replaced.
         graceful_shutdown_timeout_s=args.deadline_s + DRAIN_MARGIN_S,
     )
     return gateway.bind(args, base)
@@ -79,9 +79,9 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
 
 
 def deploy_objective(config: Config, objective: str, limit_s: float = 300.0) -> None:
-    """Run one more objective's value replicas beside the applications that run; what they do goes on.
+    """Deploy one more objective's value replicas; running applications are not affected.
 
-    With `placement: colocated` there is nothing to run: what is published is served.
+    With `placement: colocated` there is nothing to deploy: published models are served anyway.
 
     Raises:
         UserError: if nothing is published for it, its replicas fail to start, or take longer than `limit_s`.
@@ -94,7 +94,7 @@ def deploy_objective(config: Config, objective: str, limit_s: float = 300.0) -> 
 
 
 def undeploy() -> None:
-    """Delete the applications of this project; Serve itself may have others on the connected cluster."""
+    """Delete the applications of this project; the cluster may have others."""
     for name in serve.status().applications:
         if name == MAIN or name.startswith(value_application("")):
             serve.delete(name)
@@ -120,7 +120,7 @@ def _deployment(replica: type, **options: Any) -> serve.Deployment:
 
 def _model_options(args: Arguments) -> dict[str, Any]:
     return {
-        # Admission is the engine's business, not the router's.
+        # The engine admits requests, not the router.
         "max_ongoing_requests": 10_000,
         "ray_actor_options": {"num_cpus": args.cpus, "num_gpus": args.gpus},
         **replica_options(args),
@@ -128,7 +128,7 @@ def _model_options(args: Arguments) -> dict[str, Any]:
 
 
 def _applications_ready(names: list[str]) -> str | None:
-    """None when all run; else what they wait for. Raises DeployError when one has failed."""
+    """None if all run; else what they wait for. Raises DeployError if one has failed."""
     applications = serve.status().applications
     waiting = []
     for name in names:

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 
 
 class JsonLines(logging.Formatter):
-    """A record with what `extra={"facts": {...}}` adds to it."""
+    """A record with the fields that `extra={"facts": {...}}` adds."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -25,7 +25,7 @@ class JsonLines(logging.Formatter):
 
 
 def configure_logs() -> None:
-    """Let this process write the logs of `serve`; done once, by every replica."""
+    """Set up the logs of `serve` in this process; every replica calls it once."""
     logger = logging.getLogger("serve")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stdout)

@@ -1,4 +1,4 @@
-"""Everything that crosses between the processes of the service: frozen values and picklable errors, free of Ray.
+"""Everything that passes between the processes of the service: frozen values and picklable errors, free of Ray.
 
 The gateway sends a Request with its Admission to a base replica and reads Messages; a base replica sends Calls to value
 replicas and reads Replies.
@@ -21,12 +21,12 @@ from mavis_dist.decode import GuideRow, Request, Update
 
 @dataclass(frozen=True)
 class Admission:
-    """On what terms a request asks to be let in."""
+    """The terms on which a request asks for admission to a base replica."""
 
-    key: str = ""  # whose it is; keys take turns
-    room: int | None = None  # rows that it asks for; none: its own; 0: it was let in before
-    group: str = ""  # what others that follow it in are known by, where it asks for room for them, too
-    is_resumed: bool = False  # its reader waits in the middle of an answer, so it goes before all others
+    key: str = ""  # the caller; keys take turns
+    rows: int | None = None  # rows to reserve; none: the request's own; 0: it was admitted before
+    group: str = ""  # name under which rows are reserved for the requests that follow this one
+    is_resumed: bool = False  # its reader waits in the middle of an answer, so it precedes all others
     avoid: str = ""  # name of the base replica that was full
 
 
@@ -35,15 +35,15 @@ ANYBODY = Admission()
 
 @dataclass(frozen=True)
 class Full:
-    """A base replica has no room; a value, because it crosses processes."""
+    """A base replica has no room for a request; a value, because it crosses processes."""
 
     replica: str
-    wait_s: float  # about how long those who wait there will wait
+    wait_s: float  # estimated waiting time there
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The engine does not take a request; a value, because it crosses processes."""
+    """The engine refuses a request; a value, because it crosses processes."""
 
     field: str
     message: str
@@ -66,7 +66,7 @@ class AnswerLate(AnswerFailed):
 
 
 class EngineStopped(RuntimeError):
-    """The engine thread does not run any more, or hangs."""
+    """The engine thread has ended, or hangs."""
 
 
 # --- base replica and value replica -----------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class RowTokens:
         return [ids.tolist() for ids in np.split(self.ids_N, np.cumsum(self.counts)[:-1])]
 
     def places(self, chosen: Sequence[int]) -> np.ndarray:
-        """n of the ids of some rows, which are given by ascending b."""
+        """The indices n of the ids of some rows, given by ascending b."""
         is_chosen_B = np.zeros(len(self.rows), dtype=bool)
         is_chosen_B[chosen] = True
         return np.repeat(is_chosen_B, self.counts).nonzero()[0]
@@ -107,7 +107,7 @@ class RowTokens:
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be valued: opened rows, extended rows, or candidates of rows that may have to be opened for it."""
+    """What to value: opened rows, extended rows, or candidates of rows that may have to be opened first."""
 
     open: tuple[GuideRow, ...] = ()  # none, or all rows of the question
     extend: RowTokens | None = None  # appended; valued at each row's last one
@@ -137,7 +137,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Call:
-    """One round trip: keep, close, then value. `session` names one engine's rows, `version` the model they ask."""
+    """One round trip: keep, close, then value. `session` names one engine's rows, `version` the model to use."""
 
     session: str
     keep: tuple[Kept, ...] = ()
@@ -152,7 +152,7 @@ class Reply:
 
     values: np.ndarray  # float32
     unknown: tuple[int, ...] = ()
-    error: str | None = None  # why the model that was asked cannot answer, now or later
+    error: str | None = None  # why the model cannot answer, now or later
 
 
 class ReplicaLost(Exception):
@@ -168,6 +168,6 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """Starts a call of the value replicas of an objective, the same replica for the same session while it can."""
+    """Starts a call to a value replica of an objective: the same one for the same session, as long as it lives."""
 
     def __call__(self, objective: str, session: str, call: Call) -> Pending: ...

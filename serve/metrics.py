@@ -16,7 +16,7 @@ NO_OBJECTIVE = "none"
 
 @dataclass(frozen=True)
 class Metric:
-    """One family of figures. Beside its own labels Ray adds application, deployment and replica."""
+    """One metric family. Ray adds the labels application, deployment and replica."""
 
     kind: Literal["counter", "gauge", "histogram"]
     meaning: str
@@ -27,32 +27,32 @@ class Metric:
 METRICS = {
     # The gateway's
     "mavis_requests": Metric("counter", "HTTP requests answered, by route and status", ("route", "status")),
-    "mavis_answers": Metric("counter", "answers that ended, but for those whose client left", ("finish",)),
-    "mavis_failovers": Metric("counter", "answers that another base replica went on with after their first token"),
+    "mavis_answers": Metric("counter", "answers that ended, except those whose client left", ("finish",)),
+    "mavis_failovers": Metric("counter", "answers that another base replica resumed after their first token"),
     "mavis_first_token_seconds": Metric(
         "histogram",
-        "from asking a base replica to the first token, waiting for a row included",
+        "time from the request to a base replica to the first token, queueing included",
         bounds=(0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 20, 40, 80),
     ),
     "mavis_token_seconds": Metric(
         "histogram",
-        "time per token of an answer after its first one",
+        "time per token of an answer after the first one",
         bounds=(0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.35, 0.5, 1, 2, 5),
     ),
     # The base replica's
-    "mavis_tokens": Metric("counter", "tokens written"),
-    "mavis_rows_in_use": Metric("gauge", "rows of the base model in use: one per answer, one more per sentence"),
-    "mavis_rows_waiting": Metric("gauge", "rows that requests wait for"),
+    "mavis_tokens": Metric("counter", "tokens generated"),
+    "mavis_rows_in_use": Metric("gauge", "rows of the base model in use: one per answer, one more per preference"),
+    "mavis_rows_waiting": Metric("gauge", "rows that waiting requests need"),
     "mavis_cached_tokens": Metric("gauge", "tokens whose keys and values the base model holds"),
     "mavis_step_seconds": Metric("counter", "time in steps of the engine"),
-    "mavis_guide_seconds": Metric("counter", "time of it that the engine spent on value models, or waiting for them"),
-    # Of finished answers, as far as this base replica wrote them
-    "mavis_guided_tokens": Metric("counter", "tokens that value models had a say in"),
-    "mavis_candidates": Metric("counter", "candidates that value models were asked about"),
+    "mavis_guide_seconds": Metric("counter", "part of it spent on value models, or waiting for them"),
+    # Of finished answers, as far as this base replica generated them
+    "mavis_guided_tokens": Metric("counter", "tokens chosen with value models"),
+    "mavis_candidates": Metric("counter", "candidates scored by value models"),
     "mavis_objective_tokens": Metric("counter", "tokens of answers that use an objective", ("objective",)),
     "mavis_divergence_nats": Metric(
         "histogram",
-        "divergence an answer spent; one that uses several objectives counts for each",
+        "divergence of an answer; one with several objectives counts for each",
         ("objective",),
         (0.1, 0.25, 0.5, 1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128),
     ),

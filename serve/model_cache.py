@@ -1,4 +1,8 @@
-"""Things by name: loaded in a thread when first asked for, dropped when nobody wants them. Knows nothing of Ray."""
+"""Models by name: loaded in a thread on first use, dropped when unused and no longer published. Knows nothing of Ray.
+
+By hand, since serve.multiplexed evicts by count, least recently used first, whether or not a model is in use or still
+published, and cannot load into an engine between two of its steps.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOADERS = 4  # so that a thing that loads slowly, or not at all, holds up no others
-RETRY_S = 5.0  # for so long a failure is told again instead of tried again
+LOADERS = 4  # threads, so that a model that loads slowly or never does not delay others
+RETRY_S = 5.0  # for this long a failure is repeated instead of retried
 
 
 class Unavailable(Exception):
-    """Something that cannot be loaded."""
+    """A model that cannot be loaded."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -38,41 +42,41 @@ class _Item(Generic[T]):
     used_at: float
     num_users: int = 0
 
-    def is_there(self) -> bool:
+    def is_loaded(self) -> bool:
         return self.loading.done() and self.loading.exception() is None
 
 
 class ModelCache(Generic[T]):
-    """Holds what is in use, what was used lately, and what is wanted in any case."""
+    """Holds the models that are in use, were used lately, or are wanted in any case."""
 
     def __init__(
         self,
         load: Callable[[str], T],
         wanted: Callable[[], Collection[str]],
-        drop: Callable[[T], object] = lambda thing: None,
+        drop: Callable[[T], object] = lambda item: None,
         idle_s: float = 300.0,
     ):
         """
         Args:
-            load: called in a thread, once for all who ask for the same name.
-            wanted: names of things that stay though nobody uses them; called in a thread.
-            drop: told of a thing that leaves; must return at once.
-            idle_s: how long a thing that is not wanted stays after its last use, and at most a quarter longer.
+            load: called in a thread, once for all concurrent users of a name.
+            wanted: names of models that stay though unused; called in a thread.
+            drop: called with a model that is dropped; must return at once.
+            idle_s: seconds that an unwanted model stays after its last use, and at most a quarter longer.
         """
         self._load, self._wanted, self._drop, self._idle_s = load, wanted, drop, idle_s
         self._items: dict[str, _Item[T]] = {}
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(LOADERS, thread_name_prefix="shelf")
-        threading.Thread(target=self._tidy, name="shelf-tidy", daemon=True).start()
+        self._threads = ThreadPoolExecutor(LOADERS, thread_name_prefix="model-cache")
+        threading.Thread(target=self._tidy, name="model-cache-tidy", daemon=True).start()
 
     def __contains__(self, name: str) -> bool:
-        """Whether a thing is loaded."""
+        """Whether a model is loaded."""
         with self._lock:
-            return name in self._items and self._items[name].is_there()
+            return name in self._items and self._items[name].is_loaded()
 
     @contextmanager
     def hold(self, names: Collection[str]) -> Iterator[list[Future[T]]]:
-        """Things that stay until the end of the context; those that are not there begin to load.
+        """Models that stay until the end of the context; missing ones begin to load.
 
         The futures raise Unavailable; wait for them with `loaded`.
         """
@@ -92,20 +96,20 @@ class ModelCache(Generic[T]):
 
     def _item(self, name: str, now: float) -> _Item[T]:
         item = self._items.get(name)
-        if item is None or (item.loading.done() and not item.is_there() and now - item.began > RETRY_S):
-            item = self._items[name] = _Item(self._threads.submit(self._bring, name), now, now)
+        if item is None or (item.loading.done() and not item.is_loaded() and now - item.began > RETRY_S):
+            item = self._items[name] = _Item(self._threads.submit(self._load_one, name), now, now)
         return item
 
-    def _bring(self, name: str) -> T:
+    def _load_one(self, name: str) -> T:
         try:
             return self._load(name)
-        # Whatever went wrong, those who wait for it must hear of it, and nobody else.
+        # Any failure must reach those who wait for this model, and nobody else.
         except Exception as error:
             logger.exception("%s cannot be loaded", name)
             raise Unavailable(name, str(error) or type(error).__name__) from None
 
     def _tidy(self) -> None:
-        """Drop idle things, also where nothing is used any more."""
+        """Drop idle models, also when no requests come."""
         while True:
             time.sleep(self._idle_s / 4)
             now = time.monotonic()
@@ -120,23 +124,23 @@ class ModelCache(Generic[T]):
     def _drop_idle(self) -> None:
         try:
             wanted = self._wanted()
-        except Exception as error:  # of a store that is out of reach: nothing is dropped on a guess
-            logger.warning("nothing is dropped, since it is not known what is wanted: %s", error)
+        except Exception as error:  # of an unreachable store: nothing is dropped on a guess
+            logger.warning("no model is dropped, since what is published is unknown: %s", error)
             return
         now = time.monotonic()
         with self._lock:
             idle = [name for name, item in self._items.items() if name not in wanted and self._is_idle(item, now)]
             for name in idle:
                 item = self._items.pop(name)
-                if item.is_there():
+                if item.is_loaded():
                     logger.info("%s is dropped", name)
                     self._drop(item.loading.result())
 
 
 async def loaded(loads: Sequence[Future[T]], limit_s: float | None = None) -> bool:
-    """Whether things are there within a time; raises Unavailable if one cannot be loaded.
+    """Whether models are loaded within a time; raises Unavailable if one cannot be loaded.
 
-    Who stops waiting does not stop the loading: others wait for it, too.
+    A waiter that gives up does not stop the loading: others may wait for it.
     """
     waiting = [asyncio.wrap_future(load) for load in loads if not load.done()]
     if waiting:

@@ -1,4 +1,4 @@
-"""Calls between deployments: the only place that knows how Ray says that a replica is gone."""
+"""Calls between deployments: the only place that knows how Ray reports a lost replica."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from serve.messages import (
     Reply,
 )
 
-# By value, calls go over gRPC, which has errors of its own for a peer that vanished. A replica whose engine has stopped
-# is there until Serve has looked at its health, but of no more use.
+# By value, calls go over gRPC, which has errors of its own for a lost peer. A replica whose engine has stopped exists
+# until Serve's next health check, but is of no use.
 LOST = (RayActorError, grpc.RpcError, EngineStopped)
 
 VALUE_DEPLOYMENT = "Value"
@@ -39,7 +39,7 @@ def value_application(objective: str) -> str:
 
 
 def value_replicas() -> dict[str, int]:
-    """How many value replicas run, by objective; those that are deployed only."""
+    """Running value replicas, by deployed objective."""
     prefix, running = value_application(""), {}
     for name, application in serve.status().applications.items():
         if name.startswith(prefix) and VALUE_DEPLOYMENT in application.deployments:
@@ -58,7 +58,7 @@ class _PendingReply:
         except TimeoutError:
             self._response.cancel()
             raise
-        # Also what the replica's own code raised: its rows are opened again, and given up after a time.
+        # Errors of the replica's own code, too: its rows are reopened, and given up after a time.
         except Exception as error:
             raise ReplicaLost(_first_line(error)) from None
 
@@ -72,14 +72,14 @@ class ValueHandles:
     def __call__(self, objective: str, session: str, call: Call) -> Pending:
         application = value_application(objective_of(objective))
         if application not in self._handles:
-            # The application may come after its caller, or come back.
+            # The application may be deployed after its caller, or return.
             self._handles[application] = serve.get_deployment_handle(VALUE_DEPLOYMENT, application, _check_exists=False)
         handle = self._handles[application].options(session_id=session, _by_reference=False)
         return _PendingReply(cast(DeploymentResponse[Reply], handle.answer.remote(call)))
 
 
 def replica_name() -> str:
-    """The name that serve.router knows this replica by; empty outside Serve."""
+    """The name of this replica in serve.router; empty outside Serve."""
     try:
         return serve.get_replica_context().replica_id.unique_id
     except RayServeException:
@@ -87,15 +87,15 @@ def replica_name() -> str:
 
 
 def base_streams(handle: DeploymentHandle[Any]) -> OpenStream:
-    """How the gateway opens an answer on some base replica."""
+    """The messages of some base replica: the innermost layer of serve.gateway.streams.answer_stream."""
     streaming = handle.options(stream=True, _by_reference=False)
 
-    async def open_stream(request: Request, entry: Admission) -> AsyncGenerator[Message, None]:
-        response = cast(DeploymentResponseGenerator[Message], streaming.stream.remote(request, entry))
+    async def open_stream(request: Request, admission: Admission) -> AsyncGenerator[Message, None]:
+        response = cast(DeploymentResponseGenerator[Message], streaming.stream.remote(request, admission))
         try:
             async for message in response:
                 yield message
-        except DeploymentUnavailableError:  # Serve has given up: none comes, however long the answer waits
+        except DeploymentUnavailableError:  # Serve has given up: waiting would not help
             raise AnswerFailed("the base replicas do not start; Serve's log says why") from None
         except LOST as error:
             raise BaseLost(_first_line(error)) from None

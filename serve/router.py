@@ -10,16 +10,16 @@ from serve.messages import Admission
 
 
 # Without FIFOMixin, Serve finds a call by the id of the HTTP request that it is made for: of several answers to one
-# request, all but one would never be routed. With it, calls that are routed at the same moment may swap replicas.
+# request, all except one would never be routed. With it, calls that are routed at the same moment may swap replicas.
 class AnotherReplicaRouter(FIFOMixin, RequestRouter):
-    """Two replicas at random, of which Serve takes the less busy one; never one that was full, if there is another."""
+    """Two random replicas, of which Serve takes the less busy one; never one that was full, if there is another."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         avoided = ""
         if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # between rounds in which none takes the request
+            pending_request.routing_context.should_backoff = True  # between rounds in which no replica accepts
             avoided = next((arg.avoid for arg in pending_request.args if isinstance(arg, Admission)), "")
         others = [replica for replica in candidate_replicas if replica.replica_id.unique_id != avoided]
         candidates = others or candidate_replicas

@@ -32,7 +32,7 @@ KEY_FILE = "keys.json"
 
 
 def _like(section: type[Section], name: str) -> Any:
-    """The declaration of a setting that the config has under another name, or in a section of other settings."""
+    """The declaration of a setting that the config has under another name, or in another section."""
     return copy(section.model_fields[name])
 
 
@@ -64,13 +64,15 @@ class MainArgs(Arguments, MainSettings, Steer):
     base: str = _like(Base, "model")
     system: str = _like(Base, "system")
     value_sessions: Count = Field(
-        1, description="shares of a base replica's rows; most value replicas per base replica, rounded up"
+        1,
+        description="groups of a base replica's rows, each served by one value replica; jobs.serve sets value replicas "
+        "per base replica, rounded up",
     )
 
     @field_validator("keys")
     @classmethod
     def _below_the_checkout(cls, keys: str | None) -> str:
-        # An application does not know the address it is reached at: without a word about keys, it requires them.
+        # An application does not know its address: unless told otherwise, it requires keys.
         return NO_KEYS if keys == NO_KEYS else str(ROOT / Path(keys or KEY_FILE).expanduser())
 
 

@@ -12,8 +12,8 @@ T = TypeVar("T")
 async def within(limit_s: float, work: Awaitable[T]) -> T:
     """The result of `work`; raises TimeoutError.
 
-    Where a cancellation comes together with the result, it wins. (In Python 3.11 asyncio.wait_for forgets it, and an
-    answer would be written to its end for a client that has left.)
+    If a cancellation comes together with the result, it wins. (In Python 3.11 asyncio.wait_for loses it, and an answer
+    would be generated to its end for a client that has left.)
     """
     task = asyncio.ensure_future(work)
     try:
@@ -22,7 +22,7 @@ async def within(limit_s: float, work: Awaitable[T]) -> T:
     finally:
         if not task.done():
             task.cancel()
-            await asyncio.wait((task,))  # nobody may close an iterator that still runs
+            await asyncio.wait((task,))  # an iterator must not be closed while it runs
     if is_late:
         raise asyncio.TimeoutError
     return task.result()

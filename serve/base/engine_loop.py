@@ -1,4 +1,4 @@
-"""One engine in one thread, with requests from any thread and updates to any event loop. Knows nothing of Ray."""
+"""One engine in one thread: takes requests from any thread, sends updates to any event loop. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve.messages import ANYBODY, Admission, EngineStopped, Full, Refused
 logger = logging.getLogger(__name__)
 
 FAILURES_UNTIL_UNHEALTHY = 3
-QUEUE_PER_ROW = 4  # rows that may wait for each row there is, unless told otherwise
+QUEUE_PER_ROW = 4  # rows that may wait per row of the engine, by default
 
 
 @dataclass
@@ -32,33 +32,33 @@ class _Job:
 
     @property
     def rows(self) -> int:
-        """Of the engine, for the choices that are left."""
+        """Rows of the engine for the remaining choices."""
         return self.left * (1 + len(self.request.preferences))
 
 
 class EngineLoop:
-    """Steps the engine as long as there is something to write.
+    """Steps the engine as long as it has requests.
 
-    Requests wait here, where keys take turns, and are handed to the engine when there are rows for them. A step that
-    fails ends all requests in the engine with FinishReason.ERROR and the reason; the engine goes on with the next ones.
+    Requests wait here, where keys take turns, and go to the engine when there are rows for them. A step that fails ends
+    all requests in the engine with FinishReason.ERROR and the reason; the engine continues with the next ones.
     """
 
     def __init__(self, engine: Engine, step_limit_s: float = 300.0, queue: int | None = None, name: str = ""):
         """
         Args:
             step_limit_s: a step that takes longer counts as hanging.
-            queue: rows that may wait; none: four times those that the engine has.
-            name: what tells this engine from others, for those who are refused.
+            queue: rows that may wait; none: four times the rows of the engine.
+            name: of this engine, given to refused requests so that they avoid it.
         """
         self._engine = engine
         self._step_limit_s = step_limit_s
         self._name = name
         self._wake = threading.Condition()  # guards the four below
-        self._line: FairQueue[_Job] = FairQueue(QUEUE_PER_ROW * engine.max_rows if queue is None else queue)
+        self._queue: FairQueue[_Job] = FairQueue(QUEUE_PER_ROW * engine.max_rows if queue is None else queue)
         self._open: dict[str, _Job] = {}  # in the engine, or on the way
         self._inbox: list[Callable[[], object]] = []
-        self._is_short = False  # the engine has rows left, but no cache for them
-        self._held_s = 1.0  # how long a request takes in the engine, lately
+        self._is_cache_full = False  # the engine has free rows, but no cache for them
+        self._held_s = 1.0  # moving average of a request's time in the engine
         self._stopping = False
         self._failures = 0
         self._last_failure = ""
@@ -68,44 +68,44 @@ class EngineLoop:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Rows in use and rows waited for."""
+        """Rows in use and rows waiting."""
         with self._wake:
-            return self._rows_in_use, self._line.rows
+            return self._rows_in_use, self._queue.rows
 
     def submit(
-        self, request: Request, on_update: Callable[[Update], None], entry: Admission = ANYBODY
+        self, request: Request, on_update: Callable[[Update], None], admission: Admission = ANYBODY
     ) -> Request | Full:
         """Queue a request, if there is room; `on_update` is called in the engine's thread and must return at once.
 
         Raises:
             RequestError: naming the field, its value and the remedy.
-            EngineStopped: if no thread is there to serve it.
+            EngineStopped: if the engine thread cannot serve it.
         """
         self.check()
         request = self._engine.validate(request)
         job = _Job(request, on_update, request.params.n)
         with self._wake:
-            if not self._line.admits(entry, job.rows):
-                return Full(self._name, self._held_s * self._line.rows / self._engine.max_rows)
-            self._line.add(None if entry.is_resumed else entry.key, request.id, job.rows, job)
+            if not self._queue.admits(admission, job.rows):
+                return Full(self._name, self._held_s * self._queue.rows / self._engine.max_rows)
+            self._queue.add(None if admission.is_resumed else admission.key, request.id, job.rows, job)
             self._begin()
         return request
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; nothing happens if it is finished."""
         with self._wake:
-            if not self._line.remove(request_id):
+            if not self._queue.remove(request_id):
                 self._inbox.append(partial(self._drop, request_id))
             self._begin()
 
     def between_steps(self, command: Callable[[], object]) -> Future[None]:
-        """Have a command run in the engine's thread, after the step under way and before the next one."""
+        """Run a command in the engine's thread, between the current step and the next one."""
         done: Future[None] = Future()
 
         def run() -> None:
             try:
                 command()
-            except Exception as error:  # the caller's; the engine goes on
+            except Exception as error:  # the caller's; the engine continues
                 done.set_exception(error)
             else:
                 done.set_result(None)
@@ -125,7 +125,7 @@ class EngineLoop:
             raise EngineStopped(f"the engine's last {self._failures} steps failed: {self._last_failure}")
 
     def stop(self) -> None:
-        """End the thread after the step under way."""
+        """End the thread after the current step."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -137,15 +137,15 @@ class EngineLoop:
 
     def _begin(self) -> None:
         """Hand requests to the engine, in turn, while it has rows for them. Needs the lock."""
-        while (job := self._line.head()) is not None and self._fits(job):
-            self._line.pop()
+        while (job := self._queue.head()) is not None and self._fits(job):
+            self._queue.pop()
             job.began = time.monotonic()
             self._open[job.request.id] = job
             self._inbox.append(partial(self._engine.enqueue, job.request))
         self._wake.notify()
 
     def _fits(self, job: _Job) -> bool:
-        if self._is_short:
+        if self._is_cache_full:
             return False
         # Choices of a request that needs more rows than there are take them one after another.
         return not self._open or self._rows_in_use + job.rows <= self._engine.max_rows
@@ -173,7 +173,7 @@ class EngineLoop:
         try:
             updates = self._engine.step()
             self._failures = 0
-        # Whatever went wrong, the clients behind the open requests must hear of it.
+        # Any failure must reach the clients of the open requests.
         except Exception as error:
             logger.exception("a step of the engine failed")
             self._failures += 1
@@ -184,7 +184,7 @@ class EngineLoop:
         for update in updates:
             self._deliver(update)
         with self._wake:
-            self._is_short = self._engine.load[1] > 0
+            self._is_cache_full = self._engine.load[1] > 0
             self._begin()
 
     def _abandon(self) -> list[Update]:
@@ -216,15 +216,19 @@ class EngineLoop:
 
 
 async def stream(
-    loop: EngineLoop, request: Request, entry: Admission = ANYBODY, heartbeat_s: float = 5.0, interval_s: float = 0.0
+    loop: EngineLoop,
+    request: Request,
+    admission: Admission = ANYBODY,
+    heartbeat_s: float = 5.0,
+    interval_s: float = 0.0,
 ) -> AsyncGenerator[Request | Refused | Full | list[Update], None]:
-    """The accepted request (or why it is not), then lists of updates; an empty list says: still waiting.
+    """The accepted request (or why it is refused), then lists of updates; an empty list means: still waiting.
 
     Closing the iterator early cancels the request. `interval_s`: least time between two lists.
     """
     updates = Mailbox(interval_s)
     try:
-        accepted = loop.submit(request, updates.put, entry)
+        accepted = loop.submit(request, updates.put, admission)
     except RequestError as error:
         yield Refused(error.field, error.message)
         return

@@ -1,4 +1,4 @@
-"""How versions of value models come to a base replica's engine while it runs, and leave it. Knows nothing of Ray."""
+"""Loads versions of value models into a running base replica's engine, and drops them. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ Names = tuple[str, ...]  # versions
 
 
 class ModelLoader(ABC):
-    """Loads what requests name, in threads, and hands it to the guide between two steps of the engine.
+    """Loads the models that requests name, in threads, and adds them to the guide between two steps of the engine.
 
-    Requests wait until the models that they name are there; nobody waits for the models of others.
+    A request waits until its own models are loaded, never for those of other requests.
     """
 
     def __init__(
         self, store: Store, base: BaseModel, guide: LocalGuide | RemoteGuide, loop: EngineLoop, idle_s: float = 300.0
     ):
-        """`idle_s`: how long a model that is not published any more stays after its last use."""
+        """`idle_s`: seconds that a model which is no longer published stays after its last use."""
         self._store, self._base, self._guide, self._loop = store, base, guide, loop
         self.cache: ModelCache[Names] = ModelCache(self._load, self._published, self._drop, idle_s)
 
     @abstractmethod
     def begin(self) -> None:
-        """Prepare for what is published. What cannot be used is left to the requests that name it.
+        """Prepare for the published models. A model that cannot be used fails the requests that name it.
 
         Raises:
-            Unavailable: if nothing of it can be used: then it is this base model that is at fault.
+            Unavailable: if none of them can be used: then this base model is the cause.
         """
 
     async def stream(self, request: Request, messages: AsyncGenerator[Message, None]) -> AsyncGenerator[Message, None]:
-        """`messages` of a request, begun when its models are there; an empty list says: still loading."""
+        """`messages` of a request, begun when its models are loaded; an empty list means: still loading."""
         try:
             keys = {self._key(version) for version in request.weights}
             with self.cache.hold(keys) as loads:
@@ -62,19 +62,19 @@ class ModelLoader(ABC):
                         yield message
         except StoreError as error:
             yield _failure(request, str(error))
-        except Unavailable as error:  # its reason may name folders, which are not the client's business
+        except Unavailable as error:  # its reason may name folders, which clients should not see
             yield _failure(request, f"the value model {error.name} cannot be loaded; the service's log says why")
 
     @abstractmethod
     def _key(self, version: str) -> str:
-        """What has to be loaded for a version; raises StoreError for what is no version."""
+        """The key of what to load for a version; raises StoreError if it is no version."""
 
     @abstractmethod
     def _load(self, key: str) -> Names: ...
 
     @abstractmethod
     def _published(self) -> set[str]:
-        """The keys of what is published."""
+        """The keys of the published models."""
 
     def _drop(self, names: Names) -> None:
         self._loop.between_steps(partial(self._guide.remove, names))
@@ -88,7 +88,7 @@ class ModelLoader(ABC):
 
 
 class LocalModelLoader(ModelLoader):
-    """Value models in this process, a folder at a time, so that the objectives of a distilled model share it."""
+    """Value models in this process, loaded by folder: the objectives of a distilled model share one."""
 
     _guide: LocalGuide
 
@@ -121,12 +121,12 @@ class LocalModelLoader(ModelLoader):
 
 
 class RemoteModelLoader(ModelLoader):
-    """Value models behind calls: value replicas load them, and the engine asks for them when they have."""
+    """Value models in value replicas, which load them before the engine asks."""
 
     _guide: RemoteGuide
 
     def begin(self) -> None:
-        """Value replicas may come later than base replicas, so that only the cards are looked at."""
+        """Checks the cards only: value replicas may start later than base replicas."""
         failures: list[Unavailable | None] = []
         for version in self._published():
             try:
@@ -145,7 +145,7 @@ class RemoteModelLoader(ModelLoader):
 
     def _load(self, key: str) -> Names:
         self._check(values.folder_of(key))
-        self._guide.reach(key)
+        self._guide.wait_until_ready(key)
         self._loop.between_steps(partial(self._guide.add, (key,))).result()
         return (key,)
 

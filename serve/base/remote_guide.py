@@ -1,7 +1,7 @@
 """A guide whose value models live in other processes. Knows nothing of Ray: calls go through a transport.
 
-All objectives are asked at once, and kept and closed rows travel with the next call, so that an engine step costs one
-round trip. Replicas may die, hang, restart or lose rows at any time: rows are opened again from their token ids.
+All objectives are asked at once, and kept and closed rows are sent with the next call, so that an engine step costs one
+round trip. Replicas may die, hang, restart or lose rows at any time: rows are reopened from their token ids.
 
 Shapes: B rows, N candidates of all rows side by side, M objectives.
 """
@@ -29,7 +29,7 @@ RETRY_PAUSE_S = 0.1
 class _Row:
     tokens: list[int]
     objectives: frozenset[str]
-    candidates: list[int] = field(default_factory=list)  # asked for since the last token
+    candidates: list[int] = field(default_factory=list)  # scored since the last token
 
 
 class _Channel:
@@ -55,14 +55,14 @@ class _Channel:
         return self._transport(self.objective, session, call)
 
     def move(self) -> None:
-        """Ask under a new session, which another replica may serve; nothing of the old one counts any more."""
+        """Use a new session, which another replica may serve; the state of the old one is void."""
         self._generation += 1
 
 
 class RemoteGuide:
     """Implements mavis_dist.decode.Guide.
 
-    An objective that stays out of reach for `limit_s` gets nan, which ends the answers that use it and no others.
+    An objective that is unreachable for `limit_s` gets nan, which ends the answers that use it and no others.
     """
 
     def __init__(
@@ -79,36 +79,36 @@ class RemoteGuide:
         self._engine = uuid.uuid4().hex
         self._rows: dict[int, _Row] = {}
         self._objectives: tuple[str, ...] = ()
-        self._lines: dict[str, list[_Channel]] = {}
-        self._out_of_reach: set[str] = set()  # objectives that get one attempt, so that they delay no others
+        self._channels: dict[str, list[_Channel]] = {}
+        self._unreachable: set[str] = set()  # objectives that get one attempt only, so that they do not delay others
         self.add(objectives)
 
     def add(self, objectives: Sequence[str]) -> None:
-        """Ask for further objectives, between two steps of the engine."""
-        assert not self._lines.keys() & set(objectives)
-        self._lines |= {name: self._new_lines(name) for name in objectives}
-        self._objectives = tuple(self._lines)
+        """Add objectives, between two steps of the engine."""
+        assert not self._channels.keys() & set(objectives)
+        self._channels |= {name: self._new_channels(name) for name in objectives}
+        self._objectives = tuple(self._channels)
 
     def remove(self, objectives: Collection[str]) -> None:
-        """Ask for objectives no more, between two steps of the engine."""
-        self._lines = {name: lines for name, lines in self._lines.items() if name not in objectives}
-        self._objectives = tuple(self._lines)
-        self._out_of_reach.difference_update(objectives)
+        """Remove objectives, between two steps of the engine."""
+        self._channels = {name: channels for name, channels in self._channels.items() if name not in objectives}
+        self._objectives = tuple(self._channels)
+        self._unreachable.difference_update(objectives)
 
-    def reach(self, objective: str) -> None:
-        """Wait until value replicas are ready to value an objective that is to be added, so that no step has to.
+    def wait_until_ready(self, objective: str) -> None:
+        """Wait until value replicas are ready for an objective to be added, so that no step of the engine has to wait.
 
         Any thread may call this.
 
         Raises:
-            ReplicaLost: if they cannot, or do not answer within `limit_s`.
+            ReplicaLost: if they cannot serve it, or do not answer within `limit_s`.
         """
         deadline = time.monotonic() + self._limit_s
-        asked = [(line, line.send(Question())) for line in self._new_lines(objective)]
-        for line, pending in asked:
+        asked = [(channel, channel.send(Question())) for channel in self._new_channels(objective)]
+        for channel, pending in asked:
             while (reply := self._reply(pending, deadline)) is None:
                 time.sleep(RETRY_PAUSE_S)
-                pending = line.send(Question())
+                pending = channel.send(Question())
             if reply.error is not None:
                 raise ReplicaLost(reply.error)
 
@@ -121,7 +121,7 @@ class RemoteGuide:
             reason = str(error) or "no answer"
             raise ReplicaLost(f"its value replicas are out of reach ({reason}): deploy their application") from None
 
-    def _new_lines(self, objective: str) -> list[_Channel]:
+    def _new_channels(self, objective: str) -> list[_Channel]:
         return [_Channel(objective, f"{self._engine}-{s}", self._transport) for s in range(self._num_sessions)]
 
     @property
@@ -130,7 +130,7 @@ class RemoteGuide:
 
     @property
     def predicted(self) -> tuple[str, ...]:
-        return ()  # a student's predictions are a gather: no call is worth it
+        return ()  # a student's predictions are a gather: not worth a call
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
         self._rows.update({row.row: _Row(list(row.tokens), row.objectives) for row in rows})
@@ -154,73 +154,73 @@ class RemoteGuide:
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
         for number, index in zip(rows, index_B.tolist(), strict=True):
             row = self._rows[number]
-            for name in row.objectives & self._lines.keys():
-                self._line(name, number).keep(Kept(number, len(row.tokens), row.candidates[index]))
+            for name in row.objectives & self._channels.keys():
+                self._channel(name, number).keep(Kept(number, len(row.tokens), row.candidates[index]))
             row.tokens.append(row.candidates[index])
             row.candidates = []
 
     def close(self, rows: Sequence[int]) -> None:
         for number in rows:
             row = self._rows.pop(number, None)
-            for name in row.objectives & self._lines.keys() if row else ():
-                self._line(name, number).close(number)
+            for name in row.objectives & self._channels.keys() if row else ():
+                self._channel(name, number).close(number)
 
-    def _line(self, objective: str, row: int) -> _Channel:
-        return self._lines[objective][row % self._num_sessions]
+    def _channel(self, objective: str, row: int) -> _Channel:
+        return self._channels[objective][row % self._num_sessions]
 
     def _row_tokens(self, rows: Sequence[int], counts: Sequence[int], ids_N: Sequence[int] | torch.Tensor) -> RowTokens:
         lengths = tuple(len(self._rows[row].tokens) for row in rows)
         return RowTokens(tuple(rows), lengths, tuple(counts), np.asarray(ids_N, dtype=np.int32))
 
     def _ask(self, question: Question) -> torch.Tensor:
-        """The values [B or N, M] asked for; every line is asked before any is waited for."""
+        """The values [B or N, M]; all channels are asked before the first reply is awaited."""
         values = np.full((question.num_values, len(self._objectives)), np.nan, dtype=np.float32)
         asked = []
         for m, name in enumerate(self._objectives):
             used = [b for b, row in enumerate(question.rows) if name in self._rows[row].objectives]
-            for line in self._lines[name]:
-                chosen = [b for b in used if self._line(name, question.rows[b]) is line]
+            for channel in self._channels[name]:
+                chosen = [b for b in used if self._channel(name, question.rows[b]) is channel]
                 if chosen:
                     part = question.part(chosen)
-                    asked.append((line, part, line.send(part), question.places(chosen), m))
-        for line, part, pending, places, m in asked:
-            values[places, m] = self._settle(line, part, pending)
+                    asked.append((channel, part, channel.send(part), question.places(chosen), m))
+        for channel, part, pending, places, m in asked:
+            values[places, m] = self._settle(channel, part, pending)
         return torch.from_numpy(values)
 
-    def _settle(self, line: _Channel, question: Question, pending: Pending) -> np.ndarray:
-        """Wait for a line's values, opening rows again that its replicas do not know, until all are there."""
+    def _settle(self, channel: _Channel, question: Question, pending: Pending) -> np.ndarray:
+        """Wait for all of a channel's values, reopening rows that its replicas do not know."""
         values = np.full(question.num_values, np.nan, dtype=np.float32)
-        places = np.arange(question.num_values)  # of what is still asked for
-        deadline = time.monotonic() + (0 if line.objective in self._out_of_reach else self._limit_s)
+        places = np.arange(question.num_values)  # of the values still missing
+        deadline = time.monotonic() + (0 if channel.objective in self._unreachable else self._limit_s)
         while True:
             try:
                 reply = pending.result(self._timeout_s)
             except (ReplicaLost, TimeoutError) as error:
                 if time.monotonic() > deadline:
-                    logger.error("objective %r is out of reach: %s", line.objective, error or "no answer")
-                    self._out_of_reach.add(line.objective)
-                    line.move()
+                    logger.error("objective %r is out of reach: %s", channel.objective, error or "no answer")
+                    self._unreachable.add(channel.objective)
+                    channel.move()
                     return values
-                logger.warning("objective %r: %s; its rows are opened again", line.objective, error or "no answer")
-                line.move()
+                logger.warning("objective %r: %s; its rows are opened again", channel.objective, error or "no answer")
+                channel.move()
                 time.sleep(RETRY_PAUSE_S)
                 missing = list(range(len(question.rows)))
             else:
-                self._out_of_reach.discard(line.objective)
+                self._unreachable.discard(channel.objective)
                 if reply.error is not None:
-                    logger.error("objective %r: %s", line.objective, reply.error)
+                    logger.error("objective %r: %s", channel.objective, reply.error)
                     return values
                 values[places] = reply.values
                 missing = [b for b, row in enumerate(question.rows) if row in reply.unknown]
                 if not missing:
                     return values
             places = places[question.places(missing)]
-            question = self._reopening(line, question, missing)
-            pending = line.send(question)
+            question = self._reopening(channel, question, missing)
+            pending = channel.send(question)
 
-    def _reopening(self, line: _Channel, question: Question, missing: Sequence[int]) -> Question:
-        """The part of a question that concerns `missing` rows, with the rows opened from their token ids."""
-        wanted = frozenset({line.objective})
+    def _reopening(self, channel: _Channel, question: Question, missing: Sequence[int]) -> Question:
+        """The part of a question about `missing` rows, with the rows reopened from their token ids."""
+        wanted = frozenset({channel.objective})
         rows = [question.rows[b] for b in missing]
         opening = tuple(GuideRow(row, tuple(self._rows[row].tokens), wanted) for row in rows)
         return Question(opening, score=question.score.part(missing) if question.score else None)

@@ -21,7 +21,7 @@ from serve.settings import MainArgs
 
 class Base:
     def __init__(self, args: MainArgs):
-        """Raises Unavailable if nothing that is published can be used with this base model."""
+        """Raises Unavailable if no published model can be used with this base model."""
         configure_logs()
         base, store = load_base(args.base, args.dtype, args.device), Store(args.storage, args.run)
         is_remote = args.placement == "replicas"
@@ -51,7 +51,7 @@ class Base:
                 yield message
 
     async def load(self) -> tuple[int, int]:
-        """Rows in use and rows waited for; raises EngineStopped."""
+        """Rows in use and rows waiting; raises EngineStopped."""
         self._loop.check()
         return self._loop.load
 

@@ -1,4 +1,4 @@
-"""Updates on their way from an engine's thread to an event loop. Knows nothing of Ray."""
+"""Passes updates from an engine's thread to an event loop. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from serve.timeouts import within
 
 
 class Mailbox:
-    """The updates of one request, taken in bundles: every message to another process costs more than a token in it.
+    """The updates of one request, taken in bundles: a message to another process costs more than the tokens in it.
 
-    To be made and read in an event loop; any thread may put.
+    Created and read in an event loop; any thread may put.
     """
 
     def __init__(self, interval_s: float = 0.0):
-        """`interval_s`: least time between two bundles, but for the last one of an answer, which is not held back."""
+        """`interval_s`: least time between two bundles; the last one of an answer is not held back."""
         self._events = asyncio.get_running_loop()
         self._interval_s, self._next_at = interval_s, 0.0
         self._updates: deque[Update] = deque()
@@ -29,7 +29,7 @@ class Mailbox:
         self._events.call_soon_threadsafe(self._announce, update.finished is not None)
 
     async def take(self, limit_s: float) -> list[Update]:
-        """All updates that are there, at least one unless none comes in time."""
+        """All updates so far; empty if none comes within `limit_s`."""
         if not await _is_set(self._has_some, limit_s):
             return []
         if (pause := self._next_at - time.monotonic()) > 0:
@@ -40,7 +40,7 @@ class Mailbox:
         return [self._updates.popleft() for _ in range(len(self._updates))]
 
     def _announce(self, is_end: bool) -> None:
-        if self._updates:  # else it was taken together with those before it
+        if self._updates:  # otherwise it was taken with an earlier bundle
             self._has_some.set()
             if is_end:
                 self._has_end.set()

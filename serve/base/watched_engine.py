@@ -1,4 +1,4 @@
-"""An engine that counts what it does, and the thread that reports the counts once a second.
+"""An engine that counts its work, and the thread that reports the counts once a second.
 
 The engine's own thread only adds up plain numbers.
 """
@@ -19,7 +19,7 @@ REPORT_EVERY_S = 1.0
 
 
 class TimedGuide:
-    """A guide that knows how long its callers have waited for it."""
+    """A guide that sums the time its callers have waited for it."""
 
     CALLS = frozenset({"open", "extend", "score", "keep", "close"})
 
@@ -43,7 +43,7 @@ class TimedGuide:
 
 
 class WatchedEngine(Engine):
-    """An engine that adds up what it does; `take` may be called from any thread."""
+    """An engine that sums its work; `take` may be called from any thread."""
 
     def __init__(self, base: Any, guide: Guide | None = None, *arguments: Any, **settings: Any):
         self._timed = TimedGuide(guide) if guide else None
@@ -66,7 +66,7 @@ class WatchedEngine(Engine):
         return updates
 
     def take(self, record: Record) -> None:
-        """Hand over what was added up since the last time."""
+        """Record the sums since the last call."""
         with self._lock:
             sums, divergences = self._sums, self._divergences
             self._sums, self._divergences = defaultdict(float), []
@@ -92,12 +92,12 @@ class WatchedEngine(Engine):
 class Loaded(Protocol):
     @property
     def load(self) -> tuple[int, int]:
-        """Rows in use and rows waited for."""
+        """Rows in use and rows waiting."""
         ...
 
 
 def report(engine: WatchedEngine, loop: Loaded, record: Record | None = None) -> None:
-    """Hand over what an engine does, every second, as long as the process lives."""
+    """Record the work of an engine every second, as long as the process lives."""
     threading.Thread(target=_report_forever, args=(engine, loop, record or RayRecord()), daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""From a body to a running completion: defaults, templates, checks. Knows nothing of Ray or HTTP."""
+"""Turns a body into a running completion: defaults, templates, checks. Knows nothing of Ray or HTTP."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ class Completions:
         key: str = "",
         request_id: str | None = None,
     ) -> Completion:
-        """Begin to write the answers, to their end with these versions of the objectives.
+        """Begin to generate the answers, all of them with these versions of the objectives.
 
-        Raises ApiError before anything is sent if they are refused.
+        Raises ApiError if the request is refused, before anything is sent.
 
         Args:
-            key: whose request it is, for keys take turns; empty: the body's `user`, or nobody in particular.
-            request_id: what the id of the completion begins with, for the logs of all deployments.
+            key: name of the caller's API key; keys take turns. Empty: the body's `user`, or one shared key.
+            request_id: prefix of the completion's id, for the logs of all deployments.
         """
         key = key or body.user or ""
         rows = (body.n or 1) * body.num_variants
@@ -92,11 +92,11 @@ class Completions:
                 "model_not_found",
             )
         self._check_counts(body)
-        # Ids of requests are the client's to choose, and may be used twice.
+        # Clients choose the ids of their requests, and may use one twice.
         identity = f"{request_id}-{secrets.token_hex(4)}" if request_id else uuid.uuid4().hex
         try:
             shape, prompt, preferences = self._prompt(body)
-            # Whether there are students only the base replica knows; it refuses by itself.
+            # Only the base replica knows whether there are students; it refuses by itself.
             bounds = Bounds(versions, self._max_context, predicted=versions, max_rows=self._args.rows)
             request = validate(self._request(identity, body, prompt, preferences), bounds)
         except RequestError as error:
@@ -116,32 +116,32 @@ class Completions:
         return completion
 
     def _check_counts(self, body: GenerationRequest) -> None:
-        """What multiplies the work of a request is bounded before any work is done."""
-        num_sentences = len(body.preferences or ())
+        """Bound what multiplies the work of a request before any work is done."""
+        num_preferences = len(body.preferences or ())
         for name, count, limit in (
             ("n", body.n or 1, self._args.max_n),
-            ("preferences", num_sentences, self._args.max_preferences),
+            ("preferences", num_preferences, self._args.max_preferences),
         ):
             if count > limit:
                 raise ApiError(400, f"{name}: {count} given; this server takes at most {limit}", name)
         if body.num_variants > self._args.rows:
-            message = f"preferences: are {body.num_variants - 1} sentences; use at most {self._args.rows - 1}"
+            message = f"preferences: {body.num_variants - 1} given; at most {self._args.rows - 1} fit"
             raise ApiError(400, message, "preferences")
 
     def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, tuple[int, ...], tuple[Preference, ...]]:
-        """The token ids of the plain prompt, and those with each sentence in it; raises RequestError."""
-        sentences = [(preference.text, preference.weight) for preference in body.preferences or ()]
+        """The token ids of the plain prompt, and those with each preference in it; raises RequestError."""
+        given = [(preference.text, preference.weight) for preference in body.preferences or ()]
         if isinstance(body, TextRequest):
             prompt = self._ids(body.prompt)
             self._check_length(prompt)
             preferences = tuple(
                 Preference(text, self._ids(f"{text}\n\n{body.prompt}") if weight else (), weight)
-                for text, weight in sentences
+                for text, weight in given
             )
             return TEXT, prompt, preferences
         messages = [message.turn for message in body.messages]
         try:
-            prompt, preferences = chat_prompts(self._tokenizer, messages, sentences, self._args.system)
+            prompt, preferences = chat_prompts(self._tokenizer, messages, given, self._args.system)
         except ModelError as error:
             raise ApiError(400, str(error), "messages") from None
         self._check_length(prompt)
@@ -162,7 +162,7 @@ class Completions:
         limit = body.token_limit
         if limit is not None and limit > settings.max_tokens:
             name = _limit_field(body)
-            raise ApiError(400, f"{name} is {limit}; this server writes at most {settings.max_tokens} tokens", name)
+            raise ApiError(400, f"{name} is {limit}; this server generates at most {settings.max_tokens} tokens", name)
         params = SamplingParams(
             max_tokens=limit or longest_answer(prompt, preferences, self._max_context, settings.max_tokens),
             temperature=default.temperature if body.temperature is None else body.temperature,
@@ -189,13 +189,13 @@ class Completions:
 
 
 def _preference_params(body: GenerationRequest) -> PreferenceParams:
-    """The preset with what the body changes of it; raises ApiError."""
+    """The preset with the body's changes; raises ApiError."""
     given = {} if body.preference_params is None else body.preference_params.model_dump(exclude_none=True)
     preset = PRESETS[given.pop("preset", "mato")]
     optimisation = given.keys() & {"alpha", "lam", "nu", "steps"}
     if optimisation and "c" in given:
         name = f"preference_params.{min(optimisation)}"
-        raise ApiError(400, f"{name}: c is given as well, and stands in its place; leave out one of them", name)
+        raise ApiError(400, f"{name}: c is given as well and replaces it; leave out one of them", name)
     if optimisation:
         preset = replace(preset, c=None)
     return replace(preset, **given)
@@ -206,7 +206,7 @@ def _limit_field(body: GenerationRequest) -> str:
 
 
 def _refused(error: RequestError, body: GenerationRequest) -> ApiError:
-    """The engine's refusal in the words of the body."""
+    """The engine's refusal, with the body's names of fields."""
     names = {
         "prompt": "messages" if isinstance(body, ChatRequest) else "prompt",
         "max_tokens": _limit_field(body),

@@ -1,4 +1,4 @@
-"""Examples for /openapi.json: bodies to begin with, and what comes back."""
+"""Examples for /openapi.json: request bodies, and the responses to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serve.gateway.responses import ErrorBody, ResponseBody
 MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "I start a new job on Monday. Any advice?"}]
 ANSWER = "Be curious, and ask questions."
-SENTENCES = [
+PREFERENCES = [
     {"text": "Answer in as few words as possible.", "weight": 0.6},
     {"text": "Be warm, positive and encouraging.", "weight": 0.4},
 ]
@@ -28,11 +28,11 @@ CHAT_BODIES: dict[str, Any] = {
         },
     },
     "words": {
-        "summary": "Objectives in words",
-        "value": {"model": MODEL, "messages": QUESTION, "preferences": SENTENCES, "seed": 1},
+        "summary": "Preferences: objectives given as sentences",
+        "value": {"model": MODEL, "messages": QUESTION, "preferences": PREFERENCES, "seed": 1},
     },
     "logprobs": {
-        "summary": "How far every token was moved, streamed",
+        "summary": "Log-ratio of every token to the base model, streamed",
         "value": {
             "model": MODEL,
             "messages": QUESTION,
@@ -45,7 +45,7 @@ CHAT_BODIES: dict[str, Any] = {
 }
 TEXT_BODIES: dict[str, Any] = {
     "objectives": {
-        "summary": "Trained objectives, in the flat field",
+        "summary": "Trained objectives, in a flat field",
         "value": {
             "model": MODEL,
             "prompt": "My first day at work was",

@@ -1,4 +1,4 @@
-"""Following an answer across base replicas, from its acceptance to its end. Knows nothing of Ray or HTTP.
+"""Follows an answer across base replicas, from its acceptance to its end. Knows nothing of Ray or HTTP.
 
 The layers are composed in serve.gateway.streams.
 """
@@ -24,12 +24,12 @@ RETRY_PAUSE_S = 0.2
 
 @dataclass(frozen=True)
 class Piece:
-    """What one chunk added to an answer."""
+    """What one message added to an answer."""
 
     tokens: tuple[int, ...]
     finished: Choice | None = None
-    resumed: bool = False  # `finished` counts only what the last base replica wrote
-    logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, where the request asks
+    resumed: bool = False  # `finished` covers only the tokens of the last base replica
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, if the request asks for them
 
 
 def another_if_full(open_stream: OpenStream) -> OpenStream:
@@ -102,7 +102,7 @@ async def follow(
                     if isinstance(message, Request):
                         if not accepted:
                             accepted = True
-                            admission = replace(admission, room=0, group="", is_resumed=True)
+                            admission = replace(admission, rows=0, group="", is_resumed=True)
                             yield message
                         continue
                     assert isinstance(message, list)  # another_if_full keeps Full to itself
@@ -122,7 +122,7 @@ async def follow(
 
 
 def _piece(tokens: list[int], updates: list[Update], resumed: bool) -> Piece:
-    """Extend `tokens` by what is new in the updates of one answer."""
+    """Extend `tokens` by the new tokens in the updates of one answer."""
     known, finished = len(tokens), None
     logprobs: list[TokenLogprobs] = []
     for update in updates:
@@ -132,7 +132,7 @@ def _piece(tokens: list[int], updates: list[Update], resumed: bool) -> Piece:
         tokens.extend(update.tokens[len(tokens) - update.start :])
         finished = update.finished
         if finished is not None and finished.finish is FinishReason.ABORT:
-            raise BaseLost("the engine gave the answer up")
+            raise BaseLost("the engine aborted the answer")
         if finished is not None and finished.finish is FinishReason.ERROR:
             raise AnswerFailed(finished.error or "the engine failed")
     return Piece(tuple(tokens[known:]), finished, resumed, tuple(logprobs))

@@ -1,4 +1,4 @@
-"""Log-probabilities on the wire: which token brought which text, and how OpenAI's two endpoints word it.
+"""Log-probabilities in responses: aligns tokens with text, in the formats of OpenAI's two endpoints.
 
 Knows nothing of Ray or HTTP.
 """
@@ -22,18 +22,18 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how the others do
 
 
 class Spelling(NamedTuple):
-    """A token as text and as bytes; bytes are None where the vocabulary does not tell them."""
+    """A token as text and as bytes; bytes are None where the vocabulary does not define them."""
 
     text: str
     bytes: list[int] | None
 
 
 class Speller:
-    """What tokens of a tokenizer look like."""
+    """Spells the tokens of a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        # Some tokenizers drop the space before the first word, so that a token is spelt behind another one.
+        # Some tokenizers drop the space before the first word, so a token is spelt after another one.
         self._before = tokenizer("a", add_special_tokens=False)["input_ids"]
         self._known: dict[int, Spelling] = {}
 
@@ -59,29 +59,31 @@ class Speller:
 
 
 class LogprobEntry(NamedTuple):
-    """A token whose text has been handed out."""
+    """A token whose text has been emitted."""
 
-    law: TokenLogprobs
+    logprobs: TokenLogprobs
     start: int  # of its text, in characters of the answer
 
 
 class Alignment:
-    """Hands out what is known of a token together with its text, never before.
+    """Emits the log-probabilities of a token together with its text, never before.
 
-    Text may be held back: a character that is spread over tokens, or what may turn out to be a stop string. Tokens
-    that bring no text, such as the one that ends the answer, are not handed out.
+    Text may be held back: a character spread over several tokens, or a possible stop string. Tokens without text, such
+    as the end of the answer, are not emitted.
     """
 
     def __init__(self, text: StoppedText):
         self._text = text
-        self._num_sent = 0  # characters handed out
+        self._num_sent = 0  # characters emitted
         self._end = 0  # of the text of all tokens so far, in characters
         self._unfinished: list[TokenLogprobs] = []  # tokens that the next one shares a character with
         self._waiting: list[tuple[LogprobEntry, int]] = []  # with the end of their text
 
-    def add(self, tokens: Sequence[int], laws: Sequence[TokenLogprobs], last: bool) -> tuple[str, list[LogprobEntry]]:
-        """The text that is certain by now, and the tokens that it came from."""
-        text = "".join(self._add(token, law) for token, law in zip(tokens, laws, strict=True))
+    def add(
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs], last: bool
+    ) -> tuple[str, list[LogprobEntry]]:
+        """The text that is final by now, and the tokens that it comes from."""
+        text = "".join(self._add(token, one) for token, one in zip(tokens, logprobs, strict=True))
         if last:
             rest = self._text.add((), last=True)
             self._num_sent += len(rest)
@@ -89,21 +91,21 @@ class Alignment:
             text += rest
         return text, self._ready(last)
 
-    def _add(self, token: int, law: TokenLogprobs) -> str:
+    def _add(self, token: int, logprobs: TokenLogprobs) -> str:
         text = self._text.add((token,))
         self._num_sent += len(text)
-        self._unfinished.append(law)
+        self._unfinished.append(logprobs)
         self._place(self._num_sent + self._text.num_held)
         return text
 
     def _place(self, end: int) -> None:
-        """Note where the text of the unfinished tokens lies, if it is there."""
+        """Note the place of the unfinished tokens' text, once it is complete."""
         if end > self._end:
-            self._waiting += [(LogprobEntry(law, self._end), end) for law in self._unfinished]
+            self._waiting += [(LogprobEntry(logprobs, self._end), end) for logprobs in self._unfinished]
             self._unfinished, self._end = [], end
 
     def _ready(self, last: bool) -> list[LogprobEntry]:
-        """Tokens whose text is out, in the end also those that a stop string cut short."""
+        """Tokens whose text is emitted; at the end also those that a stop string cut short."""
         is_out = [entry.start < self._num_sent and (last or end <= self._num_sent) for entry, end in self._waiting]
         ready = [entry for (entry, _), out in zip(self._waiting, is_out, strict=True) if out]
         self._waiting = [waiting for waiting, out in zip(self._waiting, is_out, strict=True) if not out]
@@ -113,17 +115,17 @@ class Alignment:
 def chat_logprobs(entries: Sequence[LogprobEntry], spell: Speller) -> Json:
     """`choices[].logprobs` of /v1/chat/completions."""
 
-    def worded(one: Candidate) -> Json:
+    def named_token(one: Candidate) -> Json:
         spelling = spell(one.token)
         return {"token": spelling.text, "logprob": one.logprob, "bytes": spelling.bytes}
 
     content = [
         {
-            **worded(law.chosen),
-            "top_logprobs": [{**worded(one), "mavis": {"logratio": one.logratio}} for one in law.top],
-            "mavis": _steering(law),
+            **named_token(logprobs.chosen),
+            "top_logprobs": [{**named_token(one), "mavis": {"logratio": one.logratio}} for one in logprobs.top],
+            "mavis": _steering(logprobs),
         }
-        for law, _ in entries
+        for logprobs, _ in entries
     ]
     return {"content": content, "refusal": None}
 
@@ -131,21 +133,21 @@ def chat_logprobs(entries: Sequence[LogprobEntry], spell: Speller) -> Json:
 def text_logprobs(entries: Sequence[LogprobEntry], spell: Speller) -> Json:
     """`choices[].logprobs` of /v1/completions."""
 
-    def named(token: int) -> str:
+    def name_of(token: int) -> str:
         text, parts = spell(token)
         if REPLACEMENT not in text or parts is None:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in parts)  # parts of characters stay apart
 
     return {
-        "tokens": [named(law.chosen.token) for law, _ in entries],
-        "token_logprobs": [law.chosen.logprob for law, _ in entries],
-        "top_logprobs": [{named(one.token): one.logprob for one in law.top} for law, _ in entries],
+        "tokens": [name_of(logprobs.chosen.token) for logprobs, _ in entries],
+        "token_logprobs": [logprobs.chosen.logprob for logprobs, _ in entries],
+        "top_logprobs": [{name_of(one.token): one.logprob for one in logprobs.top} for logprobs, _ in entries],
         "text_offset": [start for _, start in entries],
-        "mavis": [_steering(law) for law, _ in entries],
+        "mavis": [_steering(logprobs) for logprobs, _ in entries],
     }
 
 
-def _steering(law: TokenLogprobs) -> Json:
-    divergence = law.divergence if math.isfinite(law.divergence) else None
-    return {"logratio": law.chosen.logratio, "divergence": divergence}
+def _steering(logprobs: TokenLogprobs) -> Json:
+    divergence = logprobs.divergence if math.isfinite(logprobs.divergence) else None
+    return {"logratio": logprobs.chosen.logratio, "divergence": divergence}

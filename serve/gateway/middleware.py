@@ -1,9 +1,9 @@
-"""What every request passes before any route: an id, a key, a limit on its body, a line in the log.
+"""Middleware of every request: its id, its API key, the limit on its body, its line in the log.
 
 Knows nothing of Ray.
 
-Routes find in `request.state`: `request_id`; `key`, the name of the caller's key (none where no key was asked for);
-and `facts`, a function of what the log should know in the end, which they may replace.
+Routes find in `request.state`: `request_id`; `key`, the name of the caller's key (none where no key is required); and
+`facts`, a function that returns further fields of the log line, which they may replace.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from serve.gateway.protocol import ApiError
 logger = logging.getLogger(__name__)
 access = logging.getLogger("serve.access")
 
-# Everything else asks for a key: the page and the description are the same for all, probes have none.
+# All other paths require a key: the page and the description are the same for all, and probes have none.
 OPEN_PATHS = {"/", "/health", "/openapi.json"}
 SANE_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ID_HEADER = "x-request-id"
@@ -66,7 +66,7 @@ class Middleware:
         except Exception as error:
             logger.exception("%s %s failed", scope["method"], scope["path"], extra={"facts": {ID_HEADER: request_id}})
             if status is not None:
-                raise  # the server breaks the connection: the client must see that the answer is not whole
+                raise  # the server closes the connection: the client must see that the answer is incomplete
             failed = ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
             await JSONResponse(failed.body, failed.status)(scope, receive, answer)
         finally:
@@ -89,7 +89,7 @@ class Middleware:
         return owner
 
     def _limited(self, receive: Receive) -> Receive:
-        """The body, as long as it is not too large."""
+        """The same messages; raises HTTPException once the body is too large."""
         size = 0
 
         async def counted() -> Message:
@@ -104,7 +104,7 @@ class Middleware:
         return counted
 
     def _log(self, scope: Scope, status: int | None, duration_s: float) -> None:
-        """One line; without a status the client left before there was an answer."""
+        """Write one line; without a status the client left before the response."""
         method, path, state = scope["method"], scope["path"][:200], scope["state"]
         facts = {
             "request_id": state["request_id"],

@@ -1,4 +1,4 @@
-"""The playground: one page that needs nothing but this server. Knows nothing of Ray."""
+"""The playground: one page without any other source than this server. Knows nothing of Ray."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The HTTP bodies: requests as pydantic models that refuse what they do not know, and builders for answers and errors.
+"""HTTP bodies: requests as pydantic models that refuse unknown fields, and builders for responses and errors.
 
-Knows nothing of Ray, models or tokenizers.
+The models of responses are in serve.gateway.responses. Knows nothing of Ray, models or tokenizers.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.retry_after_s is None:
             return {}
-        # The official client waits for as long as it is told, up to a minute.
+        # The official client waits as long as this says, up to a minute.
         return {"Retry-After": str(min(max(math.ceil(self.retry_after_s), 1), 60))}
 
 
 def _sendable(text: str) -> str:
-    """What a client sent and reads again in an error: not all of JSON's strings are UTF-8, and they may be long."""
+    """Text of a client that an error repeats: not every JSON string is valid UTF-8, and it may be long."""
     text = text.encode(errors="replace").decode()
     return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."
 
@@ -63,7 +63,7 @@ def _sendable(text: str) -> str:
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    # Fields that are not served, with the values that change nothing: official clients send them. Others are refused.
+    # Unsupported fields with the values that change nothing: official clients send them. Other values are refused.
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
@@ -87,14 +87,14 @@ class FlatArgs(Body):
 
 
 class Preference(Body):
-    """An objective in words."""
+    """An objective given as a sentence."""
 
     text: Annotated[str, Field(min_length=1, max_length=4000)]
     weight: float = 1.0
 
 
 class PreferenceParams(Body):
-    """How sentences steer. None means: as the preset has it."""
+    """How preferences steer. None: the preset's value."""
 
     preset: Literal["mato", "anchor", "linear_alignment", "opad", "context_steering", "amulet"] = "mato"
     adapt: bool | None = None
@@ -116,14 +116,14 @@ def _as_list(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-# One or several. As a list in either case, so that a refusal names the text at fault.
+# One or several; a list in either case, so that an error names the text at fault.
 StopText = Annotated[str, Field(min_length=1)]
 StopTexts = Annotated[list[StopText], Field(max_length=4)]
 Stop = Annotated[StopTexts, BeforeValidator(_as_list, json_schema_input_type=StopText | StopTexts)]
 
 
 class GenerationRequest(Body):
-    """What both endpoints take. None means: the server's default."""
+    """The fields of both endpoints. None: the server's default."""
 
     NEUTRAL = {
         "frequency_penalty": (0, None),
@@ -144,27 +144,29 @@ class GenerationRequest(Body):
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="a label, as the next three: none of them changes the answer")
+    user: str | None = Field(None, description="a label, like the next three fields; none of them changes the answer")
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     objective_weights: dict[str, float] | None = Field(
-        None, description="objective -> weight >= 0, as /v1/objectives names them; only their proportions count"
+        None, description="objective (see /v1/objectives) -> weight >= 0; only their proportions count"
     )
     beta: Annotated[float, Field(ge=0)] | None = Field(
         None, description="strength: nats of tilt per standard deviation of reward; 0: the base model"
     )
     tilt_cap: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="most nats that a token can gain; what lets the lazy scorer leave candidates out"
+        None, description="most nats that a token can gain; lets the lazy scorer skip candidates"
     )
     preferences: Annotated[list[Preference], Field(max_length=MAX_PREFERENCES)] | None = Field(
-        None, description="objectives in words"
+        None, description="objectives given as sentences"
     )
-    preference_params: PreferenceParams | None = Field(None, description="how the sentences steer")
+    preference_params: PreferenceParams | None = Field(None, description="how the preferences steer")
     scorer: Literal["full", "lazy", "qhead"] | None = Field(
-        None, description="which candidates value models look at; full and lazy write the same tokens"
+        None, description="which candidates value models score; full and lazy generate the same tokens"
     )
-    guide_every: Count | None = Field(None, description="tilt every so many tokens; the base model writes the others")
+    guide_every: Count | None = Field(
+        None, description="tilt every so many tokens; the others come from the base model"
+    )
     vllm_xargs: FlatArgs | None = Field(None, description="for clients that forbid nested extras")
 
     @property
@@ -173,13 +175,13 @@ class GenerationRequest(Body):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the most likely tokens are reported beside each token; None: not even the token's own law."""
+        """How many of the most likely tokens are reported with each token; None: no log-probabilities at all."""
         raise NotImplementedError
 
     @property
     def num_variants(self) -> int:
-        """Rows that an answer takes: its own, and one per sentence that steers it."""
-        return 1 + sum(sentence.weight != 0 for sentence in self.preferences or ())
+        """Rows that an answer takes: its own, and one per preference that steers it."""
+        return 1 + sum(preference.weight != 0 for preference in self.preferences or ())
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -213,7 +215,7 @@ class TextPart(Body):
 
 
 class Message(Body):
-    # An answer's message can be sent back as it came.
+    # A response's message can be sent back unchanged.
     NEUTRAL = {
         "name": (None,),
         "refusal": (None,),
@@ -228,7 +230,7 @@ class Message(Body):
 
     @property
     def turn(self) -> dict[str, str]:
-        """As chat templates know it."""
+        """In the format of chat templates."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
 
     @property
@@ -292,7 +294,7 @@ _NEUTRAL = {**StreamOptions.NEUTRAL, **Message.NEUTRAL, **ChatRequest.NEUTRAL, *
 
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's errors, an unknown field before all others, as a 400 that names the field."""
+    """The first of pydantic's errors, an unknown field first, as a 400 that names the field."""
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
@@ -309,7 +311,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 @dataclass(frozen=True)
 class Shape:
-    """How one endpoint words its answers."""
+    """The format of one endpoint's answers."""
 
     id_prefix: str
     whole_object: str

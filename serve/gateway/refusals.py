@@ -1,4 +1,4 @@
-"""Refusals under overload, and the gateway's short memory of them. Plain data: knows no Ray."""
+"""Refusals under overload, and the gateway's short memory of them. Plain data: knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 MAX_MEMORY_S = 0.25
-MEMORY_SHARE = 1 / 8  # of the time in which those who wait would all have begun
+MEMORY_SHARE = 1 / 8  # of the time until all waiting requests have begun
 
 
 class Overloaded(Exception):
-    """No base replica that was asked has room. `wait_s`: seconds after which it is worth asking again."""
+    """No base replica that was asked has room. `wait_s`: seconds after which a retry is worthwhile."""
 
     def __init__(self, wait_s: float):
         super().__init__(wait_s)
@@ -23,19 +23,19 @@ class Overloaded(Exception):
 
 
 class Refusals:
-    """The gateway's memory of who was refused: for a moment, the same again is refused without asking.
+    """The gateway's memory of refused keys: for a moment, another such request is refused without asking a replica.
 
-    Under overload most requests are refused, and what that costs is taken from the answers. The moment is so short
-    that the queues do not run dry in it.
+    Under overload most requests are refused, and each refusal takes time from the answers. The moment is too short for
+    the queues to run empty.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._refused: dict[str, tuple[int, float, float]] = {}  # key -> rows, when it may ask again, when it should
+        self._refused: dict[str, tuple[int, float, float]] = {}  # key -> rows, earliest retry, useful retry
 
     @contextmanager
     def remembered(self, key: str, rows: int) -> Iterator[None]:
-        """Around an attempt to be let in; raises Overloaded before it if the key was just refused so many rows."""
+        """Wraps an attempt at admission; raises Overloaded before it if the key was just refused as many rows."""
         refused, until, retry_at = self._refused.get(key, (0, -math.inf, -math.inf))
         now = self._clock()
         if now < until and rows >= refused:
@@ -44,6 +44,6 @@ class Refusals:
             yield
         except Overloaded as error:
             now = self._clock()
-            self._refused = {name: entry for name, entry in self._refused.items() if entry[1] > now}
+            self._refused = {name: refusal for name, refusal in self._refused.items() if refusal[1] > now}
             self._refused[key] = (rows, now + min(MAX_MEMORY_S, error.wait_s * MEMORY_SHARE), now + error.wait_s)
             raise

@@ -1,4 +1,4 @@
-"""What is published in a run, read again every few seconds. Knows nothing of Ray."""
+"""The published value models of a run, read again every few seconds. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNT_LIMIT_S = 5.0
 
 class Registry:
     def __init__(self, store: Store, fresh_s: float = 2.0, replicas: Callable[[], dict[str, int]] | None = None):
-        """`replicas` counts the value replicas that run, by objective; none: they have no replicas of their own."""
+        """`replicas` counts the running value replicas, by objective; none: value models are colocated."""
         self._store, self._fresh_s, self._replicas = store, fresh_s, replicas
         self._served: dict[str, Served] = {}
         self._read_at = -float("inf")
@@ -30,11 +30,11 @@ class Registry:
         self._described: dict[str, Json] = {}  # by version; what is published never changes
 
     async def versions(self) -> dict[str, str]:
-        """objective -> version that requests which begin now are written with."""
+        """objective -> version, for requests that begin now."""
         return {name: model.version for name, model in (await self._current()).items()}
 
     async def describe(self) -> list[Json]:
-        """One object per objective; raises UserError where what is published cannot be read."""
+        """One object per objective; raises UserError if a published model cannot be read."""
         models = (await self._current()).values()
         for model in models:
             if model.version not in self._described:
@@ -51,19 +51,19 @@ class Registry:
     async def _running(self) -> dict[str, int] | None:
         if self._replicas is None:
             return None
-        # One at a time: whoever counts may hang, and reading the store needs threads, too.
+        # One at a time: a count may hang, and reading the store needs threads, too.
         if self._count is None or self._count.done():
             self._count = asyncio.create_task(asyncio.to_thread(self._replicas))
         try:
             return await asyncio.wait_for(asyncio.shield(self._count), COUNT_LIMIT_S)
-        except Exception as error:  # all else can be told without it
+        except Exception as error:  # the rest of the description does not need it
             logger.warning("value replicas cannot be counted: %s", error or "no answer")
             return None
 
     async def _current(self) -> dict[str, Served]:
-        """What is published, a few seconds old at most; older where the store is out of reach.
+        """The published models, at most a few seconds old; older if the store is unreachable.
 
-        Raises ApiError where it never was in reach.
+        Raises ApiError if it has never been reachable.
         """
         if self._reading is None:
             self._reading = asyncio.Lock()  # made here, where the event loop runs
@@ -76,7 +76,7 @@ class Registry:
                         logger.exception("what is published cannot be read")
                         message = "what is published cannot be read; the service's log says why"
                         raise ApiError(503, message, code="engine_unavailable") from None
-                    logger.warning("what is published cannot be read; what was known is served: %s", error)
+                    logger.warning("what is published cannot be read; the last known models are served: %s", error)
                 self._read_at = time.monotonic()
         return self._served
 
@@ -99,7 +99,7 @@ class Registry:
         }
 
     def _gate(self, name: str, iteration: int) -> Json | None:
-        """How the iteration did on validation prompts; None where it was not measured."""
+        """The iteration's result on validation prompts; None if it was not measured."""
         facts = self._store.metadata(layout.gate_folder(name, iteration))
         if not facts or not facts["soft_values"]:
             return None

@@ -34,7 +34,7 @@ def max_context(base: str) -> int:
 
 def open_keys(args: MainArgs) -> Keys | None:
     """None: no key is required. Raises KeyFileError."""
-    assert args.keys is not None  # MainArgs puts the default file in its place
+    assert args.keys is not None  # MainArgs replaces it by the default file
     return None if args.keys == NO_KEYS else Keys(Path(args.keys))
 
 

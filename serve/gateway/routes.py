@@ -1,4 +1,4 @@
-"""The HTTP routes. Every error leaves in OpenAI's shape. Knows nothing of Ray."""
+"""The HTTP routes. Every error has OpenAI's format. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from serve.settings import MainArgs
 
 
 class _Api(FastAPI):
-    """With what FastAPI leaves out of the description: chunks of streams, and null in examples."""
+    """Adds what FastAPI leaves out of the description: chunks of streams, and null in examples."""
 
     def openapi(self) -> Json:
         if self.openapi_schema is None:
@@ -120,7 +120,7 @@ def create_api(
 
     @api.get("/v1/objectives", dependencies=keyed, **_described(ObjectiveList))
     async def objectives() -> Json:
-        """What is served: the reward of every objective, its scale, and how good its value model is."""
+        """The objectives that are served: reward, scale and quality of the value model of each."""
         return {"object": "list", "data": await registry.describe()}
 
     api.get("/", include_in_schema=False)(playground)
@@ -134,7 +134,7 @@ def create_api(
 
 
 def _described(body: type[ResponseBody]) -> dict[str, Any]:
-    """Options of a route that answers with a body of this kind, and sends it as it is."""
+    """Options of a route with a body of this kind, which is sent as it is."""
     return {"response_model": None, "responses": {200: {"model": body}}}
 
 
@@ -151,7 +151,7 @@ def _add_middleware(api: FastAPI, args: MainArgs, keys: Keys | None, returns_id:
 
 
 class _Events(StreamingResponse):
-    """The events of a completion, which is closed in any case: a client may leave before the first of them."""
+    """The events of a completion, which is closed in any case: a client may leave before the first event."""
 
     def __init__(self, completion: Completion, **options: Any):
         super().__init__(completion.events(), **options)
@@ -165,13 +165,13 @@ class _Events(StreamingResponse):
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Json]) -> Json:
-    """The result of `work`, which is cancelled when the client leaves; raises ApiError then, for the log."""
+    """The result of `work`, which is cancelled when the client leaves; then raises ApiError, for the log."""
     working, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        gone.exception()  # taken note of: Serve says by an error of its own that nobody is there any more
+        gone.exception()  # retrieved, since Serve reports a client that left by an error of its own
         raise ApiError(499, "the client closed the connection", code="client_closed_request")
     finally:
         working.cancel()

@@ -37,7 +37,7 @@ class _CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = "left"  # before there was an answer
+        status = "left"  # the client, before the response
 
         async def watched_send(message: Message) -> None:
             nonlocal status
@@ -60,7 +60,7 @@ def _node_addresses() -> list[str]:
 
 
 async def _page(address: str) -> str:
-    """What a node tells Prometheus; a comment that says so where it does not."""
+    """A node's page for Prometheus; a comment if it does not answer."""
     try:
         async with httpx.AsyncClient(timeout=SCRAPE_LIMIT_S, trust_env=False) as client:
             return (await client.get(f"http://{address}/metrics")).raise_for_status().text
@@ -69,7 +69,7 @@ async def _page(address: str) -> str:
 
 
 def merged(pages: Sequence[str]) -> str:
-    """One page of this service's families; a family's figures of all nodes stand together, as the format wants it."""
+    """One page of this service's metric families; the format requires all samples of a family to be adjacent."""
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     complaints = []

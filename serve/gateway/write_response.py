@@ -1,4 +1,4 @@
-"""A running completion: n answers written side by side, as one response or as events. Knows nothing of Ray or HTTP."""
+"""A running completion: n answers side by side, as one response or as events. Knows nothing of Ray or HTTP."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from serve.messages import Admission, AnswerFailed, AnswerLate
 
 
 class OpenAnswer(Protocol):
-    """serve.gateway.streams.answer_stream with all of it fixed but the request and its admission."""
+    """serve.gateway.streams.answer_stream with everything fixed except the request and its admission."""
 
     def __call__(self, request: Request, *, admission: Admission) -> AsyncGenerator[Request | Piece, None]: ...
 
 
 @dataclass
 class _Answer:
-    """One choice while it is written."""
+    """One choice while it is generated."""
 
     text: StoppedText
-    alignment: Alignment | None = None  # of tokens and text, where log-probabilities are asked for
+    alignment: Alignment | None = None  # of tokens and text, if log-probabilities are requested
     pieces: list[str] = field(default_factory=list)
     entries: list[LogprobEntry] = field(default_factory=list)
     num_tokens: int = 0
     last: Piece | None = None
 
     def add(self, piece: Piece) -> tuple[str, list[LogprobEntry]]:
-        """The text that is certain by now, and the tokens that brought it where they are asked for."""
+        """The text that is final by now, and its tokens if log-probabilities are requested."""
         is_last = piece.finished is not None
         entries: list[LogprobEntry] = []
         if self.alignment is None:
@@ -61,41 +61,42 @@ class _Answer:
     def finish_reason(self) -> str:
         return self._choice.finish.value  # type: ignore[union-attr]
 
-    def report(self, sentences: Sequence[Preference]) -> Json:
-        """What steering did to this answer; null where it is not known."""
+    def report(self, preferences: Sequence[Preference]) -> Json:
+        """What steering did to this answer. Unknown values are null."""
         choice = self._choice
-        num_scored = [count for count in choice.num_scored if count]  # none at tokens written without guidance
+        num_scored = [count for count in choice.num_scored if count]  # 0 at tokens without guidance
         report: Json = {
             "divergence": self._sum(choice.divergences),
             "values": {name: _last_finite(values) for name, values in choice.values.items()},
             "candidates_per_token": sum(num_scored) / len(num_scored) if num_scored else 0.0,
         }
-        if not sentences:
+        if not preferences:
             return report
         steering = iter(range(len(choice.preference_weights[0])))
         return {
             **report,
             "worded_divergence": self._sum(choice.preference_divergences),
             "preferences": [
-                self._sentence_report(sentence, next(steering) if sentence.weight else None) for sentence in sentences
+                self._preference_report(preference, next(steering) if preference.weight else None)
+                for preference in preferences
             ],
         }
 
-    def _sentence_report(self, sentence: Preference, k: int | None) -> Json:
-        """`k` is the sentence's place among those that steer; none: it does not."""
+    def _preference_report(self, preference: Preference, k: int | None) -> Json:
+        """`k` is the preference's index among those that steer; none: it does not."""
         if k is None:
-            return {"text": sentence.text, "final_weight": 0.0, "mean_weight": 0.0, "mean_reward": None}
+            return {"text": preference.text, "final_weight": 0.0, "mean_weight": 0.0, "mean_reward": None}
         weights = [weights[k] for weights in self._choice.preference_weights]
         rewards = [rewards[k] for rewards in self._choice.preference_rewards]
         return {
-            "text": sentence.text,
+            "text": preference.text,
             "final_weight": weights[-1],
             "mean_weight": None if self._is_resumed else self._choice.mean_preference_weights[k],
             "mean_reward": None if self._is_resumed else fmean(rewards),
         }
 
     def _sum(self, numbers: Sequence[float]) -> float | None:
-        """Over the answer, if it is known: a base replica counts only what it wrote itself."""
+        """Over the answer, if known: a base replica counts only the tokens that it generated itself."""
         total = math.fsum(numbers)
         return None if self._is_resumed or not math.isfinite(total) else total
 
@@ -116,7 +117,7 @@ def _last_finite(numbers: Sequence[float]) -> float | None:
 
 
 class Completion:
-    """The answers to one body, on their way."""
+    """The answers to one request, while they are generated."""
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class Completion:
 
     @property
     def log(self) -> Json:
-        """What an access log should know of it, without a word of prompt or answer; null: not finished."""
+        """Fields for the access log, without text of prompt or answer; null: not finished."""
         return {
             "completion": self._head["id"],
             "n": len(self._answers),
@@ -171,20 +172,20 @@ class Completion:
         return {
             **echo,
             "preferences": [
-                {"text": sentence.text, "weight": next(weights) if sentence.weight else 0.0}
-                for sentence in self._sentences
+                {"text": preference.text, "weight": next(weights) if preference.weight else 0.0}
+                for preference in self._preferences
             ],
             "preference_params": {**asdict(request.preference_params), "c": request.preference_params.strength},
             "prompt_template": self._template,
         }
 
     @property
-    def _sentences(self) -> Sequence[Preference]:
+    def _preferences(self) -> Sequence[Preference]:
         return self._body.preferences or ()
 
     @property
     def _template(self) -> str:
-        """Where the sentences stand: in a system turn, in the one of a plain template, or before the text."""
+        """Where preferences are put: a system turn of the model's or of a plain template, or before the text."""
         if self._shape is TEXT:
             return "none"
         return "model" if self._tokenizer.chat_template else "plain"
@@ -192,8 +193,8 @@ class Completion:
     async def open(self, answers: OpenAnswer, key: str = "") -> None:
         """Submit every choice as a request of its own, so that each can move to another base replica.
 
-        The first one asks for room for all of them, the others follow it in: all are let in, or none. Closes itself
-        where it raises RequestError, Overloaded or ApiError.
+        The first one reserves rows for all of them, so that all are admitted, or none. Closes itself if it raises
+        RequestError, Overloaded or ApiError.
         """
         indices = range(len(self._answers))
         rows = len(indices) * (1 + len(self._request.preferences))
@@ -208,7 +209,7 @@ class Completion:
             raise
 
     async def _submit(self, indices: Sequence[int], answers: OpenAnswer, admission: Admission) -> None:
-        """Begin to follow some choices, until all of them are accepted."""
+        """Begin to follow some choices; returns when all of them are accepted."""
         accepted: list[asyncio.Future[None]] = []
         for index in indices:
             one = replace(
@@ -223,7 +224,7 @@ class Completion:
         await asyncio.gather(*accepted)
 
     def close(self) -> None:
-        """Stop writing; the rows of unfinished answers become free."""
+        """Stop generating; the rows of unfinished answers become free."""
         for task in self._tasks:
             task.cancel()
 
@@ -240,7 +241,7 @@ class Completion:
                 **self._shape.whole("".join(answer.pieces)),
                 "finish_reason": answer.finish_reason,
                 "logprobs": self._logprobs(answer.entries),
-                "mavis": answer.report(self._sentences),
+                "mavis": answer.report(self._preferences),
             }
             for index, answer in enumerate(self._answers)
         ]
@@ -259,7 +260,7 @@ class Completion:
                     yield self._chunk({"index": index, **self._shape.piece(text), "logprobs": logprobs})
                 answer = self._answers[index]
                 if answer.is_finished:
-                    report = answer.report(self._sentences)
+                    report = answer.report(self._preferences)
                     ending = {**self._shape.ending, "finish_reason": answer.finish_reason, "mavis": report}
                     yield self._chunk({"index": index, **ending}, mavis=self._echo)
             if self._body.wants_usage:
@@ -276,7 +277,7 @@ class Completion:
         return event({**self._head, "object": self._shape.chunk_object, "choices": choices, **extra})
 
     def _logprobs(self, entries: Sequence[LogprobEntry]) -> Json | None:
-        """None where they are not asked for."""
+        """None if they are not requested."""
         if self._request.top_logprobs is None:
             return None
         return (text_logprobs if self._shape is TEXT else chat_logprobs)(entries, self._spell)
@@ -285,7 +286,7 @@ class Completion:
         return usage(len(self._request.prompt), sum(answer.num_tokens for answer in self._answers))
 
     async def _pieces(self) -> AsyncIterator[tuple[int, str, list[LogprobEntry]]]:
-        """(choice, text, its tokens) as it comes, until all choices are finished; raises ApiError."""
+        """(choice, text, its tokens) as they come, until all choices are finished; raises ApiError."""
         left = len(self._answers)
         while left:
             index, item = await self._queue.get()
@@ -300,7 +301,7 @@ class Completion:
     async def _pump(
         self, index: int, answer: AsyncGenerator[Request | Piece, None], accepted: asyncio.Future[None]
     ) -> None:
-        """Follow one choice into the common queue; what goes wrong before acceptance is the acceptance's result."""
+        """Put one choice's pieces into the common queue; an error before acceptance is set on `accepted`."""
         try:
             async with aclosing(answer) as items:
                 async for item in items:
@@ -308,7 +309,7 @@ class Completion:
                         accepted.set_result(None)
                     else:
                         self._queue.put_nowait((index, item))
-        # The answer's reader must hear of any failure: a task that dies alone would leave it waiting.
+        # Any failure must reach the answer's reader: a task that dies alone would leave it waiting.
         except Exception as error:
             if accepted.done():
                 self._queue.put_nowait((index, error))

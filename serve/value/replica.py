@@ -1,4 +1,4 @@
-"""The value replica: one objective's value models, as many versions as are in use. A shell around Sessions."""
+"""The value replica: one objective's value models, every version in use. A shell around Sessions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from serve.scaling import LOAD
 from serve.settings import ValueArgs
 from serve.value.sessions import Sessions
 
-# Longer than base replicas hold on to a version, so that none of them asks for what is not there any more.
+# Longer than base replicas keep a version, so that none asks for a model that is gone.
 IDLE_S = 600.0
 
 
 class Value:
     def __init__(self, args: ValueArgs):
         configure_logs()
-        # All objectives are asked at the same time: more threads than cores would wait for each other at every product.
+        # All objectives are asked at the same time: with more threads than cores, they would wait for each other.
         torch.set_num_threads(max(1, int(args.cpus)))
         self._args, self._store = args, Store(args.storage, args.run)
         published = self._published()
@@ -34,13 +34,13 @@ class Value:
             raise StoreError(f"no value model of {args.objective!r} is published in {self._store.root}: train it first")
         self._models: ModelCache[Sessions] = ModelCache(self._load, self._published, idle_s=IDLE_S)
         with self._models.hold(published) as loads:
-            wait(loads)  # one that cannot be loaded is an error for its requests, not for those on older versions
+            wait(loads)  # a model that cannot be loaded fails its own requests, not those on older versions
         # One thread: the sessions take calls one at a time, and the event loop stays free for health checks.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="value")
-        self._call_seconds, self._told_at = 0.0, time.monotonic()
+        self._call_seconds, self._reported_at = 0.0, time.monotonic()
 
     async def answer(self, call: Call) -> Reply:
-        """The reply of the model that the call names, which may have to be loaded first."""
+        """The reply of the model that the call names, loaded first if need be."""
         with self._models.hold([call.version]) as loads:
             try:
                 await loaded(loads)
@@ -54,10 +54,10 @@ class Value:
                 self._call_seconds += time.monotonic() - began
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Calls answered or waiting, on average since the last time; below 1 it is the share of time they take."""
+        """Mean number of calls under way since the last report; below 1, the share of time they take."""
         seconds, now = self._call_seconds, time.monotonic()
-        load = seconds / (now - self._told_at)
-        self._call_seconds, self._told_at = 0.0, now
+        load = seconds / (now - self._reported_at)
+        self._call_seconds, self._reported_at = 0.0, now
         return {LOAD: load}
 
     def _load(self, version: str) -> Sessions:

@@ -1,8 +1,8 @@
-"""The value replica's side of remote guidance: rows of many engines, each engine's kept apart. Knows nothing of Ray.
+"""The value replica's side of remote guidance: rows of many engines, in separate sessions. Knows nothing of Ray.
 
-What is held here is a cache, a function of the caller's token ids. Every call says how long it believes a row to be; a
-row that is not held at this length is reported as unknown, and the caller opens it again from its token ids. So a
-lost, repeated or misdirected call changes no value.
+The state here is a cache, a function of the caller's token ids. Every call states the expected length of a row; a row
+that is not held at this length is reported as unknown, and the caller reopens it from its token ids. So a lost,
+repeated or misdirected call changes no value.
 
 Shapes: B rows, N tokens of all rows side by side.
 """
@@ -24,7 +24,7 @@ from serve.messages import Call, Kept, Question, Reply, RowTokens
 @dataclass
 class _Held:
     length: int
-    candidates: list[int] = field(default_factory=list)  # in the cache as alternatives, in this order
+    candidates: list[int] = field(default_factory=list)  # cached as alternatives, in this order
 
 
 class _Session:
@@ -37,7 +37,7 @@ class _Session:
         rows, indices = [], []
         for row, length, token in kept:
             held = self._held.get(row)
-            # Otherwise the row's length will not be what the next question about it says.
+            # Otherwise the row's length will differ from that in the next question about it.
             if held and held.length == length and token in held.candidates:
                 rows.append(row)
                 indices.append(held.candidates.index(token))
@@ -83,14 +83,14 @@ class _Session:
         return Reply(values_N, unknown)
 
     def _known(self, tokens: RowTokens) -> tuple[list[int], tuple[int, ...]]:
-        """The rows that are held as the caller believes, by b; the numbers of the others."""
+        """The rows held at the expected length, by b; the numbers of the others."""
         held = [self._held.get(row) for row in tokens.rows]
         known = [b for b, length in enumerate(tokens.lengths) if (row := held[b]) and row.length == length]
         return known, tuple(row for b, row in enumerate(tokens.rows) if b not in known)
 
 
 class Sessions:
-    """One objective's value model with the rows of every engine that asks."""
+    """One objective's value model with the rows of every engine."""
 
     def __init__(self, objective: str, model: ValueModel | tuple[ValueModel, int], idle_limit_s: float = 300.0):
         self._objective, self._model, self._idle_limit_s = objective, model, idle_limit_s
@@ -100,7 +100,7 @@ class Sessions:
         return len(self._sessions)
 
     def answer(self, call: Call) -> Reply:
-        """Carry out a call; calls come one at a time."""
+        """Execute a call; calls come one at a time."""
         if call.session not in self._sessions:
             self._sessions[call.session] = _Session(self._objective, self._model)
         session = self._sessions[call.session]
@@ -110,11 +110,11 @@ class Sessions:
             session.close(call.close)
             return session.answer(call.question)
         except BaseException:
-            del self._sessions[call.session]  # half done: nothing in it can be relied on
+            del self._sessions[call.session]  # half done: its state is unreliable
             raise
 
     def _forget_idle(self, now: float, current: _Session) -> None:
-        """Drop engines that have gone: their rows are a cache, so a wrong guess costs time only."""
+        """Drop engines that are gone: their rows are a cache, so a wrong guess only costs time."""
         current.used_at = now
         for name in [name for name, s in self._sessions.items() if now - s.used_at > self._idle_limit_s]:
             del self._sessions[name]

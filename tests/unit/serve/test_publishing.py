@@ -95,7 +95,7 @@ def test_what_is_served_has_a_version(store, folder):
 
 
 class Things:
-    """Loads by name what a shelf asks for; slow where told, and failing where told."""
+    """Loads by name what a cache asks for; slow where told, and failing where told."""
 
     def __init__(self, idle_s: float = 1000.0):
         self.loaded: list[str] = []
@@ -227,8 +227,8 @@ class Bases:
 
     async def open(self, request: Request, lose_after: int = 0, on_loss: Callable[[], None] = lambda: None):
         """A stream of the latest replica; `on_loss` happens before it is lost after so many messages with tokens."""
-        loop, supplied = self.running[-1]
-        async with aclosing(supplied.stream(request, stream(loop, request))) as messages:
+        loop, loader = self.running[-1]
+        async with aclosing(loader.stream(request, stream(loop, request))) as messages:
             async for message in messages:
                 yield message
                 lose_after -= isinstance(message, list) and bool(message)
@@ -423,13 +423,13 @@ def test_loading_holds_up_nobody_else(bases, folder, store, base, monkeypatch):
 def test_a_superseded_version_leaves_when_nobody_has_used_it_for_a_while(folder, store, base):
     guide = LocalGuide({})
     loop = EngineLoop(Engine(base, guide))
-    supplied = LocalModelLoader(store, base, guide, loop, idle_s=0.05)
-    supplied.begin()
+    loader = LocalModelLoader(store, base, guide, loop, idle_s=0.05)
+    loader.begin()
     publish_next(folder, RUN, "positive", 1, seed=8)
 
     async def write(version: str) -> None:
         request = Request(version, (5, 6), {version: 1.0}, params=SamplingParams(max_tokens=3))
-        async with aclosing(supplied.stream(request, stream(loop, request))) as messages:
+        async with aclosing(loader.stream(request, stream(loop, request))) as messages:
             assert [message async for message in messages][-1][-1].finished.error is None
 
     async def run() -> None:

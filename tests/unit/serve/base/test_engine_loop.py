@@ -170,14 +170,14 @@ class Flaky:
     """Base replicas that are lost, fall silent, stop early or repeat themselves after a few tokens."""
 
     def __init__(self, loop: EngineLoop, troubles: list[str]):
-        self._loop, self._troubles, self.opened, self.entries = loop, troubles, [], []
+        self._loop, self._troubles, self.opened, self.admissions = loop, troubles, [], []
 
-    async def __call__(self, request: Request, entry: Admission):
+    async def __call__(self, request: Request, admission: Admission):
         self.opened.append(request)
-        self.entries.append(entry)
+        self.admissions.append(admission)
         trouble = self._troubles.pop(0) if self._troubles else None
         count = 0
-        async with aclosing(stream(self._loop, request, entry)) as messages:
+        async with aclosing(stream(self._loop, request, admission)) as messages:
             async for message in messages:
                 yield message
                 if isinstance(message, list) and message and trouble == "repeat":
@@ -243,9 +243,9 @@ class Gated(Engine):
 class Queueing:
     """A gated loop, and what its answers are."""
 
-    def __init__(self, rows: int = 4, room: int | None = None):
+    def __init__(self, rows: int = 4, queue_rows: int | None = None):
         self.engine = Gated(rows)
-        self.loop = EngineLoop(self.engine, queue=room, name="here")
+        self.loop = EngineLoop(self.engine, queue=queue_rows, name="here")
         self.answers: dict[str, queue.Queue[Update]] = {}
 
     def submit(self, id: str, key: str = "", num_sentences: int = 0, **terms) -> bool:
@@ -273,7 +273,7 @@ class Queueing:
 
 
 def test_room_is_counted_in_rows_exactly():
-    queueing = Queueing(rows=4, room=8)
+    queueing = Queueing(rows=4, queue_rows=8)
     let_in = [queueing.submit(str(i), num_sentences=1) for i in range(10)]
     # Two run; two wait, half of the queue; the fifth would have to leave as much as it takes.
     assert let_in == [True] * 4 + [False] * 6
@@ -284,23 +284,23 @@ def test_room_is_counted_in_rows_exactly():
 
 
 def test_what_was_let_in_before_waits_in_any_case_and_goes_first_where_it_is_resumed():
-    queueing = Queueing(rows=1, room=1)
+    queueing = Queueing(rows=1, queue_rows=1)
     assert [queueing.submit(id) for id in "abc"] == [True, True, False]
-    assert queueing.submit("another choice", room=0)
-    assert queueing.submit("resumed", room=0, is_resumed=True)
+    assert queueing.submit("another choice", rows=0)
+    assert queueing.submit("resumed", rows=0, is_resumed=True)
     queueing.finish()
     assert queueing.engine.order == ["a", "resumed", "b", "another choice"]
 
 
 def test_a_request_asks_for_room_for_all_its_choices():
-    queueing = Queueing(rows=1, room=4)
+    queueing = Queueing(rows=1, queue_rows=4)
     assert [queueing.submit("a"), queueing.submit("b")] == [True, True]
-    assert [queueing.submit("c", room=3), queueing.submit("d", room=2), queueing.submit("e")] == [False, True, False]
+    assert [queueing.submit("c", rows=3), queueing.submit("d", rows=2), queueing.submit("e")] == [False, True, False]
     queueing.finish()
 
 
 def test_a_hundred_requests_of_one_user_do_not_starve_the_one_of_another():
-    queueing = Queueing(rows=2, room=400)
+    queueing = Queueing(rows=2, queue_rows=400)
     assert all(queueing.submit(f"a{i}", "a") for i in range(40))
     assert queueing.submit("b", "b")
     queueing.finish()
@@ -308,7 +308,7 @@ def test_a_hundred_requests_of_one_user_do_not_starve_the_one_of_another():
 
 
 def test_many_rows_are_found_between_many_single_ones():
-    queueing = Queueing(rows=3, room=100)
+    queueing = Queueing(rows=3, queue_rows=100)
     assert all(queueing.submit(f"a{i}", "a") for i in range(20))
     assert queueing.submit("wide", "b", num_sentences=2)
     queueing.finish()
@@ -334,7 +334,7 @@ def test_a_request_with_more_choices_than_rows_is_written_all_the_same():
 @pytest.mark.parametrize("seed", range(4))
 def test_a_cancelled_request_leaves_no_row_wherever_it_is(seed):
     draw = random.Random(seed)
-    queueing = Queueing(rows=3, room=12)
+    queueing = Queueing(rows=3, queue_rows=12)
     ids = [id for id in map(str, range(14)) if queueing.submit(id, draw.choice("ab"), draw.randrange(3))]
     assert queueing.loop.load[1] > 0
     for id in draw.sample(ids, len(ids) // 2):  # in line, on the way to the engine, or in it
@@ -351,7 +351,7 @@ def test_a_cancelled_request_leaves_no_row_wherever_it_is(seed):
 
 
 def test_a_cancelled_head_lets_the_next_one_pass():
-    queueing = Queueing(rows=2, room=10)
+    queueing = Queueing(rows=2, queue_rows=10)
     assert [queueing.submit("a"), queueing.submit("wide", num_sentences=1), queueing.submit("b")] == [True] * 3
     assert queueing.loop.load == (1, 3)
     queueing.loop.cancel("wide")
@@ -405,14 +405,14 @@ class Replicas:
     def __init__(self, loop: EngineLoop, *names: str):
         self._loop, self._names, self.asked, self._deaths_left = loop, names, [], 1
 
-    async def __call__(self, request: Request, entry: Admission):
-        name = next((name for name in self._names if name != entry.avoid), self._names[0])
-        self.asked.append((name, entry))
-        if "full" in name and entry.room != 0:
+    async def __call__(self, request: Request, admission: Admission):
+        name = next((name for name in self._names if name != admission.avoid), self._names[0])
+        self.asked.append((name, admission))
+        if "full" in name and admission.rows != 0:
             yield Full(name, 2.0 if name == "full" else 3.0)
             return
         count = 0
-        async with aclosing(stream(self._loop, request, entry)) as messages:
+        async with aclosing(stream(self._loop, request, admission)) as messages:
             async for message in messages:
                 yield message
                 count += 1
@@ -426,7 +426,7 @@ def test_a_request_that_one_replica_has_no_room_for_is_written_by_another(loop):
     tokens, last = asyncio.run(tokens_of(make_request(), replicas))
     assert tokens == expected_tokens(make_request())
     assert not last.resumed
-    assert [(name, entry.avoid) for name, entry in replicas.asked] == [("full", ""), ("free", "full")]
+    assert [(name, admission.avoid) for name, admission in replicas.asked] == [("full", ""), ("free", "full")]
 
 
 @pytest.mark.parametrize(("names", "wait_s"), [(("full",), 2.0), (("full too", "full", "free"), 2.0)])
@@ -441,9 +441,9 @@ def test_a_request_that_two_replicas_have_no_room_for_is_refused(loop, names, wa
 
 def test_an_answer_that_has_begun_is_never_refused(loop):
     class FullAfterwards(Replicas):
-        async def __call__(self, request, entry):
+        async def __call__(self, request, admission):
             self._names = ("dies",) if not self.asked else ("full",)
-            async with aclosing(super().__call__(request, entry)) as messages:
+            async with aclosing(super().__call__(request, admission)) as messages:
                 async for message in messages:
                     yield message
 
@@ -451,7 +451,7 @@ def test_an_answer_that_has_begun_is_never_refused(loop):
     tokens, last = asyncio.run(tokens_of(make_request(max_tokens=40), replicas))
     assert tokens == expected_tokens(make_request(max_tokens=40))
     assert last.resumed
-    assert [(entry.room, entry.is_resumed) for _, entry in replicas.asked] == [(None, False), (0, True)]
+    assert [(admission.rows, admission.is_resumed) for _, admission in replicas.asked] == [(None, False), (0, True)]
 
 
 def test_an_answer_that_waits_too_long_is_late():

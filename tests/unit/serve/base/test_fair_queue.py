@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.base.fair_queue import KEPT_S, FairQueue
+from serve.base.fair_queue import RESERVED_S, FairQueue
 from serve.gateway.refusals import Overloaded, Refusals
 from serve.messages import Admission
 
@@ -24,32 +24,32 @@ class Model:
     """A line, and what is known about it from outside."""
 
     def __init__(self):
-        self.line: FairQueue[str] = FairQueue(LIMIT)
+        self.queue: FairQueue[str] = FairQueue(LIMIT)
         self.waiting: dict[str, tuple[str, int]] = {}  # id -> key, rows; in the order of arrival
         self.handed: list[tuple[str, str, int]] = []
         self.ids = count()
 
     def comes(self, key: str, rows: int) -> bool:
-        is_let_in = self.line.has_room(key, rows)
+        is_let_in = self.queue.has_room(key, rows)
         if is_let_in:
             self.joins(key, rows)
         return is_let_in
 
     def joins(self, key: str, rows: int) -> None:
         id = str(next(self.ids))
-        self.line.add(key, id, rows, id)
+        self.queue.add(key, id, rows, id)
         self.waiting[id] = (key, rows)
 
     def turn(self) -> None:
-        id = self.line.head()
+        id = self.queue.head()
         assert (id is None) == (not self.waiting)
         if id is not None:
-            self.line.pop()
+            self.queue.pop()
             self.handed.append((id, *self.waiting.pop(id)))
 
     def leaves(self, number: int) -> None:
         id = list(self.waiting)[number % len(self.waiting)] if self.waiting else "nobody"
-        assert self.line.remove(id) == (id in self.waiting)
+        assert self.queue.remove(id) == (id in self.waiting)
         self.waiting.pop(id, None)
 
     def waited(self) -> Counter[str]:
@@ -69,11 +69,11 @@ def test_rows_are_counted_exactly_and_none_is_lost(events):
             key, rows = args
             free = LIMIT - before.total()
             assert result == (not before or before[key] + rows <= free)
-        assert model.line.rows == model.waited().total() <= LIMIT
+        assert model.queue.rows == model.waited().total() <= LIMIT
     while model.waiting:
         model.turn()
-    assert model.line.rows == 0
-    assert model.line.head() is None
+    assert model.queue.rows == 0
+    assert model.queue.head() is None
 
 
 @given(st.lists(Event, max_size=60), st.integers(1, 5))
@@ -120,29 +120,29 @@ def test_who_finds_nobody_waiting_is_let_in_and_then_the_line_is_full():
 
 def test_room_is_kept_for_those_who_follow_and_not_for_ever():
     now = [0.0]
-    line: FairQueue[str] = FairQueue(18, lambda: now[0])
-    line.add("other", "0", 1, "0")
-    assert line.admits(Admission("a", room=8, group="g"), 2)
-    line.add("a", "1", 2, "1")
+    queue: FairQueue[str] = FairQueue(18, lambda: now[0])
+    queue.add("other", "0", 1, "0")
+    assert queue.admits(Admission("a", rows=8, group="g"), 2)
+    queue.add("a", "1", 2, "1")
     # 1 + 2 wait and 6 are kept: what "a" has is more than what would be left.
-    assert not line.admits(Admission("a"), 2)
-    assert not line.admits(Admission("b"), 12)
-    assert line.admits(Admission("a", room=0, group="g"), 2)
-    line.add("a", "2", 2, "2")
-    assert not line.admits(Admission("a"), 2)
-    assert line.admits(Admission("a"), 1)  # counted once, not both as kept and as waiting
-    now[0] = KEPT_S
-    assert line.admits(Admission("a"), 2)  # the others went elsewhere
+    assert not queue.admits(Admission("a"), 2)
+    assert not queue.admits(Admission("b"), 12)
+    assert queue.admits(Admission("a", rows=0, group="g"), 2)
+    queue.add("a", "2", 2, "2")
+    assert not queue.admits(Admission("a"), 2)
+    assert queue.admits(Admission("a"), 1)  # counted once, not both as kept and as waiting
+    now[0] = RESERVED_S
+    assert queue.admits(Admission("a"), 2)  # the others went elsewhere
 
 
 def test_resumed_requests_go_first_in_their_order():
-    line: FairQueue[str] = FairQueue(LIMIT)
+    queue: FairQueue[str] = FairQueue(LIMIT)
     for key, id in [("a", "1"), (None, "2"), ("b", "3"), (None, "4")]:
-        line.add(key, id, 2, id)
+        queue.add(key, id, 2, id)
     order = []
-    while (head := line.head()) is not None:
+    while (head := queue.head()) is not None:
         order.append(head)
-        line.pop()
+        queue.pop()
     assert order == ["2", "4", "1", "3"]
 
 

@@ -69,10 +69,10 @@ class Service:
         self._completions = Completions(base.tokenizer, args, 1024, self._open)
         self._loop, self._deaths_left, self._num_messages = loop, num_deaths, num_messages
 
-    async def _open(self, request: Request, entry: Admission):
+    async def _open(self, request: Request, admission: Admission):
         dies, self._deaths_left = self._deaths_left > 0, self._deaths_left - 1
         num_left = self._num_messages
-        async with aclosing(stream(self._loop, request, entry)) as messages:
+        async with aclosing(stream(self._loop, request, admission)) as messages:
             async for message in messages:
                 yield message
                 num_left -= 1
@@ -271,11 +271,11 @@ def test_parts_of_characters_wait_for_each_other(base):
     e_acute = base.tokenizer("é")["input_ids"]
     assert [spell(token).bytes for token in e_acute] == [[0xC3], [0xA9]]
     assert spell(1) == ("</s>", list(b"</s>"))
-    laws = [TokenLogprobs(Candidate(token, -1.0, 0.0), 0.0, ()) for token in [*e_acute, 1]]
+    logprobs = [TokenLogprobs(Candidate(token, -1.0, 0.0), 0.0, ()) for token in [*e_acute, 1]]
     alignment = Alignment(StoppedText(base.tokenizer))
-    assert alignment.add(e_acute[:1], laws[:1], False) == ("", [])
-    text, entries = alignment.add([e_acute[1], 1], laws[1:], True)
-    assert (text, [(entry.law, entry.start) for entry in entries]) == ("é", [(laws[0], 0), (laws[1], 0)])
+    assert alignment.add(e_acute[:1], logprobs[:1], False) == ("", [])
+    text, entries = alignment.add([e_acute[1], 1], logprobs[1:], True)
+    assert (text, [(entry.logprobs, entry.start) for entry in entries]) == ("é", [(logprobs[0], 0), (logprobs[1], 0)])
     assert text_logprobs(entries, spell)["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
 
 

@@ -61,9 +61,9 @@ class Service:
         completions = Completions(base.tokenizer, args, 1024, self._open)
         self.api = create_api(args, completions, NoObjectives(), self._load)  # type: ignore[arg-type]
 
-    async def _open(self, request: Request, entry: Admission):
+    async def _open(self, request: Request, admission: Admission):
         self.num_opened += 1
-        async with aclosing(stream(self.loop, request, entry)) as messages:
+        async with aclosing(stream(self.loop, request, admission)) as messages:
             async for message in messages:
                 yield message
 
