@@ -87,7 +87,7 @@ def mapping_keys(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def configs(page: Path) -> Iterator[dict[str, Any]]:
     """YAML on a page that is a config, or a part of one."""
-    texts = blocks(page, "yaml") + [text for text in inline(page) if re.match(r"\w+: \{", text)]
+    texts = blocks(page, "yaml") + [text for text in inline(page) if re.fullmatch(r"\w+: \{.*\}", text)]
     for node in map(yaml.safe_load, texts):
         if isinstance(node, dict) and node.keys() & (SECTIONS.keys() | {"objectives"}):
             yield node
