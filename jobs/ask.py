@@ -9,58 +9,19 @@ The answer comes from a running service (--url), or from the models of a finishe
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import secrets
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from jobs import arguments
+from jobs import arguments, backends
+from jobs.backends import RUN, URL, Asked, Backend, Report
 from mavis_dist.types import UserError, parse_weights
 
-if TYPE_CHECKING:
-    import httpx
-
-URL, RUN = "http://127.0.0.1:8000", "runs/quickstart"
 INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports a process that SIGINT or SIGPIPE has ended
-CONNECT_S, ANSWER_S = 5, 600
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question with its steering; None: the default of the service or run."""
-
-    question: str
-    seed: int
-    weights: Mapping[str, float]
-    preferences: Mapping[str, float]  # text -> weight
-    beta: float | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    system: str | None = None
-
-    @property
-    def steering(self) -> str:
-        """`positive 0.7, brief 0.3`; empty: nothing steers."""
-        preferences = {f'"{text}"': weight for text, weight in self.preferences.items()}
-        return ", ".join(f"{name} {weight:g}" for name, weight in {**self.weights, **preferences}.items())
-
-
-@dataclass(frozen=True)
-class Report:
-    """What steering did to an answer."""
-
-    divergence: float | None  # KL from the base model, nats; None: unknown, as at temperature 0
-    values: Mapping[str, float | None]  # objective -> predicted reward, in standard deviations
-
-
-Write = Callable[[str], None]
-Backend = Callable[[Asked, Write], Report]  # writes the answer piece by piece
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,7 +68,10 @@ def run(given: argparse.Namespace) -> None:
         raise UserError("--compare needs something that steers: give --weights or --prefer")
     is_interactive = given.question is None and sys.stdin.isatty()
     questions = _typed() if is_interactive else [_read(given.question)]
-    backend = open_backend(given.url, given.run, given.key or os.environ.get("MAVIS_API_KEY", ""))
+    backend = backends.choose(given.url, given.run, given.key or os.environ.get("MAVIS_API_KEY", ""))
+    for name in weights:
+        if name not in backend.objectives:
+            raise UserError(f"--weights: there is no objective {name!r}; available: {', '.join(backend.objectives)}")
     for question in questions:
         seed = secrets.randbelow(10**6) if given.seed is None else given.seed
         asked = Asked(
@@ -127,14 +91,14 @@ def answer(backend: Backend, asked: Asked, is_compared: bool = False) -> None:
         _print_block("base", backend, replace(asked, weights={}, preferences={}))
         report = _print_block(f"steered ({asked.steering})", backend, asked)
     else:
-        report = backend(asked, _write)
+        report = backend.ask(asked, _write)
         print(flush=True)
     print(summary(report, asked), file=sys.stdout if is_compared else sys.stderr)
 
 
 def _print_block(head: str, backend: Backend, asked: Asked) -> Report:
     print(f"{head}\n{'-' * len(head)}", flush=True)
-    report = backend(asked, _write)
+    report = backend.ask(asked, _write)
     print("\n", flush=True)
     return report
 
@@ -153,7 +117,7 @@ def _write(piece: str) -> None:
     print("".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc"), end="", flush=True)
 
 
-# --- the question -----------------------------------------------------------------------------------------------------
+# --- what is asked ----------------------------------------------------------------------------------------------------
 
 
 def _read(question: str | None) -> str:
@@ -182,9 +146,13 @@ def _typed() -> Iterator[str]:
 
 def _weights(text: str) -> dict[str, float]:
     try:
-        return parse_weights(text)
+        weights = parse_weights(text)
     except UserError as error:
         raise UserError(f"--weights: {error}") from None
+    for name, weight in weights.items():
+        if weight < 0:
+            raise UserError(f"--weights: the weight of {name!r} is {weight:g}; use a number >= 0")
+    return weights
 
 
 def _preferences(texts: Sequence[str], weights: str | None) -> dict[str, float]:
@@ -197,6 +165,10 @@ def _preferences(texts: Sequence[str], weights: str | None) -> dict[str, float]:
         raise UserError(f"--prefer-weights: {len(numbers)} given for {len(texts)} --prefer; give one for each")
     if len(set(texts)) < len(texts):
         raise UserError("--prefer: a text is given twice; give it once, with a larger weight")
+    if not all(text.strip() for text in texts):
+        raise UserError("--prefer: a text is empty; say what is preferred")
+    if any(number < 0 for number in numbers) or (numbers and not any(numbers)):
+        raise UserError(f"--prefer-weights: {weights} given; use numbers >= 0, one of them above 0")
     return dict(zip(texts, numbers, strict=True))
 
 
@@ -208,146 +180,6 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return number
-
-
-# --- backends ---------------------------------------------------------------------------------------------------------
-
-
-def open_backend(url: str | None, run: str | None, key: str = "") -> Backend:
-    """A service, or a run's models in this process; by default the service of this machine, else the quickstart run.
-
-    Raises UserError.
-    """
-    if url is not None:
-        return service(url, key)
-    if run is not None:
-        return local(run)
-    try:
-        return service(URL, key)
-    except UserError:
-        if not Path(RUN).is_dir():
-            raise UserError(
-                f"no service answers at {URL} and there is no finished run in {RUN}: start a service with "
-                "`make serve`, make a run with `make quickstart`, or give --url or --run"
-            ) from None
-    print(f"no service answers at {URL}: loading {RUN}", file=sys.stderr)
-    return local(RUN)
-
-
-def local(run: str) -> Backend:
-    """The models of a finished run in this process."""
-    from mavis_dist.llm import LLM
-
-    llm = LLM.from_run(run)
-
-    def ask(asked: Asked, write: Write) -> Report:
-        stream = llm.stream(
-            asked.question,
-            asked.weights,
-            preferences=asked.preferences,
-            beta=asked.beta,
-            seed=asked.seed,
-            max_tokens=asked.max_tokens,
-            temperature=asked.temperature,
-            system=asked.system,
-        )
-        for piece in stream:
-            write(piece)
-        return Report(stream.answer.divergence, stream.answer.values)
-
-    return ask
-
-
-def service(url: str, key: str = "") -> Backend:
-    """A running service of this project, at its root or at /v1."""
-    import httpx
-
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("the API key holds characters that no key has: copy it again")
-    url = url.rstrip("/").removesuffix("/v1")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-
-    def call(method: str, path: str, limit_s: float, use: Callable[[httpx.Response], Any], **body: Any) -> Any:
-        timeout = httpx.Timeout(limit_s, connect=CONNECT_S)
-        try:
-            with httpx.stream(
-                method, f"{url}{path}", headers=headers, timeout=timeout, trust_env=False, **body
-            ) as response:
-                if response.status_code != 200:
-                    raise UserError(f"{_refusal(response)} ({url})")
-                return use(response)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise UserError(f"the service at {url} does not answer ({error}): check that it runs there") from None
-
-    def model_of(response: httpx.Response) -> str:
-        try:
-            return str(json.loads(response.read())["model"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{url} is not a service of mavis_dist: give the address of one") from None
-
-    model = call("GET", "/health", 2 * CONNECT_S, model_of)
-
-    def ask(asked: Asked, write: Write) -> Report:
-        def read(response: httpx.Response) -> Report:
-            return _follow(events(response.iter_bytes()), write)
-
-        return call("POST", "/v1/chat/completions", ANSWER_S, read, json=body(model, asked))
-
-    return ask
-
-
-def body(model: str, asked: Asked) -> dict[str, Any]:
-    """Of the HTTP request."""
-    system = [] if asked.system is None else [{"role": "system", "content": asked.system}]
-    fields = {
-        "model": model,
-        "messages": [*system, {"role": "user", "content": asked.question}],
-        "objective_weights": asked.weights,
-        "preferences": [{"text": text, "weight": weight} for text, weight in asked.preferences.items()],
-        "beta": asked.beta,
-        "seed": asked.seed,
-        "max_tokens": asked.max_tokens,
-        "temperature": asked.temperature,
-        "stream": True,
-    }
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The server-sent events of a completion; raises UserError unless the last one is [DONE].
-
-    Lines end in a line feed alone: other line separators of Unicode may occur inside an answer.
-    """
-    left = b""
-    for chunk in chunks:
-        *lines, left = (left + chunk).split(b"\n")
-        for data in (line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")):
-            if data == b"[DONE]":
-                return
-            yield json.loads(data)
-    raise UserError("the service ended the answer before it was complete: ask again, with the same --seed")
-
-
-def _follow(events: Iterable[dict[str, Any]], write: Write) -> Report:
-    report = Report(None, {})
-    for event in events:
-        if "error" in event:
-            raise UserError(event["error"]["message"])
-        for choice in event["choices"]:
-            if text := choice["delta"].get("content"):
-                write(text)
-            if "mavis" in choice:
-                report = Report(choice["mavis"]["divergence"], choice["mavis"]["values"])
-    return report
-
-
-def _refusal(response: httpx.Response) -> str:
-    """What the service says is wrong."""
-    try:
-        message = str(json.loads(response.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the service answers with status {response.status_code}"
-    return f"{message}; give --key or set MAVIS_API_KEY" if response.status_code == 401 else message
 
 
 if __name__ == "__main__":

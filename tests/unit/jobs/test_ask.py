@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from jobs import ask
+from jobs import ask, backends
+from jobs.backends import Asked, Backend, Report, Write
 from mavis_dist import LLM
 from mavis_dist.types import UserError
 from serve.gateway import api_keys
 from serve.gateway.api_keys import Keys
+from serve.gateway.middleware import Edge
 from tests.local import listening
 from tests.root import ROOT
 
@@ -35,8 +37,8 @@ def llm(finished_run: Path) -> LLM:
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch, tmp_path):
     """No service, no run and no key of this machine."""
-    monkeypatch.setattr(ask, "URL", CLOSED)
-    monkeypatch.setattr(ask, "RUN", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(backends, "URL", CLOSED)
+    monkeypatch.setattr(backends, "RUN", str(tmp_path / "nowhere"))
     monkeypatch.delenv("MAVIS_API_KEY", raising=False)
 
 
@@ -106,8 +108,8 @@ def test_compared_answers_have_one_seed(capsys, place, llm):
 
 def test_pieces_are_shown_as_they_come(place):
     pieces: list[str] = []
-    backend = ask.open_backend(*({"--url": (place[1], None), "--run": (None, place[1])}[place[0]]))
-    backend(ask.Asked(QUESTION, 1, WEIGHTS, {}), pieces.append)
+    backend = backends.choose(*({"--url": (place[1], None), "--run": (None, place[1])}[place[0]]))
+    backend.ask(Asked(QUESTION, 1, WEIGHTS, {}), pieces.append)
     assert len(pieces) > 1
 
 
@@ -115,13 +117,13 @@ def test_without_a_place_the_service_answers_and_without_a_service_the_run(
     capsys, monkeypatch, finished_run, run_url, llm
 ):
     expected = llm.chat(QUESTION, WEIGHTS, seed=1).text
-    monkeypatch.setattr(ask, "RUN", str(finished_run))
+    monkeypatch.setattr(backends, "RUN", str(finished_run))
     ask.main(STEERED)
     out, err = capsys.readouterr()
     assert out == f"{expected}\n"
     assert err.startswith(f"no service answers at {CLOSED}: loading {finished_run}\n")
-    monkeypatch.setattr(ask, "URL", run_url)
-    monkeypatch.setattr(ask, "local", None)
+    monkeypatch.setattr(backends, "URL", run_url)
+    monkeypatch.setattr(backends, "local", None)
     ask.main(STEERED)
     assert capsys.readouterr().out == f"{expected}\n"
 
@@ -152,11 +154,11 @@ def test_questions_may_be_typed_one_after_another(capsys, monkeypatch, run_url, 
 
 
 def test_what_a_model_generates_does_not_steer_the_terminal(capsys):
-    def backend(asked: ask.Asked, write: ask.Write) -> ask.Report:
+    def backend(asked: Asked, write: Write) -> Report:
         write("a\x1b[2Jb\n\tc\x07\x85é\u200d")
-        return ask.Report(None, {})
+        return Report(None, {})
 
-    ask.answer(backend, ask.Asked("?", 1, {}, {}))
+    ask.answer(Backend((), backend), Asked("?", 1, {}, {}))
     assert capsys.readouterr().out == "a[2Jb\n\tcé\u200d\n"
 
 
@@ -170,6 +172,10 @@ def test_what_a_model_generates_does_not_steer_the_terminal(capsys):
         (["?", "--weights", "a=1,b=x"], r"--weights: 'b=x' is not"),
         (["?", "--prefer", "A", "--prefer-weights", "1,2"], "--prefer-weights: 2 given for 1 --prefer"),
         (["?", "--prefer", "A", "--prefer-weights", "x"], "--prefer-weights: 'x' is not a finite number"),
+        (["?", "--weights", "a=-1"], "--weights: the weight of 'a' is -1"),
+        (["?", "--prefer", " "], "--prefer: a text is empty"),
+        (["?", "--prefer", "A", "--prefer", "B", "--prefer-weights", "1,-1"], "--prefer-weights: 1,-1 given"),
+        (["?", "--prefer", "A", "--prefer-weights", "0"], "--prefer-weights: 0 given"),
         (["?", "--prefer", "A", "--prefer", "A"], "--prefer: a text is given twice"),
         (["?", "--compare"], "--compare needs something that steers"),
         ([" "], "there is no question"),
@@ -199,7 +205,8 @@ def test_options_that_cannot_be_read_are_refused(capsys, argv):
 
 
 def test_an_unknown_objective_is_refused_with_the_known_ones(capsys, place):
-    assert "no objective 'fame'; available: brief, positive" in refused(capsys, "?", "--weights", "fame=1", *place)
+    unknown = refused(capsys, "?", "--weights", "fame=1", "--compare", *place)
+    assert "no objective 'fame'; available: brief, positive" in unknown
     assert "max_tokens" in refused(capsys, "?", "--max-tokens", "0", *place)
 
 
@@ -210,9 +217,11 @@ def test_an_empty_pipe_is_no_question(capsys, monkeypatch):
 
 def test_a_service_asks_for_its_key_and_nobody_sees_it(capsys, monkeypatch, tmp_path, service):
     key = api_keys.add(tmp_path / "keys.json", "ann")
-    with listening(service.app(Keys(tmp_path / "keys.json"))) as url:
+    with listening(service.app(Edge(keys=Keys(tmp_path / "keys.json")))) as url:
         argv = ["?", "--url", url, "--max-tokens", "2"]
-        assert "give --key or set MAVIS_API_KEY" in refused(capsys, *argv)
+        monkeypatch.setattr(backends, "URL", url)
+        for asked in (argv, ["?"]):
+            assert "give --key or set MAVIS_API_KEY" in refused(capsys, *asked)
         assert "wrong" not in refused(capsys, *argv, "--key", "wrong")
         monkeypatch.setenv("MAVIS_API_KEY", key)
         ask.main(argv)
@@ -229,10 +238,10 @@ def test_what_is_not_a_service_of_ours_is_refused(capsys):
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, BrokenPipeError])
 def test_an_interrupt_and_a_closed_pipe_end_it_quietly(capfd, monkeypatch, end):
-    def backend(asked: ask.Asked, write: ask.Write) -> ask.Report:
+    def backend(asked: Asked, write: Write) -> Report:
         raise end
 
-    monkeypatch.setattr(ask, "open_backend", lambda *_: backend)
+    monkeypatch.setattr(backends, "choose", lambda *_: Backend((), backend))
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     with pytest.raises(SystemExit) as caught:
         ask.main(["?"])
@@ -262,12 +271,12 @@ def test_events_are_read_in_whatever_chunks_they_come(size):
     texts = ["a", "é\u2028b", "\x85c\n"]
     data = sent(*texts)
     chunks = [data[start : start + size] for start in range(0, len(data), size)]
-    read = [event["choices"][0]["delta"]["content"] for event in ask.events(chunks)]
+    read = [event["choices"][0]["delta"]["content"] for event in backends.events(chunks)]
     assert read == texts
 
 
 def test_a_stream_that_is_cut_or_fails_is_an_error():
     with pytest.raises(UserError, match="before it was complete"):
-        list(ask.events([sent("a").removesuffix(b"data: [DONE]\n\n")]))
+        list(backends.events([sent("a").removesuffix(b"data: [DONE]\n\n")]))
     with pytest.raises(UserError, match="too late"):
-        ask._follow([{"error": {"message": "too late"}}], print)
+        backends._follow([{"error": {"message": "too late"}}], print)
