@@ -89,7 +89,7 @@ def test_loads_nothing_from_elsewhere_and_complains_of_nothing(open_page, tiny_u
 
 def test_every_control_has_a_name_and_every_id_is_its_own(play):
     page = play(script())
-    page.get_by_role("button", name="Add a sentence").click()
+    page.get_by_role("button", name="Add a preference").click()
     nameless = page.evaluate(
         """() => [...document.querySelectorAll("input, textarea, select, button")]
             .filter((control) => !control.ariaLabel && !control.labels?.length && !control.textContent.trim())
@@ -117,7 +117,7 @@ def test_what_was_typed_before_the_objectives_came_stays(open_page, tiny_url):
 def test_works_without_objectives(play):
     page = play(script(objectives=()))
     expect(page.get_by_text("This server has no trained objectives.")).to_be_visible()
-    expect(page.get_by_label("Sentence 1", exact=True)).to_have_value("Answer in as few words as possible.")
+    expect(page.get_by_label("Preference 1", exact=True)).to_have_value("Answer in as few words as possible.")
     ask(page)
     expect(answer(page, "steered")).to_have_text("Start early!")
     assert page.script.bodies[-1].get("objective_weights") is None
@@ -156,7 +156,7 @@ CONTRASTS = """(selectors) => {
 
 def test_fits_a_phone(play):
     page = play(script(), viewport={"width": 360, "height": 640}, has_touch=True)
-    page.get_by_role("button", name="Add a sentence").click()
+    page.get_by_role("button", name="Add a preference").click()
     ask(page)
     expect(status(page)).to_contain_text("complete")
     page.locator("#steered .token").first.tap()
@@ -174,8 +174,8 @@ def test_the_answers_are_those_of_the_api(open_page, tiny_url):
     bodies = []
     page.on("request", lambda request: request.post_data and bodies.append(json.loads(request.post_data)))
     page.get_by_label("Max. tokens").fill("40")
-    page.get_by_role("button", name="Add a sentence").click()
-    page.get_by_label("Sentence 1", exact=True).fill("Be kind.")
+    page.get_by_role("button", name="Add a preference").click()
+    page.get_by_label("Preference 1", exact=True).fill("Be kind.")
     ask(page)
     expect(status(page)).to_contain_text("Both answers are complete")
     [base] = [body for body in bodies[-2:] if "objective_weights" not in body]
@@ -197,18 +197,18 @@ def test_answers_stream_while_they_are_written(play):
     for name in ("base", "steered"):
         expect(answer(page, name)).to_contain_text("more more")
         expect(page.locator(f"#{name}")).to_have_attribute("aria-busy", "true")
-    expect(status(page)).to_have_text("Writing both answers …")
+    expect(status(page)).to_have_text("Generating both answers …")
 
 
 def test_what_steering_did_is_reported(play):
     page = play(script())
-    page.get_by_role("button", name="Add a sentence").click()
-    page.get_by_label("Sentence 1", exact=True).fill("Be kind.")
+    page.get_by_role("button", name="Add a preference").click()
+    page.get_by_label("Preference 1", exact=True).fill("Be kind.")
     ask(page)
     expect(status(page)).to_have_text("Both answers are complete; 3.25 nats apart.")
     measures = page.get_by_role("region", name="What steering did")
     expect(measures).to_contain_text("Divergence3.25 nats")
-    expect(measures).to_contain_text("of which 1.25 nats by sentences")
+    expect(measures).to_contain_text("of which 1.25 nats by preferences")
     expect(measures).to_contain_text("positive+0.82 sd")
     expect(measures).to_contain_text("briefnot known")
     row = measures.get_by_role("row", name="Be kind.")
@@ -321,7 +321,7 @@ def test_a_refusal_is_shown_and_its_field_is_marked(open_page, tiny_url):
     page.get_by_label("Max. tokens").fill("5000")
     ask(page)
     problem = page.get_by_role("alert")
-    expect(problem).to_have_text("Both answers: max_tokens is 5000; this server writes at most 400 tokens")
+    expect(problem).to_have_text("Both answers: max_tokens is 5000; this server generates at most 400 tokens")
     expect(page.get_by_label("Max. tokens")).to_have_attribute("aria-invalid", "true")
     page.get_by_label("Max. tokens").fill("5")
     ask(page)
@@ -399,13 +399,13 @@ def test_the_code_is_the_request_that_was_sent(play):
     page.get_by_label("Question").fill('What\'s "new"?\nAnd $HOME, `x`, \\n, é 😀?')
     page.get_by_text("System text").click()
     page.get_by_label("System text").fill("Don't lie.")
-    page.get_by_role("button", name="Add a sentence").click()
-    page.get_by_label("Sentence 1", exact=True).fill("Be kind, isn't it?")
-    page.get_by_label("Weight of sentence 1").fill("0.4")
-    page.get_by_role("button", name="Add a sentence").click()  # stays empty: not meant yet
+    page.get_by_role("button", name="Add a preference").click()
+    page.get_by_label("Preference 1", exact=True).fill("Be kind, isn't it?")
+    page.get_by_label("Weight of preference 1").fill("0.4")
+    page.get_by_role("button", name="Add a preference").click()  # stays empty: not meant yet
     page.get_by_role("slider", name="brief").fill("0.25")
     page.get_by_role("spinbutton", name="of trained objectives").fill("4.5")
-    page.get_by_role("slider", name="Strength of sentences, slider").fill("1.5")
+    page.get_by_role("slider", name="Strength of preferences, slider").fill("1.5")
     page.get_by_label("Temperature").fill("0.7")
     before = page.locator("#curl").text_content()
     ask(page)
@@ -476,13 +476,13 @@ def test_everything_can_be_done_with_the_keyboard(play):
     page.keyboard.type("Why?")
     tab_to(page.get_by_role("slider", name="brief"))
     page.keyboard.press("End")
-    tab_to(page.get_by_role("button", name="Add a sentence"))
+    tab_to(page.get_by_role("button", name="Add a preference"))
     page.keyboard.press("Enter")
-    expect(page.get_by_label("Sentence 1", exact=True)).to_be_focused()
+    expect(page.get_by_label("Preference 1", exact=True)).to_be_focused()
     page.keyboard.type("Be kind.")
-    tab_to(page.get_by_role("button", name="Remove sentence 1"))
+    tab_to(page.get_by_role("button", name="Remove preference 1"))
     page.keyboard.press("Space")
-    expect(page.get_by_role("button", name="Add a sentence")).to_be_focused()
+    expect(page.get_by_role("button", name="Add a preference")).to_be_focused()
     tab_to(page.get_by_role("button", name="Ask both"))
     page.keyboard.press("Enter")
     expect(status(page)).to_contain_text("complete")

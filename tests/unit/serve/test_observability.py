@@ -1,4 +1,4 @@
-"""What the service tells Prometheus: the engine's sums, the gateway's times, one page, and a dashboard of it."""
+"""The service's metrics: the engine's sums, the gateway's times, one page, and a dashboard of it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_an_engine_adds_up_what_it_did() -> None:
     assert 0 < guide_s < step_s
 
 
-def test_nothing_is_handed_over_twice() -> None:
+def test_nothing_is_recorded_twice() -> None:
     engine, figures = make_engine(), Figures()
     engine.generate(REQUESTS)
     engine.take(figures)
@@ -83,7 +83,7 @@ def test_nothing_is_handed_over_twice() -> None:
     assert figures.all == []
 
 
-def test_gauges_say_what_is_there_now() -> None:
+def test_gauges_have_the_current_values() -> None:
     engine, figures = make_engine(rows=2), Figures()
     for request in REQUESTS:
         engine.submit(request)
@@ -94,7 +94,7 @@ def test_gauges_say_what_is_there_now() -> None:
     assert figures.of("mavis_cached_tokens") == [2 * len(REQUESTS[0].prompt)]
 
 
-def test_a_guide_is_timed_also_where_it_fails() -> None:
+def test_a_guide_is_timed_also_when_it_fails() -> None:
     class Broken(LocalGuide):
         def score(self, *_):
             raise ZeroDivisionError
@@ -118,7 +118,7 @@ async def _read(open_stream, request: Request, num_messages: int | None = None) 
     return tokens
 
 
-def test_streams_tell_times_ends_and_failovers() -> None:
+def test_times_ends_and_failovers_of_streams_are_recorded() -> None:
     loop, figures = EngineLoop(make_engine()), Figures()
     watched = watched_streams(partial(stream, loop), figures)
     request = make_request("r", {"a": 1.0}, max_tokens=20)
@@ -135,7 +135,7 @@ def test_streams_tell_times_ends_and_failovers() -> None:
     loop.stop()
 
 
-def test_a_lost_base_replica_stays_lost_for_those_who_follow_the_answer() -> None:
+def test_the_loss_of_a_base_replica_passes_through() -> None:
     async def lost(request: Request, _: Admission):
         yield request
         raise BaseLost("killed")

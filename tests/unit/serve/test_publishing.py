@@ -1,4 +1,4 @@
-"""Value models are published while failover are written, and each answer ends with the version it began with."""
+"""Value models are published while answers are generated; each answer keeps the version that it began with."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Things:
             return [load.result() for load in loads]
 
 
-def test_what_many_ask_for_at_once_is_loaded_once():
+def test_concurrent_users_of_a_name_load_it_once():
     things = Things()
     things.gate.clear()
 
@@ -134,7 +134,7 @@ def test_what_many_ask_for_at_once_is_loaded_once():
     assert sorted(things.loaded) == ["a", "b"]
 
 
-def test_what_cannot_be_loaded_is_told_to_those_who_ask_for_it(monkeypatch):
+def test_a_failure_to_load_reaches_the_users_of_the_name(monkeypatch):
     things = Things()
     things.broken.add("bad")
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_loaded_is_told_to_those_who_ask_for_it(monkeypatch):
     assert asyncio.run(things.use("bad")) == ["BAD"]
 
 
-def test_idle_things_leave_unless_they_are_wanted_or_used():
+def test_idle_models_are_dropped_unless_wanted_or_used():
     things = Things(idle_s=0.05)
     things.wanted.add("wanted")
 
@@ -292,7 +292,7 @@ def test_an_answer_ends_with_the_version_it_began_with_also_on_another_replica(b
     assert old != new
 
 
-def test_old_and_new_answers_are_written_side_by_side(bases, folder, store, base):
+def test_old_and_new_versions_generate_side_by_side(bases, folder, store, base):
     publish_next(folder, RUN, "positive", 1, seed=8)
 
     async def run() -> list[list[int]]:
@@ -303,7 +303,7 @@ def test_old_and_new_answers_are_written_side_by_side(bases, folder, store, base
     assert asyncio.run(run()) == both * 3
 
 
-def test_an_objective_that_comes_later_is_there_at_once(bases, folder, store, base):
+def test_an_objective_published_later_is_served_at_once(bases, folder, store, base):
     publish_next(folder, RUN, "kind", 0, seed=9)
     request = make_request(kind=1.0, brief=1.0)
     tokens = asyncio.run(bases.answer(request, {"kind": "kind@i0", "brief": "brief@i0"}))
@@ -392,7 +392,7 @@ def test_a_version_that_cannot_be_loaded_ends_its_own_requests(bases, folder, st
     )
 
 
-def test_loading_holds_up_nobody_else(bases, folder, store, base, monkeypatch):
+def test_loading_delays_no_other_request(bases, folder, store, base, monkeypatch):
     """Who waits for a model is told so, and others write meanwhile."""
     monkeypatch.setattr(model_loader, "HEARTBEAT_S", 0.01)
     asyncio.run(bases.answer(make_request("first"), OLD))
@@ -420,7 +420,7 @@ def test_loading_holds_up_nobody_else(bases, folder, store, base, monkeypatch):
     assert [old, new] == [expected(store, base, make_request(), {"positive": i, "brief": 0}) for i in (0, 1)]
 
 
-def test_a_superseded_version_leaves_when_nobody_has_used_it_for_a_while(folder, store, base):
+def test_a_superseded_version_is_dropped_when_idle(folder, store, base):
     guide = LocalGuide({})
     loop = EngineLoop(Engine(base, guide))
     loader = LocalModelLoader(store, base, guide, loop, idle_s=0.05)
@@ -442,7 +442,7 @@ def test_a_superseded_version_leaves_when_nobody_has_used_it_for_a_while(folder,
     loop.stop()
 
 
-def test_nothing_usable_is_an_error_at_the_beginning(folder, store, base):
+def test_no_usable_model_is_an_error_at_the_start(folder, store, base):
     for name in ("positive", "brief"):
         break_model(store, layout.value_folder(name, 0))
     loop = EngineLoop(Engine(base, guide := LocalGuide({})))
@@ -451,7 +451,7 @@ def test_nothing_usable_is_an_error_at_the_beginning(folder, store, base):
     loop.stop()
 
 
-def test_a_name_that_is_no_version_reaches_no_file(bases):
+def test_an_invalid_version_reaches_no_file(bases):
     versions = {"positive": "../../positive@i0", "brief": "brief@i0"}
     with pytest.raises(AnswerFailed, match="no version"):
         asyncio.run(bases.answer(make_request(), versions))
@@ -468,7 +468,7 @@ def test_a_value_replica_values_its_own_objective_only(folder):
 # --- the gateway -------------------------------------------------------------------------------------------------
 
 
-def test_the_registry_follows_the_store_and_outlives_it(folder, store, monkeypatch):
+def test_the_registry_follows_the_store_and_survives_its_loss(folder, store, monkeypatch):
     followed = Registry(store, fresh_s=0.0)
     assert asyncio.run(followed.versions()) == {"brief": "brief@i0", "positive": "positive@i0"}
     publish_next(folder, RUN, "positive", 1, seed=8)
@@ -489,7 +489,7 @@ def test_an_objective_without_replicas_is_described_as_such(store):
     assert described(None) == described(lambda: 1 / 0) == [None, None]
 
 
-def test_a_count_that_hangs_holds_up_neither_the_store_nor_another_thread(folder, store, monkeypatch):
+def test_a_hanging_count_delays_neither_the_store_nor_another_thread(folder, store, monkeypatch):
     monkeypatch.setattr(registry, "COUNT_LIMIT_S", 0.05)
     counts, goes_on = [], threading.Event()
 

@@ -1,4 +1,4 @@
-"""What the gateway makes of a base replica that cannot write, as Ray reports it."""
+"""How the gateway handles the loss of a base replica, as Ray reports it."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def as_ray_raises(error: Exception) -> Exception:
 
 
 @pytest.mark.parametrize("error", [ActorDiedError(), as_ray_raises(EngineStopped("the engine's thread has ended"))])
-def test_an_answer_leaves_a_replica_that_died_and_one_whose_engine_stopped(error):
+def test_a_dead_replica_and_a_stopped_engine_count_as_lost(error):
     handle = Handle(error)
     with pytest.raises(BaseLost):
         asyncio.run(read(handle))
     assert handle.num_cancelled == 1
 
 
-def test_no_answer_waits_for_replicas_that_serve_has_given_up():
+def test_answers_fail_when_serve_has_given_up_its_replicas():
     unavailable = DeploymentUnavailableError(DeploymentID("Base", "main"))
     with pytest.raises(AnswerFailed, match="do not start"):
         asyncio.run(read(Handle(unavailable)))
@@ -80,7 +80,7 @@ def test_no_answer_waits_for_replicas_that_serve_has_given_up():
         DeploymentUnavailableError(DeploymentID("Base", "main")),
     ],
 )
-def test_health_says_503_whatever_keeps_the_base_replica_from_writing(error):
+def test_health_is_503_without_a_working_base_replica(error):
     gateway = object.__new__(Gateway)
     gateway._base = Handle(error)
     with pytest.raises(ApiError) as refused:
@@ -88,6 +88,6 @@ def test_health_says_503_whatever_keeps_the_base_replica_from_writing(error):
     assert (refused.value.status, refused.value.code) == (503, "engine_unavailable")
 
 
-def test_other_failures_of_a_replica_are_not_taken_for_its_loss():
+def test_other_errors_of_a_replica_do_not_count_as_its_loss():
     with pytest.raises(ZeroDivisionError):
         asyncio.run(read(Handle(as_ray_raises(ZeroDivisionError("ours")))))

@@ -1,4 +1,4 @@
-"""How many replicas load asks for, and what of it Serve is told."""
+"""The number of replicas that a load requires, and the options given to Serve."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def context(loads: list[float], target: float = 1.0, running: int = 1) -> Simple
 
 
 @given(LOADS, st.floats(0.1, 2))
-def test_the_fewest_replicas_that_bear_the_load_are_asked_for(loads, target):
+def test_the_policy_requests_the_fewest_replicas_that_bear_the_load(loads, target):
     asked = math.ceil(by_load(context(loads, target))[0])
     assert sum(loads) <= asked * target * (1 + 1e-9)
     assert sum(loads) > (asked - 1) * target * (1 - 1e-9)
 
 
-def test_silence_changes_nothing():
+def test_without_reports_nothing_changes():
     assert by_load(context([], running=3))[0] == 3
     assert by_load(context([0.0, 0.0], running=3))[0] == 0
 
 
-def test_a_fixed_number_has_no_autoscaler_and_a_range_has():
+def test_a_fixed_count_disables_autoscaling_and_a_range_enables_it():
     assert replica_options(MainArgs(run="r", replicas=3)) == {"num_replicas": 3}
     assert is_fixed(MainArgs(run="r", replicas={"min": 2, "max": 2}))
     args = MainArgs(run="r", replicas={"min": 2, "max": 5}, target_load=0.5, upscale_delay_s=1, downscale_delay_s=2)
@@ -62,13 +62,13 @@ def test_other_numbers_of_replicas_are_refused(replicas):
         ValueArgs(run="r", objective="brief", replicas=replicas)
 
 
-def test_there_is_work_for_every_value_replica_that_may_come():
+def test_there_is_work_for_every_value_replica():
     serve = {"base_replicas": {"min": 2, "max": 4}, "value_replicas": {"min": 1, "max": 5}}
     config = parse({"run": "r", "objectives": {"a": {"reward": "brevity"}}, "serve": serve})
     assert main_args(config).value_sessions == 3
 
 
-def test_a_value_replica_tells_how_busy_it_is(tmp_path):
+def test_a_value_replica_reports_its_load(tmp_path):
     write_models(tmp_path, "run", ("brief",))
     replica = Value(ValueArgs(storage=str(tmp_path / "runs"), run="run", objective="brief", dtype="float32"))
 

@@ -1,4 +1,4 @@
-"""serve/config.yaml is the service of the quickstart run, in a form that Serve accepts."""
+"""The service's settings: one section of the config, the arguments of the applications, and serve/config.yaml."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_relative_storage_is_below_the_checkout():
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
-def test_steering_that_json_could_not_tell_is_refused(number):
+def test_steering_that_json_cannot_express_is_refused(number):
     for name in ("beta", "tilt_cap"):
         with pytest.raises(ValidationError, match=name):
             MainArgs(run="r", **{name: number})

@@ -1,4 +1,4 @@
-"""One engine thread: many callers, cancellation, failures that are seen, and answers that go on elsewhere."""
+"""One engine thread: concurrent callers, cancellation, reported failures, and answers resumed on other replicas."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_leaving_a_stream_frees_its_row(loop):
     wait_until_idle(loop)
 
 
-def test_a_stream_without_news_says_that_it_waits():
+def test_a_waiting_stream_sends_empty_lists():
     loop = EngineLoop(make_engine(rows=1))
     loop.submit(make_request("first", max_tokens=250), lambda _: time.sleep(0.01))
 
@@ -132,7 +132,7 @@ class Failing(Engine):
         return super().step()
 
 
-def test_a_failing_step_ends_open_answers_with_its_reason_and_the_engine_goes_on():
+def test_a_failing_step_ends_open_answers_with_its_reason_and_the_engine_continues():
     engine = Failing(tiny_base(), LocalGuide({"good": tiny_value(1)}))
     engine.failures = 1
     loop = EngineLoop(engine)
@@ -160,14 +160,14 @@ def test_an_engine_that_only_fails_is_reported_as_unhealthy():
     loop.stop()
 
 
-def test_a_stopped_loop_says_so(loop):
+def test_a_stopped_loop_refuses_requests(loop):
     loop.stop()
     with pytest.raises(EngineStopped):
         loop.submit(make_request(), print)
 
 
 class Flaky:
-    """Base replicas that are lost, fall silent, stop early or repeat themselves after a few tokens."""
+    """Base replicas that are lost, send nothing, stop early or repeat messages after a few tokens."""
 
     def __init__(self, loop: EngineLoop, troubles: list[str]):
         self._loop, self._troubles, self.opened, self.admissions = loop, troubles, [], []
@@ -203,7 +203,7 @@ async def tokens_of(request: Request, open_stream, limits: Limits = LIMITS) -> t
     return tokens, last
 
 
-def test_an_answer_goes_on_elsewhere_with_the_tokens_it_would_have_had(loop):
+def test_a_resumed_answer_has_the_tokens_of_an_uninterrupted_one(loop):
     request = make_request(max_tokens=40)
     replicas = Flaky(loop, ["lost", "early", "repeat", "silent"])
     tokens, last = asyncio.run(tokens_of(request, replicas, Limits(stall_s=0.5, deadline_s=20)))
@@ -214,7 +214,7 @@ def test_an_answer_goes_on_elsewhere_with_the_tokens_it_would_have_had(loop):
     wait_until_idle(loop)
 
 
-def test_an_answer_that_no_replica_completes_fails_and_says_why(loop):
+def test_an_answer_that_no_replica_completes_fails_with_the_reason(loop):
     replicas = Flaky(loop, ["early"] * 1000)
     with pytest.raises(AnswerFailed, match="stream ended early"):
         asyncio.run(tokens_of(make_request(max_tokens=200), replicas, Limits(stall_s=1, deadline_s=1)))
@@ -248,9 +248,9 @@ class Queueing:
         self.loop = EngineLoop(self.engine, queue=queue_rows, name="here")
         self.answers: dict[str, queue.Queue[Update]] = {}
 
-    def submit(self, id: str, key: str = "", num_sentences: int = 0, **terms) -> bool:
+    def submit(self, id: str, key: str = "", num_preferences: int = 0, **terms) -> bool:
         """Whether it is let in."""
-        preferences = tuple(Preference(str(k), (8, k + 1, 5, 6, 7), 1.0) for k in range(num_sentences))
+        preferences = tuple(Preference(str(k), (8, k + 1, 5, 6, 7), 1.0) for k in range(num_preferences))
         request = make_request(id, preferences=preferences)
         updates = queue.Queue()
         accepted = self.loop.submit(request, updates.put, Admission(key, **terms))
@@ -274,7 +274,7 @@ class Queueing:
 
 def test_room_is_counted_in_rows_exactly():
     queueing = Queueing(rows=4, queue_rows=8)
-    let_in = [queueing.submit(str(i), num_sentences=1) for i in range(10)]
+    let_in = [queueing.submit(str(i), num_preferences=1) for i in range(10)]
     # Two run; two wait, half of the queue; the fifth would have to leave as much as it takes.
     assert let_in == [True] * 4 + [False] * 6
     assert queueing.loop.load == (4, 4)
@@ -283,7 +283,7 @@ def test_room_is_counted_in_rows_exactly():
     queueing.finish()
 
 
-def test_what_was_let_in_before_waits_in_any_case_and_goes_first_where_it_is_resumed():
+def test_admitted_requests_are_never_refused_and_resumed_ones_go_first():
     queueing = Queueing(rows=1, queue_rows=1)
     assert [queueing.submit(id) for id in "abc"] == [True, True, False]
     assert queueing.submit("another choice", rows=0)
@@ -292,7 +292,7 @@ def test_what_was_let_in_before_waits_in_any_case_and_goes_first_where_it_is_res
     assert queueing.engine.order == ["a", "resumed", "b", "another choice"]
 
 
-def test_a_request_asks_for_room_for_all_its_choices():
+def test_a_request_reserves_rows_for_all_its_choices():
     queueing = Queueing(rows=1, queue_rows=4)
     assert [queueing.submit("a"), queueing.submit("b")] == [True, True]
     assert [queueing.submit("c", rows=3), queueing.submit("d", rows=2), queueing.submit("e")] == [False, True, False]
@@ -307,15 +307,15 @@ def test_a_hundred_requests_of_one_user_do_not_starve_the_one_of_another():
     assert queueing.engine.order.index("b") <= 2 + 1
 
 
-def test_many_rows_are_found_between_many_single_ones():
+def test_a_request_of_many_rows_is_not_starved_by_single_ones():
     queueing = Queueing(rows=3, queue_rows=100)
     assert all(queueing.submit(f"a{i}", "a") for i in range(20))
-    assert queueing.submit("wide", "b", num_sentences=2)
+    assert queueing.submit("wide", "b", num_preferences=2)
     queueing.finish()
     assert queueing.engine.order.index("wide") <= 3 + 1
 
 
-def test_a_request_with_more_choices_than_rows_is_written_all_the_same():
+def test_a_request_with_more_choices_than_rows_is_completed():
     queueing = Queueing(rows=2)
     request = replace(make_request("n"), params=replace(make_request().params, n=5))
     updates = queue.Queue()
@@ -352,7 +352,7 @@ def test_a_cancelled_request_leaves_no_row_wherever_it_is(seed):
 
 def test_a_cancelled_head_lets_the_next_one_pass():
     queueing = Queueing(rows=2, queue_rows=10)
-    assert [queueing.submit("a"), queueing.submit("wide", num_sentences=1), queueing.submit("b")] == [True] * 3
+    assert [queueing.submit("a"), queueing.submit("wide", num_preferences=1), queueing.submit("b")] == [True] * 3
     assert queueing.loop.load == (1, 3)
     queueing.loop.cancel("wide")
     assert queueing.loop.load == (2, 0)
@@ -360,7 +360,7 @@ def test_a_cancelled_head_lets_the_next_one_pass():
     queueing.finish()
 
 
-def test_an_engine_short_of_cache_gets_no_more_until_it_took_what_it_has():
+def test_an_engine_short_of_cache_gets_no_more_requests_until_it_started_its_own():
     seen = []
 
     class Watched(Engine):
@@ -382,7 +382,7 @@ def test_an_engine_short_of_cache_gets_no_more_until_it_took_what_it_has():
     loop.stop()
 
 
-def test_a_failing_step_leaves_those_who_wait_alone():
+def test_a_failing_step_does_not_end_waiting_requests():
     engine = Failing(tiny_base(), LocalGuide({"good": tiny_value(1)}), 1)
     loop = EngineLoop(engine)
     first, second = queue.Queue(), queue.Queue()
@@ -421,7 +421,7 @@ class Replicas:
                     raise BaseLost("killed")
 
 
-def test_a_request_that_one_replica_has_no_room_for_is_written_by_another(loop):
+def test_a_request_refused_by_a_full_replica_goes_to_another(loop):
     replicas = Replicas(loop, "full", "free")
     tokens, last = asyncio.run(tokens_of(make_request(), replicas))
     assert tokens == expected_tokens(make_request())
@@ -430,7 +430,7 @@ def test_a_request_that_one_replica_has_no_room_for_is_written_by_another(loop):
 
 
 @pytest.mark.parametrize(("names", "wait_s"), [(("full",), 2.0), (("full too", "full", "free"), 2.0)])
-def test_a_request_that_two_replicas_have_no_room_for_is_refused(loop, names, wait_s):
+def test_a_request_is_refused_after_two_full_replicas(loop, names, wait_s):
     replicas = Replicas(loop, *names)
     with pytest.raises(Overloaded) as refused:
         asyncio.run(tokens_of(make_request(), replicas))

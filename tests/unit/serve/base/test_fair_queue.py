@@ -1,4 +1,4 @@
-"""Who waits, whose turn it is, and who is refused: properties of the line, whatever comes and goes."""
+"""Admission, turns and refusals: properties of the queue under arbitrary arrivals and departures."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_rows_are_counted_exactly_and_none_is_lost(events):
 
 
 @given(st.lists(Event, max_size=60), st.integers(1, 5))
-def test_no_key_gets_ahead_of_one_that_waits_by_more_than_a_request(events, num_waiting):
+def test_no_key_gets_ahead_of_a_waiting_one_by_more_than_a_request(events, num_waiting):
     model = Model()
     for name, *args in events:
         getattr(model, name)(*args)
@@ -105,20 +105,20 @@ def test_requests_of_one_key_keep_their_order(events):
         assert order == [id for id in come if id in order]
 
 
-def test_one_key_gets_half_of_the_line_and_leaves_room_for_the_next():
+def test_one_key_gets_half_of_the_queue_and_leaves_room_for_the_next():
     model = Model()
     assert [model.comes("a", 1) for _ in range(100)].count(True) == LIMIT // 2
     assert [model.comes("b", 1) for _ in range(100)].count(True) == LIMIT // 4
     assert model.comes("c", 3)
 
 
-def test_who_finds_nobody_waiting_is_let_in_and_then_the_line_is_full():
+def test_an_empty_queue_admits_any_request_and_then_is_full():
     model = Model()
     assert model.comes("a", 10 * LIMIT)
     assert not model.comes("b", 1)
 
 
-def test_room_is_kept_for_those_who_follow_and_not_for_ever():
+def test_rows_are_reserved_for_following_requests_for_a_limited_time():
     now = [0.0]
     queue: FairQueue[str] = FairQueue(18, lambda: now[0])
     queue.add("other", "0", 1, "0")

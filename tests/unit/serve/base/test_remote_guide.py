@@ -1,4 +1,4 @@
-"""Guidance from elsewhere is the guidance in this process, whatever happens to the calls."""
+"""Remote guidance equals local guidance, whatever happens to the calls."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_lost_repeated_and_misdirected_calls_change_no_token(seed):
 
 
 @pytest.mark.parametrize("kind", ["die", "restart", "twice"])
-def test_trouble_between_the_pieces_of_an_answer_changes_no_token(kind):
+def test_faults_during_an_answer_change_no_token(kind):
     class AtEveryPiece(Replicas):
         num_pieces = 0
 
@@ -157,7 +157,7 @@ def test_an_engine_step_costs_one_call_per_objective():
     assert num_steps > 5
 
 
-def test_an_objective_out_of_reach_ends_only_the_answers_that_use_it():
+def test_an_unreachable_objective_ends_only_the_answers_that_use_it():
     class Partly(Replicas):
         def __call__(self, objective, session, call):
             if objective == "short":
@@ -234,7 +234,7 @@ def test_an_unknown_row_is_named_and_the_others_are_valued(ask):
     assert reply.values == pytest.approx([math.nan, value_of(5, 6, 3, 4)], abs=1e-5, nan_ok=True)
 
 
-def test_a_question_heard_twice_does_not_change_the_next_one(ask):
+def test_a_repeated_question_does_not_change_the_next_one(ask):
     ask(Question((row(1, 5, 6),)))
     for _ in range(2):
         ask(Question(score=tokens_of({1: [3, 4]}, 2)))

@@ -1,4 +1,4 @@
-"""Updates from a thread to an event loop: in bundles, in order, none lost, none held back for nothing."""
+"""Updates from a thread to an event loop: in bundles, in order, none lost, none delayed without need."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_all_arrive_in_order(interval_s):
     asyncio.run(scenario())
 
 
-def test_only_what_is_in_the_middle_waits_for_company():
+def test_only_updates_in_the_middle_are_delayed():
     async def scenario():
         box = Mailbox(interval_s=60)
         box.put(update(0))
@@ -61,7 +61,7 @@ def test_without_an_interval_nothing_waits():
     asyncio.run(scenario())
 
 
-def test_nothing_in_time_is_an_empty_bundle_and_loses_nothing():
+def test_a_timeout_gives_an_empty_bundle_and_loses_nothing():
     async def scenario():
         box = Mailbox(interval_s=0.01)
         assert await box.take(0.01) == []
@@ -72,7 +72,7 @@ def test_nothing_in_time_is_an_empty_bundle_and_loses_nothing():
     asyncio.run(scenario())
 
 
-def test_a_closed_loop_says_so():
+def test_a_closed_loop_raises():
     async def make():
         return Mailbox()
 
@@ -96,7 +96,7 @@ def test_a_cancellation_wins_over_a_result_that_comes_with_it(num_turns):
     asyncio.run(scenario())
 
 
-def test_a_wait_ends_in_time_with_what_it_waited_for():
+def test_a_wait_ends_in_time_with_its_result():
     async def scenario():
         with pytest.raises(asyncio.TimeoutError):
             await within(0.01, asyncio.sleep(5))

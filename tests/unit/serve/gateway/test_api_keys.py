@@ -1,4 +1,4 @@
-"""API api_keys: made once, kept as hashes, seen and forgotten while the service runs."""
+"""API keys: made once, stored as hashes, added and removed while the service runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_file_that_is_damaged_later_does_not_lock_people_out(file, caplog):
     assert known.owner(key) == "ann"
 
 
-def test_the_file_is_looked_at_now_and_then_only(file, monkeypatch):
+def test_the_file_is_checked_at_intervals_only(file, monkeypatch):
     api_keys.add(file, "ann")
     known = Keys(file, fresh_s=60)
     monkeypatch.setattr(api_keys, "_stamp", lambda _: pytest.fail("looked"))
@@ -84,7 +84,7 @@ def test_a_missing_file_says_how_to_make_one(file):
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "é", "a" * 65])
-def test_a_name_that_would_not_read_well_in_a_log_is_refused(file, name):
+def test_a_name_unfit_for_a_log_is_refused(file, name):
     with pytest.raises(KeyFileError, match="is not 1 to 64"):
         api_keys.add(file, name)
 
@@ -104,6 +104,6 @@ def test_the_command(file, capsys):
     assert Keys(file).owner(key) is None
 
 
-def test_keys_are_asked_for_unless_it_is_said_otherwise():
+def test_keys_are_required_by_default():
     assert MainArgs(run="r").keys.endswith("/keys.json")
     assert MainArgs(run="r", keys=NO_KEYS).keys == NO_KEYS

@@ -1,4 +1,4 @@
-"""Bodies in, responses and events out, over a real engine in this process: what a client sees, without HTTP."""
+"""Request bodies to responses and events, over a real engine in this process, without HTTP."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def in_process(base: BaseModel, **fields) -> Choice:
     return choice
 
 
-def test_qhead_without_a_student_is_refused_in_the_words_of_the_body(service):
+def test_qhead_without_a_student_is_refused_with_the_field_of_the_body(service):
     with pytest.raises(ApiError) as refused:
         service.whole(scorer="qhead")
     assert (refused.value.status, refused.value.param) == (400, "scorer")
@@ -155,7 +155,7 @@ def test_guiding_some_tokens_only(service, base):
     assert choice["mavis"]["values"]["a"] == pytest.approx(expected.values["a"][28], abs=1e-4)
 
 
-def test_what_is_not_known_is_null(base, loop, service):
+def test_unknown_values_are_null(base, loop, service):
     assert choice_of(service.whole(temperature=0))["mavis"]["divergence"] is None
     # The replica that ends the answer guides none of its last tokens.
     moved = Service(base, loop, num_deaths=1).whole(guide_every=1000, max_tokens=60)
@@ -166,7 +166,7 @@ def test_what_is_not_known_is_null(base, loop, service):
     }
 
 
-def test_the_response_tells_what_steered_it(service):
+def test_the_response_repeats_the_applied_steering(service):
     assert service.whole(guide_every=2, beta=2)["mavis"] == {
         "objective_weights": {"a": 0.5, "b": 0.5},
         "beta": 2.0,
@@ -194,7 +194,7 @@ def test_an_answer_ends_before_its_stop_string(base, loop, start, length, num_de
     assert [choice_of(event)["finish_reason"] for event in events if choice_of(event)["finish_reason"]] == ["stop"]
 
 
-def test_what_only_begins_like_a_stop_string_is_sent_in_the_end(service, base):
+def test_the_beginning_of_a_stop_string_is_sent_in_the_end(service, base):
     text = in_process(base).text
     stop = text[-3:] + "!?"
     choice = choice_of(service.whole(stop=stop))
@@ -291,7 +291,7 @@ def test_parts_of_characters_wait_for_each_other(base):
         ({"model": "x" * 10_000}, "model"),
     ],
 )
-def test_what_is_beyond_the_limits_is_refused_by_name(service, fields, param):
+def test_values_beyond_the_limits_are_refused_by_name(service, fields, param):
     with pytest.raises(ApiError) as refused:
         service.whole(**fields)
     assert refused.value.param == param
@@ -303,7 +303,7 @@ def test_what_is_beyond_the_limits_is_refused_by_name(service, fields, param):
 SENTENCES = [{"text": "Be brief.", "weight": 3}, {"text": "Be odd.", "weight": 0}, {"text": "Be kind."}]
 
 
-def test_sentences_steer_and_are_reported(service, base):
+def test_preferences_steer_and_are_reported(service, base):
     answer = service.whole(preferences=SENTENCES)
     choice, echo = choice_of(answer), answer["mavis"]
     assert choice["text"] != choice_of(service.whole())["text"]
@@ -328,7 +328,7 @@ def test_sentences_steer_and_are_reported(service, base):
     assert choice["mavis"]["divergence"] == pytest.approx(expected.divergence, abs=1e-3)
 
 
-def test_sentences_survive_the_loss_of_a_base_replica(base, loop, service):
+def test_preferences_survive_the_loss_of_a_base_replica(base, loop, service):
     expected = choice_of(service.whole(preferences=SENTENCES))
     moved = choice_of(Service(base, loop, num_deaths=2).whole(preferences=SENTENCES))
     assert moved["text"] == expected["text"]
@@ -350,7 +350,7 @@ def test_a_preset_and_what_changes_of_it(service):
     assert echo["c"] == pytest.approx(1.9347, abs=1e-4)
 
 
-def test_a_sentence_of_weight_zero_takes_no_room(service):
+def test_a_preference_of_weight_zero_takes_no_row(service):
     """Without max_tokens an answer gets what the prompts leave of the context, which one that steers would fill."""
     text = choice_of(service.whole(preferences=SENTENCES))["text"]
     long = {"text": "long " * 250, "weight": 0}
@@ -371,7 +371,7 @@ def test_a_sentence_of_weight_zero_takes_no_room(service):
         ({"preference_params": {"c": 1, "steps": 3}}, "preference_params.steps"),
     ],
 )
-def test_sentences_that_cannot_steer_are_refused_by_name(service, fields, param):
+def test_preferences_that_cannot_steer_are_refused_by_name(service, fields, param):
     with pytest.raises(ApiError) as refused:
         service.whole(**fields)
     assert (refused.value.status, refused.value.param) == (400, param)

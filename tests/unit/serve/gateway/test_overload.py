@@ -1,4 +1,4 @@
-"""More requests than there is room for, and clients that leave: the HTTP routes over a real engine, without Ray."""
+"""Overload and clients that leave: the HTTP routes over a real engine, without Ray."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_request_without_room_is_refused_as_openai_would(service, is_streamed,
     assert "try again" in error["message"]
 
 
-def test_of_several_choices_all_are_let_in_or_none(service):
+def test_all_choices_are_admitted_or_none(service):
     async def scenario(client):
         tasks = await service.fill(client, num=ROWS + 1)
         opened = service.num_opened
@@ -153,14 +153,14 @@ def test_of_several_choices_all_are_let_in_or_none(service):
     assert [choice["index"] for choice in accepted.json()["choices"]] == [0, 1, 2]
 
 
-def test_an_idle_service_takes_as_many_choices_as_it_says(service):
+def test_an_idle_service_takes_max_n_choices(service):
     async def scenario(client):
         return await client.post("/v1/completions", json={**LONG, "max_tokens": 3, "n": 16})
 
     assert len(run(scenario, service).json()["choices"]) == 16
 
 
-def test_one_users_flood_leaves_room_and_turns_to_another(service):
+def test_a_flood_of_one_user_leaves_room_and_turns_for_another(service):
     service.engine.pause_s = 0.005
 
     async def scenario(client):

@@ -1,4 +1,4 @@
-"""Bodies are refused by name, errors have OpenAI's shape, weights come from either field."""
+"""Invalid bodies are refused with the field's name, errors have OpenAI's format, weights come from either field."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_log_probabilities_as_the_two_endpoints_ask_for_them():
     assert TextRequest.model_validate({"model": "m", "prompt": "a", "logprobs": 3}).num_logprobs == 3
 
 
-def test_a_developer_speaks_as_the_system():
+def test_a_developer_message_is_a_system_message():
     message = chat(messages=[{"role": "developer", "content": "Be brief"}]).messages[0]
     assert message.turn == {"role": "system", "content": "Be brief"}
 
 
-def test_errors_can_be_sent_whatever_the_client_wrote():
+def test_errors_can_be_sent_whatever_the_client_sent():
     error = refused(**{"\ud800" * 5000: 1})
     assert len(error.message) < 1100
     assert json.dumps(error.body, ensure_ascii=False).encode()
@@ -142,7 +142,7 @@ def test_a_bad_value_is_refused_with_the_path_of_its_field(body, param):
     assert json.dumps(error.body)
 
 
-def test_an_unknown_field_is_named_before_any_other_trouble():
+def test_an_unknown_field_is_named_before_any_other_error():
     assert refused(temperature=-1, reponse_format={}).param == "reponse_format"
 
 

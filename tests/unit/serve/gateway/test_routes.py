@@ -1,4 +1,4 @@
-"""The HTTP routes and what stands before them, over a real engine in this process."""
+"""The HTTP routes and their middleware, over a real engine in this process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def keyed(service, key, key_file) -> TestClient:
 
 
 @pytest.fixture
-def open_door(service) -> TestClient:
+def open_client(service) -> TestClient:
     return TestClient(service.app())
 
 
@@ -49,14 +49,14 @@ def error_of(response: httpx.Response) -> dict:
     return ErrorBody.model_validate_json(response.text).model_dump()["error"]
 
 
-# --- api_keys --------------------------------------------------------------------------------------------------------
+# --- keys ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "header", [None, "", "Bearer", "Bearer ", "Bearer none", "Basic {key}", "{key}", "Bearer {key}x"]
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/models", "/v1/objectives", "/metrics", "/elsewhere"])
-def test_without_a_key_nobody_gets_further(keyed, key, header, path):
+def test_requests_without_a_valid_key_are_refused(keyed, key, header, path):
     headers = {} if header is None else {"authorization": header.format(key=key)}
     for response in (keyed.get(path, headers=headers), keyed.post(path, headers=headers, content=b"{")):
         assert response.status_code == 401
@@ -64,7 +64,7 @@ def test_without_a_key_nobody_gets_further(keyed, key, header, path):
         assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_a_key_opens_the_door(keyed, key):
+def test_a_valid_key_is_accepted(keyed, key):
     for scheme in ("Bearer", "bearer"):
         assert keyed.get("/v1/models", headers={"authorization": f"{scheme} {key}"}).status_code == 200
 
@@ -74,7 +74,7 @@ def test_probes_and_the_description_need_no_key(keyed, path):
     assert keyed.get(path).status_code == 200
 
 
-def test_routes_learn_whose_request_it_is(service, key, key_file):
+def test_routes_get_the_name_of_the_key(service, key, key_file):
     app = service.app(keys=Keys(key_file))
 
     @app.get("/v1/me")
@@ -103,23 +103,23 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(service, is_chunk
     ("given", "is_kept"),
     [("abc-1.2_3", True), ("x" * 64, True), ("x" * 65, False), ("a b", False), ("", False), ("é", False)],
 )
-def test_a_request_has_an_id_that_is_sane(open_door, given, is_kept):
-    response = open_door.post(CHAT, json=BODY, headers={"x-request-id": given.encode()})
+def test_a_request_keeps_a_valid_id_and_gets_one_otherwise(open_client, given, is_kept):
+    response = open_client.post(CHAT, json=BODY, headers={"x-request-id": given.encode()})
     request_id = response.headers["x-request-id"]
     assert (request_id == given) is is_kept
     assert response.json()["id"].startswith(f"chatcmpl-{request_id}-")
-    again = open_door.post(CHAT, json=BODY, headers={"x-request-id": request_id})
+    again = open_client.post(CHAT, json=BODY, headers={"x-request-id": request_id})
     assert again.json()["id"] != response.json()["id"]
 
 
-def test_errors_have_an_id_as_well(open_door):
-    assert open_door.get("/nowhere").headers["x-request-id"]
+def test_errors_have_an_id_as_well(open_client):
+    assert open_client.get("/nowhere").headers["x-request-id"]
 
 
-def test_pages_of_other_origins_are_kept_out_unless_they_are_named(service, open_door):
+def test_pages_of_other_origins_are_refused_unless_listed(service, open_client):
     asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
-    assert "access-control-allow-origin" not in open_door.get("/health", headers=asked).headers
-    assert open_door.options(CHAT, headers=asked).status_code == 405
+    assert "access-control-allow-origin" not in open_client.get("/health", headers=asked).headers
+    assert open_client.options(CHAT, headers=asked).status_code == 405
     client = TestClient(service.app(cors_origins=("https://page.example",)))
     assert client.options(CHAT, headers=asked).headers["access-control-allow-origin"] == "https://page.example"
     assert (
@@ -127,7 +127,7 @@ def test_pages_of_other_origins_are_kept_out_unless_they_are_named(service, open
     )
 
 
-def test_a_failure_of_ours_has_the_shape_of_an_error(service):
+def test_an_internal_error_has_the_format_of_an_error(service):
     app = service.app()
 
     @app.get("/v1/broken")
@@ -148,7 +148,7 @@ def lines(caplog) -> list[dict]:
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_request_is_a_line_in_the_log_without_its_words(keyed, key, caplog, is_streamed):
+def test_a_request_is_logged_without_its_text(keyed, key, caplog, is_streamed):
     caplog.set_level(logging.INFO, "serve")
     body = {**BODY, "messages": [{"role": "user", "content": SECRET}], "stream": is_streamed}
     answer = keyed.post(CHAT, json=body, headers={"authorization": f"Bearer {key}", "x-request-id": "r1"})
@@ -161,7 +161,7 @@ def test_a_request_is_a_line_in_the_log_without_its_words(keyed, key, caplog, is
     assert not any(text in json.dumps(line) for text in (SECRET, key))
 
 
-def test_prompts_are_logged_where_it_is_asked_for_and_refusals_always(service, caplog):
+def test_prompts_are_logged_on_request_and_refusals_always(service, caplog):
     caplog.set_level(logging.INFO, "serve")
     client = TestClient(service.app(log_prompts=True))
     client.post(CHAT, json={**BODY, "messages": [{"role": "user", "content": SECRET}]})
@@ -181,8 +181,8 @@ def test_a_log_line_is_one_line():
 # --- lists and description ---------------------------------------------------------------------------------------
 
 
-def test_objectives_say_how_good_they_are(open_door):
-    listed = open_door.get("/v1/objectives").json()["data"]
+def test_objectives_are_described_with_their_quality(open_client):
+    listed = open_client.get("/v1/objectives").json()["data"]
     assert [one["id"] for one in listed] == list(OBJECTIVES)
     assert listed[0] == {
         "id": "brief",
@@ -199,20 +199,20 @@ def test_objectives_say_how_good_they_are(open_door):
     }
 
 
-def test_the_description_asks_for_a_key_where_the_server_does(keyed, open_door):
-    for client, is_keyed in ((keyed, True), (open_door, False)):
+def test_the_description_requires_a_key_where_the_server_does(keyed, open_client):
+    for client, is_keyed in ((keyed, True), (open_client, False)):
         for path, methods in client.get("/openapi.json").json()["paths"].items():
             for method in methods.values():
                 assert ("security" in method) == (is_keyed and path != "/health")
 
 
-def test_the_description_has_examples_that_work(open_door):
-    described = open_door.get("/openapi.json").json()
+def test_the_description_has_examples_that_work(open_client):
+    described = open_client.get("/openapi.json").json()
     for path in (CHAT, "/v1/completions"):
         route = described["paths"][path]["post"]
         assert set(route["responses"]) == {"200", "4XX", "5XX"}
         for example in route["requestBody"]["content"]["application/json"]["examples"].values():
-            response = open_door.post(path, json={**example["value"], "model": NAME})
+            response = open_client.post(path, json={**example["value"], "model": NAME})
             assert response.status_code == 200, response.text
     fields = described["components"]["schemas"]["ChatRequest"]["properties"]
     assert all("description" in fields[name] for name in ("objective_weights", "beta", "preferences", "scorer"))
