@@ -117,7 +117,7 @@ def _write(piece: str) -> None:
     print("".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc"), end="", flush=True)
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
+# --- the question ---------------------------------------------------------------------------------------------------
 
 
 def _read(question: str | None) -> str:

@@ -35,7 +35,7 @@ OBJECTIVES = ("brief", "positive")
 
 
 def args_of(base: str, **settings: Any) -> MainArgs:
-    """Arguments of the application `main`, without keys and system sentence."""
+    """Arguments of the application `main`, without keys and system prompt."""
     return MainArgs(**{"run": "run", "base": base, "system": "", "beta": 1.0, "keys": NO_KEYS, **settings})
 
 

@@ -4,6 +4,8 @@ A stream is a hash of a seed and a path (choice index, or the path to a node of 
 stream and the tokens so far continues an answer in exactly the same way.
 
 Shapes: B rows, K candidates.
+
+By hand, since the numbers of torch's generators depend on the order of the draws.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """API keys: a JSON file of names and SHA-256 hashes. Knows nothing of Ray or HTTP.
 
-A key is 256 random bits, so that its hash tells nothing and needs no salt. It is shown once, when it is made.
+A key has 256 random bits, so its hash reveals nothing and needs no salt. It is shown once, when it is made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mavis_dist.types import UserError
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "mavis-"  # tells people and secret scanners what a leaked string is
+PREFIX = "mavis-"  # lets people and secret scanners recognise a leaked key
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -29,7 +29,7 @@ class KeyFileError(UserError):
 
 
 class Keys:
-    """The keys in a file, which is read again when it changes: keys come and go without a restart."""
+    """The keys in a file, which is read again when it changes: adding and removing keys needs no restart."""
 
     def __init__(self, path: Path, fresh_s: float = 1.0):
         """Changes are seen after `fresh_s` seconds. Raises KeyFileError."""
@@ -38,10 +38,10 @@ class Keys:
         self._looked_at = time.monotonic()
 
     def owner(self, key: str) -> str | None:
-        """The name of a key; None: it is not one of ours."""
+        """The name of a key; None if it is unknown."""
         self._refresh()
         hashed = _hash(key)
-        # Every hash is compared, each in constant time: how long it takes says nothing about any key.
+        # Every hash is compared, each in constant time: the duration reveals nothing about any key.
         names = [name for name, known in self._hashes.items() if hmac.compare_digest(known, hashed)]
         return names[0] if names else None
 
@@ -86,7 +86,7 @@ def add(path: Path, name: str) -> str:
 
 
 def remove(path: Path, name: str) -> None:
-    """Forget a key; raises KeyFileError."""
+    """Remove a key; raises KeyFileError."""
     hashes = read(path)
     if name not in hashes:
         raise KeyFileError(f"{path} has no key of {name!r}; it has: {', '.join(sorted(hashes)) or 'none'}")

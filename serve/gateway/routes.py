@@ -48,10 +48,11 @@ class _Api(FastAPI):
             described["components"]["schemas"].update(chunk_schemas())
             for route in self.routes:
                 if isinstance(route, APIRoute) and route.include_in_schema:
-                    [responses] = (method["responses"] for method in described["paths"][route.path_format].values())
-                    for status, response in route.responses.items():
-                        for kind, content in response.get("content", {}).items():
-                            responses[str(status)]["content"][kind]["example"] = content["example"]
+                    for method in route.methods or ():
+                        responses = described["paths"][route.path_format][method.lower()]["responses"]
+                        for status, response in route.responses.items():
+                            for kind, content in response.get("content", {}).items():
+                                responses[str(status)]["content"][kind]["example"] = content["example"]
         return super().openapi()
 
 

@@ -32,7 +32,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser) -> Iterator[Callable]:
-    """Opens a page in a context of its own; what it asks for and complains of is in page.urls and page.complaints."""
+    """Opens a page in a context of its own; its requests and errors are in page.urls and page.complaints."""
     contexts = []
 
     def open_page(url: str, **settings):

@@ -36,7 +36,7 @@ START_LIMIT_S = 20.0
 
 @contextmanager
 def served(app: ASGIApp) -> Iterator[str]:
-    """The URL of `app`, on a port of this machine that nobody else has, until the block ends."""
+    """The URL of `app`, on a free port of this machine, until the block ends."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, lifespan="off"))
@@ -84,7 +84,7 @@ def tiny_engine_app(folder: Path, objectives: tuple[str, ...]) -> Iterator[FastA
 def token(
     text: str | bytes, logprob: float = -0.5, logratio: float = 0.0, others: Mapping[str, tuple[float, float]] = {}
 ) -> Json:
-    """One token as the API words it. `others`: further candidates with their (logprob, logratio)."""
+    """One token in the format of the API. `others`: further candidates with their (logprob, logratio)."""
     top = [_candidate(text, logprob, logratio), *(_candidate(other, *numbers) for other, numbers in others.items())]
     chosen = _candidate(text, logprob, logratio)
     return {**chosen, "top_logprobs": top, "mavis": {"logratio": logratio, "divergence": abs(logratio) / 4}}
@@ -113,7 +113,7 @@ class Written:
 
 @dataclass
 class Script:
-    """What the server plays, and what it has seen."""
+    """The responses that the server plays, and the requests it received."""
 
     base: Written
     steered: Written
@@ -189,7 +189,7 @@ def scripted_app(script: Script) -> FastAPI:
 
 
 def as_events(text: str) -> list[Json]:
-    """The chunks of a stream that has ended properly."""
+    """The chunks of a completed stream."""
     *lines, done = text.strip().split("\n\n")
     assert done == DONE.strip()
     return [json.loads(line.removeprefix("data: ")) for line in lines]

@@ -1,4 +1,4 @@
-"""The playground as people meet it: in a browser, with a mouse, a keyboard or a phone."""
+"""The playground in a browser, with a mouse, a keyboard or a phone."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def status(page):
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def test_loads_nothing_from_elsewhere_and_complains_of_nothing(open_page, tiny_url):
+def test_loads_nothing_from_elsewhere_and_logs_no_error(open_page, tiny_url):
     page = open_page(tiny_url)
     # Something steers from the beginning.
     expect(page.get_by_role("slider", name="brief")).to_have_value("1")
@@ -87,7 +87,7 @@ def test_loads_nothing_from_elsewhere_and_complains_of_nothing(open_page, tiny_u
     assert page.complaints == []
 
 
-def test_every_control_has_a_name_and_every_id_is_its_own(play):
+def test_every_control_has_a_name_and_ids_are_unique(play):
     page = play(script())
     page.get_by_role("button", name="Add a preference").click()
     nameless = page.evaluate(
@@ -100,7 +100,7 @@ def test_every_control_has_a_name_and_every_id_is_its_own(play):
     assert len(ids) == len(set(ids))
 
 
-def test_what_was_typed_before_the_objectives_came_stays(open_page, tiny_url):
+def test_input_before_the_objectives_are_loaded_is_kept(open_page, tiny_url):
     page = open_page(tiny_url)
     limit = page.get_by_label("Max. tokens")
     expect(limit).not_to_have_value("64")  # which is the page's own
@@ -191,7 +191,7 @@ def test_the_answers_are_those_of_the_api(open_page, tiny_url):
     expect(page.get_by_role("row", name="Be kind.")).to_be_visible()
 
 
-def test_answers_stream_while_they_are_written(play):
+def test_answers_are_shown_while_they_stream(play):
     page = play(script(base=Written([], ending="endless"), steered=Written([], ending="endless")))
     ask(page)
     for name in ("base", "steered"):
@@ -251,7 +251,7 @@ def test_candidates_show_on_hover_and_focus(play):
     assert tip.get_by_role("row").all_text_contents() == ["candidateprobability", "␣start ✓50 %", "␣go30 %"]
 
 
-def test_what_is_not_known_is_not_made_up(play):
+def test_unknown_values_are_shown_as_unknown(play):
     unknown = {**token("So"), "logprob": None, "top_logprobs": [], "mavis": {"logratio": None, "divergence": None}}
     report = {"divergence": None, "values": {"positive": None}, "candidates_per_token": 0.0}
     page = play(script(steered=Written.of(unknown, report=report)))
@@ -427,7 +427,7 @@ def body_of_curl(command: str, url: str) -> dict:
 
 
 def body_of_python(program: str, url: str) -> dict:
-    """What the program would send, by a client that only writes down what it is told."""
+    """The request of the program, recorded by a fake client."""
     sent = {}
 
     class Client:
@@ -460,7 +460,7 @@ def test_copy_puts_the_code_on_the_clipboard(play):
     assert page.evaluate("() => navigator.clipboard.readText()") == page.locator("#python").text_content()
 
 
-def test_everything_can_be_done_with_the_keyboard(play):
+def test_all_controls_work_with_the_keyboard(play):
     page = play(script())
     expect(page.get_by_role("slider", name="positive")).to_be_visible()
 

@@ -1,4 +1,4 @@
-"""The service as a client sees it: real HTTP, real replicas, random models."""
+"""The whole service: real HTTP, real replicas, random models."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def streamed_text(events: list[dict], index: int = 0) -> str:
     return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
-def test_an_answer_reports_what_steered_it(http, url, body):
+def test_an_answer_reports_its_steering(http, url, body):
     answer = ask(http, url, body)
     [choice] = answer["choices"]
     assert choice["finish_reason"] == "length"
@@ -80,7 +80,7 @@ def test_an_answer_reports_what_steered_it(http, url, body):
     assert 3 <= choice["mavis"]["candidates_per_token"] < 20
 
 
-def test_a_stream_says_what_the_whole_answer_says(http, url, body):
+def test_a_stream_and_a_whole_answer_agree(http, url, body):
     whole = ask(http, url, {**body, "n": 2})
     events = events_of(http, url, {**body, "n": 2, "stream_options": {"include_usage": True}})
     for index in range(2):
@@ -101,7 +101,7 @@ def test_a_request_that_never_fits_the_cache_is_refused(served_config, body):
         )
 
 
-def test_both_placements_write_the_same(http, url, served_config, body):
+def test_both_placements_generate_the_same(http, url, served_config, body):
     args = main_args(served_config).model_copy(update={"placement": "colocated"})
     base = Base(args)  # what a base replica runs, in this process
     completions = Completions(load_tokenizer(args.base), args, max_context(args.base), base.stream)
@@ -111,8 +111,8 @@ def test_both_placements_write_the_same(http, url, served_config, body):
         completion = await completions.start(ChatRequest.model_validate(body), versions)
         return await completion.whole()
 
-    sentences = {"preferences": [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]}
-    for steering in ({"seed": 0}, {"seed": 1}, {"seed": 2, **sentences}, {"seed": 3, **sentences, "beta": 0}):
+    preferences = {"preferences": [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]}
+    for steering in ({"seed": 0}, {"seed": 1}, {"seed": 2, **preferences}, {"seed": 3, **preferences, "beta": 0}):
         local = asyncio.run(answer({**body, **steering}))["choices"][0]
         remote = ask(http, url, {**body, **steering})["choices"][0]
         assert remote["message"] == local["message"]
@@ -190,7 +190,7 @@ def test_a_body_that_is_too_large_is_refused(http, url, body):
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_seed_is_drawn_and_told(http, url, body):
+def test_a_missing_seed_is_drawn_and_reported(http, url, body):
     first = ask(http, url, {**body, "seed": None})
     again = ask(http, url, {**body, "seed": first["mavis"]["seed"]})
     assert text_of(first) == text_of(again)
@@ -254,7 +254,7 @@ def test_refusals_name_the_field(http, url, body, change, status, param):
         assert error["message"]
 
 
-def test_errors_of_routing_and_parsing_have_the_same_shape(http, url):
+def test_errors_of_routing_and_parsing_have_the_same_format(http, url):
     chat = f"{url}/v1/chat/completions"
     for response, status in [
         (http.get(f"{url}/v1/nothing"), 404),
@@ -283,7 +283,7 @@ def test_the_official_client(url, body):
 
 
 def wait_until_idle(http: httpx.Client, url: str) -> None:
-    """Two base replicas take turns in answering: several idle answers in a row."""
+    """Two base replicas take turns in answering: waits for several idle answers in a row."""
     deadline, idle = time.monotonic() + 15, 0
     while idle < 8:
         assert time.monotonic() < deadline
@@ -301,7 +301,7 @@ def test_a_client_that_leaves_its_stream_frees_the_row(http, url, body):
     assert time.monotonic() - started < 4
 
 
-def test_a_client_that_gives_up_waiting_frees_the_rows(http, url, body):
+def test_a_client_that_stops_waiting_frees_the_rows(http, url, body):
     with pytest.raises(httpx.ReadTimeout):
         http.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 400, "n": 8}, timeout=0.5)
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Value models are published and objectives added while clients stream, and no client notices."""
+"""Publishing value models and adding objectives does not disturb running streams."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def body(served_config) -> dict:
 
 @pytest.fixture
 def store(served_config: Config) -> Iterator[Store]:
-    """The run that is served; afterwards as it was before."""
+    """The run that is served; restored afterwards."""
     store = Store(served_config.storage, served_config.run)
     yield store
     values.publish(store, "positive", 0)
@@ -59,7 +59,7 @@ def wait_for(http: httpx.Client, url: str, objective: str, version: str) -> None
 
 
 def in_process(config: Config, store: Store, body: dict) -> str:
-    """What the engine writes with what is published now."""
+    """The engine's answer with the currently published models."""
     base = load_base(config.base.model)
     prompt = tuple(chat_ids(base.tokenizer, body["messages"], config.base.system))
     params = SamplingParams(body["max_tokens"], top_k=body["top_k"], seed=body["seed"])
@@ -84,8 +84,8 @@ def streamed(http: httpx.Client, url: str, body: dict, begun: threading.Barrier 
     return text
 
 
-def test_streams_end_with_the_version_they_began_with(http, url, served_config, store, body):
-    """Also when the value replica that knew it dies, and the next one has to load what is published no more."""
+def test_streams_keep_the_version_they_began_with(http, url, served_config, store, body):
+    """Also when the value replica dies, and its successor has to load a version that is no longer published."""
     bodies = [{**body, "max_tokens": 200, "seed": seed} for seed in range(4)]
     old = [whole_text(http, url, one) for one in bodies]
     begun = threading.Barrier(len(bodies) + 1)
@@ -104,7 +104,7 @@ def test_streams_end_with_the_version_they_began_with(http, url, served_config, 
     assert new != whole_text(http, url, body) == in_process(served_config, store, body)
 
 
-def test_an_objective_is_added_while_others_are_asked_for(http, url, served_config, store, body):
+def test_an_objective_is_added_while_others_are_in_use(http, url, served_config, store, body):
     expected, stop = whole_text(http, url, body), threading.Event()
 
     def ask_on() -> list[str]:

@@ -1,4 +1,4 @@
-"""Figures of all replicas reach the gateway's page."""
+"""The metrics of all replicas are on the gateway's page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import httpx
 LIMIT_S = 45  # Ray's processes report every ten seconds
 
 
-def test_the_gateway_tells_what_gateway_and_base_replicas_did(http: httpx.Client, url: str, served_config) -> None:
+def test_the_page_has_the_metrics_of_gateway_and_base_replicas(http: httpx.Client, url: str, served_config) -> None:
     body = {
         "model": served_config.base.model,
         "messages": [{"role": "user", "content": "Hello"}],

@@ -20,7 +20,7 @@ def wide(served_config) -> dict:
 
 
 def idle_after_s(http: httpx.Client, url: str) -> float:
-    """Seconds until both base replicas, which take turns in answering, have nothing to do any more."""
+    """Seconds until both base replicas, which take turns in answering, are idle."""
     began, idle_since, num_idle = time.monotonic(), 0.0, 0
     while num_idle < 8:
         assert time.monotonic() - began < 20
@@ -34,7 +34,7 @@ def idle_after_s(http: httpx.Client, url: str) -> float:
     return idle_since
 
 
-def test_what_does_not_fit_is_refused_and_what_leaves_is_freed(http, url, wide):
+def test_excess_requests_are_refused_and_cancelled_ones_free_their_rows(http, url, wide):
     with ExitStack() as streams:
         num_accepted = -1
         response = httpx.Response(200)

@@ -1,4 +1,4 @@
-"""Replicas come and go while clients stream, and no client notices."""
+"""Adding and removing replicas does not disturb running streams."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dashboard(ray_address: str) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def declare(url: str, served_config: Config, dashboard: httpx.Client) -> Iterator[Callable[[int], None]]:
-    """Deploys, as a file would, an application that load scales and one with a number of value replicas."""
+    """Deploys, as a file would, an application that load scales and one with a fixed count of value replicas."""
     settings = {"rows": 4, "replicas": {"min": 1, "max": 2}, "upscale_delay_s": 0, "downscale_delay_s": 0}
     main = {**main_args(served_config).model_dump(mode="json"), "placement": "colocated", **settings}
     value = value_args(served_config, "brief").model_dump(mode="json")
@@ -75,7 +75,7 @@ def scale(dashboard: httpx.Client, application: str, deployment: str, replicas: 
 
 
 def wait_for_replicas(application: str, deployment: str, replicas: int) -> None:
-    """Until so many run, and none begins or ends."""
+    """Until so many run, and none is starting or stopping."""
     deadline = time.monotonic() + LIMIT_S
     while (states := replica_states(application, deployment)) != {"RUNNING": replicas}:
         assert time.monotonic() < deadline, states
@@ -89,7 +89,7 @@ def replica_states(application: str, deployment: str) -> dict[str, int]:
 
 @contextmanager
 def streaming(http: httpx.Client, url: str, bodies: list[dict]) -> Iterator[None]:
-    """One client for each body, who asks for it again and again; checks that it always gets the same text."""
+    """One client for each body, which sends it repeatedly and checks that it always gets the same text."""
     expected = [whole_text(http, url, body) for body in bodies]
     stop = threading.Event()
 
@@ -108,14 +108,14 @@ def streaming(http: httpx.Client, url: str, bodies: list[dict]) -> Iterator[None
         assert [future.result(60) for future in asking] == [{text} for text in expected]
 
 
-def test_load_begins_a_base_replica_and_calm_ends_it(http, url, declare, bodies):
+def test_high_load_adds_a_base_replica_and_low_load_removes_it(http, url, declare, bodies):
     with streaming(http, f"{url}/{BY_LOAD}", bodies[:1]):
         with streaming(http, f"{url}/{BY_LOAD}", bodies[1:]):
             wait_for_replicas(BY_LOAD, "Base", 2)
         wait_for_replicas(BY_LOAD, "Base", 1)
 
 
-def test_another_number_in_the_file_leaves_those_that_run_alone(declare):
+def test_another_count_in_the_file_does_not_restart_running_replicas(declare):
     begun = [replica_pids(BY_FILE, "Value")]
     for replicas in (2, 1):
         declare(replicas)
@@ -124,7 +124,7 @@ def test_another_number_in_the_file_leaves_those_that_run_alone(declare):
     assert set(begun[0]) | set(begun[2]) <= set(begun[1])
 
 
-def test_the_rest_call_scales_what_has_a_fixed_number(http, url, dashboard, bodies):
+def test_the_rest_call_scales_a_fixed_count(http, url, dashboard, bodies):
     value = value_application("positive")
     with streaming(http, url, bodies):
         scale(dashboard, MAIN, "Base", 1)
@@ -137,6 +137,6 @@ def test_the_rest_call_scales_what_has_a_fixed_number(http, url, dashboard, bodi
         wait_for_replicas(value, "Value", 1)
 
 
-def test_the_rest_call_is_refused_where_load_decides(declare, dashboard):
+def test_the_rest_call_is_refused_with_autoscaling(declare, dashboard):
     with pytest.raises(httpx.HTTPStatusError, match="412"):
         scale(dashboard, BY_LOAD, "Base", 2)

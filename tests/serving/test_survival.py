@@ -1,4 +1,4 @@
-"""Replicas die in the middle of answers, and no client notices."""
+"""The death of a replica during an answer changes no token."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_killing_a_base_replica_changes_no_token(http, url, body):
     bodies = [{**body, "seed": seed, "guide_every": 1 + seed % 2} for seed in range(4)]
     # An answer that ends by a stop string looks for it across the move.
     bodies[0]["stop"] = whole_text(http, url, bodies[0])[90:94]
-    # One that follows sentences counts again what its tokens have earned.
+    # One with preferences sums the rewards of its tokens again.
     bodies[2]["preferences"] = bodies[3]["preferences"] = [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]
     expected = [whole_text(http, url, body) for body in bodies]
     victims = replica_pids("main", "Base")[:1]

@@ -19,7 +19,6 @@ from mavis_dist import LLM
 from mavis_dist.types import UserError
 from serve.gateway import api_keys
 from serve.gateway.api_keys import Keys
-from serve.gateway.middleware import Edge
 from tests.local import listening
 from tests.root import ROOT
 
@@ -217,7 +216,7 @@ def test_an_empty_pipe_is_no_question(capsys, monkeypatch):
 
 def test_a_service_asks_for_its_key_and_nobody_sees_it(capsys, monkeypatch, tmp_path, service):
     key = api_keys.add(tmp_path / "keys.json", "ann")
-    with listening(service.app(Edge(keys=Keys(tmp_path / "keys.json")))) as url:
+    with listening(service.app(Keys(tmp_path / "keys.json"))) as url:
         argv = ["?", "--url", url, "--max-tokens", "2"]
         monkeypatch.setattr(backends, "URL", url)
         for asked in (argv, ["?"]):

@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import count
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.base.fair_queue import RESERVED_S, FairQueue
@@ -59,6 +59,7 @@ class Model:
         return rows
 
 
+@settings(deadline=None)  # the cores may be busy with other tests
 @given(st.lists(Event, max_size=60))
 def test_rows_are_counted_exactly_and_none_is_lost(events):
     model = Model()
@@ -76,6 +77,7 @@ def test_rows_are_counted_exactly_and_none_is_lost(events):
     assert model.queue.head() is None
 
 
+@settings(deadline=None)  # the cores may be busy with other tests
 @given(st.lists(Event, max_size=60), st.integers(1, 5))
 def test_no_key_gets_ahead_of_a_waiting_one_by_more_than_a_request(events, num_waiting):
     model = Model()
@@ -93,6 +95,7 @@ def test_no_key_gets_ahead_of_a_waiting_one_by_more_than_a_request(events, num_w
         model.turn()
 
 
+@settings(deadline=None)  # the cores may be busy with other tests
 @given(st.lists(Event, max_size=60))
 def test_requests_of_one_key_keep_their_order(events):
     model, come = Model(), []
