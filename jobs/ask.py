@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", help="API key of the service (default: the environment variable MAVIS_API_KEY)")
     parser.add_argument("--seed", type=int, help="repeats an answer (default: random, printed)")
     parser.add_argument("--beta", type=_number, help="strength of the objectives (default: the service's or run's)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest answer (default: that of the value models' training)"
+    )
     parser.add_argument("--temperature", type=_number, help="0: the most likely tokens (default: 1)")
     parser.add_argument("--system", help="system text (default: the service's or run's)")
     return parser
@@ -72,11 +74,11 @@ def run(given: argparse.Namespace) -> None:
     for name in weights:
         if name not in backend.objectives:
             raise UserError(f"--weights: there is no objective {name!r}; available: {', '.join(backend.objectives)}")
+    trained = min(backend.objectives.values(), default=None)
+    max_tokens = trained if given.max_tokens is None else given.max_tokens
     for question in questions:
         seed = secrets.randbelow(10**6) if given.seed is None else given.seed
-        asked = Asked(
-            question, seed, weights, preferences, given.beta, given.max_tokens, given.temperature, given.system
-        )
+        asked = Asked(question, seed, weights, preferences, given.beta, max_tokens, given.temperature, given.system)
         try:
             answer(backend, asked, given.compare)
         except UserError as error:

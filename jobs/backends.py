@@ -60,7 +60,7 @@ Write = Callable[[str], None]
 class Backend:
     """A service or run that is ready to answer."""
 
-    objectives: tuple[str, ...]
+    objectives: Mapping[str, int]  # name -> longest answer that its value model was trained on, in tokens
     ask: Callable[[Asked, Write], Report]  # writes the answer piece by piece; raises UserError
 
 
@@ -106,7 +106,7 @@ def local(run: str) -> Backend:
             write(piece)
         return Report(stream.answer.divergence, stream.answer.values)
 
-    return Backend(llm.objectives, ask)
+    return Backend(llm.trained_tokens, ask)
 
 
 def service(url: str, key: str = "") -> Backend:
@@ -139,7 +139,8 @@ def service(url: str, key: str = "") -> Backend:
         raise NoService(str(error)) from None
     except (json.JSONDecodeError, KeyError, TypeError):
         raise NoService(f"{url} is not a service of mavis_dist: give the address of one") from None
-    objectives = tuple(one["id"] for one in call("GET", "/v1/objectives", HEALTH_S, read_json)["data"])
+    served = call("GET", "/v1/objectives", HEALTH_S, read_json)["data"]
+    objectives = {one["id"]: one["max_tokens"] for one in served}
 
     def ask(asked: Asked, write: Write) -> Report:
         def read(response: httpx.Response) -> Report:

@@ -113,6 +113,8 @@ class LLM:
         self._system, self._max_tokens = system, max_tokens
         self._steering = {"beta": beta, "tilt_cap": tilt_cap}
         self._ids = map(str, itertools.count())
+        # objective -> longest answer of its training, in tokens, where it is known; values of longer ones are guesses
+        self.trained_tokens: dict[str, int] = {}
 
     @classmethod
     def from_run(
@@ -138,9 +140,10 @@ class LLM:
         if not folders:
             raise StoreError(f"{store.root} is not a finished run, it has published no value model: run it to its end")
         base = load_base(config.base.model, dtype, device)
-        for folder in set(folders.values()):
-            load_card(folder).check(base.fingerprint, base.tokenizer_fingerprint)
-        return cls(
+        cards = {name: load_card(folder) for name, folder in folders.items()}
+        for card in cards.values():
+            card.check(base.fingerprint, base.tokenizer_fingerprint)
+        llm = cls(
             base,
             load_guide(folders, getattr(torch, dtype), device),
             system=config.base.system,
@@ -149,6 +152,8 @@ class LLM:
             max_tokens=config.serve.max_tokens,
             max_rows=max_rows or config.serve.rows,
         )
+        llm.trained_tokens = {name: card.max_tokens for name, card in cards.items()}
+        return llm
 
     @property
     def objectives(self) -> tuple[str, ...]:

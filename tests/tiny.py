@@ -17,6 +17,7 @@ from mavis_dist.store.files import Store
 from mavis_dist.types import RewardScale
 
 MODEL = "tiny-llama"
+LONGEST_ANSWER = 24  # of the trees behind `write_run`
 BOS, EOS = 0, 1
 # Printable ASCII, space and newline in byte-level spelling, and the two bytes of an e with an acute accent.
 ALPHABET = [chr(code) for code in range(0x21, 0x7F)] + ["Ġ", "Ċ", "Ã", "©"]
@@ -57,20 +58,23 @@ def write_base(folder: Path, eos_weight: float = 0.0) -> Path:
     return folder / MODEL
 
 
-def write_models(folder: Path, run: str, objectives: tuple[str, ...]) -> None:
-    """folder/tiny-llama, and folder/runs/{run} with iteration 0 of every objective published."""
+def write_models(folder: Path, run: str, objectives: tuple[str, ...], longest_answer: int = 400) -> None:
+    """folder/tiny-llama, and folder/runs/{run} with iteration 0 of every objective published.
+
+    `longest_answer` is that of the trees which the value models were trained on, in tokens.
+    """
     base = write_base(folder)
     loaded = load_base(str(base))
     store = Store(str(folder / "runs"), run)
     fingerprints = loaded.fingerprint, loaded.tokenizer_fingerprint
     for seed, objective in enumerate(objectives, 1):
         work, config = folder / "work" / objective, LlamaConfig.from_pretrained(base)
-        _publish(store, work, objective, 0, seed, config, *fingerprints)
+        _publish(store, work, objective, 0, seed, config, *fingerprints, longest_answer)
 
 
 def write_run(folder: Path, run: str, objectives: tuple[str, ...]) -> Path:
     """folder/runs/{run}: a finished run in single precision, as far as those who use its models can tell."""
-    write_models(folder, run, objectives)
+    write_models(folder, run, objectives, LONGEST_ANSWER)
     config = Config(
         run=run,
         storage=str(folder / "elsewhere"),  # runs may be moved
@@ -103,7 +107,9 @@ def always_one(prompts: list[str], answers: list[str]) -> list[float]:
     return [1.0 for _ in answers]
 
 
-def _publish(store, work, objective, iteration, seed, config, base_fingerprint, tokenizer_fingerprint) -> None:
+def _publish(
+    store, work, objective, iteration, seed, config, base_fingerprint, tokenizer_fingerprint, longest_answer=400
+) -> None:
     torch.manual_seed(seed)
     config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1})
     model = value.ValueModel(LlamaModel(config), 1)
@@ -116,7 +122,7 @@ def _publish(store, work, objective, iteration, seed, config, base_fingerprint, 
         parent=None,
         base_fingerprint=base_fingerprint,
         tokenizer_fingerprint=tokenizer_fingerprint,
-        max_tokens=400,
+        max_tokens=longest_answer,
         beta=1.0,
         r2=None,
     )

@@ -15,12 +15,13 @@ from fastapi import FastAPI
 
 from jobs import ask, backends
 from jobs.backends import Asked, Backend, Report, Write
-from mavis_dist import LLM
+from mavis_dist import LLM, Answer
 from mavis_dist.types import UserError
 from serve.gateway import api_keys
 from serve.gateway.api_keys import Keys
 from tests.local import listening
 from tests.root import ROOT
+from tests.tiny import LONGEST_ANSWER
 
 QUESTION = "How do I make good coffee?"
 STEERED = [QUESTION, "--weights", "positive=0.7,brief=0.3", "--seed", "1"]
@@ -39,6 +40,11 @@ def _alone(monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "URL", CLOSED)
     monkeypatch.setattr(backends, "RUN", str(tmp_path / "nowhere"))
     monkeypatch.delenv("MAVIS_API_KEY", raising=False)
+
+
+def chat(llm: LLM, *question, **options) -> Answer:
+    """As long as jobs.ask lets it be by default."""
+    return llm.chat(*question, **{"max_tokens": LONGEST_ANSWER, **options})
 
 
 def refused(capsys, *argv: str) -> str:
@@ -76,14 +82,14 @@ def place(request, finished_run, run_url) -> list[str]:
 def test_stdout_has_the_answer_of_service_and_run(capsys, place, llm, argv, options):
     ask.main([QUESTION, *place, "--seed", "1", *argv])
     out, err = capsys.readouterr()
-    expected = llm.chat(QUESTION, seed=1, temperature=0.0 if "--temperature" in argv else 1.0, **options)
+    expected = chat(llm, QUESTION, seed=1, temperature=0.0 if "--temperature" in argv else 1.0, **options)
     assert out == f"{expected.text}\n"
     assert err.endswith("seed 1]\n")
 
 
 def test_the_report_says_what_steering_cost_and_brought(capsys, place, llm):
     ask.main([*STEERED, *place])
-    answer = llm.chat(QUESTION, WEIGHTS, seed=1)
+    answer = chat(llm, QUESTION, WEIGHTS, seed=1)
     shown = {name: answer.values[name] for name in WEIGHTS}
     values = ", ".join(f"{name} {value:+.2f} sd" for name, value in shown.items())
     cost = f"steering cost {answer.divergence:.1f} nats"
@@ -97,8 +103,8 @@ def test_compared_answers_have_one_seed(capsys, place, llm):
     out, err = capsys.readouterr()
     assert err == ""
     seed = int(re.search(r"seed (\d+)\]\n$", out)[1])
-    base = llm.chat(QUESTION, seed=seed)
-    steered = llm.chat(QUESTION, WEIGHTS, preferences="Be odd.", seed=seed)
+    base = chat(llm, QUESTION, seed=seed)
+    steered = chat(llm, QUESTION, WEIGHTS, preferences="Be odd.", seed=seed)
     head = 'steered (positive 0.7, brief 0.3, "Be odd." 1)'
     blocks = f"base\n----\n{base.text}\n\n{head}\n{'-' * len(head)}\n{steered.text}\n\n[steering cost "
     assert out.startswith(blocks)
@@ -115,7 +121,7 @@ def test_pieces_are_shown_as_they_come(place):
 def test_without_a_place_the_service_answers_and_without_a_service_the_run(
     capsys, monkeypatch, finished_run, run_url, llm
 ):
-    expected = llm.chat(QUESTION, WEIGHTS, seed=1).text
+    expected = chat(llm, QUESTION, WEIGHTS, seed=1).text
     monkeypatch.setattr(backends, "RUN", str(finished_run))
     ask.main(STEERED)
     out, err = capsys.readouterr()
@@ -130,7 +136,7 @@ def test_without_a_place_the_service_answers_and_without_a_service_the_run(
 def test_a_question_may_come_through_a_pipe(capsys, monkeypatch, run_url, llm):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n"))
     ask.main([*STEERED[1:], "--url", run_url])
-    assert capsys.readouterr().out == f"{llm.chat(QUESTION, WEIGHTS, seed=1).text}\n"
+    assert capsys.readouterr().out == f"{chat(llm, QUESTION, WEIGHTS, seed=1).text}\n"
 
 
 def test_questions_may_be_typed_one_after_another(capsys, monkeypatch, run_url, llm):
@@ -148,7 +154,7 @@ def test_questions_may_be_typed_one_after_another(capsys, monkeypatch, run_url, 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     ask.main([*STEERED[1:], "--url", run_url])
     out, err = capsys.readouterr()
-    assert out == "".join(f"{llm.chat(question, WEIGHTS, seed=1).text}\n" for question in (QUESTION, "Why?")) + "\n"
+    assert out == "".join(f"{chat(llm, question, WEIGHTS, seed=1).text}\n" for question in (QUESTION, "Why?")) + "\n"
     assert "error: messages: has" in err
 
 
@@ -157,7 +163,7 @@ def test_what_a_model_generates_does_not_steer_the_terminal(capsys):
         write("a\x1b[2Jb\n\tc\x07\x85é\u200d")
         return Report(None, {})
 
-    ask.answer(Backend((), backend), Asked("?", 1, {}, {}))
+    ask.answer(Backend({}, backend), Asked("?", 1, {}, {}))
     assert capsys.readouterr().out == "a[2Jb\n\tcé\u200d\n"
 
 
@@ -240,7 +246,7 @@ def test_an_interrupt_and_a_closed_pipe_end_it_quietly(capfd, monkeypatch, end):
     def backend(asked: Asked, write: Write) -> Report:
         raise end
 
-    monkeypatch.setattr(backends, "choose", lambda *_: Backend((), backend))
+    monkeypatch.setattr(backends, "choose", lambda *_: Backend({}, backend))
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     with pytest.raises(SystemExit) as caught:
         ask.main(["?"])
