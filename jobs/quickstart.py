@@ -39,16 +39,17 @@ def run(config: Config) -> None:
     sweep = pipeline.run(config)
     print(f"\n{table(sweep)}\n")
 
+    names = list(config.objectives)
+    mixed = [{name: 1 / len(names) for name in names}] if len(names) > 1 else []
+    weights = [{}, *({name: 1.0} for name in names), *mixed]
     # All requests come from this machine: on loopback no other can send any, and no key is needed.
     local = config.serve.model_copy(update={"host": "127.0.0.1", "keys": None})
-    url = deploy(config.model_copy(update={"serve": local}))
-    try:
-        names = list(config.objectives)
-        mixed = [{name: 1 / len(names) for name in names}] if len(names) > 1 else []
-        weights = [{}, *({name: 1.0} for name in names), *mixed]
-        answers = [ask(url, config, w) for w in weights]
-    finally:
-        undeploy()
+    with cluster.stop_on_signals():
+        try:
+            url = deploy(config.model_copy(update={"serve": local}))
+            answers = [ask(url, config, w) for w in weights]
+        finally:
+            undeploy()
     print(f"The same question and seed over HTTP under {len(answers)} settings of objective_weights\n{QUESTION}\n")
     print(side_by_side([_describe(w) for w in weights], answers))
     root = Store(config.storage, config.run).root

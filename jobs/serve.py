@@ -1,4 +1,4 @@
-"""Serve the published value models of a run over HTTP until Ctrl-C.
+"""Serve the published value models of a run over HTTP until Ctrl-C or SIGTERM.
 
 python -m jobs.serve --config jobs/configs/quickstart.yaml [dotted.key=value ...]
 
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+import time
 from contextlib import suppress
 
 from jobs import arguments
 from mavis_dist.config import Config
+from mavis_dist.types import Stopped
+
+POLL_S = 0.2
 
 
 def main() -> None:
@@ -27,12 +30,14 @@ def run(config: Config) -> None:
     from serve.app import deploy, undeploy
 
     cluster.connect()
-    try:
-        print(example(config, deploy(with_keys(config))), flush=True)
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
-    finally:
-        undeploy()
+    with cluster.stop_on_signals(), suppress(Stopped):
+        try:
+            print(example(config, deploy(with_keys(config))), flush=True)
+            while True:
+                cluster.check_stop()
+                time.sleep(POLL_S)
+        finally:
+            undeploy()
 
 
 def with_keys(config: Config) -> Config:

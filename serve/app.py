@@ -155,6 +155,7 @@ def _answers(url: str) -> str | None:
 def _wait(problem: Callable[[], str | None], limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
     while (waiting := problem()) is not None:
+        cluster.check_stop()
         if time.monotonic() > deadline:
             raise DeployError(f"not ready after {limit_s:g} s: {waiting}")
         time.sleep(0.2)

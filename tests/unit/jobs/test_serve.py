@@ -1,0 +1,41 @@
+"""How a service ends that a terminal or a process manager started."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+
+from jobs import serve as job
+from mavis_dist import cluster, config
+from serve import app
+
+CONFIG = config.parse({"run": "r", "objectives": {"brief": {"reward": "brevity"}}})
+
+
+@pytest.fixture
+def undeployed(monkeypatch) -> list[str]:
+    """Grows by an entry when the applications are deleted."""
+    calls: list[str] = []
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(app, "undeploy", lambda: calls.append("undeployed"))
+    return calls
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_deletes_the_applications_and_ends_without_an_error(monkeypatch, undeployed, number):
+    monkeypatch.setattr(app, "deploy", lambda config: "http://127.0.0.1:1")
+    threading.Timer(0.3, signal.raise_signal, [number]).start()
+    job.run(CONFIG)
+    assert undeployed == ["undeployed"]
+
+
+def test_a_signal_ends_a_deployment_that_is_not_ready(monkeypatch, undeployed):
+    monkeypatch.setattr(app, "deploy", lambda config: app._wait(lambda: "value-brief: deploying", 60))
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGTERM]).start()
+    began = time.monotonic()
+    job.run(CONFIG)
+    assert undeployed == ["undeployed"]
+    assert time.monotonic() - began < 30
