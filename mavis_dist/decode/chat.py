@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from mavis_dist.decode.preferences import Preference
 from mavis_dist.models.load import chat_ids
 from mavis_dist.types import NEUTRAL_SYSTEM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def chat_prompts(

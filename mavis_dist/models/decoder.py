@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mavis_dist.models.directory import ModelError
@@ -19,6 +18,9 @@ from mavis_dist.models.fused import FULL, WINDOWED, FusedDecoder, layer_types, l
 from mavis_dist.models.kv import Decoder, KVLayer, Step
 from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def base_decoder(model: Any, use_hf_forward: bool = False) -> Decoder:

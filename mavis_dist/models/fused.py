@@ -11,15 +11,17 @@ size, B rows, T tokens of the longest row, S visible cells, O outputs of the hea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 
 from mavis_dist.models.kv import KVLayer, Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PACKED_FOR_ROWS = 64  # a hint to the kernel; any number of rows works
 FAMILY = ("llama", "mistral", "qwen2")

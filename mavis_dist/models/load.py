@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_dist.models.directory import (
     ModelError,
@@ -21,6 +20,9 @@ from mavis_dist.models.directory import (
 )
 from mavis_dist.models.fetch import fetch
 from mavis_dist.types import NEUTRAL_SYSTEM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "PLAIN_TEMPLATE",
@@ -69,6 +71,8 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseMod
     Raises:
         ModelError: naming the model or file and the remedy.
     """
+    from transformers import AutoModelForCausalLM  # here: processes that load no model start seconds sooner
+
     directory = fetch(name)
     fingerprint = fingerprint_model(directory)
     check_seal(directory, fingerprint)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from mavis_dist.models.directory import quiet
 from mavis_dist.types import R2_KEY, RewardScale, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CARD_FILE = "mavis.json"
 
@@ -112,6 +114,8 @@ class Heads(nn.Linear):
 
 def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> ValueModel:
     """The first `layers` layers of the decoder in `folder` (None: all), with zero heads."""
+    from transformers import AutoConfig, AutoModel
+
     config = AutoConfig.from_pretrained(folder)
     available = config.num_hidden_layers
     if layers is not None and layers > available:
@@ -163,6 +167,8 @@ def parse_card(content: bytes, file: str) -> Card:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[ValueModel, Card]:
     """A value model ready for use; raises ValueModelError if any file or tensor is missing or damaged."""
+    from transformers import AutoConfig, AutoModel
+
     card = load_card(folder)
     try:
         config = AutoConfig.from_pretrained(folder)

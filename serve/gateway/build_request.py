@@ -9,8 +9,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
 from mavis_dist.decode import (
     PRESETS,
     Preference,
@@ -32,8 +30,10 @@ from serve.gateway.write_response import Completion
 from serve.messages import OpenStream
 from serve.settings import MainArgs
 
-if TYPE_CHECKING:  # its module imports Ray
-    from serve.metrics import Record
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from serve.metrics import Record  # its module imports Ray
 
 
 class Completions:

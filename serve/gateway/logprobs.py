@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mavis_dist.decode import Candidate, TokenLogprobs
 from mavis_dist.decode.text import REPLACEMENT, StoppedText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Json = dict[str, Any]
 _BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # how byte-level vocabularies spell bytes

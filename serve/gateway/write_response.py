@@ -9,9 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
-from typing import Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Protocol
 
 from mavis_dist.decode import Choice, Request
 from mavis_dist.decode.request import stream_of
@@ -20,6 +18,9 @@ from serve.gateway.failover import Piece
 from serve.gateway.logprobs import Alignment, LogprobEntry, Speller, chat_logprobs, text_logprobs
 from serve.gateway.protocol import DONE, TEXT, ApiError, GenerationRequest, Json, Preference, Shape, event, usage
 from serve.messages import Admission, AnswerFailed, AnswerLate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class OpenAnswer(Protocol):
