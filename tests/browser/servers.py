@@ -184,7 +184,7 @@ def scripted_app(script: Script) -> FastAPI:
             script.play(script.steered if is_steered else script.base), media_type="text/event-stream"
         )
 
-    app.mount("/", create_api("played", cast(Completions, None), cast(Registry, script), load))
+    app.mount("/", create_api(args_of("played"), cast(Completions, None), cast(Registry, script), load))
     return app
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -198,3 +200,24 @@ def test_ray_never_loads_before_token_mode_is_set(module: str) -> None:
         f"import {module}",
         "sys.exit('ray was never imported')",
     )
+
+
+PATHS_OF_A_RUN = re.compile(  # those of the gate are spelt as its request ids are
+    r"^(rollouts|labels|values|distilled|train|eval)/|^(run\.yaml|stages\.json|report\.html)$|published\.json"
+)
+
+
+@pytest.mark.parametrize("path", files("mavis_dist", "serve", "jobs"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_layout_knows_where_things_lie_in_a_run(path: Path) -> None:
+    if path == ROOT / "mavis_dist/store/layout.py":
+        return
+    tree = ast.parse(path.read_text())
+    parts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    templates = {name for node in ast.walk(tree) if isinstance(node, ast.Call) for name in package_files(node)}
+    assert not [node.value for node in parts if PATHS_OF_A_RUN.search(node.value) and node.value not in templates]
+
+
+def package_files(call: ast.Call) -> Iterator[str]:
+    """Names of files beside the code, which `importlib.resources` reads."""
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "joinpath":
+        yield from (arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))

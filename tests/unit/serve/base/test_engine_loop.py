@@ -132,6 +132,16 @@ class Failing(Engine):
         return super().step()
 
 
+def test_a_request_is_validated_once_on_its_way_into_the_engine(monkeypatch):
+    seen, validate = [], Engine.validate
+    monkeypatch.setattr(Engine, "validate", lambda self, request: seen.append(request.id) or validate(self, request))
+    loop, updates = EngineLoop(make_engine()), queue.Queue()
+    loop.submit(make_request(), updates.put)
+    assert collect(updates) == expected_tokens(make_request("other"))
+    loop.stop()
+    assert seen == ["r", "other"]
+
+
 def test_a_failing_step_ends_open_answers_with_its_reason_and_the_engine_continues():
     engine = Failing(tiny_base(), LocalGuide({"good": tiny_value(1)}))
     engine.failures = 1
