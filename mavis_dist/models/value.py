@@ -138,8 +138,7 @@ def save(model: ValueModel, card: Card, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.backbone.config.save_pretrained(folder)
     save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    stored = asdict(card)
-    stored[R2_KEY] = stored.pop("r2")
+    stored = {R2_KEY if name == "r2" else name: value for name, value in asdict(card).items()}
     (folder / CARD_FILE).write_text(json.dumps(stored, indent=1))
 
 
