@@ -128,6 +128,8 @@ class LocalGuide:
         self._arrange(kept, predicted)
 
     def _arrange(self, objectives: tuple[str, ...], predicted: tuple[str, ...]) -> None:
+        # By name: sums over objectives must not depend on the order in which models were loaded.
+        objectives, predicted = tuple(sorted(objectives)), tuple(sorted(predicted))
         for trunk in self._trunks:
             trunk.arrange(objectives)
         self._objectives, self._predicted = objectives, predicted  # replaced, not changed: other threads read them

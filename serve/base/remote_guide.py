@@ -87,6 +87,8 @@ class RemoteGuide:
         """Add objectives, between two steps of the engine."""
         assert not self._channels.keys() & set(objectives)
         self._channels |= {name: self._new_channels(name) for name in objectives}
+        # By name: sums over objectives must not depend on the order in which models were loaded.
+        self._channels = dict(sorted(self._channels.items()))
         self._objectives = tuple(self._channels)
 
     def remove(self, objectives: Collection[str]) -> None:

@@ -141,6 +141,22 @@ def test_versions_of_one_objective_can_be_used_at_once():
         assert_same(choice, alone)
 
 
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_the_order_in_which_objectives_arrive_changes_no_bit(kind):
+    """Sums of floating-point numbers depend on their order: replicas that load models in another one must agree."""
+    names = ["a@i0", "a@i1", "b@i0", "a@d5"]
+    weights = {name: 1 / (3 + k) for k, name in enumerate(names)}
+    request = Request("r", (1, 5, 6), weights, beta=6.0, scorer=Scorer.FULL, params=SamplingParams(12, seed=2))
+    found = []
+    for order in (names, names[::-1], names[2:] + names[:2]):
+        guide = LocalGuide({}) if kind == "local" else RemoteGuide((), InProcess())
+        for name in order:
+            guide.add({name: MODELS[name]})
+        [[choice]] = Engine(BASE, guide).generate([request])
+        found.append((choice.tokens, choice.logratios, choice.divergences))
+    assert found[0] == found[1] == found[2]
+
+
 def test_heads_added_one_by_one_share_their_model():
     guide = LocalGuide({"a@d5": MODELS["a@d5"]})
     guide.add({"b@d5": MODELS["b@d5"], "b@i0": MODELS["b@i0"]})
