@@ -108,7 +108,15 @@ def always_one(prompts: list[str], answers: list[str]) -> list[float]:
 
 
 def _publish(
-    store, work, objective, iteration, seed, config, base_fingerprint, tokenizer_fingerprint, longest_answer=400
+    store: Store,
+    work: Path,
+    objective: str,
+    iteration: int,
+    seed: int,
+    config: LlamaConfig,
+    base_fingerprint: str,
+    tokenizer_fingerprint: str,
+    longest_answer: int = 400,
 ) -> None:
     torch.manual_seed(seed)
     config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1})
