@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
@@ -103,18 +104,19 @@ class LLM:
         tilt_cap: float | None = STEER.tilt_cap,
         max_tokens: int = SERVE.max_tokens,
         max_rows: int = SERVE.rows,
+        trained_tokens: Mapping[str, int] = MappingProxyType({}),
     ):
         """
         Args:
             max_tokens: longest answer to a question that sets no limit of its own.
             max_rows: rows decoded at the same time: one per answer, one more for each of its preferences.
+            trained_tokens: objective -> longest answer of its training, where known; values of longer ones are guesses.
         """
         self._engine = Engine(base, guide, max_rows)
         self._system, self._max_tokens = system, max_tokens
         self._steering = {"beta": beta, "tilt_cap": tilt_cap}
         self._ids = map(str, itertools.count())
-        # objective -> longest answer of its training, in tokens, where it is known; values of longer ones are guesses
-        self.trained_tokens: dict[str, int] = {}
+        self.trained_tokens = dict(trained_tokens)
 
     @classmethod
     def from_run(
@@ -143,7 +145,7 @@ class LLM:
         cards = {name: load_card(folder) for name, folder in folders.items()}
         for card in cards.values():
             card.check(base.fingerprint, base.tokenizer_fingerprint)
-        llm = cls(
+        return cls(
             base,
             load_guide(folders, getattr(torch, dtype), device),
             system=config.base.system,
@@ -151,9 +153,8 @@ class LLM:
             tilt_cap=config.steer.tilt_cap,
             max_tokens=config.serve.max_tokens,
             max_rows=max_rows or config.serve.rows,
+            trained_tokens={name: card.max_tokens for name, card in cards.items()},
         )
-        llm.trained_tokens = {name: card.max_tokens for name, card in cards.items()}
-        return llm
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def check_same_run(store: Store, config: Config) -> None:
     """Raises StoreError or ConfigError for a config that would mix its results with those of another."""
     remedy = f"restore {store.root}/run.yaml, or choose another name with run=NAME"
     if not store.exists(layout.CONFIG_FILE):
-        if store.exists("rollouts"):
+        if store.exists(layout.ROLLOUTS):
             raise StoreError(f"the run has results but its config run.yaml is missing: {remedy}")
         return
     text = store.read_bytes(layout.CONFIG_FILE).decode(errors="replace")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import mavis_dist.environment  # noqa: F401  the same OpenMP waiting as in the actors
 from benchmarks.common import figures
 from jobs.arguments import refusing
+from mavis_dist.tables import text_table
 
 Scale = TypeVar("Scale")
 
@@ -73,12 +74,8 @@ def add_page_only(parser: argparse.ArgumentParser) -> None:
 def table(head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
     """Names in the first column, figures right-aligned in the others."""
     cells = [list(head), *([format_figure(figure) for figure in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return text_table(cells[0], cells[1:], [first, *(width + 2 for width in others)])
 
 
 def headline_table(headline: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ class LocalModelLoader(ModelLoader):
     _guide: LocalGuide
 
     def begin(self) -> None:
-        with self.cache.hold(sorted(self._published())) as loads:
+        with self.cache.hold(self._published()) as loads:
             failures = [load.exception() for load in loads]
         if failures and all(failures):
             raise failures[0]  # type: ignore[misc]
@@ -128,7 +128,7 @@ class RemoteModelLoader(ModelLoader):
     def begin(self) -> None:
         """Checks the cards only: value replicas may start later than base replicas."""
         failures: list[Unavailable | None] = []
-        for version in sorted(self._published()):
+        for version in self._published():
             try:
                 self._check(values.folder_of(version))
             except UserError as error:
