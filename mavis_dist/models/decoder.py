@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mavis_dist.models.cache import Decoder, KVCache, Step
 from mavis_dist.models.directory import ModelError
 from mavis_dist.models.fused import FULL, WINDOWED, FusedDecoder, layer_types, linear_head
-from mavis_dist.models.kv import Decoder, KVLayer, Step
 from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
 
@@ -57,9 +57,9 @@ class HFDecoder:
         """
         self._backbone, self._forward, self._layer_types = backbone, forward, _supported_layer_types(backbone)
         self.device = backbone.device
-        self.layers = [KVLayer() for _ in range(backbone.config.num_hidden_layers)]
-        self._cached = [_HFCacheLayer(layer) for layer in self.layers]
-        self._cache = Cache(layers=list(self._cached))
+        self.cache = KVCache(backbone.config.num_hidden_layers)
+        self._cached = [_HFCacheLayer(self.cache, layer) for layer in range(self.cache.num_layers)]
+        self._hf_cache = Cache(layers=list(self._cached))
 
     def step(self, step: Step) -> torch.Tensor:
         for layer in self._cached:
@@ -70,7 +70,7 @@ class HFDecoder:
             input_ids=step.pad(step.tokens_N),
             position_ids=step.pad(step.positions_N),
             attention_mask=self._masks(step),
-            past_key_values=self._cache,
+            past_key_values=self._hf_cache,
             use_cache=True,
         )
         return step.unpad(out_BTO)[step.read_R] if is_read else torch.empty(0, 0, device=self.device)
@@ -106,9 +106,9 @@ def _supported_layer_types(backbone: PreTrainedModel) -> set[str]:
 class _HFCacheLayer(CacheLayerMixin):
     """A layer of the slot cache behind the interface of transformers' caches."""
 
-    def __init__(self, layer: KVLayer):
+    def __init__(self, cache: KVCache, layer: int):
         super().__init__()
-        self._layer = layer
+        self._cache, self._layer = cache, layer
         self.step: Step | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -117,7 +117,7 @@ class _HFCacheLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         assert self.step is not None
         keys_NHD, values_NHD = (self.step.unpad(x.transpose(1, 2)) for x in (key_states, value_states))
-        return self._layer.write(self.step, keys_NHD, values_NHD)
+        return self._cache.write(self._layer, self.step, keys_NHD, values_NHD)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         assert self.step is not None

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mavis_dist.models.kv import KVLayer, Step
+from mavis_dist.models.cache import KVCache, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ class FusedDecoder:
         )
         self._group = backbone.config.num_attention_heads // backbone.config.num_key_value_heads
         self._blocks = _shared(backbone, lambda: [_Block(layer, backbone.config) for layer in model.layers])
-        self.layers = [KVLayer() for _ in self._blocks]
+        self.cache = KVCache(len(self._blocks), self._blocks[0].example)
         self.device = backbone.device
 
     @staticmethod
@@ -61,8 +61,8 @@ class FusedDecoder:
         cos_1ND, sin_1ND = self._rotary(x_NC, step.positions_N[None])
         cos_N1D, sin_N1D = cos_1ND[0][:, None], sin_1ND[0][:, None]
         mask_B1QS = step.mask_BTS[:, None].repeat_interleave(self._group, 2)
-        for block, layer in zip(self._blocks, self.layers, strict=True):
-            x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, layer, step)
+        for layer, block in enumerate(self._blocks):
+            x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, self.cache, layer, step)
         return self._head(self._norm(x_NC[step.read_R]))
 
 
@@ -91,6 +91,7 @@ class _Block:
             config.num_key_value_heads,
             attention.head_dim,
         )
+        self.example = attention.k_proj.weight.new_empty(self._num_kv, self._size)  # of a token's keys
         self._qkv = Linear(attention.q_proj, attention.k_proj, attention.v_proj)
         self._out = Linear(attention.o_proj)
         self._gate_up, self._down = Linear(mlp.gate_proj, mlp.up_proj), Linear(mlp.down_proj)
@@ -102,13 +103,14 @@ class _Block:
         cos_N1D: torch.Tensor,
         sin_N1D: torch.Tensor,
         mask_B1QS: torch.Tensor,
-        layer: KVLayer,
+        cache: KVCache,
+        layer: int,
         step: Step,
     ) -> torch.Tensor:
         qkv_NHD = self._qkv(self._norm_1(x_NC)).unflatten(-1, (-1, self._size))
         rotated_NHD = _rotate(qkv_NHD[:, : self._num_heads + self._num_kv], cos_N1D, sin_N1D)
-        keys_BKSD, values_BKSD = layer.write(
-            step, rotated_NHD[:, self._num_heads :], qkv_NHD[:, self._num_heads + self._num_kv :]
+        keys_BKSD, values_BKSD = cache.write(
+            layer, step, rotated_NHD[:, self._num_heads :], qkv_NHD[:, self._num_heads + self._num_kv :]
         )
         mixed_NC = self._attend(rotated_NHD[:, : self._num_heads], keys_BKSD, values_BKSD, mask_B1QS, step)
         x_NC = x_NC + self._out(mixed_NC)

@@ -1,170 +1,52 @@
 """Rows of different lengths in one batch, which can be opened, forked, extended, branched and closed at any time.
 
-`SlotModel` tracks which row occupies which slot of the key-value cache, and its length. A `Decoder` does the arithmetic
-in one call, `step`. The rows in use always occupy the first slots, so that a step over all of them uses views without
-copying.
+`SlotModel` tracks which row occupies which slot of the key-value cache, and its length: on the host to plan the passes,
+and on the device so that a pass copies nothing there but the new tokens. A `Decoder` does the arithmetic in one call,
+`step`. The rows in use always occupy the first slots, so that a step over all of them uses views without copying.
 
-Shapes: B rows, N tokens of all rows, concatenated, T tokens of the longest row, S visible cells, R tokens whose outputs
-are read, O outputs of the model's head.
+Shapes: B rows, C tokens of the caller, N tokens of a forward pass, Z slots, R tokens whose outputs are read, O outputs
+of the model's head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 
+from mavis_dist.models.cache import Decoder, KVCache, Layout, Step
+
+__all__ = ["Decoder", "KVCache", "Layout", "SlotModel", "Step", "bucket"]
+
 SLOTS_PER_GROWTH, CELLS_PER_GROWTH = 8, 64
+MAX_LAYOUTS = 64  # kept: a caller asks for few while its rows stay the same
 
 
-@dataclass(frozen=True)
-class Step:
-    """The tokens of one forward pass, grouped by row, rows in the order of their slots.
-
-    A token at position p attends to the first p cells of its slot and to its own cell. That is causal attention when
-    tokens are appended (cell = position), and isolates alternatives from each other (same position, a cell each).
+def bucket(count: int) -> int:
+    """The number of rows, at least `count`, that batches of similar size share: at most a third of them is empty above
+    16 rows, and there are few sizes to record a graph of.
     """
-
-    slots: Sequence[int]  # of each row, ascending
-    counts: Sequence[int]  # tokens of each row
-    tokens_N: torch.Tensor
-    positions_N: torch.Tensor
-    cells_N: torch.Tensor
-    read_R: torch.Tensor  # indices of the tokens whose outputs are read
-    num_visible: int
-    num_cells: int  # of a slot
-
-    @cached_property
-    def is_rectangular(self) -> bool:
-        return min(self.counts) == max(self.counts)
-
-    @cached_property
-    def row_N(self) -> torch.Tensor:
-        """The row of each token: b of its slot."""
-        counts_B = torch.tensor(self.counts, device=self.tokens_N.device)
-        return torch.arange(len(self.counts), device=counts_B.device).repeat_interleave(counts_B)
-
-    @cached_property
-    def column_N(self) -> torch.Tensor:
-        """The index of each token within its row."""
-        counts_B = torch.tensor(self.counts, device=self.tokens_N.device)
-        starts_B = counts_B.cumsum(0) - counts_B
-        return torch.arange(len(self.tokens_N), device=counts_B.device) - starts_B[self.row_N]
-
-    @cached_property
-    def place_N(self) -> torch.Tensor:
-        """The cell of each token, numbered over all slots."""
-        slot_N = torch.tensor(self.slots, device=self.tokens_N.device)[self.row_N]
-        return slot_N * self.num_cells + self.cells_N
-
-    @cached_property
-    def slot_index(self) -> slice | torch.Tensor:
-        """Selects the rows' slots: a view where they are contiguous."""
-        if self.slots[-1] - self.slots[0] + 1 == len(self.slots):
-            return slice(self.slots[0], self.slots[-1] + 1)
-        return torch.tensor(self.slots, device=self.tokens_N.device)
-
-    @cached_property
-    def mask_BTS(self) -> torch.Tensor:
-        """The cells that each token attends to; padding attends to the first."""
-        cell_S = torch.arange(self.num_visible, device=self.tokens_N.device)
-        positions_BT, cells_BT = self.pad(self.positions_N), self.pad(self.cells_N)
-        return (cell_S < positions_BT[:, :, None]) | (cell_S == cells_BT[:, :, None])
-
-    def windowed_mask_BTS(self, window: int) -> torch.Tensor:
-        """The cells that each token attends to among the last `window` tokens, itself included."""
-        cell_S = torch.arange(self.num_visible, device=self.tokens_N.device)
-        return self.mask_BTS & (cell_S > self.pad(self.positions_N)[:, :, None] - window)
-
-    def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, ...] -> [B, T, ...], shorter rows padded with zeros at the end."""
-        shape = (len(self.counts), max(self.counts), *x.shape[1:])
-        if self.is_rectangular:
-            return x.reshape(shape)
-        padded = x.new_zeros(shape)
-        padded[self.row_N, self.column_N] = x
-        return padded
-
-    def unpad(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, ...] -> [N, ...]."""
-        return x.flatten(0, 1) if self.is_rectangular else x[self.row_N, self.column_N]
-
-
-class KVLayer:
-    """Keys and values of one layer: [slots, cells, heads, head size], allocated at the first write."""
-
-    def __init__(self) -> None:
-        self._num_slots, self._num_cells = 0, 0
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
-
-    def write(self, step: Step, keys_NHD: torch.Tensor, values_NHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the step's keys and values; returns all visible ones of its rows, [B, H, S, D] each."""
-        if self._keys is None or self._values is None:
-            self._keys, self._values = self._empty(keys_NHD), self._empty(values_NHD)
-        seen = []
-        for store, new in ((self._keys, keys_NHD), (self._values, values_NHD)):
-            store.flatten(0, 1).index_copy_(0, step.place_N, new)
-            seen.append(store[step.slot_index, : step.num_visible].transpose(1, 2))
-        return seen[0], seen[1]
-
-    def resize(self, num_slots: int, num_cells: int) -> None:
-        self._num_slots, self._num_cells = num_slots, num_cells
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = self._grown(self._keys), self._grown(self._values)
-
-    def clear(self) -> None:
-        """Free the memory."""
-        self._keys = self._values = None
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first cells of a slot to another and zero the rest: masked cells that are nan still spoil sums."""
-        for store in (self._keys, self._values):
-            if store is not None:
-                store[target, :length] = store[source, :length]
-                store[target, length:] = 0
-
-    def move_cells(self, slots_B: torch.Tensor, source_B: torch.Tensor, target_B: torch.Tensor) -> None:
-        for store in (self._keys, self._values):
-            assert store is not None
-            store[slots_B, target_B] = store[slots_B, source_B]
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_zeros(self._num_slots, self._num_cells, *like.shape[-2:])
-
-    def _grown(self, old: torch.Tensor) -> torch.Tensor:
-        new = self._empty(old)
-        new[: old.shape[0], : old.shape[1]] = old
-        return new
-
-
-class Decoder(Protocol):
-    """A model with its keys and values by slots: the part that one process, or a group in lockstep, computes.
-
-    `step` returns the outputs [R, O] of the tokens that are read, in the order of `step.read_R`, and stores the keys
-    and values of all tokens.
-    """
-
-    layers: list[KVLayer]
-    device: torch.device
-
-    def step(self, step: Step) -> torch.Tensor: ...
+    power = 1 << max(count - 1, 0).bit_length()
+    return next(size for size in (power // 2 + power // 4, power) if size >= count and (size > 16 or size == power))
 
 
 class SlotModel:
     """A decoder with its rows. The caller numbers the rows and keeps their tokens."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, static_shapes: bool | None = None):
+        """`static_shapes`: the shapes of `append`, `branch` and `keep` depend on buckets only, so that a device can
+        replay them; passes then cover more tokens than needed. None: on all devices but CPUs.
+        """
         self._decoder, self._device = decoder, decoder.device
+        self._is_static = decoder.device.type != "cpu" if static_shapes is None else static_shapes
         self._num_slots, self._num_cells = 0, 0
         self._slot_of: dict[int, int] = {}
         self._rows: list[int] = []  # slot -> row
         self._lengths: list[int] = []  # slot -> tokens in the cache
         self._branched: list[int] = []  # slot -> alternatives in the cells after those
+        self._length_Z, self._branched_Z = self._zeros(0), self._zeros(0)  # the same on the device
+        self._layouts: dict[tuple[tuple[int, ...], tuple[int, ...]], Layout] = {}
 
     def __contains__(self, row: int) -> bool:
         return row in self._slot_of
@@ -184,30 +66,33 @@ class SlotModel:
         assert row not in self._slot_of
         slot = len(self._rows)
         if slot == self._num_slots:
-            self._resize(slot + SLOTS_PER_GROWTH, self._num_cells)
+            self._resize(self._slots_for(slot + 1), self._num_cells)
+        origin, length = slot, 0
+        if source is not None and source in self._slot_of:
+            origin, length = self._slot_of[source], min(shared, self.length(source))
         self._slot_of[row] = slot
         self._rows.append(row)
-        self._lengths.append(0)
+        self._lengths.append(length)
         self._branched.append(0)
-        origin = slot
-        if source is not None and source in self._slot_of:
-            origin, self._lengths[slot] = self._slot_of[source], min(shared, self.length(source))
-        for layer in self._decoder.layers:
-            layer.copy(origin, slot, self._lengths[slot])
-        return self._lengths[slot]
+        self._length_Z[slot], self._branched_Z[slot] = length, 0
+        self._decoder.cache.copy(origin, slot, length)
+        self._layouts.clear()
+        return length
 
     @torch.inference_mode()
     def close(self, row: int) -> None:
         """Free a row; the row in the last slot moves into its place."""
         slot, last = self._slot_of.pop(row), len(self._rows) - 1
         if slot != last:
-            for layer in self._decoder.layers:
-                layer.copy(last, slot, self._lengths[last] + self._branched[last])
+            self._decoder.cache.copy(last, slot, self._lengths[last] + self._branched[last])
             for column in (self._rows, self._lengths, self._branched):
                 column[slot] = column[last]
+            self._length_Z[slot], self._branched_Z[slot] = self._lengths[slot], self._branched[slot]
             self._slot_of[self._rows[slot]] = slot
         for column in (self._rows, self._lengths, self._branched):
             column.pop()
+        self._length_Z[last], self._branched_Z[last] = 0, 0
+        self._layouts.clear()
         if not self._rows:
             self._clear()
 
@@ -219,87 +104,125 @@ class SlotModel:
         row. None: at the last one.
         """
         counts = [len(t) for t in tokens]
-        flat = [token for row_tokens in tokens for token in row_tokens]
-        positions = [
-            p for row, n in zip(rows, counts, strict=True) for p in range(self.length(row), self.length(row) + n)
-        ]
-        tokens_N, positions_N = (torch.tensor(x, device=self._device) for x in (flat, positions))
+        layout = self._exact_layout(rows, counts)
         ends = accumulate(counts)
         read = [n for end, num in zip(ends, num_read or [1] * len(rows), strict=True) for n in range(end - num, end)]
-        read_R = torch.tensor(read, dtype=torch.long, device=self._device)
-        out_RO = self._step(rows, counts, tokens_N, positions_N, positions_N, read_R)
-        for row, count in zip(rows, counts, strict=True):
-            self._append(row, count)
-        return out_RO
+        flat_C = torch.tensor([token for row_tokens in tokens for token in row_tokens], device=self._device)
+        return self._append(layout, rows, counts, flat_C, layout.read_C[torch.tensor(read, dtype=torch.long)])
 
     @torch.inference_mode()
-    def branch(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
-        """The head's outputs [N, O] for alternative next tokens, `counts[b]` of row b, grouped by row.
+    def append(self, rows: Sequence[int], tokens_B: torch.Tensor) -> torch.Tensor:
+        """Append one token to each row; the head's outputs [B, O]. Rows that are not here have undefined outputs."""
+        counts = [1] * len(rows)
+        layout = self.layout(rows, counts)
+        return self._append(layout, rows, counts, tokens_B, layout.read_C)
+
+    @torch.inference_mode()
+    def branch(self, rows: Sequence[int], counts: Sequence[int], candidates_C: torch.Tensor) -> torch.Tensor:
+        """The head's outputs [C, O] for alternative next tokens, `counts[b]` of row b, grouped by row.
 
         An alternative attends only to its row and itself. Alternatives of several calls accumulate until one is kept or
-        the row is extended.
+        the row is extended. Rows that are not here have undefined outputs.
         """
-        slots = [self._slot_of[row] for row in rows]
-        counts_B = torch.tensor(counts, device=self._device)
-        starts_B = counts_B.cumsum(0) - counts_B
-        lengths_B = torch.tensor([self._lengths[slot] for slot in slots], device=self._device)
-        branched_B = torch.tensor([self._branched[slot] for slot in slots], device=self._device)
-        every_N = torch.arange(len(candidates_N), device=self._device)
-        positions_N = lengths_B.repeat_interleave(counts_B)
-        cells_N = every_N + (lengths_B + branched_B - starts_B).repeat_interleave(counts_B)
-        out_NO = self._step(rows, counts, candidates_N.to(self._device), positions_N, cells_N, every_N)
-        for slot, count in zip(slots, counts, strict=True):
-            self._branched[slot] += count
-        return out_NO
+        layout = self.layout(rows, counts)
+        out_CO = self._step(layout, candidates_C.to(self._device), layout.read_C, is_appended=False)
+        self._branched_Z += layout.count_Z
+        for slot, b in self._present(rows):
+            self._branched[slot] += counts[b]
+        return out_CO
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
-        """Append one alternative with its keys and values; they are numbered over all calls since the last token."""
-        slots = [self._slot_of[row] for row in rows]
-        slots_B = torch.tensor(slots, device=self._device)
-        lengths_B = torch.tensor([self._lengths[slot] for slot in slots], device=self._device)
-        for layer in self._decoder.layers:
-            layer.move_cells(slots_B, lengths_B + index_B.to(self._device), lengths_B)
-        for row in rows:
-            self._append(row, 1)
+        """Append one alternative with its keys and values; they are numbered over all calls since the last token.
 
-    def _append(self, row: int, count: int) -> None:
-        slot = self._slot_of[row]
-        self._lengths[slot] += count
-        self._branched[slot] = 0
+        Nothing happens to rows that are not here.
+        """
+        layout = self.layout(rows, [1] * len(rows))
+        length_N = self._length_Z[layout.slot_N]
+        index_N = layout.spread(index_B.to(self._device))
+        self._decoder.cache.move_cells(layout.slot_N, length_N + index_N, length_N)
+        self._lengthen(layout, rows, [1] * len(rows))
 
-    def _step(
-        self,
-        rows: Sequence[int],
-        counts: Sequence[int],
-        tokens_N: torch.Tensor,
-        positions_N: torch.Tensor,
-        cells_N: torch.Tensor,
-        read_R: torch.Tensor,
+    def layout(self, rows: Sequence[int], counts: Sequence[int]) -> Layout:
+        """The forward pass for `counts[b]` tokens of each row; the same object while no row is opened or closed."""
+        key = tuple(rows), tuple(counts)
+        if key not in self._layouts:
+            if len(self._layouts) == MAX_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[key] = self._static_layout(*key) if self._is_static else self._exact_layout(*key)
+        return self._layouts[key]
+
+    def _exact_layout(self, rows: Sequence[int], counts: Sequence[int]) -> Layout:
+        """Nothing but the caller's tokens."""
+        present = sorted(self._present(rows))
+        slots, callers = [slot for slot, _ in present], [b for _, b in present]
+        return Layout(slots, [counts[b] for b in callers], callers, counts, self._device, self._num_slots)
+
+    def _static_layout(self, rows: Sequence[int], counts: Sequence[int]) -> Layout:
+        """As many tokens for all of the first slots: other rows get alternatives that nobody keeps."""
+        num_rows, caller = bucket(len(self._rows)), dict(self._present(rows))
+        width = max(counts[b] for b in caller.values())
+        callers = [caller.get(slot, -1) for slot in range(num_rows)]
+        return Layout(range(num_rows), [width] * num_rows, callers, counts, self._device, self._num_slots)
+
+    def _present(self, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Slot and index of every row that is here."""
+        return ((self._slot_of[row], b) for b, row in enumerate(rows) if row in self._slot_of)
+
+    def _append(
+        self, layout: Layout, rows: Sequence[int], counts: Sequence[int], tokens_C: torch.Tensor, read_R: torch.Tensor
     ) -> torch.Tensor:
-        """One forward pass, with the rows sorted by slot."""
-        slots = [self._slot_of[row] for row in rows]
-        if any(first > second for first, second in pairwise(slots)):
-            order = sorted(range(len(rows)), key=slots.__getitem__)
-            spans = torch.arange(len(tokens_N), device=self._device).split(list(counts))
-            moved_N = torch.cat([spans[b] for b in order])
-            slots, counts = [slots[b] for b in order], [counts[b] for b in order]
-            tokens_N, positions_N, cells_N = tokens_N[moved_N], positions_N[moved_N], cells_N[moved_N]
-            read_R = moved_N.argsort()[read_R]
-        num_visible = int(cells_N.max()) + 1
-        if num_visible > self._num_cells:
-            self._resize(self._num_slots, -(-num_visible // CELLS_PER_GROWTH) * CELLS_PER_GROWTH)
-        return self._decoder.step(
-            Step(slots, counts, tokens_N, positions_N, cells_N, read_R, num_visible, self._num_cells)
-        )
+        self._drop_alternatives(layout, rows)
+        out_RO = self._step(layout, tokens_C, read_R, is_appended=True)
+        self._lengthen(layout, rows, counts)
+        return out_RO
+
+    def _lengthen(self, layout: Layout, rows: Sequence[int], counts: Sequence[int]) -> None:
+        self._drop_alternatives(layout, rows)
+        self._length_Z += layout.count_Z
+        for slot, b in self._present(rows):
+            self._lengths[slot] += counts[b]
+
+    def _drop_alternatives(self, layout: Layout, rows: Sequence[int]) -> None:
+        if any(self._branched):
+            self._branched_Z.masked_fill_(layout.count_Z > 0, 0)
+            for slot, _ in self._present(rows):
+                self._branched[slot] = 0
+
+    def _step(self, layout: Layout, tokens_C: torch.Tensor, read_R: torch.Tensor, is_appended: bool) -> torch.Tensor:
+        """One forward pass; alternatives are all at the next position of their row."""
+        num_visible = self._make_room(layout)
+        length_N = self._length_Z[layout.slot_N]
+        cells_N = length_N + layout.column_N + self._branched_Z[layout.slot_N]
+        positions_N = length_N + layout.column_N if is_appended else length_N
+        tokens_N = layout.spread(tokens_C)
+        return self._decoder.step(Step(layout, tokens_N, positions_N, cells_N, read_R, num_visible, self._num_cells))
+
+    def _make_room(self, layout: Layout) -> int:
+        """The number of cells that a pass sees; all of them exist afterwards."""
+        used = [length + branched for length, branched in zip(self._lengths, self._branched, strict=True)]
+        used += [0] * (self._num_slots - len(used))
+        last = max(used[slot] + width for slot, width in zip(layout.slots, layout.widths, strict=True))
+        rounded = -(-last // CELLS_PER_GROWTH) * CELLS_PER_GROWTH
+        if last > self._num_cells:
+            self._resize(self._num_slots, rounded)
+        return min(rounded, self._num_cells) if self._is_static else last
+
+    def _slots_for(self, count: int) -> int:
+        return bucket(count) if self._is_static else count - 1 + SLOTS_PER_GROWTH
 
     def _resize(self, num_slots: int, num_cells: int) -> None:
         self._num_slots, self._num_cells = num_slots, num_cells
-        for layer in self._decoder.layers:
-            layer.resize(num_slots, num_cells)
+        self._decoder.cache.resize(num_slots, num_cells)
+        self._length_Z, self._branched_Z = (
+            torch.cat([old, self._zeros(num_slots - len(old))]) for old in (self._length_Z, self._branched_Z)
+        )
 
     def _clear(self) -> None:
         """Free the memory: one long row would hold it for ever."""
         self._num_slots, self._num_cells = 0, 0
-        for layer in self._decoder.layers:
-            layer.clear()
+        self._length_Z, self._branched_Z = self._zeros(0), self._zeros(0)
+        self._decoder.cache.clear()
+
+    def _zeros(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int64, device=self._device)

@@ -99,7 +99,7 @@ def assert_holds_nothing(engine: Engine, guide: LocalGuide) -> None:
     for slots in (engine._base, *(trunk.slots for trunk in guide._trunks)):
         assert not any((slots._slot_of, slots._rows, slots._lengths, slots._branched))
         assert (slots._num_slots, slots._num_cells) == (0, 0)
-        assert all(layer._keys is None and layer._values is None for layer in slots._decoder.layers)
+        assert slots._decoder.cache.is_empty
 
 
 class Traffic:

@@ -28,8 +28,8 @@ def small_cells(monkeypatch):
     monkeypatch.setattr(kv, "SLOTS_PER_GROWTH", 1)
 
 
-def slots(model=MODEL, use_hf_forward=False):
-    return SlotModel(value_decoder(model, use_hf_forward))
+def slots(model=MODEL, use_hf_forward=False, static_shapes=False):
+    return SlotModel(value_decoder(model, use_hf_forward), static_shapes)
 
 
 def branch(cache, rows, candidates):
@@ -112,11 +112,12 @@ def test_a_nan_row_does_not_affect_later_rows(use_hf_forward):
 class CacheMachine(RuleBasedStateMachine):
     """Any sequence of calls; all outputs equal those without a cache."""
 
-    use_hf_forward = False
+    use_hf_forward, static_shapes = False, False
 
     def __init__(self):
         super().__init__()
-        self.cache, self.tokens, self.next_row = slots(use_hf_forward=self.use_hf_forward), {}, 0
+        self.cache = slots(use_hf_forward=self.use_hf_forward, static_shapes=self.static_shapes)
+        self.tokens, self.next_row = {}, 0
         self.branched = {}  # row -> alternatives since its last token
 
     @rule(data=st.data())
@@ -157,6 +158,18 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
+    def append(self, data):
+        """One token each, which are on the device already; rows that are not here are ignored."""
+        rows = [*self.some_rows(data), *data.draw(st.sampled_from([[], [-1], [-1, -1]]))]
+        new = [data.draw(st.integers(0, VOCAB - 1)) for _ in rows]
+        for row, token, out_O in zip(rows, new, self.cache.append(rows, torch.tensor(new)), strict=True):
+            if row >= 0:
+                self.tokens[row].append(token)
+                self.branched[row] = []
+                torch.testing.assert_close(out_O, plain(self.tokens[row]), **TOLERANCE)
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
     def branch(self, data):
         """Alternatives accumulate until one is kept or the row is extended, independently of other rows."""
         rows = self.some_rows(data)
@@ -193,7 +206,17 @@ class HFForwardMachine(CacheMachine):
     use_hf_forward = True
 
 
-for machine in (CacheMachine, HFForwardMachine):
+class StaticShapesMachine(CacheMachine):
+    static_shapes = True
+
+
+class StaticShapesThroughTheHFForwardMachine(CacheMachine):
+    use_hf_forward, static_shapes = True, True
+
+
+for machine in (CacheMachine, HFForwardMachine, StaticShapesMachine, StaticShapesThroughTheHFForwardMachine):
     machine.TestCase.settings = settings(MACHINE, max_examples=20, stateful_step_count=20)
 TestAnySequenceOfCalls = CacheMachine.TestCase
 TestAnySequenceOfCallsThroughTheHFForward = HFForwardMachine.TestCase
+TestAnySequenceOfCallsWithStaticShapes = StaticShapesMachine.TestCase
+TestAnySequenceOfCallsWithStaticShapesThroughTheHFForward = StaticShapesThroughTheHFForwardMachine.TestCase

@@ -1,0 +1,237 @@
+"""What a decoder works on: its keys and values by slot, and the tokens of one forward pass.
+
+Shapes: L layers, B rows of a forward pass, T tokens of the longest row, N tokens of all rows, concatenated, C tokens of
+the caller, S visible cells, Z slots, H heads, D head size, R tokens whose outputs are read, O outputs of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class Layout:
+    """Which tokens a forward pass computes for a caller's rows: the same for all passes over these rows.
+
+    A pass may cover more slots, and more tokens of each, than the caller asks for: those are computed and dropped, so
+    that shapes stay the same. The caller may name rows that are not here: nothing is computed for them.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        widths: Sequence[int],
+        rows: Sequence[int],
+        counts: Sequence[int],
+        device: torch.device,
+        num_slots: int,
+    ):
+        """
+        Args:
+            slots: of each row of the pass, ascending.
+            widths: tokens of each row of the pass.
+            rows: the caller's row that each row of the pass is; -1: none.
+            counts: tokens of each row of the caller.
+        """
+        self.slots, self.widths = slots, widths
+        slot_B, width_B, caller_B = np.array(slots), np.array(widths), np.array(rows)
+        count_C = np.array(counts)
+        row_N = np.repeat(np.arange(len(slots)), width_B)
+        column_N = np.arange(len(row_N)) - np.repeat(width_B.cumsum() - width_B, width_B)
+        caller_N = caller_B[row_N]
+        is_asked_N = (caller_N >= 0) & (column_N < count_C[caller_N])
+        source_N = np.where(is_asked_N, (count_C.cumsum() - count_C)[caller_N] + column_N, 0)
+        read_C, is_known_C = np.zeros(count_C.sum(), np.int64), np.zeros(count_C.sum(), bool)
+        read_C[source_N[is_asked_N]] = is_asked_N.nonzero()[0]
+        is_known_C[source_N[is_asked_N]] = True
+        count_Z = np.zeros(num_slots, np.int64)
+        count_Z[slot_B] = np.where(caller_B >= 0, count_C[caller_B], 0)
+
+        def put(x: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(x).to(device)
+
+        self.slot_B, self.slot_N, self.row_N, self.column_N = (put(x) for x in (slot_B, slot_B[row_N], row_N, column_N))
+        self.read_C = put(read_C)  # where the outputs of the caller's tokens are
+        self.is_known_C = None if is_known_C.all() else put(is_known_C)  # None: all
+        self.count_Z = put(count_Z)  # tokens of the caller, by slot
+        self._is_asked_N = None if is_asked_N.all() else put(is_asked_N)
+        is_same = len(source_N) == len(read_C) and (source_N == np.arange(len(source_N))).all()
+        self._source_N = None if is_same else put(source_N)
+
+    def spread(self, x_C: torch.Tensor) -> torch.Tensor:
+        """The caller's integers [N] in the order of the pass; 0 where it does not ask."""
+        if self._source_N is None:
+            return x_C
+        x_N = x_C[self._source_N]
+        return x_N if self._is_asked_N is None else x_N * self._is_asked_N
+
+    @cached_property
+    def is_rectangular(self) -> bool:
+        return min(self.widths) == max(self.widths)
+
+    @cached_property
+    def slot_index(self) -> slice | torch.Tensor:
+        """Selects the rows' slots: a view where they are contiguous."""
+        if self.slots[-1] - self.slots[0] + 1 == len(self.slots):
+            return slice(self.slots[0], self.slots[-1] + 1)
+        return self.slot_B
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one forward pass, grouped by row, rows in the order of their slots.
+
+    A token at position p attends to the first p cells of its slot and to its own cell. That is causal attention when
+    tokens are appended (cell = position), and isolates alternatives from each other (same position, a cell each).
+    """
+
+    layout: Layout
+    tokens_N: torch.Tensor
+    positions_N: torch.Tensor
+    cells_N: torch.Tensor
+    read_R: torch.Tensor  # indices of the tokens whose outputs are read
+    num_visible: int
+    num_cells: int  # of a slot
+
+    @property
+    def slot_N(self) -> torch.Tensor:
+        """The slot of each token."""
+        return self.layout.slot_N
+
+    @cached_property
+    def place_N(self) -> torch.Tensor:
+        """The cell of each token, numbered over all slots."""
+        return self.slot_N * self.num_cells + self.cells_N
+
+    @cached_property
+    def mask_BTS(self) -> torch.Tensor:
+        """The cells that each token attends to; padding attends to the first."""
+        cell_S = torch.arange(self.num_visible, device=self.tokens_N.device)
+        positions_BT, cells_BT = self.pad(self.positions_N), self.pad(self.cells_N)
+        return (cell_S < positions_BT[:, :, None]) | (cell_S == cells_BT[:, :, None])
+
+    def windowed_mask_BTS(self, window: int) -> torch.Tensor:
+        """The cells that each token attends to among the last `window` tokens, itself included."""
+        cell_S = torch.arange(self.num_visible, device=self.tokens_N.device)
+        return self.mask_BTS & (cell_S > self.pad(self.positions_N)[:, :, None] - window)
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ...] -> [B, T, ...], shorter rows padded with zeros at the end."""
+        shape = (len(self.layout.widths), max(self.layout.widths), *x.shape[1:])
+        if self.layout.is_rectangular:
+            return x.reshape(shape)
+        padded = x.new_zeros(shape)
+        padded[self.layout.row_N, self.layout.column_N] = x
+        return padded
+
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, ...] -> [N, ...]."""
+        return x.flatten(0, 1) if self.layout.is_rectangular else x[self.layout.row_N, self.layout.column_N]
+
+
+class KVCache:
+    """Keys and values of all layers by slot and cell.
+
+    One tensor `storage` [L, 2, slots, cells, H, D] if their shape is given, so that moving cells takes as many
+    operations as moving those of one layer. Otherwise a tensor per layer for its keys, and one for its values,
+    allocated at the first write: there are models whose layers differ.
+    """
+
+    def __init__(self, num_layers: int, like: torch.Tensor | None = None):
+        """`like` is an example of the keys and values of a token, [H, D], with their type and device."""
+        self.storage: torch.Tensor | None = None
+        self._num_slots, self._num_cells, self._like = 0, 0, like
+        self._parts: list[list[torch.Tensor | None]] = [[None, None] for _ in range(num_layers)]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._parts)
+
+    def write(
+        self, layer: int, step: Step, keys_NHD: torch.Tensor, values_NHD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the step's keys and values; returns all visible ones of its rows, [B, H, S, D] each."""
+        seen = []
+        for kind, new in enumerate((keys_NHD, values_NHD)):
+            cells = self._cells(layer, kind, new)
+            cells.flatten(0, 1).index_copy_(0, step.place_N, new)
+            seen.append(cells[step.layout.slot_index, : step.num_visible].transpose(1, 2))
+        return seen[0], seen[1]
+
+    def resize(self, num_slots: int, num_cells: int) -> None:
+        self._num_slots, self._num_cells = num_slots, num_cells
+        if self._like is not None:
+            whole = self._like.new_zeros(self.num_layers, 2, num_slots, num_cells, *self._like.shape)
+            self.storage = whole if self.storage is None else _grown(self.storage, whole)
+        for parts in self._parts:
+            for kind, old in enumerate(parts):
+                if old is not None:
+                    parts[kind] = _grown(old, self._empty(old))
+
+    def clear(self) -> None:
+        """Free the memory."""
+        self.storage = None
+        self._parts = [[None, None] for _ in self._parts]
+        self._num_slots, self._num_cells = 0, 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no memory."""
+        return not list(self._tensors())
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first cells of a slot to another and zero the rest: masked cells that are nan still spoil sums."""
+        for cells in self._tensors():
+            if source != target:
+                cells[:, target, :length] = cells[:, source, :length]
+            cells[:, target, length:] = 0
+
+    def move_cells(self, slot_B: torch.Tensor, source_B: torch.Tensor, target_B: torch.Tensor) -> None:
+        """Copy one cell of each of these slots to another of its cells."""
+        first_B = slot_B * self._num_cells
+        for cells in self._tensors():
+            flat = cells.flatten(1, 2)
+            flat.index_copy_(1, first_B + target_B, flat.index_select(1, first_B + source_B))
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """All memory, as views [parts, slots, cells, H, D]."""
+        if self.storage is not None:
+            yield self.storage.flatten(0, 1)
+        for parts in self._parts:
+            yield from (part[None] for part in parts if part is not None)
+
+    def _cells(self, layer: int, kind: int, like_NHD: torch.Tensor) -> torch.Tensor:
+        """The keys (kind 0) or values (1) of a layer, [slots, cells, H, D]."""
+        if self.storage is not None:
+            return self.storage[layer, kind]
+        part = self._parts[layer][kind]
+        if part is None:
+            part = self._parts[layer][kind] = self._empty(like_NHD)
+        return part
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(self._num_slots, self._num_cells, *like.shape[-2:])
+
+
+def _grown(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The larger tensor with the content of the smaller one; the last two dimensions are the same."""
+    new[..., : old.shape[-4], : old.shape[-3], :, :] = old
+    return new
+
+
+class Decoder(Protocol):
+    """A model with its keys and values by slots: the part that one process, or a group in lockstep, computes.
+
+    `step` returns the outputs [R, O] of the tokens that are read, in the order of `step.read_R`, and stores the keys
+    and values of all tokens.
+    """
+
+    cache: KVCache
+    device: torch.device
+
+    def step(self, step: Step) -> torch.Tensor: ...
