@@ -1,8 +1,8 @@
-"""One-time set-up: fetch the models and compile DeepSpeed's operator, so that no later command has to.
+"""One-time set-up: fetch the models and compile what is in C++, so that no later command has to.
 
 python -m jobs.prepare
 
-Where the extra [train] is not installed, only the base model is fetched.
+Where the extra [train] is not installed, only what serving needs is prepared.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ def main() -> None:
 
 def prepare() -> None:
     from mavis_dist.models.fetch import fetch
+    from mavis_dist.native import build
 
     fetch(BASE_MODEL)
+    build.is_loaded()
     if find_spec("deepspeed") is None:
         print("DeepSpeed is not installed: this machine can serve, but not train", file=sys.stderr)
         return

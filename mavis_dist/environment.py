@@ -13,13 +13,14 @@ GOMP_SPINCOUNT=1000                    but waking a thread costs as much as a sm
 MAVIS_KEYS                             file of API keys that `jobs.serve` requires (default: no keys on loopback, else
                                        keys.json); "none": no keys on any address
 MAVIS_API_KEY                          API key that `jobs.ask` sends to a service
-MAVIS_CACHE                            folder of prepared models (default ~/.cache/mavis_dist)
+MAVIS_CACHE                            folder of prepared models and compiled operators (default ~/.cache/mavis_dist)
 RAY_ADDRESS                            cluster to join; without it a local one is started
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
@@ -33,3 +34,8 @@ ENVIRONMENT = {
 }
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+
+
+def cache_folder() -> Path:
+    """What is prepared once per machine, or once for all machines that share the folder."""
+    return Path(os.environ.get("MAVIS_CACHE") or "~/.cache/mavis_dist").expanduser().absolute()

@@ -16,6 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mavis_dist.models.cache import Decoder, KVCache, Step
 from mavis_dist.models.directory import ModelError
 from mavis_dist.models.fused import FULL, WINDOWED, FusedDecoder, layer_types, linear_head
+from mavis_dist.models.native import NativeDecoder
+from mavis_dist.models.packed import pack_linears, packed_head
 from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 def base_decoder(model: Any, use_hf_forward: bool = False) -> Decoder:
     """Logits [R, V] of a causal language model, by the fastest decoder for its architecture."""
+    if not use_hf_forward and NativeDecoder.supports(model.base_model):
+        return NativeDecoder(model.base_model, logits=packed_head(model))
     if not use_hf_forward and FusedDecoder.supports(model.base_model):
         return FusedDecoder(model.base_model, linear_head(model.lm_head))
     return HFDecoder(model.base_model, lambda **inputs: model(**inputs).logits)
@@ -32,6 +36,8 @@ def base_decoder(model: Any, use_hf_forward: bool = False) -> Decoder:
 
 def value_decoder(model: ValueModel, use_hf_forward: bool = False) -> Decoder:
     """Values [R, O] in float32 of all heads of a value model."""
+    if not use_hf_forward and NativeDecoder.supports(model.backbone):
+        return NativeDecoder(model.backbone, values=model.heads)
     if not use_hf_forward and FusedDecoder.supports(model.backbone):
         return FusedDecoder(model.backbone, lambda hidden: model.heads(hidden.float()))
     return HFDecoder(model.backbone, model)
@@ -40,6 +46,9 @@ def value_decoder(model: ValueModel, use_hf_forward: bool = False) -> Decoder:
 def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
     """Outputs [R, O] of a student, to be split by `Student.split`."""
     backbone = student.model.backbone
+    if not use_hf_forward and NativeDecoder.supports(backbone):
+        pack_linears(student.qhead)
+        return NativeDecoder(backbone, read=student.read)
     if not use_hf_forward and FusedDecoder.supports(backbone):
         return FusedDecoder(backbone, student.read)
     return HFDecoder(backbone, student)

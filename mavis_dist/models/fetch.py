@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mavis_dist.environment import cache_folder
 from mavis_dist.models.directory import (
     SEAL,
     ModelError,
@@ -79,7 +80,7 @@ def fetch(name: str) -> Path:
 
 def cache_dir() -> Path:
     """Where prepared models are kept: $MAVIS_CACHE/models, or ~/.cache/mavis_dist/models."""
-    return Path(os.environ.get("MAVIS_CACHE") or "~/.cache/mavis_dist").expanduser().absolute() / "models"
+    return cache_folder() / "models"
 
 
 def _prepare(name: str, key: str, build: Callable[[Path], Path]) -> Path:

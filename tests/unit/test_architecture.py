@@ -19,7 +19,7 @@ FLOORS = [
     {"types", "environment", "progress", "tables"},
     {"sections"},
     {"config"},
-    {"plan", "prompts"},
+    {"plan", "prompts", "native"},
     {"core"},
     {"models", "store"},
     {"rewards"},

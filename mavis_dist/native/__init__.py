@@ -1,0 +1,1 @@
+"""Operators in C++, compiled on first use."""
