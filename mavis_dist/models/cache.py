@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from mavis_dist.native.memory import zeros
+
 
 class Layout:
     """Which tokens a forward pass computes for a caller's rows: the same for all passes over these rows.
@@ -166,7 +168,9 @@ class KVCache:
     def resize(self, num_slots: int, num_cells: int) -> None:
         self._num_slots, self._num_cells = num_slots, num_cells
         if self._like is not None:
-            whole = self._like.new_zeros(self.num_layers, 2, num_slots, num_cells, *self._like.shape)
+            shape = (self.num_layers, 2, num_slots, num_cells, *self._like.shape)
+            is_on_cpu = self._like.device.type == "cpu"
+            whole = zeros(shape, self._like.dtype) if is_on_cpu else self._like.new_zeros(shape)
             self.storage = whole if self.storage is None else _grown(self.storage, whole)
         for parts in self._parts:
             for kind, old in enumerate(parts):

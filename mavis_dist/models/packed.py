@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from mavis_dist.native.memory import Arena
+
 WIDTH, PAIRED_WIDTH = 32, 64  # columns of a panel; of gate and up together, half of them each
 
 
@@ -106,7 +108,9 @@ def is_packable(backbone: Any) -> bool:
 def packed_layers(backbone: Any) -> list[Layer]:
     """The packed layers of a decoder."""
     if backbone not in _LAYERS:
-        _LAYERS[backbone] = [_packed_layer(layer) for layer in backbone.layers]
+        parts = [part for layer in backbone.layers for part in layer.modules() if isinstance(part, nn.Linear)]
+        arena = Arena(sum(part.weight.nbytes for part in parts), len(parts))
+        _LAYERS[backbone] = [_packed_layer(layer, arena) for layer in backbone.layers]
     return _LAYERS[backbone]
 
 
@@ -116,7 +120,9 @@ def packed_head(model: Any) -> PackedLinear:
     if isinstance(head, PackedLinear):
         return head
     if head not in _HEADS:
-        _HEADS[head] = PackedLinear(pack(head.weight), _detached(head.bias), head.out_features)
+        packed = pack(head.weight)
+        packed = Arena(packed.nbytes, 1).put(packed)
+        _HEADS[head] = PackedLinear(packed, _detached(head.bias), head.out_features)
         is_tied = embedding.weight is head.weight
         if _replace(model, "lm_head", _HEADS[head]) and is_tied:
             model.set_input_embeddings(PackedEmbedding(_HEADS[head]))
@@ -131,34 +137,34 @@ def pack_linears(module: nn.Module) -> None:
                 _replace(owner, name, PackedLinear(pack(part.weight), _detached(part.bias), part.out_features))
 
 
-def _packed_layer(layer: Any) -> Layer:
+def _packed_layer(layer: Any, arena: Arena) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     return Layer(
-        _joint(attention, "q_proj", "k_proj", "v_proj"),
-        _joint(attention, "o_proj"),
-        _paired(mlp, "gate_proj", "up_proj"),
-        _joint(mlp, "down_proj"),
+        _joint(arena, attention, "q_proj", "k_proj", "v_proj"),
+        _joint(arena, attention, "o_proj"),
+        _paired(arena, mlp, "gate_proj", "up_proj"),
+        _joint(arena, mlp, "down_proj"),
         [None if norm is None else norm.weight.detach() for norm in norms],
         bool(getattr(attention, "use_rope", True)),
     )
 
 
-def _joint(owner: nn.Module, *names: str) -> Joint:
+def _joint(arena: Arena, owner: nn.Module, *names: str) -> Joint:
     """Linear maps one after the other."""
     parts: list[Any] = [getattr(owner, name) for name in names]
-    packed = pack(torch.cat([part.weight for part in parts]))
+    packed = arena.put(pack(torch.cat([part.weight for part in parts])))
     panels = packed.split([part.out_features // WIDTH for part in parts])
     for name, part, own in zip(names, parts, panels, strict=True):
         _replace(owner, name, PackedLinear(own, _detached(part.bias), part.out_features))
     return Joint(packed, None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts]))
 
 
-def _paired(owner: nn.Module, *names: str) -> Joint:
+def _paired(arena: Arena, owner: nn.Module, *names: str) -> Joint:
     """Two linear maps in turn, half a panel each."""
     parts: list[Any] = [getattr(owner, name) for name in names]
-    packed = pack(_in_turn([part.weight for part in parts]), PAIRED_WIDTH)
+    packed = arena.put(pack(_in_turn([part.weight for part in parts]), PAIRED_WIDTH))
     for name, part, own in zip(names, parts, packed.chunk(2, 2), strict=True):
         _replace(owner, name, PackedLinear(own, _detached(part.bias), part.out_features))
     return Joint(packed, None if parts[0].bias is None else _in_turn([part.bias.detach() for part in parts]))

@@ -24,7 +24,9 @@ namespace mavis {
 using at::Tensor;
 using c10::intrusive_ptr;
 
-constexpr int64_t kQueries = 4;  // that share a pass over the keys and values
+constexpr int64_t kQueries = 16;  // of one slot and key head, that share a pass over the keys
+constexpr int64_t kMixed = 4;     // of them, that share a pass over the values
+constexpr int64_t kCells = 32;    // whose scores are computed in one call of the kernel
 
 // A packed weight [P, K / E, W, E], whose columns may be some of a wider panel's.
 Linear as_linear(const Tensor& packed, const float* bias, int64_t outputs) {
@@ -84,76 +86,126 @@ struct Model : torch::CustomClassHolder {
   void set_values(Tensor weight, Tensor bias) { value_weight = std::move(weight), value_bias = std::move(bias); }
 };
 
-// Attention of up to `kQueries` queries [count, D] of one slot, which see its first `visible` cells and a cell of their
-// own. Neighbouring cells are `stride` numbers apart.
-template <typename T, int D, int Count>
-void attend(const T* const* queries, T* const* mixed, const int64_t* own, const T* keys, const T* values, int64_t stride,
-            int64_t visible, float scaling, float* scores) {
-  constexpr int64_t kParts = D / kWidth;
-  const int64_t length = (visible + 1 + kWidth - 1) / kWidth * kWidth;
-  Vec q[Count][kParts];
-  for (int i = 0; i < Count; ++i) {
-    for (int64_t c = 0; c < kParts; c += 2) {
-      const auto [first, second] = load_pair<T>(queries[i] + c * kWidth);
-      q[i][c] = first * Vec(scaling), q[i][c + 1] = second * Vec(scaling);
+// One query of attention: it sees the first `visible` cells of its slot, and a cell of its own.
+template <typename T>
+struct Query {
+  const T* head;
+  T* mixed;
+  int64_t visible, own;
+};
+
+// What a thread writes between two steps of attention.
+template <typename T>
+struct Scratch {
+  std::vector<T> packed;                // queries, as a packed weight [D / E, kQueries, E]
+  std::vector<float> products, scores;  // [cells, kQueries] and [kQueries, cells]
+};
+
+// Scores [kQueries, length] of all cells that any of the queries sees, followed in each row by the one of its own cell.
+// All sizes but the number of cells are fixed: how a score is summed does not depend on what else is computed.
+template <typename T, int D>
+void score(const std::vector<Query<T>>& queries, const T* keys, int64_t stride, int64_t cells, int64_t most, float scaling,
+           Scratch<T>& scratch, int64_t length) {
+  constexpr bool kIsPairwise = !std::is_same_v<T, float>;
+  constexpr int64_t kTogether = kIsPairwise ? 2 : 1;
+  for (size_t i = 0; i < queries.size(); ++i) {
+    for (int64_t d = 0; d < D; ++d) {
+      scratch.packed[(d / kTogether * kQueries + i) * kTogether + d % kTogether] = queries[i].head[d];
     }
   }
-  const auto score = [&](const T* key, int i) {
-    Vec total(0.f);
-    for (int64_t c = 0; c < kParts; c += 2) {
-      const auto [first, second] = load_pair<T>(key + c * kWidth);
-      total = at::vec::fmadd(first, q[i][c], total);
-      total = at::vec::fmadd(second, q[i][c + 1], total);
-    }
-    return reduce_sum(total);
+  const auto multiply = [&](const T* from, int64_t count, float* to) {
+    at::native::cpublas::brgemm(count, kQueries, D, stride, kQueries, kQueries, false, from, scratch.packed.data(), to,
+                                kIsPairwise);
   };
-  for (int64_t s = 0; s < visible; ++s) {
-    for (int i = 0; i < Count; ++i) scores[i * length + s] = score(keys + s * stride, i);
+  for (int64_t s = 0; s < most; s += kCells) {
+    multiply(keys + s * stride, std::min(kCells, cells - s), scratch.products.data() + s * kQueries);
   }
-  Vec total[Count];
-  for (int i = 0; i < Count; ++i) {
-    float* const p = scores + i * length;
-    p[visible] = score(keys + own[i] * stride, i);
-    for (int64_t s = visible + 1; s < length; ++s) p[s] = -std::numeric_limits<float>::infinity();
-    Vec top = Vec::loadu(p);
-    for (int64_t s = kWidth; s < length; s += kWidth) top = at::vec::maximum(top, Vec::loadu(p + s));
-    const Vec shift(reduce_max(top));
-    total[i] = Vec(0.f);
-    for (int64_t s = 0; s < length; s += kWidth) {
-      const Vec weight = (Vec::loadu(p + s) - shift).exp_u20();
-      weight.store(p + s);
-      total[i] = total[i] + weight;
-    }
+  for (size_t i = 0; i < queries.size(); ++i) {
+    float* const to = scratch.scores.data() + i * length;
+    for (int64_t s = 0; s < queries[i].visible; ++s) to[s] = scratch.products[s * kQueries + i] * scaling;
+    float own[kQueries];
+    multiply(keys + queries[i].own * stride, 1, own);
+    to[queries[i].visible] = own[i] * scaling;
   }
+}
+
+// Scores of a query -> weights that do not sum to 1 yet; returns their sum.
+inline float exponentiate(float* p, int64_t count) {
+  const int64_t end = (count + kWidth - 1) / kWidth * kWidth;
+  std::fill(p + count, p + end, -std::numeric_limits<float>::infinity());
+  Vec top = Vec::loadu(p);
+  for (int64_t s = kWidth; s < end; s += kWidth) top = at::vec::maximum(top, Vec::loadu(p + s));
+  const Vec shift(reduce_max(top));
+  Vec total(0.f);
+  for (int64_t s = 0; s < end; s += kWidth) {
+    const Vec weight = (Vec::loadu(p + s) - shift).exp_u20();
+    weight.store(p + s);
+    total = total + weight;
+  }
+  return reduce_sum(total);
+}
+
+// The weighted mean of the values that `Count` queries see.
+template <typename T, int D, int Count>
+void mix(const Query<T>* queries, const float* scores, int64_t length, const float* totals, const T* values, int64_t stride) {
+  constexpr int64_t kParts = D / kWidth;
+  int64_t least = queries[0].visible, most = least;
   Vec mean[Count][kParts];
   for (int i = 0; i < Count; ++i) {
+    least = std::min(least, queries[i].visible), most = std::max(most, queries[i].visible);
     for (int64_t c = 0; c < kParts; ++c) mean[i][c] = Vec(0.f);
   }
-  const auto add = [&](const T* value, int64_t s, int i) {
-    const Vec weight(scores[i * length + s]);
+  const auto add = [&](const T* value, float weight, int i) {
     for (int64_t c = 0; c < kParts; c += 2) {
       const auto [first, second] = load_pair<T>(value + c * kWidth);
-      mean[i][c] = at::vec::fmadd(weight, first, mean[i][c]);
-      mean[i][c + 1] = at::vec::fmadd(weight, second, mean[i][c + 1]);
+      mean[i][c] = at::vec::fmadd(Vec(weight), first, mean[i][c]);
+      mean[i][c + 1] = at::vec::fmadd(Vec(weight), second, mean[i][c + 1]);
     }
   };
-  for (int64_t s = 0; s < visible; ++s) {
-    for (int i = 0; i < Count; ++i) add(values + s * stride, s, i);
+  for (int64_t s = 0; s < least; ++s) {
+    for (int i = 0; i < Count; ++i) add(values + s * stride, scores[i * length + s], i);
+  }
+  for (int64_t s = least; s < most; ++s) {
+    for (int i = 0; i < Count; ++i) {
+      if (s < queries[i].visible) add(values + s * stride, scores[i * length + s], i);
+    }
   }
   for (int i = 0; i < Count; ++i) {
-    add(values + own[i] * stride, visible, i);
-    const Vec scale(1.f / reduce_sum(total[i]));
-    for (int64_t c = 0; c < kParts; c += 2) store_pair<T>(mixed[i] + c * kWidth, mean[i][c] * scale, mean[i][c + 1] * scale);
+    add(values + queries[i].own * stride, scores[i * length + queries[i].visible], i);
+    const Vec scale(1.f / totals[i]);
+    for (int64_t c = 0; c < kParts; c += 2) {
+      store_pair<T>(queries[i].mixed + c * kWidth, mean[i][c] * scale, mean[i][c + 1] * scale);
+    }
   }
 }
 
 template <typename T, int D, typename... Arguments>
-void attend(int count, Arguments... arguments) {
+void mix(int64_t count, Arguments... arguments) {
   switch (count) {
-    case 1: return attend<T, D, 1>(arguments...);
-    case 2: return attend<T, D, 2>(arguments...);
-    case 3: return attend<T, D, 3>(arguments...);
-    default: return attend<T, D, 4>(arguments...);
+    case 1: return mix<T, D, 1>(arguments...);
+    case 2: return mix<T, D, 2>(arguments...);
+    case 3: return mix<T, D, 3>(arguments...);
+    default: return mix<T, D, 4>(arguments...);
+  }
+}
+
+// Attention of up to `kQueries` queries of one slot and key head. Neighbouring cells are `stride` numbers apart.
+template <typename T, int D>
+void attend(const std::vector<Query<T>>& queries, const T* keys, const T* values, int64_t stride, int64_t cells,
+            float scaling, Scratch<T>& scratch) {
+  int64_t most = 0;
+  for (const auto& query : queries) most = std::max(most, query.visible);
+  const int64_t length = most + 1 + kWidth;
+  scratch.packed.assign(D * kQueries, T(0));
+  scratch.products.resize((most + kCells) * kQueries);
+  scratch.scores.resize(length * kQueries);
+  score<T, D>(queries, keys, stride, cells, most, scaling, scratch, length);
+  for (size_t i = 0; i < queries.size(); i += kMixed) {
+    const int64_t count = std::min<int64_t>(kMixed, queries.size() - i);
+    float* const scores = scratch.scores.data() + i * length;
+    float totals[kMixed];
+    for (int64_t j = 0; j < count; ++j) totals[j] = exponentiate(scores + j * length, queries[i + j].visible + 1);
+    mix<T, D>(count, queries.data() + i, scores, length, totals, values, stride);
   }
 }
 
@@ -169,12 +221,12 @@ class Pass {
         slots_(cells_ + num_tokens_), read_(read.data_ptr<int64_t>()), cache_(cache), angles_(angles) {
     const int64_t N = num_tokens_, C = m_.channels();
     const auto options = cache.options();
-    // Runs of alternatives to each other: they share the pass over their slot's keys.
+    // Runs of tokens of one slot, whose queries share a pass over its keys.
+    const int64_t most = std::max<int64_t>(1, kQueries * m_.kv_heads / m_.heads);
     for (int64_t n = 0; n < N; ++n) {
       TORCH_CHECK_INDEX(tokens_[n] >= 0 && tokens_[n] < m_.vocabulary() && positions_[n] < angles.size(0) &&
                         cells_[n] < num_cells_ && slots_[n] < cache.size(2), "a token, position, cell or slot is out of range");
-      longest_ = std::max(longest_, positions_[n]);
-      if (n == 0 || slots_[n] != slots_[n - 1] || positions_[n] != positions_[n - 1]) runs_.push_back(n);
+      if (n == 0 || slots_[n] != slots_[n - 1] || n - runs_.back() == most) runs_.push_back(n);
     }
     runs_.push_back(N);
     x_ = at::empty({N, C}, options), y_ = at::empty({N, C}, options);
@@ -192,7 +244,8 @@ class Pass {
   Tensor out() const { return out_; }
 
   void run(Share share, Barrier& barrier) {
-    std::vector<float> tile(kMaxRows * kMaxWidth), scores(kQueries * (longest_ + 1 + kWidth));
+    std::vector<float> tile(kMaxRows * kMaxWidth);
+    Scratch<T> scratch;
     each(share, num_tokens_, [&](int64_t n) { embed(tokens_[n], data(x_) + n * m_.channels()); });
     for (size_t l = 0; l < m_.layers.size(); ++l) {
       const Layer& layer = m_.layers[l];
@@ -202,7 +255,7 @@ class Pass {
       barrier.wait();
       each(share, num_tokens_, [&](int64_t n) { place(layer, l, n); });
       barrier.wait();
-      attention(l, share, scores.data());
+      attention(l, share, scratch);
       barrier.wait();
       apply<T>(data(mixed_), num_tokens_, layer.out, share, tile.data(), data(x_), data(x_));
       barrier.wait();
@@ -261,35 +314,32 @@ class Pass {
     std::copy_n(queries + m_.heads * D + keys, keys, cell(l, 1, slots_[n], cells_[n]));
   }
 
-  void attention(size_t l, Share share, float* scores) {
+  void attention(size_t l, Share share, Scratch<T>& scratch) {
     const int64_t num_runs = runs_.size() - 1;
     each(share, num_runs * m_.kv_heads, [&](int64_t unit) {
       const int64_t run = unit / m_.kv_heads, k = unit % m_.kv_heads;
       switch (m_.head_size) {
-        case 64: return attend_run<64>(l, run, k, scores);
-        case 96: return attend_run<96>(l, run, k, scores);
-        default: return attend_run<128>(l, run, k, scores);
+        case 64: return attend_run<64>(l, run, k, scratch);
+        case 96: return attend_run<96>(l, run, k, scratch);
+        default: return attend_run<128>(l, run, k, scratch);
       }
     });
   }
 
   template <int D>
-  void attend_run(size_t l, int64_t run, int64_t k, float* scores) {
-    const int64_t first = runs_[run], count = runs_[run + 1] - first, group = m_.heads / m_.kv_heads;
-    const T *const keys = cell(l, 0, slots_[first], 0) + k * D, *const values = cell(l, 1, slots_[first], 0) + k * D;
-    for (int64_t i = 0; i < count * group; i += kQueries) {
-      const int num = std::min(kQueries, count * group - i);
-      const T* queries[kQueries];
-      T* mixed[kQueries];
-      int64_t own[kQueries];
-      for (int j = 0; j < num; ++j) {
-        const int64_t n = first + (i + j) / group, h = k * group + (i + j) % group;
-        queries[j] = data(qkv_) + n * m_.projected() + h * D;
-        mixed[j] = data(mixed_) + (n * m_.heads + h) * D;
-        own[j] = cells_[n];
+  void attend_run(size_t l, int64_t run, int64_t k, Scratch<T>& scratch) {
+    const int64_t group = m_.heads / m_.kv_heads, slot = slots_[runs_[run]];
+    const T *const keys = cell(l, 0, slot, 0) + k * D, *const values = cell(l, 1, slot, 0) + k * D;
+    std::vector<Query<T>> queries;
+    for (int64_t n = runs_[run]; n < runs_[run + 1]; ++n) {
+      for (int64_t h = k * group; h < (k + 1) * group; ++h) {
+        queries.push_back({data(qkv_) + n * m_.projected() + h * D, data(mixed_) + (n * m_.heads + h) * D, positions_[n],
+                           cells_[n]});
+        if (int64_t(queries.size()) == kQueries || (n + 1 == runs_[run + 1] && h + 1 == (k + 1) * group)) {
+          attend<T, D>(queries, keys, values, m_.kv_heads * D, num_cells_, float(m_.scaling), scratch);
+          queries.clear();
+        }
       }
-      attend<T, D>(num, queries, mixed, own, keys, values, m_.kv_heads * int64_t(D), positions_[first],
-                   float(m_.scaling), scores);
     }
   }
 
@@ -344,7 +394,7 @@ class Pass {
   }
 
   const Model& m_;
-  int64_t num_tokens_, num_read_, num_cells_, longest_ = 0;
+  int64_t num_tokens_, num_read_, num_cells_;
   const int64_t *tokens_, *positions_, *cells_, *slots_, *read_;
   Tensor cache_, angles_, x_, y_, qkv_, mixed_, hidden_, out_;
   std::vector<int64_t> runs_;
