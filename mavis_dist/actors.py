@@ -6,6 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import count as count_up
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 from mavis_dist import environment as environment  # isort: split
@@ -75,21 +77,31 @@ class ProgressReader:
             self._meter.show(sum(part[0] for part in parts.values()), total, text, final)
 
 
+@dataclass(frozen=True)
+class Turn(Generic[Result]):
+    """What an actor returns from a call."""
+
+    results: list[Result]
+    unfinished: frozenset[int]  # numbers of its items with further results
+    has_room: bool  # for another item
+
+
 class WorkerPool(Generic[Settings, Item, Result]):
-    """Actors that work on one queue, one item at a time each. Actors may start late or die; another actor restarts the
-    item of a dead one. An item must give the same results on every actor and in every attempt.
+    """Actors that work on one queue, each on as many items as it has room for. Actors may start late or die; others
+    restart the items of a dead one. An item must give the same results on every actor and in every attempt.
 
     Ray's own ActorPool neither replaces dead actors nor streams the results of an item.
     """
 
     def __init__(self, start: Callable[[], ActorHandle[Any]], count: int):
-        """`start` creates an actor with a method `work(settings: Settings, item: Item | None)`. It starts an item, or
-        continues the current one if given None, and returns (new results, whether the item is finished).
+        """`start` creates an actor with a method `work(settings: Settings, item: tuple[int, Item] | None) -> Turn`. It
+        starts a numbered item, or continues what it has if given None, until there is a result.
         """
         self._start = start
         self._calls: dict[ray.ObjectRef[Any], ActorHandle[Any]] = {}  # under way
         self._idle: list[ActorHandle[Any]] = []  # actors that have loaded their models
-        self._busy: dict[ActorHandle[Any], Item] = {}
+        self._busy: dict[ActorHandle[Any], dict[int, Item]] = {}  # their unfinished items by number
+        self._numbers = count_up()
         self._num_deaths = 0  # since the last result
         for _ in range(count):
             self._add_actor()
@@ -104,9 +116,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
         while queue or self._busy:
             check_stop()
             while queue and self._idle:
-                actor = self._idle.pop()
-                self._busy[actor] = queue.popleft()
-                self._calls[actor.work.remote(settings, self._busy[actor])] = actor
+                self._continue(self._idle.pop(), settings, queue)
             ready, _ = ray.wait(list(self._calls), timeout=POLL_S)
             stall.check(
                 bool(ready), f"{len(self._busy)} of {len(self._actors)} actors are working, the others load or wait"
@@ -116,21 +126,27 @@ class WorkerPool(Generic[Settings, Item, Result]):
                 try:
                     outcome = ray.get(ref)
                 except ray.exceptions.RayActorError as error:
-                    if actor in self._busy:
-                        queue.appendleft(self._busy.pop(actor))
+                    queue.extendleft(reversed(self._busy.pop(actor, {}).values()))
                     self._replace(stage, actor, error)
                     continue
                 if actor not in self._busy:  # it has loaded
                     self._idle.append(actor)
                     continue
-                results, is_finished = outcome
                 self._num_deaths = 0
-                yield from results
-                if is_finished:
+                yield from outcome.results
+                self._busy[actor] = {n: self._busy[actor][n] for n in sorted(outcome.unfinished)}
+                if outcome.unfinished:
+                    self._continue(actor, settings, queue if outcome.has_room else deque())
+                else:
                     del self._busy[actor]
                     self._idle.append(actor)
-                else:
-                    self._calls[actor.work.remote(settings, None)] = actor
+
+    def _continue(self, actor: ActorHandle[Any], settings: Settings, queue: deque[Item]) -> None:
+        """Let an actor work on, with another item if there is one."""
+        item = (next(self._numbers), queue.popleft()) if queue else None
+        if item is not None:
+            self._busy.setdefault(actor, {})[item[0]] = item[1]
+        self._calls[actor.work.remote(settings, item)] = actor
 
     def wait_until_loaded(self, limit_s: float = 600.0) -> None:
         """Wait until all actors are ready; raises GetTimeoutError."""
@@ -161,7 +177,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
                 f"{stage}: {self._num_deaths} actors died in a row without any result "
                 f"({' '.join(str(error).split())[:300]}): give them more memory, or lower rollout.rows"
             ) from error
-        say(stage, "an actor died; its item is started again")
+        say(stage, "an actor died; its items are started again")
         self._add_actor()
 
 

@@ -86,6 +86,11 @@ class Engine:
         return self._scheduler.num_admitted, self._scheduler.num_waiting
 
     @property
+    def is_batch_invariant(self) -> bool:
+        """Whether no row's logits depend on the other rows, to the last bit."""
+        return self._base.is_batch_invariant
+
+    @property
     def num_cached_tokens(self) -> int:
         """Tokens whose keys and values the base model holds."""
         return self._base.num_tokens

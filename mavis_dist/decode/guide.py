@@ -96,6 +96,11 @@ class LocalGuide:
     def predicted(self) -> tuple[str, ...]:
         return self._predicted
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether no row's values depend on the other rows, to the last bit."""
+        return all(trunk.slots.is_batch_invariant for trunk in self._trunks)
+
     def add(
         self,
         models: Mapping[str, ValueModel | tuple[ValueModel, int]],

@@ -237,5 +237,6 @@ class Decoder(Protocol):
 
     cache: KVCache
     device: torch.device
+    is_batch_invariant: bool  # no output depends on the other rows and tokens of a step, to the last bit
 
     def step(self, step: Step) -> torch.Tensor: ...

@@ -57,6 +57,8 @@ def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
 class HFDecoder:
     """Any transformers decoder, through its own forward pass."""
 
+    is_batch_invariant = False
+
     def __init__(self, backbone: PreTrainedModel, forward: Callable[..., torch.Tensor]):
         """`forward` has the interface of a Hugging Face decoder and returns head outputs [B, T, O]; `backbone` is the
         same model without the head, for steps whose outputs are not read.

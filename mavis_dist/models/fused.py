@@ -36,6 +36,8 @@ def layer_types(config: Any) -> set[str]:
 class FusedDecoder:
     """Llama's forward pass over the slot cache."""
 
+    is_batch_invariant = False
+
     def __init__(self, backbone: PreTrainedModel, head: Callable[[torch.Tensor], torch.Tensor]):
         """`head` turns the last hidden states [R, C] into outputs [R, O]."""
         model: Any = backbone

@@ -52,6 +52,11 @@ class SlotModel:
         return row in self._slot_of
 
     @property
+    def is_batch_invariant(self) -> bool:
+        """Whether no row's outputs depend on the other rows, to the last bit."""
+        return self._decoder.is_batch_invariant
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all rows whose keys and values are in the cache."""
         return sum(self._lengths)

@@ -29,6 +29,8 @@ POSITIONS_PER_GROWTH = 1024
 class NativeDecoder:
     """Llama's forward pass over the slot cache, in one call."""
 
+    is_batch_invariant = True
+
     def __init__(
         self,
         backbone: PreTrainedModel,

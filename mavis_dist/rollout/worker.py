@@ -9,6 +9,7 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
+from mavis_dist.actors import Turn
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Shape, Tree
 from mavis_dist.decode import Choice, Engine, LocalGuide, Request
@@ -81,10 +82,10 @@ Result = Grown | Answered
 
 @ray.remote
 class Worker:
-    """Works on one batch at a time.
+    """Works on batches of trees and requests, whose results are the same to the last bit on every actor.
 
-    By rounding, the results of a row depend on the other rows. A batch starts whole in an empty engine, so that its
-    results are the same to the last bit on every actor, in every precision.
+    Where no row's result depends on the other rows, a batch starts as soon as no row waits. Elsewhere it depends on
+    them by rounding, and a batch starts whole in an empty engine.
     """
 
     def __init__(self, config: Config):
@@ -95,23 +96,29 @@ class Worker:
         self._answers: dict[str, list[Answer | None]] = {}  # by request id, until all n are there
         self._guides: dict[str, ValueModel] = {}
         self._value_iterations: dict[str, int] = {}
+        self._unfinished: dict[int, set[Hashable]] = {}  # keys of missing results, by batch
         self._load({})
 
-    def work(self, value_iterations: Mapping[str, int], batch: Batch | None) -> tuple[list[Result], bool]:
-        """Start a batch, or continue the current one if given None, until there is a result.
+    def work(self, value_iterations: Mapping[str, int], batch: tuple[int, Batch] | None) -> Turn[Result]:
+        """Start a numbered batch, or continue with the current ones if given None, until there is a result.
 
-        `value_iterations` are the value models that guide: objective -> iteration.
-        Returns the finished results, and whether the whole batch is finished.
+        `value_iterations` are the value models that guide: objective -> iteration; they stay the same until all batches
+        are finished.
         """
         if batch is not None:
-            self._load(value_iterations)
-            for item in batch:
+            if self._engine.is_idle:
+                self._load(value_iterations)
+            self._unfinished[batch[0]] = {_key(item) for item in batch[1]}
+            for item in batch[1]:
                 self._start(item)
         done: list[Result] = []
         while not done and not self._engine.is_idle:
             for update in self._engine.step():
                 done += self._absorb(update)
-        return done, self._engine.is_idle
+        keys = {result.key for result in done}
+        self._unfinished = {number: left for number, old in self._unfinished.items() if (left := old - keys)}
+        has_room = self._is_batch_invariant and self._engine.load[1] == 0
+        return Turn(done, frozenset(self._unfinished), has_room)
 
     def _load(self, value_iterations: Mapping[str, int]) -> None:
         """An empty engine with these value models around the same base model."""
@@ -125,6 +132,7 @@ class Worker:
             self._value_iterations = dict(value_iterations)
         guide = LocalGuide(self._guides) if self._guides else None
         self._engine = Engine(self._base, guide, self._config.rollout.rows)
+        self._is_batch_invariant = self._engine.is_batch_invariant and (guide is None or guide.is_batch_invariant)
         self._growers.clear()
         self._answers.clear()
 
@@ -153,6 +161,11 @@ class Worker:
             return []
         del self._answers[update.request_id]
         return [Answered(update.request_id, finished)]
+
+
+def _key(item: Grow | Ask) -> Hashable:
+    """Which result belongs to an item."""
+    return (item.policy, item.prompt.id) if isinstance(item, Grow) else item.request.id
 
 
 def make_grower(config: Config, engine: Engine, policy: Policy) -> TreeGrower:

@@ -8,26 +8,32 @@ from pathlib import Path
 import pytest
 import ray
 
-from mavis_dist.actors import WorkerPool, WorkerPoolError
+from mavis_dist.actors import Turn, WorkerPool, WorkerPoolError
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
 
 @ray.remote(num_cpus=0)
 class Multiplier:
-    """Multiplies a list of numbers, one per call; dies once in the middle of a list, or in every list if doomed."""
+    """Multiplies lists of numbers, one per call, up to `most` lists in turn; dies once with a single number left, or at
+    once if doomed.
+    """
 
-    def __init__(self, death_file: str, is_doomed: bool = False):
-        self.death_file, self.is_doomed, self.left = Path(death_file), is_doomed, []
+    def __init__(self, death_file: str, is_doomed: bool = False, most: int = 1):
+        self.death_file, self.is_doomed, self.most = Path(death_file), is_doomed, most
+        self.left: dict[int, list[int]] = {}
 
-    def work(self, factor: int, numbers: list[int] | None) -> tuple[list[tuple[int, int]], bool]:
-        if numbers is not None:
-            self.left = list(numbers)
-        if self.is_doomed or (len(self.left) == 1 and not self.death_file.exists()):
+    def work(self, factor: int, item: tuple[int, list[int]] | None) -> Turn[tuple[int, int]]:
+        if item is not None:
+            self.left[item[0]] = list(item[1])
+        assert len(self.left) <= self.most
+        last = max(self.left)  # later ones may be finished first
+        if self.is_doomed or (len(self.left[last]) == 1 and not self.death_file.exists()):
             self.death_file.touch()
             os._exit(1)
-        number, *self.left = self.left
-        return [(number, number * factor)], not self.left
+        number, *self.left[last] = self.left[last]
+        self.left = {n: numbers for n, numbers in self.left.items() if numbers}
+        return Turn([(number, number * factor)], frozenset(self.left), len(self.left) < self.most)
 
 
 @ray.remote(num_cpus=0)
@@ -38,8 +44,9 @@ class Unstartable:
     def work(self, factor: int, numbers: list[int] | None) -> None: ...
 
 
-def test_the_item_of_a_dead_actor_is_restarted(tmp_path: Path) -> None:
-    pool = WorkerPool(lambda: Multiplier.remote(str(tmp_path / "death")), 2)
+@pytest.mark.parametrize("most", [1, 3])
+def test_the_items_of_a_dead_actor_are_restarted(tmp_path: Path, most: int) -> None:
+    pool = WorkerPool(lambda: Multiplier.remote(str(tmp_path / "death"), most=most), 2)
     try:
         results = list(pool.run("first", 2, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(7)]))
         assert set(results) == {(number, 2 * number) for number in range(21)}
