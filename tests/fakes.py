@@ -21,24 +21,26 @@ class Letters:
         return "".join(chr(ord(" ") + token) for token in ids if token != EOS)
 
 
-def tiny_config(layers: int = 2, vocab: int = VOCAB) -> LlamaConfig:
+def tiny_config(layers: int = 2, vocab: int = VOCAB, head_size: int = 8) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocab,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=max(48, head_size),
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_size,
         max_position_embeddings=256,
         eos_token_id=EOS,
         bos_token_id=1,
     )
 
 
-def tiny_base(seed: int = 0, eos_boost: float = 0.0) -> BaseModel:
-    """A two-layer Llama; with `eos_boost` > 0 answers end sooner."""
+def tiny_base(seed: int = 0, eos_boost: float = 0.0, head_size: int = 8) -> BaseModel:
+    """A two-layer Llama; with `eos_boost` > 0 answers end sooner, with heads of 64 it is decoded natively."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="sdpa").float().eval()
+    config = tiny_config(head_size=head_size)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
     model.requires_grad_(False)
     model.lm_head.weight.mul_(4.0)  # a peaked distribution
     model.lm_head.weight[EOS] += eos_boost * torch.randn(32)
@@ -54,17 +56,17 @@ def tiny_base(seed: int = 0, eos_boost: float = 0.0) -> BaseModel:
 
 
 def tiny_value(
-    seed: int, num_objectives: int = 1, layers: int = 1, scale: float = 0.5, vocab: int = VOCAB
+    seed: int, num_objectives: int = 1, layers: int = 1, scale: float = 0.5, vocab: int = VOCAB, head_size: int = 8
 ) -> ValueModel:
     torch.manual_seed(seed)
-    backbone = LlamaModel._from_config(tiny_config(layers, vocab), attn_implementation="sdpa")
+    backbone = LlamaModel._from_config(tiny_config(layers, vocab, head_size), attn_implementation="sdpa")
     model = ValueModel(backbone, num_objectives)
     torch.nn.init.normal_(model.heads.weight, std=scale)
     return model.eval().requires_grad_(False)
 
 
-def tiny_student(seed: int, num_objectives: int = 1, layers: int = 1, rank: int = 4) -> Student:
-    model = tiny_value(seed, num_objectives, layers)
+def tiny_student(seed: int, num_objectives: int = 1, layers: int = 1, rank: int = 4, head_size: int = 8) -> Student:
+    model = tiny_value(seed, num_objectives, layers, head_size=head_size)
     qhead = QHead(32, num_objectives, rank)
     for query in qhead.queries:
         torch.nn.init.normal_(query.weight, std=0.5)

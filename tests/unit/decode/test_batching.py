@@ -6,10 +6,11 @@ Neighbours, slots, shared prefixes, pieces of prompts, cancellations and the ord
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -17,13 +18,40 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from mavis_dist.decode import Choice, Engine, FinishReason, LocalGuide, Request, SamplingParams, Scorer, Update
 from mavis_dist.decode.request import stream_of
 from mavis_dist.models import kv
+from mavis_dist.models.load import BaseModel
+from mavis_dist.models.qhead import Student
+from mavis_dist.models.value import ValueModel
+from mavis_dist.native import build
 from tests.fakes import VOCAB, tiny_base, tiny_student, tiny_value
 from tests.machines import MACHINE
 
-BASE = tiny_base(seed=0, eos_boost=1.0)
-MODELS = {"brief": tiny_value(1, layers=2), "kind": tiny_value(2)}
-STUDENT = tiny_student(3, num_objectives=2)
-STUDENTS = {"kind": (STUDENT, 0), "brief": (STUDENT, 1)}
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """The models of an engine."""
+
+    base: BaseModel
+    models: dict[str, ValueModel]
+    students: dict[str, tuple[Student, int]]
+    alone: dict[str, list[Choice]] = field(default_factory=dict)  # what requests get from an engine of their own
+
+    def engine(self, **limits) -> tuple[Engine, LocalGuide]:
+        guide = LocalGuide(self.models, self.students)
+        return Engine(self.base, guide, **limits), guide
+
+
+def world(head_size: int, dtype: torch.dtype) -> World:
+    base = tiny_base(seed=0, eos_boost=1.0, head_size=head_size)
+    base.model.to(dtype)
+    models = {"brief": tiny_value(1, layers=2, head_size=head_size), "kind": tiny_value(2, head_size=head_size)}
+    student = tiny_student(3, num_objectives=2, head_size=head_size)
+    for model in (*models.values(), student.model):
+        model.to_precision(dtype)
+    return World(base, models, {"kind": (student, 0), "brief": (student, 1)})
+
+
+SINGLE, HALF = world(8, torch.float32), world(64, torch.bfloat16)
+BASE = SINGLE.base
 SCORERS = [(Scorer.FULL, None), (Scorer.FULL, 0.8), (Scorer.LAZY, 0.8), (Scorer.LAZY, 2.5)]
 SCORERS += [(Scorer.QHEAD, None), (Scorer.QHEAD, 0.8)]
 STEM = tuple(range(10, 60))  # what prompts share
@@ -65,15 +93,13 @@ def small_growth(monkeypatch):
     monkeypatch.setattr(kv, "SLOTS_PER_GROWTH", 1)
 
 
-ALONE: dict[str, list[Choice]] = {}
-
-
-def alone(request: Request) -> list[Choice]:
+def alone(world: World, request: Request) -> list[Choice]:
     """What a request gets from an engine of its own, one answer at a time."""
     key = repr(replace(request, id=""))
-    if key not in ALONE:
-        [ALONE[key]] = Engine(BASE, LocalGuide(MODELS, STUDENTS), max_rows=1, use_hf_forward=True).generate([request])
-    return ALONE[key]
+    if key not in world.alone:
+        engine, _ = world.engine(max_rows=1, use_hf_forward=world is SINGLE)
+        [world.alone[key]] = engine.generate([request])
+    return world.alone[key]
 
 
 def assert_is(choice: Choice, whole: Choice, start: int) -> None:
@@ -105,16 +131,16 @@ def assert_holds_nothing(engine: Engine, guide: LocalGuide) -> None:
 class Traffic:
     """An engine with its requests; checks every answer when it ends."""
 
-    def __init__(self, **limits):
-        self.guide = LocalGuide(MODELS, STUDENTS)
-        self.engine = Engine(BASE, self.guide, **limits)
+    def __init__(self, world: World = SINGLE, **limits):
+        self.world = world
+        self.engine, self.guide = world.engine(**limits)
         self.requests: dict[str, Request] = {}
         self.whole: dict[str, tuple[list[Choice], int]] = {}  # by request: its choices, and its start in them
         self.written: dict[tuple[str, int], list[int]] = {}  # by answer
         self.open: set[tuple[str, int]] = set()
 
     def submit(self, request: Request, first: bool = False) -> None:
-        self._submit(request, first, alone(request), 0)
+        self._submit(request, first, alone(self.world, request), 0)
 
     def fork(self, request_id: str, index: int, cut: int, first: bool = False) -> None:
         """Continue an answer from its first `cut` tokens that this engine generated."""
@@ -177,14 +203,16 @@ class Traffic:
 class TrafficMachine(RuleBasedStateMachine):
     """Requests arrive, are forked, cancelled and finished in any order, in engines of any size."""
 
+    world = SINGLE
+
     @initialize(
         max_rows=st.integers(1, 6),
         prefill_tokens=st.integers(1, 8),
         cache_tokens=st.sampled_from([None, 80, 160]),
         use_hf_forward=st.booleans(),
     )
-    def start(self, **limits):
-        self.traffic = Traffic(**limits)
+    def start(self, use_hf_forward, **limits):
+        self.traffic = Traffic(self.world, use_hf_forward=use_hf_forward and self.world is SINGLE, **limits)
 
     @rule(chance=CHANCES)
     def submit(self, chance):
@@ -214,13 +242,30 @@ class TrafficMachine(RuleBasedStateMachine):
             self.traffic.finish()
 
 
-TrafficMachine.TestCase.settings = settings(
+class HalfPrecisionMachine(TrafficMachine):
+    """Bfloat16 rounds coarsely: any sum whose order depends on a neighbour changes tokens."""
+
+    world = HALF
+
+
+SETTINGS = settings(
     MACHINE,
     max_examples=30,
     stateful_step_count=30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+TrafficMachine.TestCase.settings = HalfPrecisionMachine.TestCase.settings = SETTINGS
 TestAnyTraffic = TrafficMachine.TestCase
+TestAnyTrafficInHalfPrecision = pytest.mark.skipif(not build.is_loaded(), reason="needs the native forward pass")(
+    HalfPrecisionMachine.TestCase
+)
+
+
+@pytest.mark.skipif(not build.is_loaded(), reason="needs the native forward pass")
+def test_half_precision_is_tested_natively():
+    engine, guide = HALF.engine()
+    assert engine.is_batch_invariant
+    assert guide.is_batch_invariant
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 5, 16])
