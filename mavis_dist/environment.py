@@ -4,6 +4,10 @@ RAY_AUTH_MODE=token                    Ray's ports unpickle what they receive: e
 RAY_TRAIN_V2_ENABLED=1                 the version of Ray Train that this project is written for
 RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5  how often Ray Train polls its workers; every report waits for a poll
 RAY_USAGE_STATS_ENABLED=0              no usage statistics are sent
+RAY_SERVE_PROXY_USE_GRPC=1             the proxy gets responses over gRPC: a chunk as a Ray object costs three times as
+                                       much
+RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0  the proxy reads them in its own event loop, without a second thread; for the
+                                       replicas serve.app decides
 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0   CPU actors keep the GPU visibility of their machine
 TOKENIZERS_PARALLELISM=false           threads of tokenizers do not survive a fork
 OMP_WAIT_POLICY=PASSIVE                processes share cores: a thread that spins delays the one it waits for (steps
@@ -27,6 +31,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "PASSIVE",

@@ -30,6 +30,9 @@ MAIN = "main"
 DRAIN_MARGIN_S = 30
 BASE_ROUTER = "serve.router.AnotherReplicaRouter"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+# Where a replica's calls to other deployments run. In its own event loop, a message costs no change of threads; but an
+# engine's thread, which waits for value replicas, needs another one.
+CALLS_IN_SEPARATE_LOOP = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
 
 
 class DeployError(UserError):
@@ -42,7 +45,7 @@ def build_main(args: MainArgs) -> Application:
     gateway = _deployment(
         serve.ingress()(Gateway),
         max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": args.cpus},
+        ray_actor_options={"num_cpus": args.cpus, **_environment({CALLS_IN_SEPARATE_LOOP: "0"})},
         # Running streams end by themselves when the gateway is replaced.
         graceful_shutdown_timeout_s=args.deadline_s + DRAIN_MARGIN_S,
     )
@@ -122,9 +125,17 @@ def _model_options(args: Arguments) -> dict[str, Any]:
     return {
         # The engine admits requests, not the router.
         "max_ongoing_requests": 10_000,
-        "ray_actor_options": {"num_cpus": args.cpus, "num_gpus": args.gpus},
+        "ray_actor_options": {
+            "num_cpus": args.cpus,
+            "num_gpus": args.gpus,
+            **_environment({CALLS_IN_SEPARATE_LOOP: "1"}),
+        },
         **replica_options(args),
     }
+
+
+def _environment(variables: dict[str, str]) -> dict[str, Any]:
+    return {"runtime_env": {"env_vars": variables}}
 
 
 def _applications_ready(names: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""A time limit that never loses a cancellation. Knows nothing of Ray."""
+"""Waiting with a time limit that never loses a cancellation. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -7,6 +7,37 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+class Signal:
+    """An asyncio.Event for one reader, whose wait with a time limit costs no task."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._reader: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        self._is_set = True
+        self._wake()
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    async def wait(self, limit_s: float) -> bool:
+        """Whether it is set within `limit_s`."""
+        if not self._is_set:
+            loop = asyncio.get_running_loop()
+            self._reader = loop.create_future()
+            timer = loop.call_later(limit_s, self._wake)
+            try:
+                await self._reader
+            finally:
+                timer.cancel()
+        return self._is_set
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 async def within(limit_s: float, work: Awaitable[T]) -> T:
