@@ -25,21 +25,37 @@ def run(
     measure: Callable[[Path, Scale], dict[str, Any]],
     argv: Sequence[str] | None,
 ) -> None:
-    """Measure at the quick or the full one of `scales` and write the file of figures.
+    """Measure at the quick or the full one of `scales` and write the file of figures."""
+    arguments = make_parser(name, purpose, durations).parse_args(argv)
+    record(name, arguments, lambda: measure(arguments.run, scales[0] if arguments.quick else scales[1]), argv)
 
-    A run that cannot be used ends the process with one line and exit code 2.
-    """
+
+def make_parser(name: str, purpose: str, durations: str) -> argparse.ArgumentParser:
+    """The options that benchmarks of a finished run have."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=purpose)
     parser.add_argument("--quick", action="store_true", help=f"rough figures in {durations}; written to --json only")
     add_json(parser, name)
     parser.add_argument(
         "--run", type=Path, default=Path("runs/quickstart"), help="folder of a finished run (default: %(default)s)"
     )
-    arguments = parser.parse_args(argv)
-    results = refusing(lambda: measure(arguments.run, scales[0] if arguments.quick else scales[1]))
+    return parser
+
+
+def record(
+    name: str, arguments: argparse.Namespace, measure: Callable[[], dict[str, Any]], argv: Sequence[str] | None
+) -> None:
+    """Measure and write the file of figures, with --quick only if it is named.
+
+    A run that cannot be used ends the process with one line and exit code 2.
+    """
+    results = refusing(measure)
     if arguments.json or not arguments.quick:
-        file = arguments.json or figures.default_file(name)
-        figures.write(file, {**results, **figures.provenance(line(name, argv))})
+        figures.write(file_of(name, arguments), {**results, **figures.provenance(line(name, argv))})
+
+
+def file_of(name: str, arguments: argparse.Namespace) -> Path:
+    """The file of figures that the command line names, or the default one."""
+    return arguments.json or figures.default_file(name)
 
 
 def line(name: str, argv: Sequence[str] | None) -> str:
