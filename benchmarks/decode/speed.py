@@ -1,37 +1,63 @@
-"""Tokens per second of every decoding variant, measured in alternation. Times include the prompts."""
+"""Tokens per second of this engine and of its peers, measured in alternation. Times include the prompts."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
+from benchmarks.common.interleave import in_turn
+from benchmarks.common.interleave import ratio as median_ratio
+from benchmarks.decode import contender
+from benchmarks.decode.contender import Contender
+from mavis_dist.decode import SamplingParams
 
-from benchmarks.common.workload import Workload, weight_settings
-from benchmarks.decode import naive
-from mavis_dist.decode import Engine, LocalGuide, Scorer
-from mavis_dist.types import TILT_CAP
-
-NUM_OBJECTIVES = (1, 2, 4)
 WARMUP_TOKENS = 3
+SAME_WEIGHTS = ("vllm", "vllm_all_cores", "llamacpp_bf16")  # the peers with this engine's weights
+REFERENCE_SIZE = 1  # it answers one request after the other, whatever their number
 
-Decode = Callable[[int, int, int], int]  # (concurrent requests, tokens per answer, repetition) -> tokens generated
 Speeds = dict[str, dict[int, list[float]]]  # variant -> concurrent requests -> tokens/s of every repetition
 
 
-def measure(workload: Workload, sizes: Sequence[int], repetitions: int, tokens: int) -> Speeds:
-    """The reference is measured with 1 request only: it answers one after the other, whatever their number."""
-    variants = make_variants(workload, max(sizes))
-    turns = [(name, size) for size in sizes for name in variants if name != "reference" or size == 1]
-    speeds: Speeds = {name: {} for name in variants}
-    for name, size in turns:
-        variants[name](size, WARMUP_TOKENS, 0)
-    for repetition in range(repetitions):
-        for name, size in turns if repetition % 2 == 0 else turns[::-1]:
-            started = time.perf_counter()
-            num_tokens = variants[name](size, tokens, repetition)
-            speeds[name].setdefault(size, []).append(num_tokens / (time.perf_counter() - started))
+@dataclass(frozen=True)
+class Work:
+    """What every contender does."""
+
+    prompts: list[tuple[int, ...]]
+    sizes: tuple[int, ...]  # concurrent requests
+    lengths: tuple[int, ...]  # tokens per answer
+    repetitions: int
+
+
+def measure(
+    run: Path, base: str, work: Work, threads: int, pythons: Mapping[str, Path]
+) -> tuple[dict[int, Speeds], list[str]]:
+    """Speeds by length of the answers, and the versions of the engines."""
+    longest = max(map(len, work.prompts[: max(work.sizes)])) + max(work.lengths)
+    options = {"threads": threads, "top_k": SamplingParams().top_k, "max_rows": max(work.sizes), "max_length": longest}
+    with TemporaryDirectory(prefix="mavis-") as folder:
+        programs = contender.programs(run, base, options, pythons, Path(folder))
+        with contender.start(programs) as contenders:
+            return take_turns(contenders, work), [found.version for found in contenders]
+
+
+def take_turns(contenders: Sequence[Contender], work: Work) -> dict[int, Speeds]:
+    programs = {variant: found for found in contenders for variant in found.variants}
+    tasks = [
+        (size, variant)
+        for size in work.sizes
+        for variant in programs
+        if variant != "reference" or size == REFERENCE_SIZE
+    ]
+    for size, variant in tasks:
+        programs[variant].tokens_per_s(variant, work.prompts[:size], WARMUP_TOKENS, 0)
+    turns = [(length, *task) for length in work.lengths for task in tasks]
+    speeds: dict[int, Speeds] = {length: {variant: {} for variant in programs} for length in work.lengths}
+    for repetition, (length, size, variant) in in_turn(turns, work.repetitions):
+        speed = programs[variant].tokens_per_s(variant, work.prompts[:size], length, repetition)
+        speeds[length][variant].setdefault(size, []).append(speed)
     return speeds
 
 
@@ -41,63 +67,35 @@ def median(speeds: Speeds, name: str, size: int) -> float:
 
 def ratio(speeds: Speeds, name: str, other: str, size: int, other_size: int | None = None) -> float:
     """Speed of one variant over that of the other: the median of the ratios within a repetition."""
-    pairs = zip(speeds[name][size], speeds[other][other_size or size], strict=True)
-    return statistics.median(ours / theirs for ours, theirs in pairs)
+    return median_ratio(speeds[name][size], speeds[other][other_size or size])
 
 
-def make_variants(workload: Workload, max_rows: int) -> dict[str, Decode]:
-    """All engine variants share one engine: a value model without weight in a request costs nothing."""
-    model = next(iter(workload.models.values()))
-    heads = {"first head": (model, 0), "second head": (model, 0)}
-    guide = LocalGuide({**workload.models, **heads}, workload.students)
-    engine = Engine(workload.endless, guide, max_rows=max_rows)
-    variants = {"hf": _hugging_face(workload), "unguided": _engine(workload, engine, (), Scorer.FULL)}
-    for scorer in (Scorer.FULL, Scorer.LAZY):
-        for count in NUM_OBJECTIVES:
-            variants[f"{scorer.value}_{count}"] = _engine(workload, engine, [*workload.models][:count], scorer)
-        variants[f"{scorer.value}_2_heads"] = _engine(workload, engine, [*heads], scorer)
-    if workload.students:
-        name = f"{Scorer.QHEAD.value}_{len(workload.students)}"
-        variants[name] = _engine(workload, engine, [*workload.students], Scorer.QHEAD)
-    return {**variants, "reference": _reference(workload)}
+def headlines(speeds: Mapping[int, Speeds], sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Ratios of speeds, by length of the answers."""
+    ratios = {str(length): _ratios(found, sizes) for length, found in speeds.items()}
+    names = next(iter(ratios.values()))
+    return {name: {length: found[name] for length, found in ratios.items()} for name in names}
 
 
-def _engine(workload: Workload, engine: Engine, objectives: Sequence[str], scorer: Scorer) -> Decode:
-    cap = None if scorer is Scorer.FULL else TILT_CAP
-
-    def decode(size: int, tokens: int, repetition: int) -> int:
-        requests = workload.requests(size, weight_settings(objectives), tokens, scorer, cap)
-        return sum(len(choice.tokens) for choices in engine.generate(requests) for choice in choices)
-
-    return decode
-
-
-def _hugging_face(workload: Workload) -> Decode:
-    model, pad = workload.base.model, workload.base.eos_ids[0]
-
-    def decode(size: int, tokens: int, repetition: int) -> int:
-        prompts = workload.prompts[:size]
-        padding = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[pad] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)])
-        mask = torch.tensor([[0] * n + [1] * len(prompt) for n, prompt in zip(padding, prompts, strict=True)])
-        torch.manual_seed(repetition)
-        answers = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            top_k=40,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            pad_token_id=pad,
-        )
-        return answers[:, ids.shape[1] :].numel()
-
-    return decode
+def _ratios(speeds: Speeds, sizes: Sequence[int]) -> dict[str, float]:
+    pairs = {f"engine_vs_hf_b{size}": ("unguided", "hf", size) for size in sizes}
+    pairs |= {f"engine_vs_best_peer_b{size}": ("unguided", peer, size) for size, peer in _best_peers(speeds, sizes)}
+    for size in (1, 16):
+        pairs |= {f"lazy_vs_unguided_b{size}": ("lazy_2", "unguided", size)}
+        pairs |= {f"qhead_vs_unguided_b{size}": (name, "unguided", size) for name in speeds if name.startswith("qhead")}
+    pairs |= {
+        "lazy_heads_vs_unguided_b16": ("lazy_2_heads", "unguided", 16),
+        "full_vs_unguided_b16": ("full_2", "unguided", 16),
+    }
+    return {
+        **{name: ratio(speeds, *pair) for name, pair in pairs.items()},
+        "guided_vs_reference_16": ratio(speeds, "lazy_2", "reference", 16, REFERENCE_SIZE),
+        "full_vs_reference_16": ratio(speeds, "full_2", "reference", 16, REFERENCE_SIZE),
+    }
 
 
-def _reference(workload: Workload) -> Decode:
-    def decode(size: int, tokens: int, repetition: int) -> int:
-        requests = workload.requests(len(workload.prompts), weight_settings([*workload.models][:2]), tokens)
-        return len(naive.answer(workload.endless, workload.models, requests[repetition % len(requests)]))
-
-    return decode
+def _best_peers(speeds: Speeds, sizes: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """Every size with the peer that is fastest there with this engine's weights."""
+    peers = [name for name in SAME_WEIGHTS if name in speeds]
+    for size in sizes if peers else ():
+        yield size, max(peers, key=lambda name: median(speeds, name, size))

@@ -21,7 +21,7 @@ NUM_OBJECTIVES = 2
 LONGEST_ANSWER = 256  # answers are cancelled before they have so many tokens
 READ_BYTES = 512 * 2**20
 MATMUL_SIZE = 2048
-TRIES = 3
+TRIES = 10
 
 Parts = dict[str, float]  # ms per step
 

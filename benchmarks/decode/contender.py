@@ -1,0 +1,117 @@
+"""Programs that decode the same prompts, each in a process that is stopped while another one is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from benchmarks.common import peers
+from benchmarks.decode import gguf_files
+from mavis_dist.models.fetch import fetch
+from mavis_dist.types import UserError
+
+MODULES = "benchmarks.decode.contenders"
+LOG_CHARACTERS = 2000
+
+
+@dataclass(frozen=True)
+class Program:
+    """How to start a contender."""
+
+    module: str  # runs `lines.serve`
+    options: Mapping[str, Any]
+    settings: Mapping[str, str] = field(default_factory=dict)  # environment variables
+    python: Path = Path(sys.executable)
+
+
+class Contender:
+    """A running program."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str], log: IO[str]):
+        self._name, self._process, self._log = name, process, log
+        started = self._answer()
+        self.variants: list[str] = started["variants"]
+        self.version: str = started["version"]
+        self._signal(signal.SIGSTOP)
+
+    def tokens_per_s(self, variant: str, prompts: Sequence[Sequence[int]], tokens: int, seed: int) -> float:
+        """The speed at which it answers all prompts with so many tokens each; raises UserError if it has ended."""
+        self._signal(signal.SIGCONT)
+        self._ask({"variant": variant, "prompts": prompts, "tokens": tokens, "seed": seed})
+        answer = self._answer()
+        self._signal(signal.SIGSTOP)
+        assert answer["tokens"] == tokens * len(prompts), f"{variant} generated {answer['tokens']} tokens"
+        return float(answer["tokens"] / answer["seconds"])
+
+    def _ask(self, request: Mapping[str, Any]) -> None:
+        assert self._process.stdin
+        with suppress(BrokenPipeError):  # it has ended, and the answer says why
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise UserError(f"the process of {self._name} has ended: {self._log.read()[-LOG_CHARACTERS:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+
+@contextmanager
+def start(programs: Mapping[str, Program]) -> Iterator[list[Contender]]:
+    """All of them, started one after the other and stopped."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="mavis-")))
+        contenders = []
+        for name, program in programs.items():
+            command: list[str | Path] = [
+                program.python,
+                "-m",
+                program.module,
+                json.dumps(program.options),
+            ]
+            log = stack.enter_context((folder / name).open("w+"))
+            process = stack.enter_context(peers.running(command, program.settings, log, **pipes))
+            contenders.append(Contender(name, process, log))
+        yield contenders
+
+
+def programs(
+    run: Path, base: str, options: Mapping[str, Any], pythons: Mapping[str, Path], folder: Path
+) -> dict[str, Program]:
+    """This project's engine, Hugging Face, and the peers that have an interpreter.
+
+    `options` are those of all programs; model files are written to `folder`.
+    """
+    model, threads = fetch(base), options["threads"]
+    openmp = {"OMP_NUM_THREADS": str(threads)}  # and the waiting that libgomp chooses for a program alone
+    found = {
+        "this engine": Program(f"{MODULES}.own_engine", {**options, "run": str(run.absolute())}),
+        "hf": Program(f"{MODULES}.hugging_face", {**options, "model": str(model)}, openmp),
+    }
+    if peers.VLLM in pythons:
+        for name, settings in peers.vllm_settings(threads).items():
+            own = {**options, "model": str(model), "name": name}
+            found[name] = Program(f"{MODULES}.vllm_offline", own, settings, pythons[peers.VLLM])
+    if peers.LLAMACPP in pythons:
+        kinds = {"llamacpp_bf16": gguf_files.BF16, "llamacpp_q8_0": gguf_files.Q8_0}
+        files = {name: folder / f"{name}.gguf" for name in kinds}
+        for name, file in files.items():
+            gguf_files.write(model, file, kinds[name])
+        own = {**options, "files": {name: str(file) for name, file in files.items()}}
+        found["llamacpp"] = Program(f"{MODULES}.llama_batch", own, openmp, pythons[peers.LLAMACPP])
+    return found
