@@ -6,6 +6,8 @@ import asyncio
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
+from itertools import chain
 
 from mavis_dist.decode import Update
 from serve.timeouts import Signal
@@ -35,7 +37,7 @@ class Mailbox:
             self._events.call_soon_threadsafe(self._announce, is_end)
 
     async def take(self, limit_s: float) -> list[Update]:
-        """All updates so far; empty if none comes within `limit_s`."""
+        """All updates so far, as one per choice; empty if none comes within `limit_s`."""
         if not await self._has_some.wait(limit_s):
             return []
         if (pause := self._next_at - time.monotonic()) > 0:
@@ -44,7 +46,7 @@ class Mailbox:
         self._has_end.clear()
         self._next_at = self._tick_after(time.monotonic())
         self._is_announced = False  # before the updates are taken: one that comes now is announced again
-        return [self._updates.popleft() for _ in range(len(self._updates))]
+        return joined([self._updates.popleft() for _ in range(len(self._updates))])
 
     def _tick_after(self, now: float) -> float:
         return (math.floor(now / self._interval_s) + 1) * self._interval_s if self._interval_s else now
@@ -54,3 +56,21 @@ class Mailbox:
             self._has_some.set()
             if is_end:
                 self._has_end.set()
+
+
+def joined(updates: Sequence[Update]) -> list[Update]:
+    """Successive updates of a request as one per choice."""
+    choices: dict[int, list[Update]] = {}
+    for update in updates:
+        choices.setdefault(update.index, []).append(update)
+    return [
+        Update(
+            parts[0].request_id,
+            index,
+            parts[0].start,
+            tuple(chain.from_iterable(part.tokens for part in parts)),
+            parts[-1].finished,
+            tuple(chain.from_iterable(part.logprobs for part in parts)),
+        )
+        for index, parts in choices.items()
+    ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
-from mavis_dist.decode import Choice, FinishReason, Update
-from serve.base.update_queue import Mailbox
+from mavis_dist.decode import Candidate, Choice, FinishReason, TokenLogprobs, Update
+from serve.base.update_queue import Mailbox, joined
 from serve.timeouts import within
 
 
@@ -31,7 +32,7 @@ def test_all_arrive_in_order(interval_s):
         while bundles[-1][-1].finished is None:
             bundles.append(await box.take(5))
         writer.join()
-        assert [u.start for bundle in bundles for u in bundle] == list(range(count))
+        assert [token for bundle in bundles for u in bundle for token in u.tokens] == list(range(count))
 
     asyncio.run(scenario())
 
@@ -46,7 +47,8 @@ def test_only_updates_in_the_middle_are_delayed():
         await asyncio.sleep(0.05)
         assert not second.done()
         box.put(update(2, is_end=True))
-        assert [u.start for u in await within(5, second)] == [1, 2]
+        [both] = await within(5, second)
+        assert (both.start, both.tokens, both.finished.finish) == (1, (1, 2), FinishReason.STOP)
 
     asyncio.run(scenario())
 
@@ -57,6 +59,68 @@ def test_without_an_interval_nothing_waits():
         for start in range(3):
             box.put(update(start))
             assert [u.start for u in await within(5, box.take(60))] == [start]
+
+    asyncio.run(scenario())
+
+
+def test_the_updates_of_a_bundle_become_one_per_choice():
+    parts = [
+        Update("r", index, start, (start,), logprobs=(TokenLogprobs(Candidate(start, -1.0, 0.0), 0.0, ()),))
+        for start in range(3)
+        for index in range(2)
+    ]
+    ending = Update("r", 1, 3, (), Choice(1, finish=FinishReason.STOP))
+    first, second = joined([*parts, ending])
+    assert [(u.index, u.start, u.tokens) for u in (first, second)] == [(0, 0, (0, 1, 2)), (1, 0, (0, 1, 2))]
+    assert [one.chosen.token for one in second.logprobs] == [0, 1, 2]
+    assert first.finished is None
+    assert second.finished is ending.finished
+
+
+def test_streams_send_at_the_same_time():
+    async def scenario():
+        boxes = [Mailbox(interval_s=0.3) for _ in range(5)]
+        times = []
+
+        async def read(box):
+            await box.take(5)
+            box.put(update(1))
+            await box.take(5)
+            times.append(time.monotonic())
+
+        readers = []
+        for box in boxes:
+            box.put(update(0))
+            readers.append(asyncio.create_task(read(box)))
+            await asyncio.sleep(0.011)
+        await asyncio.gather(*readers)
+        ticks = sorted({round(at / 0.3) for at in times})
+        assert len(ticks) <= 2  # they began within 55 ms
+        assert all(abs(at / 0.3 - round(at / 0.3)) < 0.4 for at in times)
+
+    asyncio.run(scenario())
+
+
+def test_the_event_loop_is_woken_once_per_bundle():
+    async def scenario():
+        box, calls = Mailbox(interval_s=0.01), 0
+        wake = box._events.call_soon_threadsafe
+
+        class Counted:
+            def call_soon_threadsafe(self, *arguments):
+                nonlocal calls
+                calls += 1
+                wake(*arguments)
+
+        box._events = Counted()
+        for start in range(100):
+            box.put(update(start))
+        [bundle] = await box.take(5)
+        assert len(bundle.tokens) == 100
+        assert calls == 1
+        box.put(update(100))
+        assert await box.take(5)
+        assert calls == 2
 
     asyncio.run(scenario())
 
