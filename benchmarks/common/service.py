@@ -15,7 +15,7 @@ from mavis_dist.config import Config
 
 def service_config(config: Config, run: Path, **settings: object) -> Config:
     """The config of a run, for a service on a free port of loopback; `settings` replace those of `serve`."""
-    serve = config.serve.model_copy(update={"host": "127.0.0.1", "port": _free_port(), "keys": None, **settings})
+    serve = config.serve.model_copy(update={"host": "127.0.0.1", "port": _port(), "keys": None, **settings})
     return config.model_copy(update={"storage": str(run.parent.absolute()), "run": run.name, "serve": serve})
 
 
@@ -58,8 +58,12 @@ def cpu_s() -> float:
 
 
 @cache
-def _free_port() -> int:
+def _port() -> int:
     """The same one for all services: Serve keeps the port that it was started with."""
+    return free_port()
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

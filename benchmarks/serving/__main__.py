@@ -1,15 +1,17 @@
 """The service under load, through its real HTTP endpoint, and against the bare engine.
 
-    python -m benchmarks.serving [--quick] [--json FILE] [--run runs/quickstart]
+    python -m benchmarks.serving [--peers [FOLDER]] [--quick] [--json FILE] [--run runs/quickstart]
 
 Needs the value models of a finished run. Deploys the service on loopback, with the value models inside the base replica
 and then in their own replicas, and takes it down again. Prints tables and writes all figures to
-docs/figures/serving.json. Service, clients and bare engine share the machine's cores.
+docs/figures/serving.json. Service, clients and bare engine share the machine's cores. With --peers, vLLM's server and
+the service also answer the same unguided requests, one after the other.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,8 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import command
+from benchmarks.common import command, peers
 from benchmarks.common.command import headline_table, say, table
+from benchmarks.common.figures import DOCS, read
 
 if TYPE_CHECKING:
     from benchmarks.common.http_load import Body
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
 ENGINE_THREADS = 2
 ROWS = 16
 PLACEMENTS = ("colocated", "replicas")
+SETTINGS = {"rows": ROWS, "base_replicas": 1, "value_replicas": 1, "cpus_per_replica": 0.25}
 RAMP = 0.25  # of a window
+SERVER_HEAD = (f"unguided, {ROWS} streams", "tokens/s", "first: p50", "p99 ms", "token: p50", "p99 ms")
 RELEASE_S = 2.0  # until the rows of disconnected clients are released
 
 
@@ -43,10 +48,11 @@ class Scale:
     tokens: int  # longest answer
     overload: tuple[float, ...]  # arriving requests over those that can be answered
     window_s: float  # per overload
+    peer_repetitions: int  # of the service and vLLM's server in alternation, each started anew
 
 
-FULL = Scale((1, 4, 16, 32), 3, 4, 64, (1, 2, 5, 10), 60.0)
-QUICK = Scale((1, 16), 1, 1, 16, (1, 2, 5, 10), 8.0)
+FULL = Scale((1, 4, 16, 32), 3, 4, 64, (1, 2, 5, 10), 60.0, 2)
+QUICK = Scale((1, 16), 1, 1, 16, (1, 2, 5, 10), 8.0, 1)
 
 
 @dataclass
@@ -74,26 +80,36 @@ class Measured:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command.run("serving", "Measure the service.", "three minutes instead of twelve", (QUICK, FULL), measure, argv)
+    parser = command.make_parser("serving", "Measure the service.", "three minutes instead of twelve")
+    peers.add_option(parser)
+    arguments = parser.parse_args(argv)
+    scale = QUICK if arguments.quick else FULL
+    command.record("serving", arguments, lambda: measure(arguments.run, scale, arguments.peers), argv)
+    if arguments.peers and not arguments.quick:
+        write_page(read(command.file_of("serving", arguments))["servers"])
 
 
-def measure(run: Path, scale: Scale) -> dict[str, Any]:
+def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any]:
     import torch
 
     from benchmarks.common.workload import open_run, without_distilled
 
     config, _ = open_run(run)
+    vllm = peers.interpreters(peers_folder).get(peers.VLLM)
     torch.set_num_threads(ENGINE_THREADS)
     conditions = {"model": config.base.model, "load_before": os.getloadavg()[0], "rows": ROWS, **asdict(scale)}
     command.say_conditions(conditions)
     with without_distilled(run) as copy:
         measured, overloads = _measure(config, copy, scale)
+        servers = _against_vllm(config, copy, scale, vllm) if vllm else {}
     say(closed_table(measured))
     say(overload_table(overloads))
-    figures = headlines(measured, overloads)
-    say(headline_table(figures))
+    if servers:
+        say(table(SERVER_HEAD, [[name, *figures] for name, figures in server_rows(servers)]))
+    headline = {**headlines(measured, overloads), **server_headlines(servers)}
+    say(headline_table(headline))
     details = {name: asdict(placement) for name, placement in measured.items()}
-    return {**figures, "conditions": conditions, **details, "overload": overloads}
+    return {**headline, "conditions": conditions, **details, "overload": overloads, "servers": servers}
 
 
 def _measure(config: Config, run: Path, scale: Scale) -> tuple[dict[str, Measured], dict[str, dict[str, Any]]]:
@@ -101,13 +117,12 @@ def _measure(config: Config, run: Path, scale: Scale) -> tuple[dict[str, Measure
     from benchmarks.common.http_load import client_process
     from benchmarks.common.service import service, service_config
 
-    settings = {"rows": ROWS, "base_replicas": 1, "value_replicas": 1, "cpus_per_replica": 0.25}
     bodies = {count: make_bodies(config, count * scale.rounds, scale.tokens) for count in {ROWS, *scale.clients}}
-    engine = bare_engine(service_config(config, run, **settings, placement="colocated"), bodies[ROWS])
+    engine = bare_engine(service_config(config, run, **SETTINGS, placement="colocated"), bodies[ROWS])
     measured: dict[str, Measured] = {}
     with client_process() as process:
         for placement in PLACEMENTS:
-            with service(service_config(config, run, **settings, placement=placement)) as url:
+            with service(service_config(config, run, **SETTINGS, placement=placement)) as url:
                 measured[placement] = _against_engine(process, url, bodies[ROWS], engine, scale.repetitions)
                 for count in scale.clients:
                     measured[placement].closed[count] = _closed(process, url, bodies[count], count)
@@ -115,6 +130,25 @@ def _measure(config: Config, run: Path, scale: Scale) -> tuple[dict[str, Measure
                     capacity = measured[placement].closed[ROWS]["requests_per_s"]
                     overloads = _overloads(process, url, make_bodies(config, 200, scale.tokens), capacity, scale)
     return measured, overloads
+
+
+def _against_vllm(config: Config, run: Path, scale: Scale, python: Path) -> dict[str, list[dict[str, Any]]]:
+    """Unguided requests to the service and to vLLM's server, as it comes and with all cores."""
+    from benchmarks.common.http_load import client_process
+    from benchmarks.common.service import service_config
+    from benchmarks.serving.vllm_server import compare
+
+    served = service_config(config, run, **SETTINGS, placement="colocated")
+    bodies = [unguided(body, config.base.system) for body in make_bodies(config, ROWS * scale.rounds, scale.tokens)]
+    with client_process() as process:
+        return compare(process, served, python, ENGINE_THREADS, bodies, ROWS, scale.peer_repetitions)
+
+
+def unguided(body: Body, system: str) -> Body:
+    """The request without weights and seed, and with what servers choose differently unless they are told."""
+    messages = [{"role": "system", "content": system}, *body["messages"]]
+    told = {"messages": messages, "temperature": 1.0, "top_k": 40, "top_p": 1.0}
+    return {**{key: body[key] for key in ("model", "max_tokens")}, **told}
 
 
 def make_bodies(config: Config, count: int, tokens: int) -> list[Body]:
@@ -237,6 +271,38 @@ def headlines(measured: dict[str, Measured], overloads: dict[str, dict[str, Any]
         "goodput_tokens_per_s": goodputs,
         "goodput_kept": {name: figure / first if first else float("nan") for name, figure in goodputs.items()},
     }
+
+
+def server_headlines(servers: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """The service's throughput over that of vLLM's server at its better setting."""
+    if not servers:
+        return {}
+    ours, *others = (statistics.median(load["tokens_per_s"] for load in loads) for loads in servers.values())
+    return {"http_vs_vllm_server": ours / max(others)}
+
+
+def write_page(servers: dict[str, list[dict[str, Any]]]) -> None:
+    """The part of docs/benchmarks.md that has the servers side by side, if there was one beside the service."""
+    from benchmarks.common import markdown
+
+    rows = [[name, *(f"{figure:.0f}" for figure in row)] for name, row in server_rows(servers)]
+    if rows:
+        markdown.write_part(DOCS / "benchmarks.md", "servers", markdown.table(SERVER_HEAD, rows))
+
+
+def server_rows(servers: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[float]]]:
+    """Medians over the repetitions of the figures in SERVER_HEAD."""
+    times = [(name, p) for name in ("first_token_ms", "token_ms") for p in ("p50", "p99")]
+    return [
+        (
+            name,
+            [
+                statistics.median(load["tokens_per_s"] for load in loads),
+                *(statistics.median(load[name][p] for load in loads) for name, p in times),
+            ],
+        )
+        for name, loads in servers.items()
+    ]
 
 
 def closed_table(measured: dict[str, Measured]) -> str:

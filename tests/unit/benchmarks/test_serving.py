@@ -89,6 +89,29 @@ def test_headlines_compare_the_placements_by_the_engine() -> None:
     assert figures["cpu_ms_per_token"] == pytest.approx({"service": 5.0, "clients": 1.0})
 
 
+def test_servers_are_compared_by_medians_and_with_the_better_vllm() -> None:
+    times = {"p50": 200.0, "p95": 300.0, "p99": 400.0}
+    loads = {
+        name: [{"tokens_per_s": float(t), "first_token_ms": times, "token_ms": times} for t in speeds]
+        for name, speeds in {"this service": (300, 500), "vllm": (100, 300), "vllm_all_cores": (400, 100)}.items()
+    }
+    assert serving.server_headlines(loads) == {"http_vs_vllm_server": 400 / 250}
+    assert serving.server_rows(loads)[1] == ("vllm", [200.0, 200.0, 400.0, 200.0, 400.0])
+    assert serving.server_headlines({}) == {}
+
+
+def test_an_unguided_request_is_the_same_to_every_server() -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "seed": 1}
+    assert serving.unguided({**body, "objective_weights": {"a": 1.0}}, "Be brief.") == {
+        "model": "m",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        "max_tokens": 8,
+        "temperature": 1.0,
+        "top_k": 40,
+        "top_p": 1.0,
+    }
+
+
 def test_a_missing_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         serving.main(["--run", "runs/no-such-run"])
