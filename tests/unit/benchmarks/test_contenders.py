@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.common import figures, peers
+from benchmarks.common import figures, peers, workload
 from benchmarks.decode import contender, gguf_files, page, speed
 from benchmarks.decode.contender import Contender, Program
+from benchmarks.decode.contenders import hugging_face, own_engine
 from benchmarks.decode.speed import Work
 from mavis_dist.types import UserError
+from tests.tiny import MODEL, write_run
 
 FAKE = "tests.unit.benchmarks.fake_contender"
 PROMPTS = [(1, 2, 3), (4, 5)]
@@ -60,6 +62,17 @@ def test_a_contender_that_ends_is_reported_with_its_last_words(fakes: list[Conte
     for _ in range(2):
         with pytest.raises(UserError, match=r"(?s)the process of a has ended: .*out of luck"):
             fakes[0].tokens_per_s("dies", PROMPTS, 8, 0)
+
+
+def test_every_variant_generates_exactly_the_tokens_that_it_is_asked_for(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "finished", ("a", "b"))
+    work = workload.load(run)
+    vars(work)["endless"] = work.base  # which never draws its end-of-answer token
+    options = {"threads": torch.get_num_threads(), "top_k": 5, "model": str(tmp_path / MODEL)}
+    variants = {**own_engine.make_variants(work, 2), **hugging_face.load(options)}
+    assert {"unguided", "lazy_2", "lazy_2_heads", "full_2", "reference", "hf"} <= variants.keys()
+    prompts = [list(prompt) for prompt in work.prompts[:2]]
+    assert {name: decode(prompts, 6, 0) for name, decode in variants.items()} == dict.fromkeys(variants, 12)
 
 
 class Recorded:

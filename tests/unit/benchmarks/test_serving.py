@@ -6,8 +6,12 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import cast
 
 import pytest
 from aiohttp import web
@@ -20,7 +24,10 @@ from benchmarks.common import http_load
 from benchmarks.common.http_load import Load, Outcome, arrivals, failures, goodput, percentiles, record, summary
 from benchmarks.common.interleave import Speeds
 from benchmarks.serving import __main__ as serving
+from benchmarks.serving import vllm_server
 from benchmarks.serving.__main__ import Cost, Measured, headlines
+from mavis_dist.config import Config
+from mavis_dist.sections import Base
 from mavis_dist.types import UserError
 
 TEXT = "one two three"
@@ -98,6 +105,37 @@ def test_servers_are_compared_by_medians_and_with_the_better_vllm() -> None:
     assert serving.server_headlines(loads) == {"http_vs_vllm_server": 400 / 250}
     assert serving.server_rows(loads)[1] == ("vllm", [200.0, 200.0, 400.0, 200.0, 400.0])
     assert serving.server_headlines({}) == {}
+
+
+def test_every_server_runs_alone_and_in_reverse_order_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def server(name: str) -> Iterator[str]:
+        events.append(f"{name} starts")
+        yield name
+        events.append(f"{name} ends")
+
+    def load(process: object, url: str, bodies: list[dict], clients: int) -> Future[Load]:
+        events.append(f"{len(bodies)} to {url}")
+        answered: Future[Load] = Future()
+        answered.set_result(Load(seconds=1.0))
+        return answered
+
+    monkeypatch.setattr(vllm_server, "service", lambda config: server("ours"))
+    monkeypatch.setattr(vllm_server, "vllm", lambda model, python, settings, rows: server(f"vllm {len(settings)}"))
+    monkeypatch.setattr(vllm_server, "closed_loop", load)
+    process, python = cast(ProcessPoolExecutor, None), Path("python")
+    found = vllm_server.compare(
+        process, Config.model_construct(base=Base(model="tiny")), python, 2, [{}] * 6, clients=2, repetitions=2
+    )
+    assert {name: len(loads) for name, loads in found.items()} == {"this service": 2, "vllm": 2, "vllm_all_cores": 2}
+    order = ["ours", "vllm 3", "vllm 5"]
+    assert events == [
+        event
+        for name in [*order, *reversed(order)]
+        for event in (f"{name} starts", f"2 to {name}", f"6 to {name}", f"{name} ends")
+    ]
 
 
 def test_an_unguided_request_is_the_same_to_every_server() -> None:
