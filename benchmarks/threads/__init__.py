@@ -1,0 +1,1 @@
+"""`python -m benchmarks.threads`: OpenMP runtimes and waiting policies."""

@@ -1,0 +1,114 @@
+"""How threads should wait: decoding and training under several OpenMP settings, alone and on shared cores.
+
+    python -m benchmarks.threads [--quick] [--json FILE]
+
+Every setting runs in processes of its own, since OpenMP reads its variables once: one with all cores, then two at the
+same time on the same cores. Intel's runtime is measured where the package intel-openmp is installed.
+Prints a table, writes all figures to docs/figures/threads.json and the table to docs/threads.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from statistics import median
+from typing import Any
+
+from benchmarks.common import command, figures
+from benchmarks.common.command import say, table
+from benchmarks.common.markdown import table as markdown_table
+from benchmarks.common.markdown import write_part
+from mavis_dist.environment import ENVIRONMENT
+
+PAGE = figures.DOCS / "threads.md"
+WORKS = ("native decoder", "fused decoder", "training")
+OURS = {name: ENVIRONMENT[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+SETTINGS: dict[str, dict[str, str]] = {
+    "this project's": OURS,
+    "libgomp's defaults": {},
+    "always spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "sleeping at once": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+}
+INTEL = "Intel's, 1 ms of spinning"
+LIMIT_S = 300.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.threads", description="Measure waiting policies.")
+    parser.add_argument("--quick", action="store_true", help="rough figures in five minutes; written to --json only")
+    command.add_json(parser, "threads")
+    arguments = parser.parse_args(argv)
+    command.record("threads", arguments, lambda: measure(1 if arguments.quick else 2), argv)
+    if not arguments.quick:
+        write_part(PAGE, "threads", render(figures.read(command.file_of("threads", arguments))))
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Steps per second of every work under every setting: of one process, and of two together."""
+    settings = SETTINGS | intel()
+    speeds: dict[str, dict[str, dict[str, list[float]]]] = {
+        work: {name: {"alone": [], "two": []} for name in settings} for work in WORKS
+    }
+    for turn in range(rounds):
+        for work in WORKS:
+            for name in list(settings)[:: -1 if turn % 2 else 1]:
+                speeds[work][name]["alone"] += run(work, settings[name], 1)
+                speeds[work][name]["two"].append(sum(run(work, settings[name], 2)))
+    medians = {
+        work: {name: {load: median(found) for load, found in own.items()} for name, own in by_name.items()}
+        for work, by_name in speeds.items()
+    }
+    say(table(["steps/s", *(f"{work}{load}" for work in WORKS for load in ("", ", two"))], rows(medians)))
+    return {"steps_per_s": medians, "all": speeds}
+
+
+def rows(medians: Mapping[str, Any]) -> list[list[Any]]:
+    return [
+        [name, *(medians[work][name][load] for work in WORKS for load in ("alone", "two"))]
+        for name in medians[WORKS[0]]
+    ]
+
+
+def render(found: Mapping[str, Any]) -> str:
+    head = ["setting", *(f"{work}{load}" for work in WORKS for load in ("", ", two"))]
+    cells = ([name, *(f"{speed:.1f}" for speed in speeds)] for name, *speeds in rows(found["steps_per_s"]))
+    origin = f"`{found['command']}`: {figures.machine_line(found)}"
+    return f"{markdown_table(head, cells)}\n\nSteps per second, medians; of two processes together. {origin}."
+
+
+def intel() -> dict[str, dict[str, str]]:
+    """The settings of Intel's runtime, where it is installed."""
+    try:
+        files = metadata.files("intel-openmp") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    library = next(str(file.locate()) for file in files if file.name == "libiomp5.so")
+    return {INTEL: {"LD_PRELOAD": library, "KMP_BLOCKTIME": "1"}}
+
+
+def run(work: str, settings: Mapping[str, str], count: int) -> list[float]:
+    """Steps per second of each of `count` processes at the same time."""
+    variables = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    arguments = [sys.executable, "-m", "benchmarks.threads.work", work]
+    processes = [
+        subprocess.Popen(
+            arguments, env={**variables, **settings}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(count)
+    ]
+    for process in processes:  # all have loaded before any starts
+        assert process.stdout
+        process.stdout.readline()
+    for process in processes:
+        assert process.stdin
+        print("start", file=process.stdin, flush=True)
+    return [float(json.loads(process.communicate(timeout=LIMIT_S)[0])) for process in processes]
+
+
+if __name__ == "__main__":
+    main()
