@@ -12,11 +12,51 @@ token id. Rows with fewer than K are filled up with entries of log p = -inf.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 
 TIE_ROOM = 16
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What limits the candidates of rows; None where it limits those of no row."""
+
+    num_candidates: int  # of the row with most
+    temperature_B: torch.Tensor  # float64; 0 filters as 1 does: the limit would leave one candidate, nothing to steer
+    top_k_B: torch.Tensor | None
+    top_p_B: torch.Tensor | None
+    min_p_B: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        temperature: Sequence[float],
+        device: torch.device,
+    ) -> Filters:
+        def number(column: Sequence[float], is_used: bool = True) -> torch.Tensor | None:
+            return torch.tensor(column, dtype=torch.float64, device=device) if is_used else None
+
+        temperature_B = torch.tensor(temperature, dtype=torch.float64, device=device)
+        return cls(
+            max(top_k),
+            temperature_B,
+            number(top_k, min(top_k) < max(top_k)),
+            number(top_p, min(top_p) < 1),
+            number(min_p, max(min_p) > 0),
+        )
+
+    def of_rows(self, rows: Sequence[int]) -> Filters:
+        """Those of some rows."""
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen: dict[str, Any] = {name: x[list(rows)] for name, x in columns.items() if isinstance(x, torch.Tensor)}
+        return replace(self, **chosen)
 
 
 def candidates(
@@ -28,25 +68,24 @@ def candidates(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The candidate sets: token ids [B, K] and log p renormalised on them [B, K], float64.
 
-    top_k first, then top_p and min_p on softmax(log p / T). T = 0 filters as T = 1 does: the limit would leave only the
-    base model's most likely token and nothing to steer.
+    top_k first, then top_p and min_p on softmax(log p / T).
     """
-    num_candidates = min(int(top_k_B.max()), logits_BV.shape[1])
-    logits_BK, ids_BK = _largest(logits_BV, num_candidates)
-    logits_BK = logits_BK.double()
-    device = logits_BV.device
-    logits_BK = logits_BK.masked_fill(torch.arange(num_candidates, device=device) >= top_k_B[:, None], float("-inf"))
-    divisor_B1 = torch.where(temperature_B > 0, temperature_B, 1.0).double()[:, None]
-    probs_BK = torch.softmax(logits_BK / divisor_B1, dim=-1)
-    mass_before_BK = probs_BK.cumsum(-1) - probs_BK
-    dropped_BK = (mass_before_BK >= top_p_B[:, None]) & (top_p_B[:, None] < 1)
-    dropped_BK |= probs_BK < min_p_B[:, None] * probs_BK[:, :1]
-    dropped_BK[:, 0] = False
-    return ids_BK, torch.log_softmax(logits_BK.masked_fill(dropped_BK, float("-inf")), dim=-1)
+    filters = Filters(int(top_k_B.max()), temperature_B.double(), top_k_B, top_p_B, min_p_B)
+    logits_BK, ids_BK = largest(logits_BV, filters.num_candidates)
+    return ids_BK, renormalised(logits_BK, filters)
 
 
-def _largest(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest logits and their ids; equal logits in the order of ids, also at the k-th place."""
+def largest(logits_BV: torch.Tensor, k: int, may_wait: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits and their ids; equal logits in the order of ids, also at the k-th place.
+
+    Args:
+        may_wait: whether the host may wait for a result, which makes it faster on a CPU.
+    """
+    k = min(k, logits_BV.shape[1])
+    return _largest_by_topk(logits_BV, k) if may_wait else _largest_by_keys(logits_BV, k)
+
+
+def _largest_by_topk(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     # topk may return any of the ids that share the smallest logit: fetch all of them, then sort and cut. Fetching a few
     # more than k nearly always suffices, even with the coarse steps of half precision.
     num_fetched = min(k + TIE_ROOM, logits_BV.shape[1])
@@ -57,6 +96,38 @@ def _largest(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     ids_BK, order_BK = ids_BK.sort(dim=-1)
     logits_BK, order_BK = logits_BK.gather(-1, order_BK).sort(dim=-1, descending=True, stable=True)
     return logits_BK[:, :k], ids_BK.gather(-1, order_BK)[:, :k]
+
+
+def _largest_by_keys(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """By unique integers: the logit in the upper half, and in the lower half a number that falls with the id."""
+    # nan comes first, as in topk. Adding 0 turns -0 into 0.
+    logits_BV = torch.where(logits_BV.isnan(), float("inf"), logits_BV.float()) + 0.0
+    bits_BV = logits_BV.view(torch.int32)
+    rising_BV = torch.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # as an integer, in the order of the floats
+    falling_V = torch.arange(logits_BV.shape[1] - 1, -1, -1, device=logits_BV.device)
+    keys_BK = ((rising_BV.long() << 32) | falling_V).topk(k).values
+    ids_BK = logits_BV.shape[1] - 1 - (keys_BK & 0xFFFFFFFF)
+    return logits_BV.gather(1, ids_BK), ids_BK
+
+
+def renormalised(logits_BK: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """log p [B, K], float64, renormalised on the candidates that the filters leave; -inf for the others."""
+    logits_BK = logits_BK.double()
+    if filters.top_k_B is not None:
+        column_K = torch.arange(logits_BK.shape[1], device=logits_BK.device)
+        logits_BK = logits_BK.masked_fill(column_K >= filters.top_k_B[:, None], float("-inf"))
+    if filters.top_p_B is not None or filters.min_p_B is not None:
+        divisor_B = torch.where(filters.temperature_B > 0, filters.temperature_B, 1.0)
+        probs_BK = torch.softmax(logits_BK / divisor_B[:, None], dim=-1)
+        dropped_BK = torch.zeros_like(probs_BK, dtype=torch.bool)
+        if filters.top_p_B is not None:
+            mass_before_BK = probs_BK.cumsum(-1) - probs_BK
+            dropped_BK |= (mass_before_BK >= filters.top_p_B[:, None]) & (filters.top_p_B[:, None] < 1)
+        if filters.min_p_B is not None:
+            dropped_BK |= probs_BK < filters.min_p_B[:, None] * probs_BK[:, :1]
+        dropped_BK[:, 0] = False
+        logits_BK = logits_BK.masked_fill(dropped_BK, float("-inf"))
+    return torch.log_softmax(logits_BK, dim=-1)
 
 
 def tilt(
@@ -72,10 +143,20 @@ def tilt(
     `values_BKM` holds V_m(s∘a) and `baseline_BM` holds V_m(s), both in standard deviations of the reward; entries of
     objectives with weight 0 are ignored (they may be nan). `uncapped_BK` marks end-of-answer tokens.
     """
+    return capped(uncapped_tilt(values_BKM, baseline_BM, weights_BM, beta_B), cap_B, uncapped_BK)
+
+
+def uncapped_tilt(
+    values_BKM: torch.Tensor, baseline_BM: torch.Tensor, weights_BM: torch.Tensor, beta_B: torch.Tensor
+) -> torch.Tensor:
+    """delta [B, K] without a cap: not finite where a value that counts is not."""
     gain_BKM = values_BKM.double() - baseline_BM.double()[:, None]
     used_B1M = (weights_BM != 0)[:, None]
     gain_BK = (torch.where(used_B1M, gain_BKM, 0.0) * weights_BM.double()[:, None]).sum(-1)
-    delta_BK = beta_B.double()[:, None] * gain_BK
+    return beta_B.double()[:, None] * gain_BK
+
+
+def capped(delta_BK: torch.Tensor, cap_B: torch.Tensor, uncapped_BK: torch.Tensor) -> torch.Tensor:
     return torch.where(uncapped_BK, delta_BK, torch.minimum(delta_BK, cap_B.double()[:, None]))
 
 

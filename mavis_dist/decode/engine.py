@@ -20,7 +20,6 @@ from mavis_dist.decode.guide import Guide, GuideRow
 from mavis_dist.decode.preference_step import PreferenceStep
 from mavis_dist.decode.request import Choice, FinishReason, Request, Scorer, Update
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
-from mavis_dist.decode.scorer import Steering
 from mavis_dist.decode.text import StoppedText
 from mavis_dist.decode.validate import Bounds, validate
 from mavis_dist.models.decoder import base_decoder
@@ -48,6 +47,7 @@ class Engine:
         cache_tokens: int | None = None,
         prefill_tokens: int | None = None,
         use_hf_forward: bool = False,
+        static_shapes: bool | None = None,
     ):
         """
         Args:
@@ -58,14 +58,17 @@ class Engine:
             prefill_tokens: tokens of new prompts encoded per step, so that long prompts do not delay running answers.
                 None: 128 on a CPU, 2048 on a GPU.
             use_hf_forward: run the base model through its own forward pass, even where there is a faster one.
+            static_shapes: the shapes of a step depend on buckets only, and it waits for the device once. None: on all
+                devices but CPUs, where exact shapes are faster.
         """
         self.max_context, self.max_rows, self.cache_tokens = base.max_context, max_rows, cache_tokens
         self._guide = guide
         self._scheduler = Scheduler(max_rows, cache_tokens)
-        self._base = SlotModel(base_decoder(base.model, use_hf_forward))
+        self._device = base.model.device
+        self._static_shapes = self._device.type != "cpu" if static_shapes is None else static_shapes
+        self._base = SlotModel(base_decoder(base.model, use_hf_forward), self._static_shapes)
         self.tokenizer, self.eos_ids = base.tokenizer, frozenset(base.eos_ids)
         self._vocabulary = base.model.config.get_text_config().vocab_size
-        self._device = base.model.device
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self._device.type, 2048)
         self._eos = torch.tensor(sorted(base.eos_ids), device=self._device)
         self._batch: Batch | None = None
@@ -166,15 +169,17 @@ class Engine:
         if not self._scheduler.running:
             return []
         batch = self._assemble()
-        variants = batch.variants
-        logits_RV = self._base.extend([v.number for v in variants], [v.tokens[-1:] for v in variants])
+        logits_RV = self._base.append(batch.variants, batch.last_R)
+        guided = batch.guided()
+        self._catch_up(batch, guided)
         if batch.has_preferences:
             preference_step = PreferenceStep(batch.rows, logits_RV)
-            drawn = self._draw(batch, preference_step.logits_BV, preference_step)
+            drawn = draw(batch, guided, preference_step.logits_BV, self._guide, preference_step)
             preference_step.record(drawn.tokens, drawn.preference_divergences, drawn.faults)
         else:
-            drawn = self._draw(batch, logits_RV.float())
-        updates = self._absorb(batch, drawn)
+            drawn = draw(batch, guided, logits_RV, self._guide)
+        batch.advance(drawn.tokens_B)
+        updates = self._absorb(batch, guided, drawn)
         # Draws will be continued: their keys and values stay for the next requests.
         if self.is_idle and all(row.request.draws is None for row in batch.rows):
             self._release()
@@ -234,7 +239,10 @@ class Engine:
         rows = self._scheduler.running
         if self._batch is None or self._batch.rows != rows or self._batch.objectives != self.objectives:
             known = self._opened | (self._batch.baselines() if self._batch else {})
-            self._batch = Batch(rows, self.objectives, known, self._device)
+            static_calls = self._static_shapes and self._guide is not None and self._guide.static_shapes
+            self._batch = Batch(
+                rows, self.objectives, known, self._eos, self._vocabulary, self._static_shapes, static_calls
+            )
             running = set(self._batch.numbers)
             self._opened = {number: values for number, values in self._opened.items() if number not in running}
         return self._batch
@@ -257,17 +265,9 @@ class Engine:
 
     # --- compute: one token for every row -------------------------------------------------------------------------
 
-    def _draw(self, batch: Batch, logits_BV: torch.Tensor, preference_step: PreferenceStep | None = None) -> Drawn:
-        positions_B = batch.positions_B()
-        steering = batch.steering(positions_B)
-        self._catch_up(batch, steering)
-        return draw(batch, positions_B, steering, logits_BV, self._guide, self._eos, preference_step)
-
-    def _catch_up(self, batch: Batch, steering: Steering) -> None:
+    def _catch_up(self, batch: Batch, guided: Sequence[int]) -> None:
         """Send the guide the tokens that were generated without it, for the rows that it scores next."""
-        if not self._unseen:
-            return
-        behind = [b for b in steering.is_guided_B.nonzero()[:, 0].tolist() if batch.numbers[b] in self._unseen]
+        behind = [b for b in guided if batch.numbers[b] in self._unseen] if self._unseen else []
         if behind:
             assert self._guide is not None
             numbers = [batch.numbers[b] for b in behind]
@@ -276,45 +276,47 @@ class Engine:
 
     # --- absorb: the new tokens -----------------------------------------------------------------------------------
 
-    def _absorb(self, batch: Batch, drawn: Drawn) -> list[Update]:
+    def _absorb(self, batch: Batch, guided: Sequence[int], drawn: Drawn) -> list[Update]:
         """Append the chosen tokens, end the finished rows, and let the guide follow the others."""
-        updates, kept = [], []
+        updates, kept, finished, is_guided = [], [], [], set(guided)
         for b, row in enumerate(batch.rows):
-            if drawn.faults[b] is not None:
+            if b in drawn.faults:
                 row.choice.error = f"request {row.request.id!r}: {drawn.faults[b]}"
                 self._finish(row, FinishReason.ERROR)
                 updates.append(_update(row))
+                finished.append(row)
                 continue
             start = row.position
             self._append(row, b, drawn)
-            # A student predicts without a forward pass over the token, so it has not seen the token yet.
-            is_seen = drawn.is_guided[b] and row.request.scorer is not Scorer.QHEAD
-            if row.choice.finish is None and is_seen:
-                kept.append(b)
-            elif row.choice.finish is None and batch.is_guided[b]:
-                self._unseen.setdefault(row.number, []).append(drawn.tokens[b])
             updates.append(_update(row, start, (drawn.tokens[b],)))
+            if row.choice.finish is not None:
+                finished.append(row)
+            # A student predicts without a forward pass over the token, so it has not seen the token yet.
+            elif b in is_guided and row.request.scorer is not Scorer.QHEAD:
+                kept.append(b)
+            elif batch.is_guided[b]:
+                self._unseen.setdefault(row.number, []).append(drawn.tokens[b])
         if kept:
             assert self._guide is not None
-            self._guide.keep([batch.numbers[b] for b in kept], drawn.index_B[kept])
-        self._scheduler.finish(row for row in batch.rows if row.choice.finish is not None)
+            self._guide.keep(*batch.followed(kept, drawn.index_B))
+        if finished:
+            self._scheduler.finish(finished)
         return updates
 
     def _append(self, row: Row, b: int, drawn: Drawn) -> None:
         choice, token = row.choice, drawn.tokens[b]
         row.append(token)
         choice.tokens.append(token)
-        choice.alternatives = drawn.alternatives[b]
+        if b in drawn.alternatives:
+            choice.alternatives = drawn.alternatives[b]
         if b in drawn.logprobs:
             choice.logprobs.append(drawn.logprobs[b])
         choice.logratios.append(drawn.logratios[b])
         choice.divergences.append(drawn.divergences[b])
         if row.request.is_guided:
             choice.num_scored.append(drawn.num_candidates[b])
-            values = drawn.values_BM[b].tolist()
-            for name, value in zip(self.objectives, values, strict=True):
-                if name in row.request.weights:
-                    choice.values.setdefault(name, []).append(value)
+            for name in row.request.weights:
+                choice.values.setdefault(name, []).append(drawn.values[name][b])
         if token in self.eos_ids or self._is_stopped(row, token):
             self._finish(row, FinishReason.STOP)
         elif row.position == row.request.params.max_tokens:

@@ -19,6 +19,8 @@ from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.qhead import Student, predicted
 from mavis_dist.models.value import ValueModel
 
+ABSENT = -1  # the number of no row
+
 
 @dataclass(frozen=True)
 class GuideRow:
@@ -37,7 +39,13 @@ class Guide(Protocol):
 
     Values of objectives that a row does not use are undefined. Objectives may be added, removed and reordered between
     two steps of the engine; rows that use a removed objective have no values any more.
+
+    With `static_shapes`, `score` and `keep` may be called with rows whose number is `ABSENT`, so that the shapes of
+    calls do not depend on the rows: their values are undefined.
     """
+
+    @property
+    def static_shapes(self) -> bool: ...
 
     @property
     def objectives(self) -> tuple[str, ...]: ...
@@ -78,15 +86,25 @@ class LocalGuide:
         self,
         models: Mapping[str, ValueModel | tuple[ValueModel, int]],
         students: Mapping[str, tuple[Student, int]] | None = None,
+        static_shapes: bool | None = None,
     ):
-        """`models` maps each objective to its value model, or to one of several heads of a value model; `students`
-        maps some of them to one of the objectives of a student.
+        """
+        Args:
+            models: of each objective its value model, or one of several heads of a value model.
+            students: of some of them one of the objectives of a student.
+            static_shapes: the shapes of forward passes depend on buckets only. None: on all devices but CPUs.
         """
         self._objectives: tuple[str, ...] = ()
         self._predicted: tuple[str, ...] = ()
         self._device: torch.device | None = None
         self._trunks: list[_Trunk] = []
+        self._static_shapes = static_shapes
         self.add(models, students)
+
+    @property
+    def static_shapes(self) -> bool:
+        is_default = self._static_shapes is None
+        return self._device is not None and self._device.type != "cpu" if is_default else bool(self._static_shapes)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -144,7 +162,8 @@ class LocalGuide:
         for trunk in self._trunks:
             if trunk.owner is owner:
                 return trunk
-        self._trunks.append(_Student(owner) if isinstance(owner, Student) else _Trunk(owner))
+        shapes = self.static_shapes
+        self._trunks.append(_Student(owner, shapes) if isinstance(owner, Student) else _Trunk(owner, shapes))
         return self._trunks[-1]
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
@@ -173,16 +192,13 @@ class LocalGuide:
 
     def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
         values_NM = self._unknown(len(candidates_N))
-        starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-        for trunk, used in self._users(rows):
-            places = [n for b in used for n in range(starts[b], starts[b + 1])]
-            out_NO = trunk.score([rows[b] for b in used], [counts[b] for b in used], candidates_N[places])
-            trunk.fill(values_NM, places, out_NO)
+        for trunk, _ in self._users(rows):
+            trunk.score(values_NM, rows, counts, candidates_N)
         return values_NM
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
-        for trunk, used in self._users(rows):
-            trunk.keep([rows[b] for b in used], index_B[used])
+        for trunk, _ in self._users(rows):
+            trunk.keep(rows, index_B)
 
     def close(self, rows: Sequence[int]) -> None:
         for trunk, used in self._users(rows):
@@ -213,23 +229,28 @@ class _Trunk:
 
     predicts = False
 
-    def __init__(self, model: ValueModel):
+    def __init__(self, model: ValueModel, static_shapes: bool):
         self.owner: ValueModel | Student = model
-        self.slots = SlotModel(value_decoder(model))
+        self.slots = SlotModel(value_decoder(model), static_shapes)
         self.heads: dict[str, int] = {}  # the guide's objectives that this model values
-        self._places = torch.empty(0, dtype=torch.long)
+        self._columns: list[tuple[int, int]] = []  # column of the guide's values, head
 
     def arrange(self, objectives: Sequence[str]) -> None:
         """Set the order of the guide's objectives."""
-        self._places = torch.tensor([objectives.index(name) for name in self.heads])
+        self._columns = [(objectives.index(name), head) for name, head in self.heads.items()]
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """All heads' values at the last tokens, [B, O]."""
         return self.slots.extend(rows, tokens)
 
-    def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
-        """All heads' values of alternative next tokens, [N, O]."""
-        return self.slots.branch(rows, counts, candidates_N)
+    def score(
+        self, values_NM: torch.Tensor, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor
+    ) -> None:
+        """Write the values of alternative next tokens, for the rows that it follows."""
+        out_NO, is_known_N = self._evaluated(rows, counts, candidates_N), self.slots.layout(rows, counts).is_known_C
+        for m, head in self._columns:
+            new_N = out_NO[:, head].to(values_NM)
+            values_NM[:, m] = new_N if is_known_N is None else torch.where(is_known_N, new_N, values_NM[:, m])
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
         self.slots.keep(rows, index_B)
@@ -238,10 +259,14 @@ class _Trunk:
         for row in rows:
             self.slots.close(row)
 
-    def fill(self, values_XM: torch.Tensor, places: Sequence[int], out_XO: torch.Tensor) -> None:
-        """Write head outputs into the columns of the guide's objectives."""
-        rows_X1 = torch.tensor(places)[:, None]
-        values_XM[rows_X1, self._places] = out_XO[:, list(self.heads.values())].to(values_XM)
+    def fill(self, values_BM: torch.Tensor, places: Sequence[int], out_BO: torch.Tensor) -> None:
+        """Write head outputs of some rows into the columns of the guide's objectives."""
+        for m, head in self._columns:
+            values_BM[list(places), m] = out_BO[:, head].to(values_BM)
+
+    def _evaluated(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        """All heads' values, [N, O]."""
+        return self.slots.branch(rows, counts, candidates_N)
 
 
 class _Student(_Trunk):
@@ -249,10 +274,10 @@ class _Student(_Trunk):
 
     predicts = True
 
-    def __init__(self, student: Student):
-        super().__init__(student.model)
+    def __init__(self, student: Student, static_shapes: bool):
+        super().__init__(student.model, static_shapes)
         self.owner = student
-        self.slots = SlotModel(student_decoder(student))
+        self.slots = SlotModel(student_decoder(student), static_shapes)
         self._student = student
         self.known: dict[int, torch.Tensor] = {}  # outputs [O] at each row's last token
 
@@ -261,14 +286,6 @@ class _Student(_Trunk):
         self.known.update(zip(rows, out_BO, strict=True))
         return self._student.split(out_BO)[0]
 
-    @torch.inference_mode()
-    def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
-        known_BO = torch.stack([self.known[row] for row in rows])
-        row_N = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(known_BO.device)
-        values_BO, queries_BOR = self._student.split(known_BO)
-        factors_NR = self._student.token_factors(candidates_N.to(known_BO.device))
-        return values_BO[row_N] + predicted(queries_BOR[row_N], factors_NR)
-
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
         raise AssertionError("rows of a student are extended: the next state needs a forward pass anyway")
 
@@ -276,3 +293,13 @@ class _Student(_Trunk):
         super().close(rows)
         for row in rows:
             self.known.pop(row, None)
+
+    @torch.inference_mode()
+    def _evaluated(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        unknown_O = torch.zeros_like(next(iter(self.known.values())))
+        known_BO = torch.stack([self.known.get(row, unknown_O) for row in rows])
+        counts_B = torch.tensor(counts, device=known_BO.device)
+        row_N = torch.arange(len(rows), device=known_BO.device).repeat_interleave(counts_B, output_size=sum(counts))
+        values_BO, queries_BOR = self._student.split(known_BO)
+        factors_NR = self._student.token_factors(candidates_N.to(known_BO.device))
+        return values_BO[row_N] + predicted(queries_BOR[row_N], factors_NR)

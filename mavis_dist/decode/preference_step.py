@@ -6,7 +6,7 @@ preferences, V vocabulary, K candidates of the merged distribution, C of the pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 
@@ -74,14 +74,15 @@ class PreferenceStep:
         logratio_BK[self.rows] = torch.where(merged_XK > float("-inf"), ratio_XK, 0.0)
         return logratio_BK
 
-    def record(self, tokens: Sequence[int], divergences: Sequence[float], faults: Sequence[str | None]) -> None:
+    def record(self, tokens: Sequence[int], divergences: Sequence[float], faults: Container[int]) -> None:
         """Add the drawn tokens' rewards and the figures of the step to the answers; rows with a fault get none.
 
         Args:
             divergences: the preferences' part of KL(pi || pi_ref), nats.
+            faults: b of the rows that fail.
         """
         for b, row in self._rows.items():
-            if faults[b] is None:
+            if b not in faults:
                 rewards = self._rewards(b, tokens[b])
                 _tracker(row).add(rewards)
                 row.choice.preference_weights.append(self._weights[b])

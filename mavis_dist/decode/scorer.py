@@ -5,21 +5,30 @@ still win: the ones that would reach the best so far with the maximum tilt that 
 token as `full` with the same cap, for a fraction of the work. `qhead` scores all of C with a guide that predicts: a
 gather, no forward pass. Rows of all kinds share the calls of the guide, at most two per step.
 
+The first call either asks for exactly the candidates that the scorers name, which the host has to read, or for the same
+number of every row, whose superfluous ones are ignored: then shapes never change, and nothing waits for the device.
+
 Shapes: B rows, K candidates in evaluation order, N candidates of all rows, concatenated, M objectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mavis_dist.core.tilt import estimate_distribution, tilt
+from mavis_dist.core.tilt import capped, estimate_distribution, uncapped_tilt
 from mavis_dist.decode.guide import Guide
 
-# Candidates of a row in a step's first call, besides the end-of-answer tokens. On a GPU a few more cost little.
-FIRST_CHUNK = {"cpu": 3, "cuda": 16}
+# Candidates of a row in a step's first call, besides the end-of-answer tokens: few where reading the results is free,
+# more where it costs as much as evaluating them.
+FIRST_CHUNK, FIRST_CHUNK_UNREAD = 3, 16
+
+
+def width_unread(num_candidates: int, num_eos: int, are_all_lazy: bool) -> int:
+    """Candidates per row, the first in evaluation order, that contain every row's first chunk."""
+    return min(num_candidates, num_eos + FIRST_CHUNK_UNREAD) if are_all_lazy else num_candidates
 
 
 @dataclass(frozen=True)
@@ -35,16 +44,27 @@ class Drafts:
 
 
 @dataclass(frozen=True)
+class Query:
+    """Candidates for the guide to evaluate."""
+
+    numbers: Sequence[int]  # of the rows
+    counts: Sequence[int]  # candidates of each row
+    index_N: torch.Tensor  # of the candidates among all B * K
+
+
+@dataclass(frozen=True)
 class Steering:
     """The steering of all rows."""
 
     numbers: Sequence[int]  # of the rows, for the guide
     is_guided_B: torch.Tensor  # the others have no tilt
-    is_lazy_B: torch.Tensor
+    is_lazy_B: torch.Tensor  # guided or not; not where the tilt has no cap, since no candidate can be omitted then
     weights_BM: torch.Tensor
     baseline_BM: torch.Tensor  # V_m(s)
     beta_B: torch.Tensor
     cap_B: torch.Tensor
+    is_active: bool = True  # any row is guided
+    first: Query | None = None  # the first call, the same in every step; None: exactly the candidates that it needs
 
 
 @dataclass(frozen=True)
@@ -54,92 +74,114 @@ class Scores:
     delta_BK: torch.Tensor  # -inf where not evaluated: such a candidate cannot win
     values_BKM: torch.Tensor  # nan where not evaluated
     num_evaluated_B: torch.Tensor
-    is_sound_B: torch.Tensor  # all evaluated values were finite
+    soundness_B: torch.Tensor  # finite where all evaluated values were
+    is_open_B: torch.Tensor  # candidates that were not evaluated may win
     divergence_B: torch.Tensor  # KL(pi || pi_ref), nats; estimated where not all candidates were evaluated
     preference_divergence_B: torch.Tensor | None  # the preferences' part of it, where there are any
     logratio_BK: torch.Tensor  # log pi(a) - log pi_ref(a), 0 at T = 0; estimated likewise, and only where evaluated
 
 
-def score(drafts: Drafts, steering: Steering, guide: Guide | None) -> Scores:
-    """Query the guide according to each row's scorer; rows without guidance have no tilt."""
-    search = _Search(drafts, steering)
-    for is_queried_BK in search.queries():
-        assert guide is not None
-        counts_B = is_queried_BK.sum(-1)
-        rows = counts_B.nonzero()[:, 0].tolist()
-        numbers = [steering.numbers[b] for b in rows]
-        values_NM = guide.score(numbers, counts_B[rows].tolist(), drafts.ids_BK[is_queried_BK])
-        search.absorb(is_queried_BK, values_NM)
-    # Without guidance the tilt is known to be 0 for all.
-    is_known_BK = search.is_evaluated_BK | ~steering.is_guided_B[:, None]
-    distribution = estimate_distribution(
-        drafts.logprobs_BK, drafts.phi_BK, search.delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
-    )
-    divisor_B1 = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))[:, None]
-    logratio_BK = search.delta_BK / divisor_B1 - distribution.log_partition_B[:, None]
-    divergence_B, preference_divergence_B = distribution.divergence_B, None
-    if drafts.preference_logratio_BK is not None:
-        mean_B = (distribution.pi_BK * drafts.preference_logratio_BK).sum(-1)
-        preference_divergence_B = torch.where(drafts.temperature_B > 0, mean_B, float("nan"))
-        divergence_B = divergence_B + preference_divergence_B
-        logratio_BK = logratio_BK + torch.where(drafts.temperature_B[:, None] > 0, drafts.preference_logratio_BK, 0.0)
-    return Scores(
-        search.delta_BK,
-        search.values_BKM,
-        search.is_evaluated_BK.sum(-1),
-        search.is_sound_B,
-        divergence_B,
-        preference_divergence_B,
-        logratio_BK,
-    )
+class Search:
+    """The search for the winners of all rows: the evaluated candidates, and those that can still win.
 
+    `begin` calls the guide once, and again if it knows that it has to. While `scores` are open, `proceed` makes the
+    second call.
+    """
 
-class _Search:
-    """The search for the winners of all rows: the evaluated candidates, and those that can still win."""
-
-    def __init__(self, drafts: Drafts, steering: Steering):
-        self._drafts, self._steering = drafts, steering
+    def __init__(self, drafts: Drafts, steering: Steering, guide: Guide | None):
+        self._drafts, self._steering, self._guide = drafts, steering, guide
         is_guided_B1 = steering.is_guided_B[:, None]
-        # Without a cap no candidate can be omitted, and a single call for all is best.
-        self._is_lazy_B1 = (steering.is_lazy_B & (steering.cap_B < float("inf")))[:, None]
-        self._is_used_B1M = (steering.weights_BM != 0)[:, None]
         self._is_open_BK = (drafts.logprobs_BK > float("-inf")) & is_guided_B1  # not evaluated, and may win
-        self.delta_BK = torch.zeros_like(drafts.phi_BK).masked_fill(is_guided_B1, float("-inf"))
+        self._is_evaluated_BK = torch.zeros_like(self._is_open_BK)
+        self._delta_BK = torch.zeros_like(drafts.phi_BK).masked_fill(is_guided_B1, float("-inf"))
         shape = (*drafts.ids_BK.shape, steering.weights_BM.shape[1])
-        self.values_BKM = torch.full(shape, float("nan"), device=drafts.phi_BK.device)
-        self.is_evaluated_BK = torch.zeros_like(self._is_open_BK)
-        self.is_sound_B = torch.ones_like(steering.is_guided_B)
+        self._values_BKM = torch.full(shape, float("nan"), device=drafts.phi_BK.device)
+        self._soundness_B = torch.zeros_like(steering.beta_B)
 
-    def queries(self) -> Iterator[torch.Tensor]:
-        """The candidates [B, K] to evaluate, in one or two calls; the second depends on the results of the first."""
-        if self._is_open_BK.any():
-            yield self._first(FIRST_CHUNK.get(self._is_open_BK.device.type, FIRST_CHUNK["cuda"]))
-        if self._is_open_BK.any():
-            yield self._is_open_BK
+    def begin(self) -> None:
+        if not self._steering.is_active:
+            return
+        first, is_first_BK = self._steering.first, self._first_chunk()
+        self._ask(first or self._exactly(is_first_BK))
+        self._absorb(is_first_BK)
+        if first is None and self._is_open_BK.any():
+            self.proceed()
 
-    def absorb(self, is_queried_BK: torch.Tensor, values_NM: torch.Tensor) -> None:
-        """Store the values of the evaluated candidates, and exclude those that cannot win any more."""
-        drafts, steering = self._drafts, self._steering
-        self.values_BKM[is_queried_BK] = values_NM.to(self.values_BKM)
-        tilt_BK = tilt(
-            self.values_BKM,
-            steering.baseline_BM,
-            steering.weights_BM,
-            steering.beta_B,
-            steering.cap_B,
-            drafts.is_eos_BK,
+    def proceed(self) -> None:
+        """Evaluate all candidates that may win."""
+        self._ask(self._exactly(self._is_open_BK & self._is_unasked_BK()))
+        self._absorb(self._is_open_BK)
+
+    def scores(self) -> Scores:
+        drafts, num_evaluated_B = self._drafts, self._is_evaluated_BK.sum(-1)
+        divergence_B, preference_divergence_B = torch.where(drafts.temperature_B > 0, 0.0, float("nan")), None
+        logratio_BK = self._delta_BK
+        if self._steering.is_active or drafts.preference_logratio_BK is not None:
+            # Without guidance the tilt is known to be 0 for all.
+            is_known_BK = self._is_evaluated_BK | ~self._steering.is_guided_B[:, None]
+            distribution = estimate_distribution(
+                drafts.logprobs_BK, drafts.phi_BK, self._delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
+            )
+            divisor_B1 = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))[:, None]
+            logratio_BK = self._delta_BK / divisor_B1 - distribution.log_partition_B[:, None]
+            divergence_B = distribution.divergence_B
+        if drafts.preference_logratio_BK is not None:
+            mean_B = (distribution.pi_BK * drafts.preference_logratio_BK).sum(-1)
+            preference_divergence_B = torch.where(drafts.temperature_B > 0, mean_B, float("nan"))
+            divergence_B = divergence_B + preference_divergence_B
+            is_drawn_B1 = (drafts.temperature_B > 0)[:, None]
+            logratio_BK = logratio_BK + torch.where(is_drawn_B1, drafts.preference_logratio_BK, 0.0)
+        return Scores(
+            self._delta_BK,
+            self._values_BKM,
+            num_evaluated_B,
+            self._soundness_B,
+            self._is_open_BK.any(-1),
+            divergence_B,
+            preference_divergence_B,
+            logratio_BK,
         )
-        # A V(s) that is not finite shows in the tilt; the cap may hide an infinite V(s∘a).
-        is_fine_BK = (self.values_BKM.isfinite() | ~self._is_used_B1M).all(-1) & tilt_BK.isfinite()
-        self.is_sound_B &= (is_fine_BK | ~is_queried_BK).all(-1)
-        self.delta_BK = torch.where(is_queried_BK, tilt_BK, self.delta_BK)
-        self.is_evaluated_BK = self.is_evaluated_BK | is_queried_BK
-        # Including equality: among equal scores the smaller token id wins, which may be theirs.
-        best_B1 = (drafts.phi_BK + self.delta_BK).amax(-1, keepdim=True)
-        can_win_BK = drafts.phi_BK + steering.cap_B[:, None] >= best_B1
-        self._is_open_BK = self._is_open_BK & can_win_BK & ~self.is_evaluated_BK & self.is_sound_B[:, None]
 
-    def _first(self, size: int) -> torch.Tensor:
+    def _first_chunk(self) -> torch.Tensor:
         """End-of-answer tokens, whose tilt is unbounded, and the first others; all where the scorer is `full`."""
-        others_BK = self._is_open_BK & ~self._drafts.is_eos_BK
-        return self._is_open_BK & (self._drafts.is_eos_BK | (others_BK.cumsum(-1) <= size) | ~self._is_lazy_B1)
+        size = FIRST_CHUNK if self._steering.first is None else FIRST_CHUNK_UNREAD
+        num_eos_B = (self._is_open_BK & self._drafts.is_eos_BK).sum(-1)
+        num_first_B = torch.where(self._steering.is_lazy_B, num_eos_B + size, self._is_open_BK.shape[1])
+        return self._is_open_BK & (self._column_K() < num_first_B[:, None])
+
+    def _is_unasked_BK(self) -> torch.Tensor:
+        """Candidates whose values are not known: the first call may have asked for more than the scorers named."""
+        if self._steering.first is None:
+            return ~self._is_evaluated_BK
+        return self._column_K() >= max(self._steering.first.counts)
+
+    def _column_K(self) -> torch.Tensor:
+        return torch.arange(self._is_open_BK.shape[1], device=self._is_open_BK.device)
+
+    def _exactly(self, is_queried_BK: torch.Tensor) -> Query:
+        """Waits for the device."""
+        counts, numbers = is_queried_BK.sum(-1).tolist(), self._steering.numbers
+        rows = [b for b, count in enumerate(counts) if count]
+        index_N = is_queried_BK.flatten().nonzero()[:, 0]
+        return Query([numbers[b] for b in rows], [counts[b] for b in rows], index_N)
+
+    def _ask(self, query: Query) -> None:
+        if not query.numbers:
+            return
+        assert self._guide is not None
+        candidates_N = self._drafts.ids_BK.flatten()[query.index_N]
+        values_NM = self._guide.score(query.numbers, query.counts, candidates_N)
+        self._values_BKM.flatten(0, 1).index_copy_(0, query.index_N, values_NM.to(self._values_BKM))
+
+    def _absorb(self, is_queried_BK: torch.Tensor) -> None:
+        """Tilt the candidates whose values are known now, and exclude those that cannot win any more."""
+        drafts, steering = self._drafts, self._steering
+        gain_BK = uncapped_tilt(self._values_BKM, steering.baseline_BM, steering.weights_BM, steering.beta_B)
+        self._soundness_B = self._soundness_B + torch.where(is_queried_BK, gain_BK, 0.0).sum(-1)
+        tilt_BK = capped(gain_BK, steering.cap_B, drafts.is_eos_BK)
+        self._delta_BK = torch.where(is_queried_BK, tilt_BK, self._delta_BK)
+        self._is_evaluated_BK = self._is_evaluated_BK | is_queried_BK
+        # Including equality: among equal scores the smaller token id wins, which may be theirs.
+        best_B1 = (drafts.phi_BK + self._delta_BK).amax(-1, keepdim=True)
+        can_win_BK = drafts.phi_BK + steering.cap_B[:, None] >= best_B1
+        self._is_open_BK = self._is_open_BK & can_win_BK & ~self._is_evaluated_BK

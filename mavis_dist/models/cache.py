@@ -32,6 +32,7 @@ class Layout:
         counts: Sequence[int],
         device: torch.device,
         num_slots: int,
+        is_static: bool = False,
     ):
         """
         Args:
@@ -39,31 +40,43 @@ class Layout:
             widths: tokens of each row of the pass.
             rows: the caller's row that each row of the pass is; -1: none.
             counts: tokens of each row of the caller.
+            is_static: the pass depends on the widths only, also where it could be simpler.
         """
         self.slots, self.widths = slots, widths
-        slot_B, width_B, caller_B = np.array(slots), np.array(widths), np.array(rows)
-        count_C = np.array(counts)
-        row_N = np.repeat(np.arange(len(slots)), width_B)
+        slot_B, width_B, caller_B, count_A = (np.array(x, np.int64) for x in (slots, widths, rows, counts))
+        row_N = np.repeat(np.arange(len(slot_B)), width_B)
         column_N = np.arange(len(row_N)) - np.repeat(width_B.cumsum() - width_B, width_B)
-        caller_N = caller_B[row_N]
-        is_asked_N = (caller_N >= 0) & (column_N < count_C[caller_N])
-        source_N = np.where(is_asked_N, (count_C.cumsum() - count_C)[caller_N] + column_N, 0)
-        read_C, is_known_C = np.zeros(count_C.sum(), np.int64), np.zeros(count_C.sum(), bool)
-        read_C[source_N[is_asked_N]] = is_asked_N.nonzero()[0]
-        is_known_C[source_N[is_asked_N]] = True
-        count_Z = np.zeros(num_slots, np.int64)
-        count_Z[slot_B] = np.where(caller_B >= 0, count_C[caller_B], 0)
+        num_callers, is_simple = int(count_A.sum()), not is_static and list(rows) == list(range(len(counts)))
 
         def put(x: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(x).to(device)
 
         self.slot_B, self.slot_N, self.row_N, self.column_N = (put(x) for x in (slot_B, slot_B[row_N], row_N, column_N))
-        self.read_C = put(read_C)  # where the outputs of the caller's tokens are
-        self.is_known_C = None if is_known_C.all() else put(is_known_C)  # None: all
+        count_Z = np.zeros(num_slots, np.int64)
+        count_Z[slot_B] = np.where(caller_B >= 0, count_A[caller_B], 0)
         self.count_Z = put(count_Z)  # tokens of the caller, by slot
-        self._is_asked_N = None if is_asked_N.all() else put(is_asked_N)
-        is_same = len(source_N) == len(read_C) and (source_N == np.arange(len(source_N))).all()
-        self._source_N = None if is_same else put(source_N)
+        self.read_C = self.read_R = put(np.arange(num_callers))  # the token of the pass that each of the caller is
+        # None where the tokens of the pass are those of the caller, in the same order.
+        self.is_known_C: torch.Tensor | None = None  # tokens of the caller whose rows are here
+        self._source_N: torch.Tensor | None = None  # the caller's token that each is
+        self._is_asked_N: torch.Tensor | None = None
+        self._output_C: torch.Tensor | None = None
+        if is_simple:
+            return
+        caller_N = caller_B[row_N]
+        is_asked_N = (caller_N >= 0) & (column_N < count_A[caller_N])
+        source_N = np.where(is_asked_N, (count_A.cumsum() - count_A)[caller_N] + column_N, 0)
+        read_C, is_known_C = np.zeros(num_callers, np.int64), np.zeros(num_callers, bool)
+        read_C[source_N[is_asked_N]] = is_asked_N.nonzero()[0]
+        is_known_C[source_N[is_asked_N]] = True
+        self.read_C = self.read_R = put(read_C)
+        self._source_N = put(source_N)
+        if is_static:
+            self.is_known_C, self._is_asked_N = put(is_known_C), put(is_asked_N)
+        elif not is_known_C.all():
+            self.is_known_C = put(is_known_C)
+            # No output is read twice.
+            self.read_R, self._output_C = put(read_C[is_known_C]), put(np.maximum(is_known_C.cumsum() - 1, 0))
 
     def spread(self, x_C: torch.Tensor) -> torch.Tensor:
         """The caller's integers [N] in the order of the pass; 0 where it does not ask."""
@@ -71,6 +84,10 @@ class Layout:
             return x_C
         x_N = x_C[self._source_N]
         return x_N if self._is_asked_N is None else x_N * self._is_asked_N
+
+    def outputs(self, out_RO: torch.Tensor) -> torch.Tensor:
+        """[R, O], read at `read_R` -> [C, O]; undefined where the caller's row is not here."""
+        return out_RO if self._output_C is None else out_RO[self._output_C]
 
     @cached_property
     def is_rectangular(self) -> bool:

@@ -62,7 +62,7 @@ class FusedDecoder:
         x_NC = self._embed(step.tokens_N)
         cos_1ND, sin_1ND = self._rotary(x_NC, step.positions_N[None])
         cos_N1D, sin_N1D = cos_1ND[0][:, None], sin_1ND[0][:, None]
-        mask_B1QS = step.mask_BTS[:, None].repeat_interleave(self._group, 2)
+        mask_B1QS = step.mask_BTS[:, :, None].expand(-1, -1, self._group, -1).flatten(1, 2)[:, None]
         for layer, block in enumerate(self._blocks):
             x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, self.cache, layer, step)
         return self._head(self._norm(x_NC[step.read_R]))

@@ -120,7 +120,7 @@ class SlotModel:
         """Append one token to each row; the head's outputs [B, O]. Rows that are not here have undefined outputs."""
         counts = [1] * len(rows)
         layout = self.layout(rows, counts)
-        return self._append(layout, rows, counts, tokens_B, layout.read_C)
+        return layout.outputs(self._append(layout, rows, counts, tokens_B, layout.read_R))
 
     @torch.inference_mode()
     def branch(self, rows: Sequence[int], counts: Sequence[int], candidates_C: torch.Tensor) -> torch.Tensor:
@@ -130,11 +130,11 @@ class SlotModel:
         the row is extended. Rows that are not here have undefined outputs.
         """
         layout = self.layout(rows, counts)
-        out_CO = self._step(layout, candidates_C.to(self._device), layout.read_C, is_appended=False)
+        out_RO = self._step(layout, candidates_C.to(self._device), layout.read_R, is_appended=False)
         self._branched_Z += layout.count_Z
         for slot, b in self._present(rows):
             self._branched[slot] += counts[b]
-        return out_CO
+        return layout.outputs(out_RO)
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
@@ -168,7 +168,7 @@ class SlotModel:
         num_rows, caller = bucket(len(self._rows)), dict(self._present(rows))
         width = max(counts[b] for b in caller.values())
         callers = [caller.get(slot, -1) for slot in range(num_rows)]
-        return Layout(range(num_rows), [width] * num_rows, callers, counts, self._device, self._num_slots)
+        return Layout(range(num_rows), [width] * num_rows, callers, counts, self._device, self._num_slots, True)
 
     def _present(self, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Slot and index of every row that is here."""

@@ -131,6 +131,10 @@ class RemoteGuide:
         return self._objectives
 
     @property
+    def static_shapes(self) -> bool:
+        return False  # calls carry what is needed, and nothing else
+
+    @property
     def predicted(self) -> tuple[str, ...]:
         return ()  # a student's predictions are a gather: not worth a call
 

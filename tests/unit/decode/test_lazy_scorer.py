@@ -11,7 +11,7 @@ from mavis_dist.core import noise
 from mavis_dist.core.tilt import choose, estimate_distribution, evaluation_order
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 from mavis_dist.decode.request import Scorer
-from mavis_dist.decode.scorer import Drafts, Scores, Steering, score
+from mavis_dist.decode.scorer import Drafts, Scores, Search, Steering
 from tests.exact import divergence, log_partition
 from tests.fakes import EOS, tiny_base, tiny_value
 
@@ -60,7 +60,9 @@ def scored(drafted: Drafts, values_BV: torch.Tensor, cap_B: torch.Tensor, beta: 
         beta_B=torch.full((num_rows,), beta, dtype=torch.float64),
         cap_B=cap_B,
     )
-    return score(drafted, steering, Table(values_BV))  # type: ignore[arg-type]
+    search = Search(drafted, steering, Table(values_BV))  # type: ignore[arg-type]
+    search.begin()
+    return search.scores()
 
 
 @pytest.mark.parametrize("grid", [0.0, 0.5])
