@@ -20,6 +20,7 @@ from mavis_dist.decode.logprobs import token_logprobs
 from mavis_dist.decode.preference_step import PreferenceStep
 from mavis_dist.decode.request import Alternative, TokenLogprobs
 from mavis_dist.decode.scorer import Drafts, Scores, Search
+from mavis_dist.native import build
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,17 @@ def _cut(
     if starting:
         rows_X1 = torch.tensor(starting, device=logits_BV.device)[:, None]
         logits_BV[rows_X1, batch.eos] = float("-inf")  # an answer has at least one token
-    logits_BK, ids_BK = largest(logits_BV, filters.num_candidates, may_wait=not batch.static_shapes)
+    logits_BK, ids_BK = _largest(logits_BV, filters.num_candidates, batch.static_shapes)
     return ids_BK, renormalised(logits_BK, filters)
+
+
+def _largest(logits_BV: torch.Tensor, k: int, static_shapes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`largest` of core/tilt.py, by the fastest way there is."""
+    is_supported = logits_BV.device.type == "cpu" and logits_BV.dtype in (torch.float32, torch.bfloat16)
+    if is_supported and not static_shapes and build.is_loaded():
+        found: tuple[torch.Tensor, torch.Tensor] = torch.ops.mavis.largest(logits_BV, min(k, logits_BV.shape[1]))
+        return found
+    return largest(logits_BV, k, may_wait=not static_shapes)
 
 
 def _alternatives(batch: Batch, drafts: Drafts, scores: Scores) -> dict[int, list[Alternative]]:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from mavis_dist.models.decoder import student_decoder, value_decoder
-from mavis_dist.models.kv import SlotModel
+from mavis_dist.models.kv import SlotModel, branch_all
 from mavis_dist.models.qhead import Student, predicted
 from mavis_dist.models.value import ValueModel
 
@@ -192,8 +192,15 @@ class LocalGuide:
 
     def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
         values_NM = self._unknown(len(candidates_N))
-        for trunk, _ in self._users(rows):
-            trunk.score(values_NM, rows, counts, candidates_N)
+        trunks = [trunk for trunk, _ in self._users(rows)]
+        evaluating = [trunk for trunk in trunks if not trunk.predicts]
+        if evaluating:
+            outputs = branch_all([trunk.slots for trunk in evaluating], rows, counts, candidates_N)
+            for trunk, out_NO in zip(evaluating, outputs, strict=True):
+                trunk.fill_known(values_NM, rows, counts, out_NO)
+        for trunk in trunks:
+            if isinstance(trunk, _Student):
+                trunk.fill_known(values_NM, rows, counts, trunk.predicted(rows, counts, candidates_N))
         return values_NM
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
@@ -243,11 +250,11 @@ class _Trunk:
         """All heads' values at the last tokens, [B, O]."""
         return self.slots.extend(rows, tokens)
 
-    def score(
-        self, values_NM: torch.Tensor, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor
+    def fill_known(
+        self, values_NM: torch.Tensor, rows: Sequence[int], counts: Sequence[int], out_NO: torch.Tensor
     ) -> None:
-        """Write the values of alternative next tokens, for the rows that it follows."""
-        out_NO, is_known_N = self._evaluated(rows, counts, candidates_N), self.slots.layout(rows, counts).is_known_C
+        """Write head outputs of candidates into the columns of the guide's objectives, for the rows that it follows."""
+        is_known_N = self.slots.layout(rows, counts).is_known_C
         for m, head in self._columns:
             new_N = out_NO[:, head].to(values_NM)
             values_NM[:, m] = new_N if is_known_N is None else torch.where(is_known_N, new_N, values_NM[:, m])
@@ -263,10 +270,6 @@ class _Trunk:
         """Write head outputs of some rows into the columns of the guide's objectives."""
         for m, head in self._columns:
             values_BM[list(places), m] = out_BO[:, head].to(values_BM)
-
-    def _evaluated(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
-        """All heads' values, [N, O]."""
-        return self.slots.branch(rows, counts, candidates_N)
 
 
 class _Student(_Trunk):
@@ -295,7 +298,8 @@ class _Student(_Trunk):
             self.known.pop(row, None)
 
     @torch.inference_mode()
-    def _evaluated(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+    def predicted(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
+        """All objectives' predicted values, [N, O]; undefined for rows that it does not follow."""
         unknown_O = torch.zeros_like(next(iter(self.known.values())))
         known_BO = torch.stack([self.known.get(row, unknown_O) for row in rows])
         counts_B = torch.tensor(counts, device=known_BO.device)

@@ -6,7 +6,7 @@ S visible cells, O outputs of the head, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mavis_dist.models.cache import Decoder, KVCache, Step
 from mavis_dist.models.directory import ModelError
 from mavis_dist.models.fused import FULL, WINDOWED, FusedDecoder, layer_types, linear_head
-from mavis_dist.models.native import NativeDecoder
+from mavis_dist.models.native import NativeDecoder, forward
 from mavis_dist.models.packed import pack_linears, packed_head
 from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
@@ -52,6 +52,14 @@ def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
     if not use_hf_forward and FusedDecoder.supports(backbone):
         return FusedDecoder(backbone, student.read)
     return HFDecoder(backbone, student)
+
+
+def step_all(decoders: Sequence[Decoder], steps: Sequence[Step]) -> list[torch.Tensor]:
+    """The outputs of several decoders' steps, in one call where all are native."""
+    native = [decoder for decoder in decoders if isinstance(decoder, NativeDecoder)]
+    if len(native) == len(decoders) and len({decoder.dtype for decoder in native}) == 1:
+        return forward(native, steps)
+    return [decoder.step(step) for decoder, step in zip(decoders, steps, strict=True)]
 
 
 class HFDecoder:

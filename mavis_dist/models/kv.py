@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 
 from mavis_dist.models.cache import Decoder, KVCache, Layout, Step
+from mavis_dist.models.decoder import step_all
 
 __all__ = ["Decoder", "KVCache", "Layout", "SlotModel", "Step", "bucket"]
 
@@ -129,12 +130,8 @@ class SlotModel:
         An alternative attends only to its row and itself. Alternatives of several calls accumulate until one is kept or
         the row is extended. Rows that are not here have undefined outputs.
         """
-        layout = self.layout(rows, counts)
-        out_RO = self._step(layout, candidates_C.to(self._device), layout.read_R, is_appended=False)
-        self._branched_Z += layout.count_Z
-        for slot, b in self._present(rows):
-            self._branched[slot] += counts[b]
-        return layout.outputs(out_RO)
+        [out_CO] = branch_all([self], rows, counts, candidates_C)
+        return out_CO
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
@@ -178,7 +175,7 @@ class SlotModel:
         self, layout: Layout, rows: Sequence[int], counts: Sequence[int], tokens_C: torch.Tensor, read_R: torch.Tensor
     ) -> torch.Tensor:
         self._drop_alternatives(layout, rows)
-        out_RO = self._step(layout, tokens_C, read_R, is_appended=True)
+        out_RO = self._decoder.step(self._step(layout, tokens_C, read_R, is_appended=True))
         self._lengthen(layout, rows, counts)
         return out_RO
 
@@ -194,14 +191,19 @@ class SlotModel:
             for slot, _ in self._present(rows):
                 self._branched[slot] = 0
 
-    def _step(self, layout: Layout, tokens_C: torch.Tensor, read_R: torch.Tensor, is_appended: bool) -> torch.Tensor:
-        """One forward pass; alternatives are all at the next position of their row."""
+    def _step(self, layout: Layout, tokens_C: torch.Tensor, read_R: torch.Tensor, is_appended: bool) -> Step:
+        """A forward pass; alternatives are all at the next position of their row."""
         num_visible = self._make_room(layout)
         length_N = self._length_Z[layout.slot_N]
         cells_N = length_N + layout.column_N + self._branched_Z[layout.slot_N]
         positions_N = length_N + layout.column_N if is_appended else length_N
         tokens_N = layout.spread(tokens_C)
-        return self._decoder.step(Step(layout, tokens_N, positions_N, cells_N, read_R, num_visible, self._num_cells))
+        return Step(layout, tokens_N, positions_N, cells_N, read_R, num_visible, self._num_cells)
+
+    def _add_alternatives(self, layout: Layout, rows: Sequence[int], counts: Sequence[int]) -> None:
+        self._branched_Z += layout.count_Z
+        for slot, b in self._present(rows):
+            self._branched[slot] += counts[b]
 
     def _make_room(self, layout: Layout) -> int:
         """The number of cells that a pass sees; all of them exist afterwards."""
@@ -231,3 +233,19 @@ class SlotModel:
 
     def _zeros(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self._device)
+
+
+@torch.inference_mode()
+def branch_all(
+    models: Sequence[SlotModel], rows: Sequence[int], counts: Sequence[int], candidates_C: torch.Tensor
+) -> list[torch.Tensor]:
+    """`SlotModel.branch` of several models, in one call where they are native."""
+    layouts = [model.layout(rows, counts) for model in models]
+    steps = [
+        model._step(layout, candidates_C.to(model._device), layout.read_R, is_appended=False)
+        for model, layout in zip(models, layouts, strict=True)
+    ]
+    outputs = step_all([model._decoder for model in models], steps)
+    for model, layout in zip(models, layouts, strict=True):
+        model._add_alternatives(layout, rows, counts)
+    return [layout.outputs(out_RO) for layout, out_RO in zip(layouts, outputs, strict=True)]

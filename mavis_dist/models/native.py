@@ -44,7 +44,7 @@ class NativeDecoder:
         model: Any = backbone
         config = backbone.config
         attention = model.layers[0].self_attn
-        self._rotary, self._dtype = model.rotary_emb, backbone.dtype
+        self._rotary, self.dtype = model.rotary_emb, backbone.dtype
         self._angles = torch.empty(0, 2, attention.head_dim // 2)
         embedding = model.embed_tokens
         is_packed = isinstance(embedding, PackedEmbedding)
@@ -84,7 +84,7 @@ class NativeDecoder:
         """Cosines and sines of at least so many positions, [P, 2, D / 2], rounded as the model rounds them."""
         if num_positions > len(self._angles):
             count = -(-num_positions // POSITIONS_PER_GROWTH) * POSITIONS_PER_GROWTH
-            like = torch.empty(1, dtype=self._dtype)
+            like = torch.empty(1, dtype=self.dtype)
             tables = self._rotary(like, torch.arange(count)[None])
             self._angles = torch.stack([table[0].float().chunk(2, -1)[0] for table in tables], 1).contiguous()
         return self._angles
