@@ -31,8 +31,9 @@ def prepare() -> None:
     from mavis_dist.train.engine import warm_up
 
     fetch(EMBEDDER)
-    print("compiling DeepSpeed's communication operator (about 30 s, once)", file=sys.stderr)
-    warm_up()
+    if build.has_compiler():
+        print("compiling DeepSpeed's communication operator (about 30 s, once)", file=sys.stderr)
+        warm_up()
 
 
 if __name__ == "__main__":

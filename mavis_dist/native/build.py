@@ -48,6 +48,21 @@ def is_loaded() -> bool:
     return True
 
 
+def has_compiler() -> bool:
+    return shutil.which(_compiler()) is not None
+
+
+def use_own_ninja() -> None:
+    """Let torch find this environment's ninja, which is not in the PATH unless the environment is activated."""
+    own = str(Path(sys.executable).parent)
+    if own not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
 def library() -> Path:
     """The compiled library; raises NativeError."""
     capability = torch.backends.cpu.get_cpu_capability()
@@ -65,9 +80,8 @@ def library() -> Path:
 
 def _compile_once(target: Path, flags: list[str]) -> None:
     """Compile `target`; a failure is remembered, since trying takes half a minute."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise NativeError(f"they have to be compiled, and there is no compiler {compiler!r}: install one (Debian: g++)")
+    if not has_compiler():
+        raise NativeError(f"they have to be compiled, and there is no compiler {_compiler()!r}: install g++ (Debian)")
     failure = target.with_suffix(".failed")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +99,7 @@ def _compile_once(target: Path, flags: list[str]) -> None:
 def _compile(target: Path, flags: list[str], failure: Path) -> None:
     from torch.utils import cpp_extension
 
+    use_own_ninja()
     print("compiling the operators for models (about 30 s, once)", file=sys.stderr, flush=True)
     with TemporaryDirectory(dir=target.parent) as work:
         try:

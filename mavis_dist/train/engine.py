@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mavis_dist.native import build
 from mavis_dist.sections import Train
+
+SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 
 
 def make_engine(model: nn.Module, settings: Train, num_steps: int, trees_per_pass: int) -> Any:
@@ -20,6 +23,9 @@ def make_engine(model: nn.Module, settings: Train, num_steps: int, trees_per_pas
     """
     _prepare_compiler()
     import deepspeed
+
+    if not build.has_compiler():  # gloo reduces instead of DeepSpeed's operator
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OPERATOR] = False
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -61,7 +67,7 @@ def _prepare_compiler() -> None:
     """Let DeepSpeed compile its operators with this environment's ninja into this environment's own cache: environments
     that share a cache recompile each other's operators.
     """
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    build.use_own_ninja()
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
