@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.common.workload import Workload, weight_settings
 from mavis_dist.decode import Engine, LocalGuide, Scorer
+from mavis_dist.models.packed import PackedLinear
 from mavis_dist.types import TILT_CAP
 
 PARTS = ("base", "guide", "sampling", "bookkeeping")
@@ -100,12 +101,12 @@ class Machine:
     read_bytes_per_s: float
     matmul_flops_per_s: float
 
-    def minimum_ms(self, base: nn.Module, size: int) -> float:
+    def minimum_ms(self, base: Any, size: int) -> float:
         """Roofline time of a step: every weight is read once and multiplied once per row."""
-        weights = [module.weight for module in base.modules() if isinstance(module, nn.Linear)]
-        read_s = sum(w.numel() * w.element_size() for w in weights) / self.read_bytes_per_s
-        matmul_s = 2 * size * sum(w.numel() for w in weights) / self.matmul_flops_per_s
-        return 1000 * (read_s + matmul_s)
+        maps = [part for part in base.modules() if isinstance(part, (nn.Linear, PackedLinear))]
+        num_weights = sum(part.in_features * part.out_features for part in maps)
+        read_s = num_weights * base.dtype.itemsize / self.read_bytes_per_s
+        return 1000 * (read_s + 2 * size * num_weights / self.matmul_flops_per_s)
 
 
 def measure_machine() -> Machine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def load(options: dict[str, Any]) -> dict[str, lines.Decode]:
 
 
 def make_variants(work: Workload, max_rows: int) -> dict[str, lines.Decode]:
-    """All variants share one engine: a value model without weight in a request costs nothing."""
+    """All variants but the reference share one engine: a value model without weight in a request costs nothing."""
+    reference = _reference(work)  # before the engine, which rearranges the weights of its models
     model = next(iter(work.models.values()))
     heads = {"first head": (model, 0), "second head": (model, 0)}
     engine = Engine(work.endless, LocalGuide({**work.models, **heads}, work.students), max_rows=max_rows)
@@ -39,7 +41,7 @@ def make_variants(work: Workload, max_rows: int) -> dict[str, lines.Decode]:
     if work.students:
         guided[f"qhead_{len(work.students)}"] = ([*work.students], Scorer.QHEAD)
     variants = {name: _guided(work, engine, objectives, scorer) for name, (objectives, scorer) in guided.items()}
-    return {**variants, "reference": _reference(work)}
+    return {**variants, "reference": reference}
 
 
 def _guided(work: Workload, engine: Engine, objectives: Sequence[str], scorer: Scorer) -> lines.Decode:
@@ -54,10 +56,13 @@ def _guided(work: Workload, engine: Engine, objectives: Sequence[str], scorer: S
 
 
 def _reference(work: Workload) -> lines.Decode:
+    base = replace(work.endless, model=deepcopy(work.endless.model))
+    models = {name: deepcopy(model) for name, model in work.models.items()}
+
     def decode(prompts: list[list[int]], tokens: int, seed: int) -> int:
         asked = replace(work, prompts=[tuple(prompt) for prompt in prompts])
         requests = asked.requests(len(prompts), weight_settings([*work.models][:2]), tokens)
-        return sum(len(naive.answer(work.endless, work.models, request)) for request in requests)
+        return sum(len(naive.answer(base, models, request)) for request in requests)
 
     return decode
 
