@@ -23,6 +23,7 @@ from mavis_dist.types import UserError
 ROOT = figures.DOCS.parent
 FOLDER = Path(".peers")
 VLLM, LLAMACPP = "vllm", "llamacpp"  # folders of their environments
+LABELS = {"vllm": "vLLM for CPU, as it comes", "vllm_all_cores": "vLLM for CPU, on all cores"}  # of its settings
 END_S = 20.0  # for a process to end by itself
 # A process group, but not a session, of its own: should this process be killed, the system ends even a stopped group.
 IN_GROUP = "import os, sys; os.setpgrp(); os.execv(sys.argv[1], sys.argv[1:])"

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import figures, markdown
+from benchmarks.common import figures, markdown, peers
 
 LABELS = {  # of variants; the others are named as in the file of figures
     "unguided": "**this engine**, unguided",
@@ -17,8 +17,7 @@ LABELS = {  # of variants; the others are named as in the file of figures
     "full_2": "`full`, 2 objectives",
     "qhead_2": "`qhead`, 2 objectives (a distilled model and its student)",
     "hf": "Hugging Face `generate`",
-    "vllm": "vLLM for CPU, as it comes",
-    "vllm_all_cores": "vLLM for CPU, on all cores in one process",
+    **peers.LABELS,
     "llamacpp_bf16": "llama.cpp, bf16",
     "llamacpp_q8_0": "llama.cpp, q8_0",
     "reference": "the paper's procedure written plainly, 2 objectives, one request after the other",

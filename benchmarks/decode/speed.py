@@ -40,7 +40,7 @@ def measure(
     with TemporaryDirectory(prefix="mavis-") as folder:
         programs = contender.programs(run, base, options, pythons, Path(folder))
         with contender.start(programs) as contenders:
-            return take_turns(contenders, work), [found.version for found in contenders]
+            return take_turns(contenders, work), list(dict.fromkeys(found.version for found in contenders))
 
 
 def take_turns(contenders: Sequence[Contender], work: Work) -> dict[int, Speeds]:

@@ -285,7 +285,7 @@ def write_page(servers: dict[str, list[dict[str, Any]]]) -> None:
     """The part of docs/benchmarks.md that has the servers side by side, if there was one beside the service."""
     from benchmarks.common import markdown
 
-    rows = [[name, *(f"{figure:.0f}" for figure in row)] for name, row in server_rows(servers)]
+    rows = [[peers.LABELS.get(name, name), *(f"{figure:.0f}" for figure in row)] for name, row in server_rows(servers)]
     if rows:
         markdown.write_part(DOCS / "benchmarks.md", "servers", markdown.table(SERVER_HEAD, rows))
 
