@@ -35,25 +35,25 @@ def gumbel(streams_B: torch.Tensor, positions_B: torch.Tensor, tokens_BK: torch.
 
     The position is the index in the answer, excluding the prompt.
     """
-    return -torch.log(-torch.log(_uniform(streams_B, positions_B, tokens_BK)))
+    return _uniform(streams_B, positions_B, tokens_BK).log_().neg_().log_().neg_()
 
 
 def _uniform(streams_B: torch.Tensor, positions_B: torch.Tensor, tokens_BK: torch.Tensor) -> torch.Tensor:
-    per_row_B = _mix(streams_B + positions_B * _signed(_GOLDEN))
-    hash_BK = _mix(per_row_B[:, None] + (tokens_BK + 1) * _signed(_GOLDEN))
-    return (_shift_right(hash_BK, 32).to(torch.float64) + 0.5) / 2**32
+    per_row_B = _mix(streams_B + positions_B * _signed(_GOLDEN)) + _signed(_GOLDEN)
+    hash_BK = _mix(per_row_B[:, None] + tokens_BK * _signed(_GOLDEN))
+    return _shift_right(hash_BK, 32).to(torch.float64).add_(0.5).div_(2**32)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014), in wrapping int64 arithmetic."""
-    x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
-    x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
-    return x ^ _shift_right(x, 31)
+    x = (x ^ _shift_right(x, 30)).mul_(_signed(_MIX_1))
+    x = (x ^ _shift_right(x, 27)).mul_(_signed(_MIX_2))
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift: torch's shift is arithmetic."""
-    return (x >> bits) & (_MASK >> bits)
+    return (x >> bits).bitwise_and_(_MASK >> bits)
 
 
 def _signed(constant: int) -> int:

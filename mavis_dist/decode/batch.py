@@ -57,6 +57,7 @@ class Batch:
         self.last_R = torch.tensor(self._padded([v.tokens[-1] for v in variants], 0), device=self._device)
         self._owner_R = torch.tensor([b for b, row in enumerate(rows) for _ in row.variants[1:]], device=self._device)
         self.positions_B = self._column([row.position for row in rows], 0, torch.int64)
+        self.starting = [b for b, row in enumerate(rows) if row.position == 0]  # rows without any token yet
         self.stream_B = self._column([row.stream for row in rows], 0, torch.int64)
         self.filters = self._filters(vocabulary)
         requests = [row.request for row in rows]
@@ -69,6 +70,7 @@ class Batch:
         self._is_lazy = [r.scorer is Scorer.LAZY and cap < math.inf for r, cap in zip(requests, caps, strict=True)]
         # The guide evaluates candidates in order, and log-probabilities that are equal are listed in it.
         self.is_ordered = any(self.is_guided) or bool(self.top_logprobs)
+        self._ever_guided = [b for b, is_guided in enumerate(self.is_guided) if is_guided]
         self._guide_every = [r.guide_every for r in requests]
         self._guide_every_B = self._column(self._guide_every, 1, torch.int64)
         self._queries: dict[tuple[int, ...], Query] = {}
@@ -102,11 +104,13 @@ class Batch:
         """Every row has one more token."""
         self.last_R = torch.cat([tokens_B, tokens_B[self._owner_R]]) if self.has_preferences else tokens_B
         self.positions_B += 1
+        self.starting = []
 
     def guided(self) -> list[int]:
         """The rows whose next token is tilted."""
-        rows = enumerate(zip(self.rows, self.is_guided, self._guide_every, strict=True))
-        return [b for b, (row, is_guided, every) in rows if is_guided and (every == 1 or row.position % every == 0)]
+        if max(self._guide_every) == 1:
+            return self._ever_guided
+        return [b for b in self._ever_guided if self.rows[b].position % self._guide_every[b] == 0]
 
     def steering(self, guided: Sequence[int]) -> Steering:
         """The steering of the next token."""
@@ -114,7 +118,7 @@ class Batch:
         if max(self._guide_every) > 1:
             is_guided_B = is_guided_B & (self.positions_B % self._guide_every_B == 0)
         first = self._static_query(tuple(guided)) if self._static_calls and guided else None
-        return replace(self._steering, is_guided_B=is_guided_B, is_active=bool(guided), first=first)
+        return replace(self._steering, is_guided_B=is_guided_B, first=first)
 
     def followed(self, rows: Sequence[int], index_B: torch.Tensor) -> tuple[list[int], torch.Tensor]:
         """The numbers of some rows, and their part of a column, for a call of the guide."""

@@ -19,7 +19,7 @@ from mavis_dist.decode.guide import Guide
 from mavis_dist.decode.logprobs import token_logprobs
 from mavis_dist.decode.preference_step import PreferenceStep
 from mavis_dist.decode.request import Alternative, TokenLogprobs
-from mavis_dist.decode.scorer import Drafts, Scores, Search
+from mavis_dist.decode.scorer import Drafts, Scores, Search, unsearched
 from mavis_dist.native import build
 
 
@@ -56,11 +56,10 @@ def draw(
     drafts, steering = _drafts(batch, logits_BV), batch.steering(guided)
     if preference_step is not None:
         drafts = _with_preferences(drafts, batch, preference_step)
-    search = Search(drafts, steering, guide)
-    search.begin()
-    # All results are read at once, also whether a second call would change them.
+    search = Search(drafts, steering, guide) if guided else None
+    # All results are read at once, also whether a second call of the guide would change them.
     while True:
-        scores = search.scores()
+        scores = search.scores() if search else unsearched(drafts, len(batch.objectives))
         index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
         tokens_B, values_BM = drafts.ids_BK.gather(1, index_B[:, None])[:, 0], _chosen(scores.values_BKM, index_B)
         read = _read(
@@ -76,10 +75,11 @@ def draw(
             | {f"value of {name}": values_BM[:, m] for m, name in enumerate(batch.objectives)}
             | ({} if scores.preference_divergence_B is None else {"preference": scores.preference_divergence_B})
         )
-        if not any(read["is_open"]):
+        if search is None or not any(read["is_open"]):
             break
         search.proceed()
-    batch.baseline_BM = torch.where(steering.is_guided_B[:, None], values_BM, batch.baseline_BM)
+    if guided:
+        batch.baseline_BM = torch.where(steering.is_guided_B[:, None], values_BM, batch.baseline_BM)
     return Drawn(
         index_B=index_B,
         tokens_B=tokens_B,
@@ -106,8 +106,7 @@ def _read(columns: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
 
 def _drafts(batch: Batch, logits_BV: torch.Tensor) -> Drafts:
     """The candidate sets of all rows with their noise, in evaluation order."""
-    starting = [b for b, row in enumerate(batch.rows) if row.position == 0]
-    ids_BK, logprobs_BK = _cut(batch, batch.filters, starting, logits_BV)
+    ids_BK, logprobs_BK = _cut(batch, batch.filters, batch.starting, logits_BV)
     temperature_B = batch.filters.temperature_B
     phi_BK = logprobs_BK + temperature_B[:, None] * noise.gumbel(batch.stream_B, batch.positions_B, ids_BK)
     is_eos_BK = (ids_BK[:, :, None] == batch.eos).any(-1)
@@ -122,7 +121,7 @@ def _drafts(batch: Batch, logits_BV: torch.Tensor) -> Drafts:
 def _with_preferences(drafts: Drafts, batch: Batch, preference_step: PreferenceStep) -> Drafts:
     """The candidates with the preferences' part of their log-ratios."""
     rows = preference_step.rows
-    starting = [x for x, b in enumerate(rows) if batch.rows[b].position == 0]
+    starting = [x for x, b in enumerate(rows) if b in batch.starting]
     plain_XC = _cut(batch, batch.filters.of_rows(rows), starting, preference_step.plain_XV)
     temperature_B = batch.filters.temperature_B
     logratio_BK = preference_step.logratio_BK(drafts.ids_BK, drafts.logprobs_BK, temperature_B, *plain_XC)

@@ -287,7 +287,7 @@ class Engine:
                 finished.append(row)
                 continue
             start = row.position
-            self._append(row, b, drawn)
+            self._append(row, start, b, drawn)
             updates.append(_update(row, start, (drawn.tokens[b],)))
             if row.choice.finish is not None:
                 finished.append(row)
@@ -303,7 +303,7 @@ class Engine:
             self._scheduler.finish(finished)
         return updates
 
-    def _append(self, row: Row, b: int, drawn: Drawn) -> None:
+    def _append(self, row: Row, position: int, b: int, drawn: Drawn) -> None:
         choice, token = row.choice, drawn.tokens[b]
         row.append(token)
         choice.tokens.append(token)
@@ -319,7 +319,7 @@ class Engine:
                 choice.values.setdefault(name, []).append(drawn.values[name][b])
         if token in self.eos_ids or self._is_stopped(row, token):
             self._finish(row, FinishReason.STOP)
-        elif row.position == row.request.params.max_tokens:
+        elif position + 1 == row.request.params.max_tokens:
             self._finish(row, FinishReason.LENGTH)
 
     def _is_stopped(self, row: Row, token: int) -> bool:

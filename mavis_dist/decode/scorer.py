@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -63,7 +64,6 @@ class Steering:
     baseline_BM: torch.Tensor  # V_m(s)
     beta_B: torch.Tensor
     cap_B: torch.Tensor
-    is_active: bool = True  # any row is guided
     first: Query | None = None  # the first call, the same in every step; None: exactly the candidates that it needs
 
 
@@ -81,10 +81,21 @@ class Scores:
     logratio_BK: torch.Tensor  # log pi(a) - log pi_ref(a), 0 at T = 0; estimated likewise, and only where evaluated
 
 
+def unsearched(drafts: Drafts, num_objectives: int) -> Scores:
+    """The scores where no row is guided: there is no tilt."""
+    none_B, none_BK = torch.zeros_like(drafts.temperature_B), torch.zeros_like(drafts.phi_BK)
+    unknown_BKM = drafts.phi_BK.new_full((), float("nan")).expand(*drafts.phi_BK.shape, num_objectives)
+    if drafts.preference_logratio_BK is None:
+        reported = _Reported(torch.where(drafts.temperature_B > 0, 0.0, float("nan")), None, none_BK)
+    else:
+        reported = _reported(drafts, none_BK, torch.ones_like(drafts.is_eos_BK))
+    return Scores(none_BK, unknown_BKM, none_B, none_B, none_B, *reported)
+
+
 class Search:
     """The search for the winners of all rows: the evaluated candidates, and those that can still win.
 
-    `begin` calls the guide once, and again if it knows that it has to. While `scores` are open, `proceed` makes the
+    It calls the guide at once, and again if it knows that it has to. While `scores` are open, `proceed` makes the
     second call.
     """
 
@@ -97,50 +108,33 @@ class Search:
         shape = (*drafts.ids_BK.shape, steering.weights_BM.shape[1])
         self._values_BKM = torch.full(shape, float("nan"), device=drafts.phi_BK.device)
         self._soundness_B = torch.zeros_like(steering.beta_B)
-
-    def begin(self) -> None:
-        if not self._steering.is_active:
-            return
-        first, is_first_BK = self._steering.first, self._first_chunk()
-        self._ask(first or self._exactly(is_first_BK))
-        self._absorb(is_first_BK)
-        if first is None and self._is_open_BK.any():
-            self.proceed()
+        self._begin()
 
     def proceed(self) -> None:
         """Evaluate all candidates that may win."""
         self._ask(self._exactly(self._is_open_BK & self._is_unasked_BK()))
-        self._absorb(self._is_open_BK)
+        self._tilt(self._is_open_BK)
+        self._is_open_BK = torch.zeros_like(self._is_open_BK)
 
     def scores(self) -> Scores:
-        drafts, num_evaluated_B = self._drafts, self._is_evaluated_BK.sum(-1)
-        divergence_B, preference_divergence_B = torch.where(drafts.temperature_B > 0, 0.0, float("nan")), None
-        logratio_BK = self._delta_BK
-        if self._steering.is_active or drafts.preference_logratio_BK is not None:
-            # Without guidance the tilt is known to be 0 for all.
-            is_known_BK = self._is_evaluated_BK | ~self._steering.is_guided_B[:, None]
-            distribution = estimate_distribution(
-                drafts.logprobs_BK, drafts.phi_BK, self._delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
-            )
-            divisor_B1 = torch.where(drafts.temperature_B > 0, drafts.temperature_B, float("inf"))[:, None]
-            logratio_BK = self._delta_BK / divisor_B1 - distribution.log_partition_B[:, None]
-            divergence_B = distribution.divergence_B
-        if drafts.preference_logratio_BK is not None:
-            mean_B = (distribution.pi_BK * drafts.preference_logratio_BK).sum(-1)
-            preference_divergence_B = torch.where(drafts.temperature_B > 0, mean_B, float("nan"))
-            divergence_B = divergence_B + preference_divergence_B
-            is_drawn_B1 = (drafts.temperature_B > 0)[:, None]
-            logratio_BK = logratio_BK + torch.where(is_drawn_B1, drafts.preference_logratio_BK, 0.0)
+        # Without guidance the tilt is known to be 0 for all.
+        is_known_BK = self._is_evaluated_BK | ~self._steering.is_guided_B[:, None]
         return Scores(
             self._delta_BK,
             self._values_BKM,
-            num_evaluated_B,
+            self._is_evaluated_BK.sum(-1),
             self._soundness_B,
             self._is_open_BK.any(-1),
-            divergence_B,
-            preference_divergence_B,
-            logratio_BK,
+            *_reported(self._drafts, self._delta_BK, is_known_BK),
         )
+
+    def _begin(self) -> None:
+        first, is_first_BK = self._steering.first, self._first_chunk()
+        self._ask(first or self._exactly(is_first_BK))
+        self._tilt(is_first_BK)
+        self._exclude()
+        if first is None and self._is_open_BK.any():
+            self.proceed()
 
     def _first_chunk(self) -> torch.Tensor:
         """End-of-answer tokens, whose tilt is unbounded, and the first others; all where the scorer is `full`."""
@@ -173,15 +167,39 @@ class Search:
         values_NM = self._guide.score(query.numbers, query.counts, candidates_N)
         self._values_BKM.flatten(0, 1).index_copy_(0, query.index_N, values_NM.to(self._values_BKM))
 
-    def _absorb(self, is_queried_BK: torch.Tensor) -> None:
-        """Tilt the candidates whose values are known now, and exclude those that cannot win any more."""
-        drafts, steering = self._drafts, self._steering
+    def _tilt(self, is_queried_BK: torch.Tensor) -> None:
+        """Tilt the candidates whose values are known now."""
+        steering = self._steering
         gain_BK = uncapped_tilt(self._values_BKM, steering.baseline_BM, steering.weights_BM, steering.beta_B)
         self._soundness_B = self._soundness_B + torch.where(is_queried_BK, gain_BK, 0.0).sum(-1)
-        tilt_BK = capped(gain_BK, steering.cap_B, drafts.is_eos_BK)
+        tilt_BK = capped(gain_BK, steering.cap_B, self._drafts.is_eos_BK)
         self._delta_BK = torch.where(is_queried_BK, tilt_BK, self._delta_BK)
         self._is_evaluated_BK = self._is_evaluated_BK | is_queried_BK
+
+    def _exclude(self) -> None:
+        """Exclude the candidates that cannot win any more."""
+        best_B1 = (self._drafts.phi_BK + self._delta_BK).amax(-1, keepdim=True)
         # Including equality: among equal scores the smaller token id wins, which may be theirs.
-        best_B1 = (drafts.phi_BK + self._delta_BK).amax(-1, keepdim=True)
-        can_win_BK = drafts.phi_BK + steering.cap_B[:, None] >= best_B1
+        can_win_BK = self._drafts.phi_BK + self._steering.cap_B[:, None] >= best_B1
         self._is_open_BK = self._is_open_BK & can_win_BK & ~self._is_evaluated_BK
+
+
+class _Reported(NamedTuple):
+    divergence_B: torch.Tensor
+    preference_divergence_B: torch.Tensor | None
+    logratio_BK: torch.Tensor
+
+
+def _reported(drafts: Drafts, delta_BK: torch.Tensor, is_known_BK: torch.Tensor) -> _Reported:
+    """What follows from the tilts that are known."""
+    is_drawn_B, preference_BK = drafts.temperature_B > 0, drafts.preference_logratio_BK
+    distribution = estimate_distribution(
+        drafts.logprobs_BK, drafts.phi_BK, delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
+    )
+    divisor_B = torch.where(is_drawn_B, drafts.temperature_B, float("inf"))
+    logratio_BK = delta_BK / divisor_B[:, None] - distribution.log_partition_B[:, None]
+    if preference_BK is None:
+        return _Reported(distribution.divergence_B, None, logratio_BK)
+    preference_B = torch.where(is_drawn_B, (distribution.pi_BK * preference_BK).sum(-1), float("nan"))
+    logratio_BK = logratio_BK + torch.where(is_drawn_B[:, None], preference_BK, 0.0)
+    return _Reported(distribution.divergence_B + preference_B, preference_B, logratio_BK)

@@ -60,9 +60,7 @@ def scored(drafted: Drafts, values_BV: torch.Tensor, cap_B: torch.Tensor, beta: 
         beta_B=torch.full((num_rows,), beta, dtype=torch.float64),
         cap_B=cap_B,
     )
-    search = Search(drafted, steering, Table(values_BV))  # type: ignore[arg-type]
-    search.begin()
-    return search.scores()
+    return Search(drafted, steering, Table(values_BV)).scores()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("grid", [0.0, 0.5])
