@@ -1,7 +1,7 @@
 """Everything that passes between the processes of the service: frozen values and picklable errors, free of Ray.
 
-The gateway sends a Request with its Admission to a base replica and reads Messages; a base replica sends Calls to value
-replicas and reads Replies.
+The gateway sends a Request with its Admission to a base replica and reads Messages, and the updates of all its answers
+from a Feed; a base replica sends Calls to value replicas and reads Replies.
 
 Shapes: B rows, N tokens of all rows side by side.
 """
@@ -28,9 +28,28 @@ class Admission:
     group: str = ""  # name under which rows are reserved for the requests that follow this one
     is_resumed: bool = False  # its reader waits in the middle of an answer, so it precedes all others
     avoid: str = ""  # name of the base replica that was full
+    gateway: str = ""  # name of the gateway, if it can read the updates from its feed
 
 
 ANYBODY = Admission()
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Asks a base replica for the updates of all answers of a gateway, which then arrive together."""
+
+    gateway: str
+    name: str  # of this feed: a gateway opens another one when it is lost
+    replica: str  # the base replica that is asked
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A base replica has accepted a request of a gateway; its updates come over the gateway's feed, if there is one."""
+
+    request: Request  # validated
+    replica: str
+    feed: str = ""  # empty: over the request's own stream
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,9 @@ class Refused:
     message: str
 
 
-Message = Request | Refused | Full | list[Update]
+Message = Request | Accepted | Refused | Full | list[Update]
 OpenStream = Callable[[Request, Admission], AsyncGenerator[Message, None]]
+OpenFeed = Callable[[Feed], AsyncGenerator[list[Update], None]]
 
 
 class BaseLost(Exception):

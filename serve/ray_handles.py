@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, cast
 
 import grpc
@@ -12,7 +12,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 from ray.serve.schema import ReplicaState
 
-from mavis_dist.decode import Request
+from mavis_dist.decode import Request, Update
 from mavis_dist.store.values import objective_of
 from serve.messages import (
     Admission,
@@ -20,7 +20,9 @@ from serve.messages import (
     BaseLost,
     Call,
     EngineStopped,
+    Feed,
     Message,
+    OpenFeed,
     OpenStream,
     Pending,
     ReplicaLost,
@@ -90,19 +92,33 @@ def base_streams(handle: DeploymentHandle[Any]) -> OpenStream:
     """The messages of some base replica: the innermost layer of serve.gateway.streams.answer_stream."""
     streaming = handle.options(stream=True, _by_reference=False)
 
-    async def open_stream(request: Request, admission: Admission) -> AsyncGenerator[Message, None]:
-        response = cast(DeploymentResponseGenerator[Message], streaming.stream.remote(request, admission))
-        try:
-            async for message in response:
-                yield message
-        except DeploymentUnavailableError:  # Serve has given up: waiting would not help
-            raise AnswerFailed("the base replicas do not start; Serve's log says why") from None
-        except LOST as error:
-            raise BaseLost(_first_line(error)) from None
-        finally:
-            response.cancel()
+    def open_stream(request: Request, admission: Admission) -> AsyncGenerator[Message, None]:
+        return _messages(lambda: streaming.stream.remote(request, admission))
 
     return open_stream
+
+
+def base_feeds(handle: DeploymentHandle[Any]) -> OpenFeed:
+    """The feed of the base replica that it names."""
+    streaming = handle.options(stream=True, _by_reference=False)
+
+    def open_feed(feed: Feed) -> AsyncGenerator[list[Update], None]:
+        return _messages(lambda: streaming.feed.remote(feed))
+
+    return open_feed
+
+
+async def _messages(call: Callable[[], Any]) -> AsyncGenerator[Any, None]:
+    response = cast(DeploymentResponseGenerator[Any], call())
+    try:
+        async for message in response:
+            yield message
+    except DeploymentUnavailableError:  # Serve has given up: waiting would not help
+        raise AnswerFailed("the base replicas do not start; Serve's log says why") from None
+    except LOST as error:
+        raise BaseLost(_first_line(error)) from None
+    finally:
+        response.cancel()
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from mavis_dist.decode import Engine, FinishReason, Request, RequestError, Update
 from serve.base.fair_queue import FairQueue
 from serve.base.update_queue import Mailbox
-from serve.messages import ANYBODY, Admission, EngineStopped, Full, Refused
+from serve.messages import ANYBODY, Admission, EngineStopped, Full, Message, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -221,18 +221,14 @@ async def stream(
     admission: Admission = ANYBODY,
     heartbeat_s: float = 5.0,
     interval_s: float = 0.0,
-) -> AsyncGenerator[Request | Refused | Full | list[Update], None]:
+) -> AsyncGenerator[Message, None]:
     """The accepted request (or why it is refused), then lists of updates; an empty list means: still waiting.
 
     Closing the iterator early cancels the request. `interval_s`: least time between two lists.
     """
     updates = Mailbox(interval_s)
-    try:
-        accepted = loop.submit(request, updates.put, admission)
-    except RequestError as error:
-        yield Refused(error.field, error.message)
-        return
-    if isinstance(accepted, Full):
+    accepted = submitted(loop, request, updates.put, admission)
+    if not isinstance(accepted, Request):
         yield accepted
         return
     left = accepted.params.n
@@ -245,3 +241,13 @@ async def stream(
     finally:
         if left:
             loop.cancel(accepted.id)
+
+
+def submitted(
+    loop: EngineLoop, request: Request, on_update: Callable[[Update], None], admission: Admission
+) -> Request | Refused | Full:
+    """The accepted request, or why it is refused."""
+    try:
+        return loop.submit(request, on_update, admission)
+    except RequestError as error:
+        return Refused(error.field, error.message)

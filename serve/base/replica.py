@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from mavis_dist.decode import LocalGuide, Request
+from mavis_dist.decode import LocalGuide, Request, Update
 from mavis_dist.models.load import load_base
 from mavis_dist.store.files import Store
-from serve.base.engine_loop import EngineLoop, stream
+from serve.base.engine_loop import EngineLoop
+from serve.base.feeds import Feeds
 from serve.base.model_loader import LocalModelLoader, ModelLoader, RemoteModelLoader
 from serve.base.remote_guide import RemoteGuide
 from serve.base.watched_engine import WatchedEngine, report
 from serve.logs import configure_logs
-from serve.messages import ANYBODY, Admission, Message
+from serve.messages import ANYBODY, Admission, Feed, Message
 from serve.ray_handles import ValueHandles, replica_name
 from serve.scaling import LOAD
 from serve.settings import MainArgs
@@ -31,7 +32,7 @@ class Base:
         self._loop = EngineLoop(engine, queue=args.queue, name=replica_name())
         report(engine, self._loop)
         kind: type[ModelLoader] = RemoteModelLoader if is_remote else LocalModelLoader
-        self._interval_s = args.stream_interval_ms / 1000
+        self._feeds = Feeds(self._loop, replica_name(), args.stream_interval_ms / 1000)
         self._loader = kind(store, base, guide, self._loop)
         self._loader.begin()
 
@@ -40,15 +41,22 @@ class Base:
 
         1. Mailbox: bundles the updates of the engine's thread.
         2. engine_loop.stream: submits the request and yields what happens to it; closing it cancels the request.
-        3. ModelLoader.stream: waits for the value models that the request names, then begins the stream within.
-        4. This method, since Serve streams only what a generator function of the replica yields.
+        3. Feeds.stream: replaces the updates by the name of the gateway's feed, if it carries them.
+        4. ModelLoader.stream: waits for the value models that the request names, then begins the stream within.
+        5. This method, since Serve streams only what a generator function of the replica yields.
 
         The gateway's layers are listed in serve.gateway.streams.answer_stream.
         """
-        written = stream(self._loop, request, admission, interval_s=self._interval_s)
+        written = self._feeds.stream(request, admission)
         async with aclosing(self._loader.stream(request, written)) as messages:
             async for message in messages:
                 yield message
+
+    async def feed(self, feed: Feed) -> AsyncIterator[list[Update]]:
+        """The updates of all answers of a gateway, as long as it has any."""
+        async with aclosing(self._feeds.read(feed)) as messages:
+            async for updates in messages:
+                yield updates
 
     async def load(self) -> tuple[int, int]:
         """Rows in use and rows waiting; raises EngineStopped."""

@@ -15,13 +15,14 @@ from mavis_dist.models.load import fetch, load_tokenizer
 from mavis_dist.store.files import Store
 from serve.gateway.api_keys import Keys
 from serve.gateway.build_request import Completions
+from serve.gateway.feeds import Feeds
 from serve.gateway.protocol import ApiError
 from serve.gateway.registry import Registry
 from serve.gateway.routes import create_api
 from serve.gateway.watched import watched_api
 from serve.logs import configure_logs
 from serve.metrics import RayRecord
-from serve.ray_handles import LOST, base_streams, value_replicas
+from serve.ray_handles import LOST, base_feeds, base_streams, value_replicas
 from serve.settings import NO_KEYS, MainArgs
 
 HEALTH_LIMIT_S = 5.0
@@ -43,8 +44,9 @@ class Gateway:
         configure_logs()
         self._args, self._base = args, base
         self._keys, self._record = open_keys(args), RayRecord()
+        self._feeds = Feeds(base_streams(base), base_feeds(base))
         self._completions = Completions(
-            load_tokenizer(args.base), args, max_context(args.base), base_streams(base), self._record
+            load_tokenizer(args.base), args, max_context(args.base), self._feeds.stream, self._record
         )
         replicas = value_replicas if args.placement == "replicas" else None
         self._registry = Registry(Store(args.storage, args.run), replicas=replicas)

@@ -27,7 +27,7 @@ def answer_stream(
 ) -> AsyncGenerator[Request | Piece, None]:
     """One answer, from its acceptance to its end. The layers, from inside to outside:
 
-    1. `open_stream`: the messages of one base replica; through Ray, serve.ray_handles.base_streams.
+    1. `open_stream`: the messages of one base replica; through Ray, serve.gateway.feeds.Feeds.stream.
     2. watched_streams: measures times and counts ends; with `record` only.
     3. pinned: replaces objectives by `versions`, objective -> version; without them the request names versions.
     4. another_if_full: asks a second base replica if the first one is full.

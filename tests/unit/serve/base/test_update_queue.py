@@ -13,8 +13,8 @@ from serve.base.update_queue import Mailbox, joined
 from serve.timeouts import within
 
 
-def update(start: int, is_end: bool = False) -> Update:
-    return Update("r", 0, start, (start,), Choice(0, finish=FinishReason.STOP) if is_end else None)
+def update(start: int, is_end: bool = False, id: str = "r") -> Update:
+    return Update(id, 0, start, (start,), Choice(0, finish=FinishReason.STOP) if is_end else None)
 
 
 @pytest.mark.parametrize("interval_s", [0.0, 0.003, 60.0])
@@ -49,6 +49,48 @@ def test_only_updates_in_the_middle_are_delayed():
         box.put(update(2, is_end=True))
         [both] = await within(5, second)
         assert (both.start, both.tokens, both.finished.finish) == (1, (1, 2), FinishReason.STOP)
+
+    asyncio.run(scenario())
+
+
+def test_only_the_request_that_cannot_wait_leaves_before_the_tick():
+    async def scenario():
+        box = Mailbox(interval_s=60)
+        box.put(update(0, id="a"))
+        await box.take(5)
+        box.put(update(1, id="a"))
+        box.put(update(0, id="b"))  # its first
+        assert [u.request_id for u in await within(5, box.take(5))] == ["b"]
+        box.put(update(1, id="b", is_end=True))
+        box.put(update(2, id="a"))
+        [ending] = await within(5, box.take(5))
+        assert (ending.request_id, ending.tokens) == ("b", (1,))
+        box.put(update(3, is_end=True, id="a"))
+        [rest] = await within(5, box.take(5))
+        assert (rest.request_id, rest.start, rest.tokens) == ("a", 1, (1, 2, 3))
+
+    asyncio.run(scenario())
+
+
+def test_many_requests_arrive_in_order_and_whole():
+    async def scenario():
+        box, count, ids = Mailbox(interval_s=0.002), 200, [f"r{i}" for i in range(5)]
+
+        def write():
+            for start in range(count):
+                for id in ids:
+                    box.put(update(start, start == count - 1, id))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        tokens, num_left = {id: [] for id in ids}, len(ids)
+        while num_left:
+            for one in await box.take(5):
+                assert one.start == len(tokens[one.request_id])
+                tokens[one.request_id] += one.tokens
+                num_left -= one.finished is not None
+        writer.join()
+        assert all(tokens[id] == list(range(count)) for id in ids)
 
     asyncio.run(scenario())
 
@@ -112,15 +154,36 @@ def test_the_event_loop_is_woken_once_per_bundle():
                 calls += 1
                 wake(*arguments)
 
-        box._events = Counted()
-        for start in range(100):
-            box.put(update(start))
-        [bundle] = await box.take(5)
-        assert len(bundle.tokens) == 100
-        assert calls == 1
-        box.put(update(100))
+        box.put(update(0))
         assert await box.take(5)
-        assert calls == 2
+        box._events = Counted()
+        for count in (1, 2):
+            for start in range(100):
+                box.put(update(start))
+            [bundle] = await box.take(5)
+            assert len(bundle.tokens) == 100
+            assert calls == count
+
+    asyncio.run(scenario())
+
+
+def test_no_update_is_left_behind():
+    async def scenario():
+        box, count, num_taken = Mailbox(), 50_000, 0
+
+        def write():
+            for start in range(count):
+                box.put(update(start))
+                if start % 3 == 0:
+                    time.sleep(0)  # lets the reader in
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        while num_taken < count:
+            bundle = await box.take(10)
+            assert bundle, "updates wait, and nobody says so"
+            num_taken += sum(len(one.tokens) for one in bundle)
+        writer.join()
 
     asyncio.run(scenario())
 
