@@ -200,6 +200,8 @@ class Engine:
         self._release()
 
     def _encode_base(self, pieces: Sequence[Piece]) -> None:
+        if any(piece.is_first for piece in pieces):
+            self._base.reserve(self._scheduler.num_admitted, max(piece.row.reserved for piece in pieces))
         for piece in pieces:
             if piece.is_first:
                 self._base.open(piece.variant.number, piece.source.number if piece.source else None, piece.start)

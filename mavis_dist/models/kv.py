@@ -21,6 +21,7 @@ from mavis_dist.models.decoder import step_all
 __all__ = ["Decoder", "KVCache", "Layout", "SlotModel", "Step", "bucket"]
 
 SLOTS_PER_GROWTH, CELLS_PER_GROWTH = 8, 64
+CELLS_RESERVED = 256  # at most, before they are needed
 MAX_LAYOUTS = 64  # kept: a caller asks for few while its rows stay the same
 
 
@@ -41,7 +42,7 @@ class SlotModel:
         """
         self._decoder, self._device = decoder, decoder.device
         self._is_static = decoder.device.type != "cpu" if static_shapes is None else static_shapes
-        self._num_slots, self._num_cells = 0, 0
+        self._num_slots, self._num_cells, self._longest = 0, 0, 0
         self._slot_of: dict[int, int] = {}
         self._rows: list[int] = []  # slot -> row
         self._lengths: list[int] = []  # slot -> tokens in the cache
@@ -65,6 +66,15 @@ class SlotModel:
     def length(self, row: int) -> int:
         """Tokens of this row whose keys and values are in the cache."""
         return self._lengths[self._slot_of[row]]
+
+    @torch.inference_mode()
+    def reserve(self, num_rows: int, longest: int) -> None:
+        """Make room at once for rows to be opened, of which none becomes longer than `longest`: growing copies."""
+        self._longest = max(self._longest, longest)
+        num_slots = self._slots_for(num_rows) if num_rows > self._num_slots else self._num_slots
+        num_cells = max(self._num_cells, _rounded(min(longest, CELLS_RESERVED)))
+        if (num_slots, num_cells) != (self._num_slots, self._num_cells):
+            self._resize(num_slots, num_cells)
 
     @torch.inference_mode()
     def open(self, row: int, source: int | None = None, shared: int = 0) -> int:
@@ -210,13 +220,12 @@ class SlotModel:
         used = [length + branched for length, branched in zip(self._lengths, self._branched, strict=True)]
         used += [0] * (self._num_slots - len(used))
         last = max(used[slot] + width for slot, width in zip(layout.slots, layout.widths, strict=True))
-        rounded = -(-last // CELLS_PER_GROWTH) * CELLS_PER_GROWTH
         if last > self._num_cells:
-            self._resize(self._num_slots, rounded)
-        return min(rounded, self._num_cells) if self._is_static else last
+            self._resize(self._num_slots, _rounded(max(last, min(self._longest, self._num_cells * 3 // 2))))
+        return min(_rounded(last), self._num_cells) if self._is_static else last
 
     def _slots_for(self, count: int) -> int:
-        return bucket(count) if self._is_static else count - 1 + SLOTS_PER_GROWTH
+        return bucket(count) if self._is_static else -(-count // SLOTS_PER_GROWTH) * SLOTS_PER_GROWTH
 
     def _resize(self, num_slots: int, num_cells: int) -> None:
         self._num_slots, self._num_cells = num_slots, num_cells
@@ -227,12 +236,16 @@ class SlotModel:
 
     def _clear(self) -> None:
         """Free the memory: one long row would hold it for ever."""
-        self._num_slots, self._num_cells = 0, 0
+        self._num_slots, self._num_cells, self._longest = 0, 0, 0
         self._length_Z, self._branched_Z = self._zeros(0), self._zeros(0)
         self._decoder.cache.clear()
 
     def _zeros(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self._device)
+
+
+def _rounded(num_cells: int) -> int:
+    return -(-num_cells // CELLS_PER_GROWTH) * CELLS_PER_GROWTH
 
 
 @torch.inference_mode()
