@@ -22,6 +22,8 @@ from mavis_dist.decode.request import Alternative, TokenLogprobs
 from mavis_dist.decode.scorer import Drafts, Scores, Search, unsearched
 from mavis_dist.native import build
 
+NOT_FINITE = "the {} returned a number that is not finite"
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -173,7 +175,7 @@ def _faults(batch: Batch, soundness: Sequence[float], likeliest: Sequence[float]
         if objective is not None:
             faults[b] = f"the objective {objective!r} was taken away from the engine"
         elif not math.isfinite(logit):
-            faults[b] = "the base model returned a number that is not finite"
+            faults[b] = NOT_FINITE.format("base model")
         elif not math.isfinite(value):
-            faults[b] = "the value model returned a number that is not finite"
+            faults[b] = NOT_FINITE.format("value model")
     return faults
