@@ -46,9 +46,14 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = torch.ops.mavis.linear(
-            x.reshape(-1, self.in_features), self.packed, self.bias, self.out_features
+            x.reshape(-1, self.in_features).contiguous(), self.packed, self.bias, self.out_features
         )
         return rows.view(*x.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
 
 
 class PackedEmbedding(nn.Module):
@@ -65,6 +70,9 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.packed[ids // WIDTH, :, ids % WIDTH].flatten(-2)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,10 @@ def is_packable(backbone: Any) -> bool:
 def packed_layers(backbone: Any) -> list[Layer]:
     """The packed layers of a decoder."""
     if backbone not in _LAYERS:
-        parts = [part for layer in backbone.layers for part in layer.modules() if isinstance(part, nn.Linear)]
-        arena = Arena(sum(part.weight.nbytes for part in parts), len(parts))
+        kinds = nn.Linear, PackedLinear  # the latter in a copy of a model that was packed before
+        parts: list[Any] = [part for layer in backbone.layers for part in layer.modules() if isinstance(part, kinds)]
+        num_weights = sum(part.in_features * part.out_features for part in parts)
+        arena = Arena(num_weights * backbone.dtype.itemsize, len(parts))
         _LAYERS[backbone] = [_packed_layer(layer, arena) for layer in backbone.layers]
     return _LAYERS[backbone]
 

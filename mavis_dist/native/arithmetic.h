@@ -66,11 +66,9 @@ struct Share {
 // and then sleep, since on shared cores the one that they wait for may need theirs.
 class Barrier {
  public:
-  explicit Barrier(int64_t threads) : threads_(threads) {}
-
-  void wait() {
+  void wait(int64_t threads) {
     const int phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
       phase_.notify_all();
@@ -87,7 +85,6 @@ class Barrier {
 
  private:
   static constexpr int kSpins = 2000;
-  const int64_t threads_;
   std::atomic<int64_t> arrived_{0};
   std::atomic<int> phase_{0};
 };

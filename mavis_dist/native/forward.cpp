@@ -250,21 +250,21 @@ class Pass {
     for (size_t l = 0; l < m_.layers.size(); ++l) {
       const Layer& layer = m_.layers[l];
       norm(data(x_), data(y_), num_tokens_, layer.norm_1, share);
-      barrier.wait();
+      barrier.wait(share.threads);
       apply<T>(data(y_), num_tokens_, layer.qkv, share, tile.data(), data(qkv_));
-      barrier.wait();
+      barrier.wait(share.threads);
       each(share, num_tokens_, [&](int64_t n) { place(layer, l, n); });
-      barrier.wait();
+      barrier.wait(share.threads);
       attention(l, share, scratch);
-      barrier.wait();
+      barrier.wait(share.threads);
       apply<T>(data(mixed_), num_tokens_, layer.out, share, tile.data(), data(x_), data(x_));
-      barrier.wait();
+      barrier.wait(share.threads);
       norm(data(x_), data(y_), num_tokens_, layer.norm_2, share);
-      barrier.wait();
+      barrier.wait(share.threads);
       activate(layer.gate_up, share, tile.data());
-      barrier.wait();
+      barrier.wait(share.threads);
       apply<T>(data(hidden_), num_tokens_, layer.down, share, tile.data(), data(x_), data(x_));
-      barrier.wait();
+      barrier.wait(share.threads);
     }
     read(share, barrier, tile.data());
   }
@@ -369,13 +369,13 @@ class Pass {
     each(share, num_read_, [&](int64_t r) {
       normalise<T>(data(x_) + read_[r] * C, last + r * C, C, m_.norm.data_ptr<float>(), m_.epsilon);
     });
-    barrier.wait();
+    barrier.wait(share.threads);
     if (m_.head.outputs) {
       apply<T>(last, num_read_, m_.head, share, tile, data(out_));
     } else if (m_.value_weight.defined()) {
       each(share, num_read_ * out_.size(1), [&](int64_t i) { out_.data_ptr<float>()[i] = value(last, i); });
     }
-    barrier.wait();
+    barrier.wait(share.threads);
   }
 
   // A head's value of a read token, in single precision.
@@ -409,11 +409,10 @@ std::vector<Tensor> forward_in(const std::vector<intrusive_ptr<Model>>& models, 
     passes.push_back(std::make_unique<Pass<T>>(*models[i], steps[i], reads[i], caches[i], angles[i]));
     out.push_back(passes.back()->out());
   }
-  const int threads = at::get_num_threads();
-  Barrier barrier(threads);
-#pragma omp parallel num_threads(threads)
+  Barrier barrier;
+#pragma omp parallel num_threads(at::get_num_threads())
   {
-    for (auto& pass : passes) pass->run({omp_get_thread_num(), threads}, barrier);
+    for (auto& pass : passes) pass->run({omp_get_thread_num(), omp_get_num_threads()}, barrier);
     at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
   }
   return out;
@@ -429,17 +428,18 @@ std::vector<Tensor> forward(const std::vector<intrusive_ptr<Model>>& models, con
 
 template <typename T>
 void linear_in(const Tensor& x, const Linear& w, Tensor& out) {
-  const int threads = at::get_num_threads();
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(at::get_num_threads())
   {
+    const Share share{omp_get_thread_num(), omp_get_num_threads()};
     std::vector<float> tile(kMaxRows * kMaxWidth);
-    apply<T>(x.data_ptr<T>(), x.size(0), w, {omp_get_thread_num(), threads}, tile.data(), out.data_ptr<T>());
+    apply<T>(x.data_ptr<T>(), x.size(0), w, share, tile.data(), out.data_ptr<T>());
     at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
   }
 }
 
 // x [N, inputs] times a packed weight: [N, outputs].
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
+  TORCH_CHECK_VALUE(x.is_contiguous() && x.scalar_type() == packed.scalar_type(), "the input must be contiguous, of the type of the weight");
   const Tensor numbers = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   Tensor out = at::empty({x.size(0), outputs}, x.options());
   const Linear w = as_linear(packed, bias ? numbers.data_ptr<float>() : nullptr, outputs);

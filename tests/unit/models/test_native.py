@@ -218,11 +218,13 @@ def test_the_models_own_forward_pass_goes_on_with_the_packed_weights(name, dtype
     state = {key: weight.clone() for key, weight in model.state_dict().items()}
     expected = model(input_ids=ids).logits
     base_decoder(model)
-    weights = {name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")}
-    assert all(torch.equal(state[f"{name}.weight"], weight) for name, weight in weights.items())
+    packed = model.state_dict()
+    assert packed.keys() == state.keys()
+    assert all(torch.equal(state[key], weight) for key, weight in packed.items())
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    out = model(input_ids=ids).logits
-    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    tolerances = {"rtol": tolerance, "atol": tolerance * float(expected.abs().max())}
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, **tolerances)
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=1).logits, expected[:, -1:], **tolerances)
     tokens = model.generate(ids, do_sample=False, max_new_tokens=4, pad_token_id=0)
     assert tokens.shape == (2, 7)
 
@@ -237,6 +239,13 @@ def test_weights_are_held_once():
             if isinstance(tensor, torch.Tensor):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
     assert sum(storages.values()) < 1.1 * numbers
+
+
+def test_a_copy_of_a_packed_model_is_packed_anew():
+    model = tiny("qwen2", torch.bfloat16)
+    [first, *_] = outputs(native(model))
+    [second, *_] = outputs(native(copy.deepcopy(model)))
+    assert torch.equal(first, second)
 
 
 def test_a_model_that_may_be_trained_keeps_its_own_weights():
