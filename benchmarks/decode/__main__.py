@@ -41,10 +41,11 @@ class Scale:
     caps: tuple[float, ...]  # nats, for quality
     prompts: int  # for quality
     soak: tuple[int, int]  # requests before the first and the last memory sample
+    answers: int  # together and alone
 
 
-FULL = Scale((1, 4, 16, 32), 5, (64, 24), 24, (1.5, 2.0, 2.5, 3.0, 4.0), 16, (1000, 10000))
-QUICK = Scale((1, 16), 1, (8,), 8, (3.0,), 4, (100, 1000))
+FULL = Scale((1, 4, 16, 32), 5, (64, 24), 24, (1.5, 2.0, 2.5, 3.0, 4.0), 16, (1000, 10000), 1000)
+QUICK = Scale((1, 16), 1, (8,), 8, (3.0,), 4, (100, 1000), 16)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +64,7 @@ def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any
     import torch
 
     from benchmarks.common import workload
-    from benchmarks.decode import memory, preference_cost, qhead_quality, speed, step_time, tilt_cap
+    from benchmarks.decode import memory, neighbours, preference_cost, qhead_quality, speed, step_time, tilt_cap
     from mavis_dist.types import TILT_CAP
 
     pythons = peers.interpreters(peers_folder)
@@ -81,12 +82,14 @@ def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any
     qualities = tilt_cap.measure(work, scale.caps, scale.prompts)
     say(quality_table(qualities))
     predictions = qhead_quality.measure(work, TILT_CAP, scale.prompts)
+    independence = neighbours.measure(work, scale.answers)
     say(students_table(predictions))
     headline = {
         **speed.headlines(speeds, scale.sizes),
         **quality_headlines([q for q in qualities if q["weights"] in work.objectives]),
         **step_headlines(steps),
         "worded_vs_plain_rows": preference_cost.rows_ratio(preference_step_ms),
+        "answers_that_notice_neighbours": independence["different"],
         "soak_rss_growth_mb": rss_mb[str(scale.soak[1])] - rss_mb[str(scale.soak[0])],
     }
     say(headline_table(headline))
@@ -97,6 +100,7 @@ def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any
         "rows_with_sentences_step_ms": preference_step_ms,
         "quality": qualities,
         "students": predictions,
+        "neighbours": independence,
         "soak": rss_mb,
     }
     return {**headline, **details}
