@@ -8,12 +8,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from benchmarks.common.workload import Workload, weight_settings
 from mavis_dist.decode import Engine, LocalGuide, Scorer
+from mavis_dist.decode import engine as decode_engine
 from mavis_dist.models.packed import PackedLinear
 from mavis_dist.types import TILT_CAP
 
@@ -73,8 +75,8 @@ class StepClock:
         guide: Any = Timed(LocalGuide(workload.models), self._watch, "guide")
         engine: Any = Engine(workload.endless, guide, max_rows=max_rows)
         engine._base = Timed(engine._base, self._watch, "base")
-        engine._draw = self._watch.timed("sampling", engine._draw)
         self._step = self._watch.timed("bookkeeping", engine.step)
+        self._draw = self._watch.timed("sampling", decode_engine.draw)
         self._engine = engine
 
     def measure(self, size: int, num_objectives: int, num_steps: int) -> Parts:
@@ -84,11 +86,12 @@ class StepClock:
         for request in requests:
             self._engine.submit(request)
         generating: set[str] = set()
-        while len(generating) < size:
-            generating.update(update.request_id for update in self._step())
-        self._watch.seconds.clear()
-        for _ in range(num_steps):
-            self._step()
+        with patch.object(decode_engine, "draw", self._draw):
+            while len(generating) < size:
+                generating.update(update.request_id for update in self._step())
+            self._watch.seconds.clear()
+            for _ in range(num_steps):
+                self._step()
         for request in requests:
             self._engine.cancel(request.id)
         return {part: 1000 * self._watch.seconds[part] / num_steps for part in PARTS}

@@ -1,6 +1,6 @@
 """How threads should wait: decoding and training under several OpenMP settings, alone and on shared cores.
 
-    python -m benchmarks.threads [--quick] [--json FILE]
+    python -m benchmarks.threads [--json FILE]
 
 Every setting runs in processes of its own, since OpenMP reads its variables once: one with all cores, then two at the
 same time on the same cores. Intel's runtime is measured where the package intel-openmp is installed.
@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from statistics import median
 from typing import Any
 
 from benchmarks.common import command, figures
@@ -40,45 +39,33 @@ LIMIT_S = 300.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.threads", description="Measure waiting policies.")
-    parser.add_argument("--quick", action="store_true", help="rough figures in five minutes; written to --json only")
     command.add_json(parser, "threads")
-    arguments = parser.parse_args(argv)
-    command.record("threads", arguments, lambda: measure(1 if arguments.quick else 2), argv)
-    if not arguments.quick:
-        write_part(PAGE, "threads", render(figures.read(command.file_of("threads", arguments))))
+    file = command.file_of("threads", parser.parse_args(argv))
+    figures.write(file, {**measure(), **figures.provenance(command.line("threads", argv))})
+    write_part(PAGE, "threads", render(figures.read(file)))
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     """Steps per second of every work under every setting: of one process, and of two together."""
     settings = SETTINGS | intel()
-    speeds: dict[str, dict[str, dict[str, list[float]]]] = {
-        work: {name: {"alone": [], "two": []} for name in settings} for work in WORKS
+    speeds = {
+        work: {name: {"alone": sum(run(work, own, 1)), "two": sum(run(work, own, 2))} for name, own in settings.items()}
+        for work in WORKS
     }
-    for turn in range(rounds):
-        for work in WORKS:
-            for name in list(settings)[:: -1 if turn % 2 else 1]:
-                speeds[work][name]["alone"] += run(work, settings[name], 1)
-                speeds[work][name]["two"].append(sum(run(work, settings[name], 2)))
-    medians = {
-        work: {name: {load: median(found) for load, found in own.items()} for name, own in by_name.items()}
-        for work, by_name in speeds.items()
-    }
-    say(table(["steps/s", *(f"{work}{load}" for work in WORKS for load in ("", ", two"))], rows(medians)))
-    return {"steps_per_s": medians, "all": speeds}
+    say(table(["steps/s", *(f"{work}{load}" for work in WORKS for load in ("", ", two"))], rows(speeds)))
+    return {"steps_per_s": speeds}
 
 
-def rows(medians: Mapping[str, Any]) -> list[list[Any]]:
-    return [
-        [name, *(medians[work][name][load] for work in WORKS for load in ("alone", "two"))]
-        for name in medians[WORKS[0]]
-    ]
+def rows(speeds: Mapping[str, Any]) -> list[list[Any]]:
+    loads = [(work, load) for work in WORKS for load in ("alone", "two")]
+    return [[name, *(speeds[work][name][load] for work, load in loads)] for name in speeds[WORKS[0]]]
 
 
 def render(found: Mapping[str, Any]) -> str:
     head = ["setting", *(f"{work}{load}" for work in WORKS for load in ("", ", two"))]
     cells = ([name, *(f"{speed:.1f}" for speed in speeds)] for name, *speeds in rows(found["steps_per_s"]))
     origin = f"`{found['command']}`: {figures.machine_line(found)}"
-    return f"{markdown_table(head, cells)}\n\nSteps per second, medians; of two processes together. {origin}."
+    return f"{markdown_table(head, cells)}\n\nSteps per second, of two processes their sum. {origin}."
 
 
 def intel() -> dict[str, dict[str, str]]:
