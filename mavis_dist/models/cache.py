@@ -161,8 +161,13 @@ class KVCache:
     allocated at the first write: there are models whose layers differ.
     """
 
-    def __init__(self, num_layers: int, like: torch.Tensor | None = None):
-        """`like` is an example of the keys and values of a token, [H, D], with their type and device."""
+    def __init__(self, num_layers: int, like: torch.Tensor | None = None, is_masked: bool = True):
+        """
+        Args:
+            like: an example of the keys and values of a token, [H, D], with their type and device.
+            is_masked: cells that a row does not have are read, and masked: if they are nan, they still spoil sums.
+        """
+        self._is_masked = is_masked
         self.storage: torch.Tensor | None = None
         self._num_slots, self._num_cells, self._like = 0, 0, like
         self._parts: list[list[torch.Tensor | None]] = [[None, None] for _ in range(num_layers)]
@@ -206,11 +211,12 @@ class KVCache:
         return not list(self._tensors())
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first cells of a slot to another and zero the rest: masked cells that are nan still spoil sums."""
+        """Copy the first cells of a slot to another; where masked cells are read, the rest become 0."""
         for cells in self._tensors():
             if source != target:
                 cells[:, target, :length] = cells[:, source, :length]
-            cells[:, target, length:] = 0
+            if self._is_masked:
+                cells[:, target, length:] = 0
 
     def move_cells(self, slot_B: torch.Tensor, source_B: torch.Tensor, target_B: torch.Tensor) -> None:
         """Copy one cell of each of these slots to another of its cells."""

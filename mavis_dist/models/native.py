@@ -55,7 +55,7 @@ class NativeDecoder:
         if values is not None:
             self._native.set_values(values.weight.detach().contiguous(), values.bias.detach().contiguous())
         like = torch.empty(config.num_key_value_heads, attention.head_dim, dtype=backbone.dtype)
-        self.cache, self.device = KVCache(len(model.layers), like), backbone.device
+        self.cache, self.device = KVCache(len(model.layers), like, is_masked=False), backbone.device
 
     @staticmethod
     def supports(backbone: PreTrainedModel) -> bool:
