@@ -23,6 +23,12 @@ class UserError(ValueError):
     """Input that cannot be used; the message is one sentence that names the setting, its value and the remedy."""
 
 
+def one_line(reason: object, limit: int = 200) -> str:
+    """The start of a message that may span many lines."""
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    return text[:limit].rstrip(" .:")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One question, before any chat template."""

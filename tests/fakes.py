@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import QHead, Student
 from mavis_dist.models.value import ValueModel
 
 VOCAB, EOS = 97, 2
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 class Letters:
@@ -19,6 +27,16 @@ class Letters:
 
     def decode(self, ids: list[int], **_: object) -> str:
         return "".join(chr(ord(" ") + token) for token in ids if token != EOS)
+
+
+def peaked(model: PreTrainedModel, scale: float) -> PreTrainedModel:
+    """The model with a peaked distribution, nonzero biases, and no gradients."""
+    for parameter in model.requires_grad_(False).parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(scale)
+        else:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 def tiny_config(layers: int = 2, vocab: int = VOCAB, head_size: int = 8) -> LlamaConfig:

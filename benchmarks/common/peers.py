@@ -63,19 +63,23 @@ def vllm_settings(threads: int) -> dict[str, dict[str, str]]:
     return {"vllm": offline, "vllm_all_cores": {**offline, **bound}}
 
 
+def variables(settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables of this process, less those of this project, and with `settings`."""
+    return {name: value for name, value in os.environ.items() if name not in ENVIRONMENT} | dict(settings)
+
+
 @contextmanager
 def running(
     command: Sequence[str | Path], settings: Mapping[str, str], log: IO[str], **options: Any
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process with the environment variables of this one, less those of this project, and with `settings`.
+    """A process with `variables(settings)`.
 
     Its standard input is closed at the end of the block, or SIGTERM is sent if it has none; what is left of its process
     group is killed.
     """
-    variables = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     process = subprocess.Popen(
         [sys.executable, "-c", IN_GROUP, *command],
-        env={**variables, **settings},
+        env=variables(settings),
         cwd=ROOT,
         stderr=log,
         text=True,

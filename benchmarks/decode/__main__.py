@@ -49,7 +49,7 @@ QUICK = Scale((1, 16), 1, (8,), 8, (3.0,), 4, (100, 1000), 16)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command.make_parser("decode", "Measure the decoder.", "two minutes instead of thirty")
+    parser = command.make_parser("decode", "Measure the decoder.", "two minutes instead of eighteen")
     peers.add_option(parser)
     command.add_page_only(parser)
     arguments = parser.parse_args(argv)

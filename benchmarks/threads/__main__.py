@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from benchmarks.common import command, figures
+from benchmarks.common import command, figures, peers
 from benchmarks.common.command import say, table
 from benchmarks.common.markdown import table as markdown_table
 from benchmarks.common.markdown import write_part
@@ -80,11 +79,10 @@ def intel() -> dict[str, dict[str, str]]:
 
 def run(work: str, settings: Mapping[str, str], count: int) -> list[float]:
     """Steps per second of each of `count` processes at the same time."""
-    variables = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     arguments = [sys.executable, "-m", "benchmarks.threads.work", work]
     processes = [
         subprocess.Popen(
-            arguments, env={**variables, **settings}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            arguments, env=peers.variables(settings), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         for _ in range(count)
     ]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mavis_dist.types import UserError
+from mavis_dist.types import UserError, one_line
 
 # Written last into a directory that this project built; holds the expected fingerprint of its content.
 SEAL = "fingerprint.txt"
@@ -115,12 +115,6 @@ def damaged(path: Path, reason: object) -> ModelError:
     prepared = (folder / SEAL).exists()
     remedy = f"remove the folder {str(folder)!r} to have it prepared again" if prepared else "put an intact copy there"
     return ModelError(f"model data in {str(path)!r} is damaged ({one_line(reason)}): {remedy}")
-
-
-def one_line(reason: object, limit: int = 200) -> str:
-    """The start of a message that may span many lines."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    return text[:limit].rstrip(" .:")
 
 
 @contextmanager

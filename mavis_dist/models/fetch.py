@@ -24,9 +24,9 @@ from mavis_dist.models.directory import (
     ModelError,
     check_directory,
     fingerprint_model,
-    one_line,
     quiet,
 )
+from mavis_dist.types import one_line
 
 TIMEOUT_S = 1800  # of a download, and of waiting for another process that prepares the same model
 

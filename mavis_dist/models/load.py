@@ -14,12 +14,11 @@ from mavis_dist.models.directory import (
     check_seal,
     fingerprint_model,
     fingerprint_tokenizer,
-    one_line,
     read_model,
     read_tokenizer,
 )
 from mavis_dist.models.fetch import fetch
-from mavis_dist.types import NEUTRAL_SYSTEM
+from mavis_dist.types import NEUTRAL_SYSTEM, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ Shapes: P panels, K inputs, W columns of a panel, E numbers that lie together (2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -105,23 +105,27 @@ PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("g
 
 def is_packable(backbone: Any) -> bool:
     """Whether all linear maps of a decoder are plain ones: those of adapters and quantised models are not."""
-    return all(
-        type(getattr(getattr(layer, part), name)) in (nn.Linear, PackedLinear)
-        for layer in backbone.layers
-        for part, names in PROJECTIONS.items()
-        for name in names
-    )
+    # A copy of a packed model has packed ones.
+    return all(type(part) in (nn.Linear, PackedLinear) for part in _projections(backbone))
 
 
 def packed_layers(backbone: Any) -> list[Layer]:
     """The packed layers of a decoder."""
     if backbone not in _LAYERS:
-        kinds = nn.Linear, PackedLinear  # the latter in a copy of a model that was packed before
-        parts: list[Any] = [part for layer in backbone.layers for part in layer.modules() if isinstance(part, kinds)]
+        parts = _projections(backbone)
         num_weights = sum(part.in_features * part.out_features for part in parts)
         arena = Arena(num_weights * backbone.dtype.itemsize, len(parts))
         _LAYERS[backbone] = [_packed_layer(layer, arena) for layer in backbone.layers]
     return _LAYERS[backbone]
+
+
+def _projections(backbone: Any) -> list[Any]:
+    return [
+        getattr(getattr(layer, part), name)
+        for layer in backbone.layers
+        for part, names in PROJECTIONS.items()
+        for name in names
+    ]
 
 
 def packed_head(model: Any) -> PackedLinear:
@@ -163,21 +167,29 @@ def _packed_layer(layer: Any, arena: Arena) -> Layer:
 
 def _joint(arena: Arena, owner: nn.Module, *names: str) -> Joint:
     """Linear maps one after the other."""
-    parts: list[Any] = [getattr(owner, name) for name in names]
-    packed = arena.put(pack(torch.cat([part.weight for part in parts])))
-    panels = packed.split([part.out_features // WIDTH for part in parts])
-    for name, part, own in zip(names, parts, panels, strict=True):
-        _replace(owner, name, PackedLinear(own, _detached(part.bias), part.out_features))
-    return Joint(packed, None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts]))
+    sizes = [getattr(owner, name).out_features // WIDTH for name in names]
+    return _packed(arena, owner, names, torch.cat, WIDTH, lambda packed: packed.split(sizes))
 
 
 def _paired(arena: Arena, owner: nn.Module, *names: str) -> Joint:
     """Two linear maps in turn, half a panel each."""
+    return _packed(arena, owner, names, _in_turn, PAIRED_WIDTH, lambda packed: packed.chunk(2, 2))
+
+
+def _packed(
+    arena: Arena,
+    owner: nn.Module,
+    names: Sequence[str],
+    join: Callable[[list[torch.Tensor]], torch.Tensor],
+    width: int,
+    divide: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+) -> Joint:
+    """Linear maps as one, and each of them as its part of it; `divide` undoes `join` once it is packed."""
     parts: list[Any] = [getattr(owner, name) for name in names]
-    packed = arena.put(pack(_in_turn([part.weight for part in parts]), PAIRED_WIDTH))
-    for name, part, own in zip(names, parts, packed.chunk(2, 2), strict=True):
+    packed = arena.put(pack(join([part.weight for part in parts]), width))
+    for name, part, own in zip(names, parts, divide(packed), strict=True):
         _replace(owner, name, PackedLinear(own, _detached(part.bias), part.out_features))
-    return Joint(packed, None if parts[0].bias is None else _in_turn([part.bias.detach() for part in parts]))
+    return Joint(packed, None if parts[0].bias is None else join([part.bias.detach() for part in parts]))
 
 
 def _in_turn(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from mavis_dist.environment import cache_folder
+from mavis_dist.types import one_line
 
 SOURCES = [Path(__file__).with_name(name) for name in ("forward.cpp", "largest.cpp")]
 HEADER = Path(__file__).with_name("arithmetic.h")
@@ -40,7 +41,7 @@ def is_loaded() -> bool:
         torch.ops.load_library(library())
     except (NativeError, OSError) as error:
         print(
-            f"models run without compiled operators, at about half the speed: {_one_line(error)}",
+            f"models run without compiled operators, at about half the speed: {one_line(error, limit=500)}",
             file=sys.stderr,
             flush=True,
         )
@@ -93,7 +94,7 @@ def _compile_once(target: Path, flags: list[str]) -> None:
     except Timeout:
         raise NativeError(f"another process has been compiling them for more than {TIMEOUT_S} s") from None
     except OSError as error:
-        raise NativeError(f"they cannot be stored in {target.parent} ({_one_line(error)})") from None
+        raise NativeError(f"they cannot be stored in {target.parent} ({one_line(error, limit=500)})") from None
 
 
 def _compile(target: Path, flags: list[str], failure: Path) -> None:
@@ -114,7 +115,3 @@ def _compile(target: Path, flags: list[str], failure: Path) -> None:
             failure.write_text(str(error))
             raise NativeError(f"they could not be compiled (see {failure})") from None
         (Path(work) / "mavis_native.so").rename(target)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -13,18 +13,10 @@ from mavis_dist.decode import Engine, Request, SamplingParams
 from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.directory import ModelError
 from mavis_dist.models.fused import FusedDecoder
-from tests.fakes import EOS, VOCAB, tiny_base
+from tests.fakes import EOS, LLAMA3, VOCAB, peaked, tiny_base
 
 MAX_TOKENS = 12
 PROMPTS = [(5, 6, 7), tuple(range(10, 19)), tuple(range(90, 60, -1)), (8,)]
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 FUSED = {
     "llama": ("llama", {}),
@@ -68,12 +60,7 @@ def tiny(kind: str, **fields) -> PreTrainedModel:
     }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | fields)).float().eval()
-    for parameter in model.requires_grad_(False).parameters():
-        if parameter.ndim > 1:
-            parameter.mul_(4.0)
-        else:
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return peaked(model, 4.0)
 
 
 def generated(model: PreTrainedModel, prompt: tuple[int, ...]) -> list[int]:

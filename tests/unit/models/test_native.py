@@ -25,18 +25,11 @@ from mavis_dist.models.packed import pack, unpack
 from mavis_dist.models.qhead import QHead, Student
 from mavis_dist.models.value import ValueModel
 from mavis_dist.native import build
+from tests.fakes import LLAMA3, peaked
 from tests.root import ROOT
 
 pytestmark = pytest.mark.skipif(not build.is_loaded(), reason="the native forward pass cannot be compiled here")
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 VOCABULARY = 199  # not a multiple of any panel
 MODELS = {
     "llama": ("llama", {}),
@@ -69,12 +62,7 @@ def tiny(name: str = "llama", dtype: torch.dtype = torch.float32, **more):
     }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | fields | more))
-    for parameter in model.requires_grad_(False).parameters():
-        if parameter.ndim > 1:
-            parameter.mul_(3.0)
-        else:
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    return peaked(model, 3.0).to(dtype).eval()
 
 
 def plain(model) -> SlotModel:
