@@ -82,7 +82,7 @@ def largest(logits_BV: torch.Tensor, k: int, may_wait: bool = True) -> tuple[tor
         may_wait: whether the host may wait for a result, which makes it faster on a CPU.
     """
     k = min(k, logits_BV.shape[1])
-    return _largest_by_topk(logits_BV, k) if may_wait else _largest_by_keys(logits_BV, k)
+    return _largest_by_topk(logits_BV, k) if may_wait else _largest_by_threshold(logits_BV, k)
 
 
 def _largest_by_topk(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,16 +98,20 @@ def _largest_by_topk(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, tor
     return logits_BK[:, :k], ids_BK.gather(-1, order_BK)[:, :k]
 
 
-def _largest_by_keys(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """By unique integers: the logit in the upper half, and in the lower half a number that falls with the id."""
-    # nan comes first, as in topk. Adding 0 turns -0 into 0.
-    logits_BV = torch.where(logits_BV.isnan(), float("inf"), logits_BV.float()) + 0.0
-    bits_BV = logits_BV.view(torch.int32)
-    rising_BV = torch.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # as an integer, in the order of the floats
-    falling_V = torch.arange(logits_BV.shape[1] - 1, -1, -1, device=logits_BV.device)
-    keys_BK = ((rising_BV.long() << 32) | falling_V).topk(k).values
-    ids_BK = logits_BV.shape[1] - 1 - (keys_BK & 0xFFFFFFFF)
-    return logits_BV.gather(1, ids_BK), ids_BK
+def _largest_by_threshold(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those above the k-th largest logit, then those with that logit, the smallest ids first; nan counts as above."""
+    num_ids = logits_BV.shape[1]
+    top_BK, top_ids_BK = logits_BV.topk(k)
+    threshold_B1 = top_BK[:, -1:]
+    falling_V = torch.arange(num_ids, 0, -1, device=logits_BV.device, dtype=torch.int32)
+    ties_BK = torch.where(logits_BV == threshold_B1, falling_V, 0).topk(k).values  # 0: there are no more
+    is_above_BK = (top_BK > threshold_B1) | top_BK.isnan()
+    ids_BX = torch.cat([torch.where(is_above_BK, top_ids_BK, num_ids), num_ids - ties_BK], 1).sort(-1).values
+    is_missing_BX = ids_BX == num_ids
+    ids_BX = ids_BX.masked_fill(is_missing_BX, 0)
+    logits_BX = logits_BV.gather(1, ids_BX).masked_fill(is_missing_BX, float("-inf"))
+    logits_BX, order_BX = logits_BX.sort(dim=-1, descending=True, stable=True)
+    return logits_BX[:, :k], ids_BX.gather(1, order_BX)[:, :k]
 
 
 def renormalised(logits_BK: torch.Tensor, filters: Filters) -> torch.Tensor:

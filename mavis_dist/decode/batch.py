@@ -78,7 +78,6 @@ class Batch:
         baseline = [[known.get(number, {}).get(m, math.nan) for m in objectives] for number in self.numbers]
         unused = [0.0 for _ in objectives]
         self._steering = Steering(
-            self.numbers,
             self._column(self.is_guided, False, torch.bool),
             self._column(self._is_lazy, True, torch.bool),
             self._column(weights, unused, torch.float64),
@@ -112,13 +111,12 @@ class Batch:
             return self._ever_guided
         return [b for b in self._ever_guided if self.rows[b].position % self._guide_every[b] == 0]
 
-    def steering(self, guided: Sequence[int]) -> Steering:
+    def steering(self) -> Steering:
         """The steering of the next token."""
-        is_guided_B = self._steering.is_guided_B
-        if max(self._guide_every) > 1:
-            is_guided_B = is_guided_B & (self.positions_B % self._guide_every_B == 0)
-        first = self._static_query(tuple(guided)) if self._static_calls and guided else None
-        return replace(self._steering, is_guided_B=is_guided_B, first=first)
+        if max(self._guide_every) == 1:
+            return self._steering
+        is_turn_B = self.positions_B % self._guide_every_B == 0
+        return replace(self._steering, is_guided_B=self._steering.is_guided_B & is_turn_B)
 
     def followed(self, rows: Sequence[int], index_B: torch.Tensor) -> tuple[list[int], torch.Tensor]:
         """The numbers of some rows, and their part of a column, for a call of the guide."""
@@ -128,8 +126,13 @@ class Batch:
             return self._padded(numbers, ABSENT), index_B
         return [self.numbers[b] for b in rows], index_B if len(rows) == len(index_B) else index_B[list(rows)]
 
-    def _static_query(self, guided: tuple[int, ...]) -> Query:
-        """As many of the first candidates for all rows as any of the guided ones needs in its first call."""
+    def static_query(self, guided: Sequence[int]) -> Query | None:
+        """As many of the first candidates for all rows as any of the guided ones needs in its first call; None unless
+        calls have static shapes.
+        """
+        if not (self._static_calls and guided):
+            return None
+        guided = tuple(guided)
         if guided not in self._queries:
             numbers, index_B = self.followed(guided, self.positions_B)
             num_candidates, num_rows = self.filters.num_candidates, len(index_B)

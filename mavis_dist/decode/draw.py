@@ -7,8 +7,9 @@ Q draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,19 @@ from mavis_dist.decode.guide import Guide
 from mavis_dist.decode.logprobs import token_logprobs
 from mavis_dist.decode.preference_step import PreferenceStep
 from mavis_dist.decode.request import Alternative, TokenLogprobs
-from mavis_dist.decode.scorer import Drafts, Scores, Search, unsearched
+from mavis_dist.decode.scorer import (
+    Drafts,
+    Scores,
+    State,
+    Steering,
+    after_static_call,
+    ask,
+    proceed,
+    scores_of,
+    search,
+    unsearched,
+)
+from mavis_dist.models.replay import Replays, recorder_for, tree
 from mavis_dist.native import build
 
 NOT_FINITE = "the {} returned a number that is not finite"
@@ -42,11 +55,38 @@ class Drawn:
     logprobs: dict[int, TokenLogprobs]  # by b, of the rows that request them
 
 
+tree(Filters)
+
+
+class DrawReplays(NamedTuple):
+    """Recordings of the two halves of a draw: before the guide's call, and after it."""
+
+    drafts: Replays
+    outcome: Replays
+
+    @classmethod
+    def on(cls, device: torch.device) -> DrawReplays:
+        return cls(Replays(recorder_for(device)), Replays(recorder_for(device)))
+
+
+@tree
+@dataclass(frozen=True)
+class _Outcome:
+    """What the evaluated candidates lead to."""
+
+    index_B: torch.Tensor
+    tokens_B: torch.Tensor
+    baseline_BM: torch.Tensor  # the next V(s)
+    columns_XB: torch.Tensor  # float64, named by `_columns`
+    scores: Scores
+
+
 def draw(
     batch: Batch,
     guided: Sequence[int],
     logits_BV: torch.Tensor,
     guide: Guide | None,
+    replays: DrawReplays,
     preference_step: PreferenceStep | None = None,
 ) -> Drawn:
     """One token for every row; the batch keeps V(s∘a) as its next V(s). Changes the logits.
@@ -55,36 +95,13 @@ def draw(
         guided: the rows whose token is tilted.
         preference_step: where rows have preferences, the step that merged them into the logits.
     """
-    drafts, steering = _drafts(batch, logits_BV), batch.steering(guided)
-    if preference_step is not None:
-        drafts = _with_preferences(drafts, batch, preference_step)
-    search = Search(drafts, steering, guide) if guided else None
-    # All results are read at once, also whether a second call of the guide would change them.
-    while True:
-        scores = search.scores() if search else unsearched(drafts, len(batch.objectives))
-        index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
-        tokens_B, values_BM = drafts.ids_BK.gather(1, index_B[:, None])[:, 0], _chosen(scores.values_BKM, index_B)
-        read = _read(
-            {
-                "token": tokens_B,
-                "is_open": scores.is_open_B,
-                "logratio": scores.logratio_BK.gather(1, index_B[:, None])[:, 0],
-                "divergence": scores.divergence_B,
-                "num_evaluated": scores.num_evaluated_B,
-                "soundness": scores.soundness_B,
-                "likeliest": drafts.logprobs_BK.amax(-1),
-            }
-            | {f"value of {name}": values_BM[:, m] for m, name in enumerate(batch.objectives)}
-            | ({} if scores.preference_divergence_B is None else {"preference": scores.preference_divergence_B})
-        )
-        if search is None or not any(read["is_open"]):
-            break
-        search.proceed()
+    drafts = _drafts_of(batch, logits_BV, replays, preference_step)
+    outcome, read = _outcome_of(batch, guided, drafts, guide, replays)
     if guided:
-        batch.baseline_BM = torch.where(steering.is_guided_B[:, None], values_BM, batch.baseline_BM)
+        batch.baseline_BM = outcome.baseline_BM.clone()  # the next step's outcome may take its place
     return Drawn(
-        index_B=index_B,
-        tokens_B=tokens_B,
+        index_B=outcome.index_B,
+        tokens_B=outcome.tokens_B,
         tokens=[int(token) for token in read["token"]],
         logratios=read["logratio"],
         divergences=read["divergence"],
@@ -92,27 +109,111 @@ def draw(
         values={name: read[f"value of {name}"] for name in batch.objectives},
         num_candidates=[int(count) for count in read["num_evaluated"]],
         faults=_faults(batch, read["soundness"], read["likeliest"]),
-        alternatives=_alternatives(batch, drafts, scores) if batch.has_draws else {},
-        logprobs=token_logprobs(drafts, scores, index_B, batch.top_logprobs),
+        alternatives=_alternatives(batch, drafts, outcome.scores) if batch.has_draws else {},
+        logprobs=token_logprobs(drafts, outcome.scores, outcome.index_B, batch.top_logprobs),
     )
 
 
-def _chosen(x_BKM: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
-    return x_BKM.gather(1, index_B[:, None, None].expand(-1, 1, x_BKM.shape[-1]))[:, 0]
+def _drafts_of(
+    batch: Batch, logits_BV: torch.Tensor, replays: DrawReplays, preference_step: PreferenceStep | None
+) -> Drafts:
+    """The candidate sets of all rows with their noise."""
+    logits_BK, ids_BK = _cut(batch, batch.filters, batch.starting, logits_BV)
+    rows = batch.filters, batch.stream_B, batch.positions_B, batch.eos, batch.is_ordered
+    drafts = replays.drafts(_key(batch), _drafts, logits_BK, ids_BK, *rows)
+    return drafts if preference_step is None else _with_preferences(drafts, batch, preference_step)
 
 
-def _read(columns: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
-    """Tensors [B] of numbers that float64 represents exactly, in one transfer."""
-    return dict(zip(columns, torch.stack([column.double() for column in columns.values()]).tolist(), strict=True))
+def _outcome_of(
+    batch: Batch, guided: Sequence[int], drafts: Drafts, guide: Guide | None, replays: DrawReplays
+) -> tuple[_Outcome, dict[str, list[float]]]:
+    """The draws, and what the host reads of them, all at once."""
+    if not guided:
+        outcome = replays.outcome(_key(batch), _unguided, drafts, len(batch.objectives))
+        return outcome, _read(batch, outcome)
+    assert guide is not None
+    steering, query = batch.steering(), batch.static_query(guided)
+    if query is None:
+        outcome = _drawn(drafts, steering, search(drafts, steering, guide, batch.numbers))
+        return outcome, _read(batch, outcome)
+    values_NM = ask(drafts, guide, query)
+    state, outcome = replays.outcome(_key(batch), _guided, drafts, steering, query.index_N, values_NM)
+    read = _read(batch, outcome)
+    if any(read["is_open"]):
+        num_asked = max(query.counts)
+        outcome = _drawn(drafts, steering, proceed(drafts, steering, guide, batch.numbers, state, num_asked))
+        read = _read(batch, outcome)
+    return outcome, read
 
 
-def _drafts(batch: Batch, logits_BV: torch.Tensor) -> Drafts:
-    """The candidate sets of all rows with their noise, in evaluation order."""
-    ids_BK, logprobs_BK = _cut(batch, batch.filters, batch.starting, logits_BV)
-    temperature_B = batch.filters.temperature_B
-    phi_BK = logprobs_BK + temperature_B[:, None] * noise.gumbel(batch.stream_B, batch.positions_B, ids_BK)
-    is_eos_BK = (ids_BK[:, :, None] == batch.eos).any(-1)
-    if batch.is_ordered:
+def _key(batch: Batch) -> Hashable:
+    """None where shapes change from step to step."""
+    return True if batch.static_shapes and not batch.has_preferences else None
+
+
+def _unguided(drafts: Drafts, num_objectives: int) -> _Outcome:
+    return _chosen(drafts, unsearched(drafts, num_objectives), None)
+
+
+def _guided(
+    drafts: Drafts, steering: Steering, index_N: torch.Tensor, values_NM: torch.Tensor
+) -> tuple[State, _Outcome]:
+    state = after_static_call(drafts, steering, index_N, values_NM)
+    return state, _drawn(drafts, steering, state)
+
+
+def _drawn(drafts: Drafts, steering: Steering, state: State) -> _Outcome:
+    return _chosen(drafts, scores_of(drafts, steering, state), steering)
+
+
+def _chosen(drafts: Drafts, scores: Scores, steering: Steering | None) -> _Outcome:
+    index_B = choose(drafts.phi_BK, scores.delta_BK, drafts.ids_BK)
+    index_B1 = index_B[:, None]
+    tokens_B = drafts.ids_BK.gather(1, index_B1)[:, 0]
+    num_objectives = scores.values_BKM.shape[-1]
+    values_BM = scores.values_BKM.gather(1, index_B1[:, :, None].expand(-1, 1, num_objectives))[:, 0]
+    columns = [
+        tokens_B,
+        scores.is_open_B,
+        scores.logratio_BK.gather(1, index_B1)[:, 0],
+        scores.divergence_B,
+        scores.num_evaluated_B,
+        scores.soundness_B,
+        drafts.logprobs_BK.amax(-1),
+        *values_BM.unbind(1),
+    ]
+    if scores.preference_divergence_B is not None:
+        columns.append(scores.preference_divergence_B)
+    baseline_BM = values_BM
+    if steering is not None:
+        baseline_BM = torch.where(steering.is_guided_B[:, None], values_BM, steering.baseline_BM)
+    # float64 represents all of them exactly.
+    return _Outcome(index_B, tokens_B, baseline_BM, torch.stack([column.double() for column in columns]), scores)
+
+
+def _read(batch: Batch, outcome: _Outcome) -> dict[str, list[float]]:
+    """The columns by name, in one transfer."""
+    names = ["token", "is_open", "logratio", "divergence", "num_evaluated", "soundness", "likeliest"]
+    names += [f"value of {name}" for name in batch.objectives]
+    names += ["preference"] if outcome.scores.preference_divergence_B is not None else []
+    return dict(zip(names, outcome.columns_XB.tolist(), strict=True))
+
+
+def _drafts(
+    logits_BK: torch.Tensor,
+    ids_BK: torch.Tensor,
+    filters: Filters,
+    stream_B: torch.Tensor,
+    positions_B: torch.Tensor,
+    eos: torch.Tensor,
+    is_ordered: bool,
+) -> Drafts:
+    """Candidate sets with their noise, in evaluation order."""
+    logprobs_BK = renormalised(logits_BK, filters)
+    temperature_B = filters.temperature_B
+    phi_BK = logprobs_BK + temperature_B[:, None] * noise.gumbel(stream_B, positions_B, ids_BK)
+    is_eos_BK = (ids_BK[:, :, None] == eos).any(-1)
+    if is_ordered:
         order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
         ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
             x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
@@ -124,21 +225,22 @@ def _with_preferences(drafts: Drafts, batch: Batch, preference_step: PreferenceS
     """The candidates with the preferences' part of their log-ratios."""
     rows = preference_step.rows
     starting = [x for x, b in enumerate(rows) if b in batch.starting]
-    plain_XC = _cut(batch, batch.filters.of_rows(rows), starting, preference_step.plain_XV)
-    temperature_B = batch.filters.temperature_B
-    logratio_BK = preference_step.logratio_BK(drafts.ids_BK, drafts.logprobs_BK, temperature_B, *plain_XC)
+    filters, temperature_B = batch.filters.of_rows(rows), batch.filters.temperature_B
+    plain_XC, ids_XC = _cut(batch, filters, starting, preference_step.plain_XV)
+    logratio_BK = preference_step.logratio_BK(
+        drafts.ids_BK, drafts.logprobs_BK, temperature_B, ids_XC, renormalised(plain_XC, filters)
+    )
     return replace(drafts, preference_logratio_BK=logratio_BK)
 
 
 def _cut(
     batch: Batch, filters: Filters, starting: Sequence[int], logits_BV: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates and log p; changes the logits of rows that are starting."""
+    """The largest logits and their ids; changes the logits of rows that are starting."""
     if starting:
         rows_X1 = torch.tensor(starting, device=logits_BV.device)[:, None]
         logits_BV[rows_X1, batch.eos] = float("-inf")  # an answer has at least one token
-    logits_BK, ids_BK = _largest(logits_BV, filters.num_candidates, batch.static_shapes)
-    return ids_BK, renormalised(logits_BK, filters)
+    return _largest(logits_BV, filters.num_candidates, batch.static_shapes)
 
 
 def _largest(logits_BV: torch.Tensor, k: int, static_shapes: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from mavis_dist.decode.batch import Batch, Values, named
-from mavis_dist.decode.draw import Drawn, draw
+from mavis_dist.decode.draw import Drawn, DrawReplays, draw
 from mavis_dist.decode.guide import Guide, GuideRow
 from mavis_dist.decode.preference_step import PreferenceStep
 from mavis_dist.decode.request import Choice, FinishReason, Request, Scorer, Update
@@ -71,6 +71,7 @@ class Engine:
         self._vocabulary = base.model.config.get_text_config().vocab_size
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self._device.type, 2048)
         self._eos = torch.tensor(sorted(base.eos_ids), device=self._device)
+        self._replays = DrawReplays.on(self._device)
         self._batch: Batch | None = None
         self._opened: dict[int, Values] = {}  # V_m(s) of rows that are not in a batch yet, by row number
         self._unseen: dict[int, list[int]] = {}  # tokens that the guide has not received yet, by row number
@@ -174,10 +175,10 @@ class Engine:
         self._catch_up(batch, guided)
         if batch.has_preferences:
             preference_step = PreferenceStep(batch.rows, logits_RV)
-            drawn = draw(batch, guided, preference_step.logits_BV, self._guide, preference_step)
+            drawn = draw(batch, guided, preference_step.logits_BV, self._guide, self._replays, preference_step)
             preference_step.record(drawn.tokens, drawn.preference_divergences, drawn.faults)
         else:
-            drawn = draw(batch, guided, logits_RV, self._guide)
+            drawn = draw(batch, guided, logits_RV, self._guide, self._replays)
         batch.advance(drawn.tokens_B)
         updates = self._absorb(batch, guided, drawn)
         # Draws will be continued: their keys and values stay for the next requests.

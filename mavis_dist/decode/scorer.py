@@ -14,13 +14,14 @@ Shapes: B rows, K candidates in evaluation order, N candidates of all rows, conc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from mavis_dist.core.tilt import capped, estimate_distribution, uncapped_tilt
 from mavis_dist.decode.guide import Guide
+from mavis_dist.models.replay import tree
 
 # Candidates of a row in a step's first call, besides the end-of-answer tokens: few where reading the results is free,
 # more where it costs as much as evaluating them.
@@ -32,6 +33,7 @@ def width_unread(num_candidates: int, num_eos: int, are_all_lazy: bool) -> int:
     return min(num_candidates, num_eos + FIRST_CHUNK_UNREAD) if are_all_lazy else num_candidates
 
 
+@tree
 @dataclass(frozen=True)
 class Drafts:
     """The candidates of all rows in evaluation order: an index is also the index among the evaluated ones."""
@@ -53,20 +55,20 @@ class Query:
     index_N: torch.Tensor  # of the candidates among all B * K
 
 
+@tree
 @dataclass(frozen=True)
 class Steering:
     """The steering of all rows."""
 
-    numbers: Sequence[int]  # of the rows, for the guide
     is_guided_B: torch.Tensor  # the others have no tilt
     is_lazy_B: torch.Tensor  # guided or not; not where the tilt has no cap, since no candidate can be omitted then
     weights_BM: torch.Tensor
     baseline_BM: torch.Tensor  # V_m(s)
     beta_B: torch.Tensor
     cap_B: torch.Tensor
-    first: Query | None = None  # the first call, the same in every step; None: exactly the candidates that it needs
 
 
+@tree
 @dataclass(frozen=True)
 class Scores:
     """The tilt of all rows, and the values it was computed from."""
@@ -81,6 +83,72 @@ class Scores:
     logratio_BK: torch.Tensor  # log pi(a) - log pi_ref(a), 0 at T = 0; estimated likewise, and only where evaluated
 
 
+@tree
+@dataclass(frozen=True)
+class State:
+    """How far the search for the winners of all rows has come."""
+
+    is_open_BK: torch.Tensor  # not evaluated, and may win
+    is_evaluated_BK: torch.Tensor
+    delta_BK: torch.Tensor
+    values_BKM: torch.Tensor
+    soundness_B: torch.Tensor
+
+
+def search(drafts: Drafts, steering: Steering, guide: Guide, numbers: Sequence[int]) -> State:
+    """The whole search, in at most two calls of the guide; `numbers` are the guide's numbers of the rows."""
+    state = _start(drafts, steering)
+    is_first_BK = _first_chunk(drafts, steering, state, FIRST_CHUNK)
+    query = _exactly(is_first_BK, numbers)
+    if query.numbers:
+        state = _received(state, query.index_N, ask(drafts, guide, query))
+    state = _excluded(drafts, steering, _tilted(drafts, steering, state, is_first_BK))
+    if state.is_open_BK.any():
+        state = proceed(drafts, steering, guide, numbers, state)
+    return state
+
+
+def after_static_call(drafts: Drafts, steering: Steering, index_N: torch.Tensor, values_NM: torch.Tensor) -> State:
+    """The search after a first call of the same shape in every step; candidates may be open. Never waits."""
+    state = _received(_start(drafts, steering), index_N, values_NM)
+    is_first_BK = _first_chunk(drafts, steering, state, FIRST_CHUNK_UNREAD)
+    return _excluded(drafts, steering, _tilted(drafts, steering, state, is_first_BK))
+
+
+def proceed(
+    drafts: Drafts, steering: Steering, guide: Guide, numbers: Sequence[int], state: State, num_asked: int | None = None
+) -> State:
+    """The second call: evaluate all candidates that may win.
+
+    Args:
+        num_asked: the first candidates of all rows whose values are known; None: those that are evaluated.
+    """
+    is_unasked_BK = ~state.is_evaluated_BK if num_asked is None else _column_K(drafts) >= num_asked
+    query = _exactly(state.is_open_BK & is_unasked_BK, numbers)
+    if query.numbers:
+        state = _received(state, query.index_N, ask(drafts, guide, query))
+    state = _tilted(drafts, steering, state, state.is_open_BK)
+    return replace(state, is_open_BK=torch.zeros_like(state.is_open_BK))
+
+
+def ask(drafts: Drafts, guide: Guide, query: Query) -> torch.Tensor:
+    """The guide's values [N, M] of some candidates."""
+    return guide.score(query.numbers, query.counts, drafts.ids_BK.flatten()[query.index_N])
+
+
+def scores_of(drafts: Drafts, steering: Steering, state: State) -> Scores:
+    # Without guidance the tilt is known to be 0 for all.
+    is_known_BK = state.is_evaluated_BK | ~steering.is_guided_B[:, None]
+    return Scores(
+        state.delta_BK,
+        state.values_BKM,
+        state.is_evaluated_BK.sum(-1),
+        state.soundness_B,
+        state.is_open_BK.any(-1),
+        *_reported(drafts, state.delta_BK, is_known_BK),
+    )
+
+
 def unsearched(drafts: Drafts, num_objectives: int) -> Scores:
     """The scores where no row is guided: there is no tilt."""
     none_B, none_BK = torch.zeros_like(drafts.temperature_B), torch.zeros_like(drafts.phi_BK)
@@ -92,96 +160,63 @@ def unsearched(drafts: Drafts, num_objectives: int) -> Scores:
     return Scores(none_BK, unknown_BKM, none_B, none_B, none_B, *reported)
 
 
-class Search:
-    """The search for the winners of all rows: the evaluated candidates, and those that can still win.
+def _start(drafts: Drafts, steering: Steering) -> State:
+    """Nothing is evaluated."""
+    is_guided_B1 = steering.is_guided_B[:, None]
+    is_open_BK = (drafts.logprobs_BK > float("-inf")) & is_guided_B1
+    shape = (*drafts.ids_BK.shape, steering.weights_BM.shape[1])
+    return State(
+        is_open_BK,
+        torch.zeros_like(is_open_BK),
+        torch.zeros_like(drafts.phi_BK).masked_fill(is_guided_B1, float("-inf")),
+        torch.full(shape, float("nan"), device=drafts.phi_BK.device),
+        torch.zeros_like(steering.beta_B),
+    )
 
-    It calls the guide at once, and again if it knows that it has to. While `scores` are open, `proceed` makes the
-    second call.
-    """
 
-    def __init__(self, drafts: Drafts, steering: Steering, guide: Guide | None):
-        self._drafts, self._steering, self._guide = drafts, steering, guide
-        is_guided_B1 = steering.is_guided_B[:, None]
-        self._is_open_BK = (drafts.logprobs_BK > float("-inf")) & is_guided_B1  # not evaluated, and may win
-        self._is_evaluated_BK = torch.zeros_like(self._is_open_BK)
-        self._delta_BK = torch.zeros_like(drafts.phi_BK).masked_fill(is_guided_B1, float("-inf"))
-        shape = (*drafts.ids_BK.shape, steering.weights_BM.shape[1])
-        self._values_BKM = torch.full(shape, float("nan"), device=drafts.phi_BK.device)
-        self._soundness_B = torch.zeros_like(steering.beta_B)
-        self._begin()
+def _first_chunk(drafts: Drafts, steering: Steering, state: State, size: int) -> torch.Tensor:
+    """End-of-answer tokens, whose tilt is unbounded, and `size` others; all where the scorer is `full`."""
+    num_eos_B = (state.is_open_BK & drafts.is_eos_BK).sum(-1)
+    num_first_B = torch.where(steering.is_lazy_B, num_eos_B + size, state.is_open_BK.shape[1])
+    return state.is_open_BK & (_column_K(drafts) < num_first_B[:, None])
 
-    def proceed(self) -> None:
-        """Evaluate all candidates that may win."""
-        self._ask(self._exactly(self._is_open_BK & self._is_unasked_BK()))
-        self._tilt(self._is_open_BK)
-        self._is_open_BK = torch.zeros_like(self._is_open_BK)
 
-    def scores(self) -> Scores:
-        # Without guidance the tilt is known to be 0 for all.
-        is_known_BK = self._is_evaluated_BK | ~self._steering.is_guided_B[:, None]
-        return Scores(
-            self._delta_BK,
-            self._values_BKM,
-            self._is_evaluated_BK.sum(-1),
-            self._soundness_B,
-            self._is_open_BK.any(-1),
-            *_reported(self._drafts, self._delta_BK, is_known_BK),
-        )
+def _column_K(drafts: Drafts) -> torch.Tensor:
+    return torch.arange(drafts.ids_BK.shape[1], device=drafts.ids_BK.device)
 
-    def _begin(self) -> None:
-        first, is_first_BK = self._steering.first, self._first_chunk()
-        self._ask(first or self._exactly(is_first_BK))
-        self._tilt(is_first_BK)
-        self._exclude()
-        if first is None and self._is_open_BK.any():
-            self.proceed()
 
-    def _first_chunk(self) -> torch.Tensor:
-        """End-of-answer tokens, whose tilt is unbounded, and the first others; all where the scorer is `full`."""
-        size = FIRST_CHUNK if self._steering.first is None else FIRST_CHUNK_UNREAD
-        num_eos_B = (self._is_open_BK & self._drafts.is_eos_BK).sum(-1)
-        num_first_B = torch.where(self._steering.is_lazy_B, num_eos_B + size, self._is_open_BK.shape[1])
-        return self._is_open_BK & (self._column_K() < num_first_B[:, None])
+def _exactly(is_queried_BK: torch.Tensor, numbers: Sequence[int]) -> Query:
+    """Waits for the device."""
+    counts = is_queried_BK.sum(-1).tolist()
+    rows = [b for b, count in enumerate(counts) if count]
+    index_N = is_queried_BK.flatten().nonzero()[:, 0]
+    return Query([numbers[b] for b in rows], [counts[b] for b in rows], index_N)
 
-    def _is_unasked_BK(self) -> torch.Tensor:
-        """Candidates whose values are not known: the first call may have asked for more than the scorers named."""
-        if self._steering.first is None:
-            return ~self._is_evaluated_BK
-        return self._column_K() >= max(self._steering.first.counts)
 
-    def _column_K(self) -> torch.Tensor:
-        return torch.arange(self._is_open_BK.shape[1], device=self._is_open_BK.device)
+def _received(state: State, index_N: torch.Tensor, values_NM: torch.Tensor) -> State:
+    """Changes the values in place."""
+    state.values_BKM.flatten(0, 1).index_copy_(0, index_N, values_NM.to(state.values_BKM))
+    return state
 
-    def _exactly(self, is_queried_BK: torch.Tensor) -> Query:
-        """Waits for the device."""
-        counts, numbers = is_queried_BK.sum(-1).tolist(), self._steering.numbers
-        rows = [b for b, count in enumerate(counts) if count]
-        index_N = is_queried_BK.flatten().nonzero()[:, 0]
-        return Query([numbers[b] for b in rows], [counts[b] for b in rows], index_N)
 
-    def _ask(self, query: Query) -> None:
-        if not query.numbers:
-            return
-        assert self._guide is not None
-        candidates_N = self._drafts.ids_BK.flatten()[query.index_N]
-        values_NM = self._guide.score(query.numbers, query.counts, candidates_N)
-        self._values_BKM.flatten(0, 1).index_copy_(0, query.index_N, values_NM.to(self._values_BKM))
+def _tilted(drafts: Drafts, steering: Steering, state: State, is_queried_BK: torch.Tensor) -> State:
+    """Tilt the candidates whose values are known now."""
+    gain_BK = uncapped_tilt(state.values_BKM, steering.baseline_BM, steering.weights_BM, steering.beta_B)
+    tilt_BK = capped(gain_BK, steering.cap_B, drafts.is_eos_BK)
+    return replace(
+        state,
+        soundness_B=state.soundness_B + torch.where(is_queried_BK, gain_BK, 0.0).sum(-1),
+        delta_BK=torch.where(is_queried_BK, tilt_BK, state.delta_BK),
+        is_evaluated_BK=state.is_evaluated_BK | is_queried_BK,
+    )
 
-    def _tilt(self, is_queried_BK: torch.Tensor) -> None:
-        """Tilt the candidates whose values are known now."""
-        steering = self._steering
-        gain_BK = uncapped_tilt(self._values_BKM, steering.baseline_BM, steering.weights_BM, steering.beta_B)
-        self._soundness_B = self._soundness_B + torch.where(is_queried_BK, gain_BK, 0.0).sum(-1)
-        tilt_BK = capped(gain_BK, steering.cap_B, self._drafts.is_eos_BK)
-        self._delta_BK = torch.where(is_queried_BK, tilt_BK, self._delta_BK)
-        self._is_evaluated_BK = self._is_evaluated_BK | is_queried_BK
 
-    def _exclude(self) -> None:
-        """Exclude the candidates that cannot win any more."""
-        best_B1 = (self._drafts.phi_BK + self._delta_BK).amax(-1, keepdim=True)
-        # Including equality: among equal scores the smaller token id wins, which may be theirs.
-        can_win_BK = self._drafts.phi_BK + self._steering.cap_B[:, None] >= best_B1
-        self._is_open_BK = self._is_open_BK & can_win_BK & ~self._is_evaluated_BK
+def _excluded(drafts: Drafts, steering: Steering, state: State) -> State:
+    """Exclude the candidates that cannot win any more."""
+    best_B1 = (drafts.phi_BK + state.delta_BK).amax(-1, keepdim=True)
+    # Including equality: among equal scores the smaller token id wins, which may be theirs.
+    can_win_BK = drafts.phi_BK + steering.cap_B[:, None] >= best_B1
+    return replace(state, is_open_BK=state.is_open_BK & can_win_BK & ~state.is_evaluated_BK)
 
 
 class _Reported(NamedTuple):

@@ -40,9 +40,10 @@ class Layout:
             widths: tokens of each row of the pass.
             rows: the caller's row that each row of the pass is; -1: none.
             counts: tokens of each row of the caller.
-            is_static: the pass depends on the widths only, also where it could be simpler.
+            is_static: the pass depends on the number of rows and their width only, also where it could be simpler:
+                the rows are all of the first slots, and all have the same width.
         """
-        self.slots, self.widths = slots, widths
+        self.slots, self.widths, self.is_static = slots, widths, is_static
         slot_B, width_B, caller_B, count_A = (np.array(x, np.int64) for x in (slots, widths, rows, counts))
         row_N = np.repeat(np.arange(len(slot_B)), width_B)
         column_N = np.arange(len(row_N)) - np.repeat(width_B.cumsum() - width_B, width_B)
@@ -168,6 +169,7 @@ class KVCache:
             is_masked: cells that a row does not have are read, and masked: if they are nan, they still spoil sums.
         """
         self._is_masked = is_masked
+        self.generation = 0  # changes whenever the memory does
         self.storage: torch.Tensor | None = None
         self._num_slots, self._num_cells, self._like = 0, 0, like
         self._parts: list[list[torch.Tensor | None]] = [[None, None] for _ in range(num_layers)]
@@ -189,6 +191,7 @@ class KVCache:
 
     def resize(self, num_slots: int, num_cells: int) -> None:
         self._num_slots, self._num_cells = num_slots, num_cells
+        self.generation += 1
         if self._like is not None:
             shape = (self.num_layers, 2, num_slots, num_cells, *self._like.shape)
             is_on_cpu = self._like.device.type == "cpu"
@@ -202,6 +205,7 @@ class KVCache:
     def clear(self) -> None:
         """Free the memory."""
         self.storage = None
+        self.generation += 1
         self._parts = [[None, None] for _ in self._parts]
         self._num_slots, self._num_cells = 0, 0
 

@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from mavis_dist.models.cache import KVCache, Step
+from mavis_dist.models.replay import Replays, recorder_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKED_FOR_ROWS = 64  # a hint to the kernel; any number of rows works
 FAMILY = ("llama", "mistral", "qwen2")
+ROTATIONS_BY_LENGTH = ("dynamic", "longrope")
 FULL, WINDOWED = "full_attention", "sliding_attention"  # layer types as transformers names them
 
 
@@ -51,6 +53,10 @@ class FusedDecoder:
         self._blocks = _shared(backbone, lambda: [_Block(layer, backbone.config) for layer in model.layers])
         self.cache = KVCache(len(self._blocks), self._blocks[0].example)
         self.device = backbone.device
+        # Rotations that depend on the longest row make the host wait for its length.
+        is_rotation_static = not hasattr(self._rotary, "rope_type") or self._rotary.rope_type not in ROTATIONS_BY_LENGTH
+        self._replays = Replays(recorder_for(self.device) if is_rotation_static else None)
+        self._generation = self.cache.generation
 
     @staticmethod
     def supports(backbone: PreTrainedModel) -> bool:
@@ -59,13 +65,28 @@ class FusedDecoder:
         return config.model_type in FAMILY and config.hidden_act == "silu" and layer_types(config) == {FULL}
 
     def step(self, step: Step) -> torch.Tensor:
+        layout, num_visible, num_cells = step.layout, step.num_visible, step.num_cells
+        if self._generation != self.cache.generation:
+            self._replays.clear()
+            self._generation = self.cache.generation
+
+        def read(tokens_N: torch.Tensor, positions_N: torch.Tensor, cells_N: torch.Tensor, read_R: torch.Tensor) -> Any:
+            return self._read(Step(layout, tokens_N, positions_N, cells_N, read_R, num_visible, num_cells))
+
+        # A static layout has all of the first slots, and as many tokens of each.
+        key = (len(layout.slots), layout.widths[0], num_visible) if layout.is_static else None
+        # The head is left out: the logits of every recording would stay in memory.
+        return self._head(self._replays(key, read, step.tokens_N, step.positions_N, step.cells_N, step.read_R))
+
+    def _read(self, step: Step) -> torch.Tensor:
+        """The last hidden states [R, C] of the tokens that are read."""
         x_NC = self._embed(step.tokens_N)
         cos_1ND, sin_1ND = self._rotary(x_NC, step.positions_N[None])
         cos_N1D, sin_N1D = cos_1ND[0][:, None], sin_1ND[0][:, None]
         mask_B1QS = step.mask_BTS[:, :, None].expand(-1, -1, self._group, -1).flatten(1, 2)[:, None]
         for layer, block in enumerate(self._blocks):
             x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, self.cache, layer, step)
-        return self._head(self._norm(x_NC[step.read_R]))
+        return self._norm(x_NC[step.read_R])
 
 
 # Objects that the decoders of one model share, by the module they were made from.

@@ -21,7 +21,7 @@ from mavis_dist.models.decoder import step_all
 __all__ = ["Decoder", "KVCache", "Layout", "SlotModel", "Step", "bucket"]
 
 SLOTS_PER_GROWTH, CELLS_PER_GROWTH = 8, 64
-CELLS_RESERVED = 256  # at most, before they are needed
+CELLS_RESERVED, CELLS_RESERVED_STATIC = 256, 1024  # at most, before they are needed
 MAX_LAYOUTS = 64  # kept: a caller asks for few while its rows stay the same
 
 
@@ -72,7 +72,8 @@ class SlotModel:
         """Make room at once for rows to be opened, of which none becomes longer than `longest`: growing copies."""
         self._longest = max(self._longest, longest)
         num_slots = self._slots_for(num_rows) if num_rows > self._num_slots else self._num_slots
-        num_cells = max(self._num_cells, _rounded(min(longest, CELLS_RESERVED)))
+        reserved = CELLS_RESERVED_STATIC if self._is_static else CELLS_RESERVED
+        num_cells = max(self._num_cells, self._cells_for(min(longest, reserved)))
         if (num_slots, num_cells) != (self._num_slots, self._num_cells):
             self._resize(num_slots, num_cells)
 
@@ -109,7 +110,7 @@ class SlotModel:
             column.pop()
         self._length_Z[last], self._branched_Z[last] = 0, 0
         self._layouts.clear()
-        if not self._rows:
+        if not self._rows and not self._is_static:  # recordings need the memory where it is
             self._clear()
 
     @torch.inference_mode()
@@ -221,11 +222,14 @@ class SlotModel:
         used += [0] * (self._num_slots - len(used))
         last = max(used[slot] + width for slot, width in zip(layout.slots, layout.widths, strict=True))
         if last > self._num_cells:
-            self._resize(self._num_slots, _rounded(max(last, min(self._longest, self._num_cells * 3 // 2))))
-        return min(_rounded(last), self._num_cells) if self._is_static else last
+            self._resize(self._num_slots, self._cells_for(max(last, min(self._longest, self._num_cells * 3 // 2))))
+        return min(self._cells_for(last), self._num_cells) if self._is_static else last
 
     def _slots_for(self, count: int) -> int:
         return bucket(count) if self._is_static else -(-count // SLOTS_PER_GROWTH) * SLOTS_PER_GROWTH
+
+    def _cells_for(self, count: int) -> int:
+        return bucket(_rounded(count)) if self._is_static else _rounded(count)
 
     def _resize(self, num_slots: int, num_cells: int) -> None:
         self._num_slots, self._num_cells = num_slots, num_cells

@@ -1,7 +1,7 @@
 """A decode step as a device would run it, without one: what crosses between host and device, and all shapes.
 
-With `static_shapes` the engine on a CPU runs the path of a GPU. A read makes the host wait for the device; a copy sends
-it something from the host.
+With `static_shapes` the engine on a CPU runs the path of a GPU, and a tape stands for its graphs. A read makes the host
+wait for the device; a copy sends it something from the host.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer, scorer
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer, draw, scorer
+from mavis_dist.models import fused
 from tests.fakes import EOS, VOCAB, tiny_base, tiny_student, tiny_value
+from tests.tape import Tape
 
 BASE = tiny_base(seed=0, eos_boost=-1.0)
 MODELS = {"brief": tiny_value(1, layers=2), "kind": tiny_value(2)}
@@ -25,6 +27,7 @@ ENDLESS.model.lm_head.weight[EOS] = 0.0  # a logit of 0 is never among the large
 STUDENT = tiny_student(3, num_objectives=2)
 STUDENTS = {"kind": (STUDENT, 0), "brief": (STUDENT, 1)}
 MAX_READS, MAX_COPIES = 1, 3
+MAX_STARTED = {"unguided": 60, "lazy": 200, "full": 200, "half guided": 200, "mixed": 200}
 
 # Operations whose result, or its shape, the host has to wait for.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
@@ -135,6 +138,20 @@ def one_call(monkeypatch):
     monkeypatch.setattr(scorer, "FIRST_CHUNK_UNREAD", VOCAB)
 
 
+@pytest.fixture
+def tapes(monkeypatch) -> list[Tape]:
+    """What is recorded from now on."""
+    made: list[Tape] = []
+
+    def make(device: torch.device) -> Tape:
+        made.append(Tape())
+        return made[-1]
+
+    monkeypatch.setattr(fused, "recorder_for", make)
+    monkeypatch.setattr(draw, "recorder_for", make)
+    return made
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_waits_for_the_device_once(kind):
     """One read and at most three copies, in any step in which no row starts or ends."""
@@ -176,3 +193,33 @@ def test_answers_are_those_of_exact_shapes(kind, chunk, monkeypatch):
         assert choice.values.keys() == expected.values.keys()
         for name, values in choice.values.items():
             np.testing.assert_allclose(values, expected.values[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_answers_are_those_of_exact_shapes(kind, tapes, monkeypatch):
+    """Also where rows end, move and start between replays, the cache grows, and a second call is needed."""
+    monkeypatch.setattr(scorer, "FIRST_CHUNK", 4)
+    monkeypatch.setattr(scorer, "FIRST_CHUNK_UNREAD", 4)
+    exact = [choice for [choice] in engine_of(False, max_rows=5).generate(only(kind, 11))]
+    engine = engine_of(True, max_rows=5)
+    for _ in range(2):  # the second time over recordings of the first
+        recorded = [choice for [choice] in engine.generate(only(kind, 11))]
+        assert [choice.tokens for choice in recorded] == [choice.tokens for choice in exact]
+        for expected, choice in zip(exact, recorded, strict=True):
+            np.testing.assert_allclose(choice.logratios, expected.logratios, atol=1e-4)
+            np.testing.assert_allclose(choice.divergences, expected.divergences, atol=1e-3)
+    assert sum(tape.num_replayed for tape in tapes) > 2 * sum(tape.num_recorded for tape in tapes) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_starts_few_operations(kind, tapes):
+    """Everything that takes time is replayed: passes of the models, and draws."""
+    engine = running(kind, 5)
+    num_recorded = sum(tape.num_recorded for tape in tapes)
+    for _ in range(6):
+        with traffic() as seen:
+            assert len(engine.step()) == 5
+        assert seen.reads.total() <= MAX_READS, seen.reads
+        assert seen.copies.total() <= MAX_COPIES, seen.copies
+        assert len(seen.shapes) <= MAX_STARTED[kind], Counter(name for name, _ in seen.shapes)
+    assert sum(tape.num_recorded for tape in tapes) == num_recorded > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mavis_dist.core import noise
 from mavis_dist.core.tilt import choose, estimate_distribution, evaluation_order
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 from mavis_dist.decode.request import Scorer
-from mavis_dist.decode.scorer import Drafts, Scores, Search, Steering
+from mavis_dist.decode.scorer import Drafts, Scores, Steering, scores_of, search
 from tests.exact import divergence, log_partition
 from tests.fakes import EOS, tiny_base, tiny_value
 
@@ -52,7 +53,6 @@ def drafts(num_rows: int, seed: int, temperature_B: torch.Tensor, grid: float) -
 def scored(drafted: Drafts, values_BV: torch.Tensor, cap_B: torch.Tensor, beta: float, lazy: bool) -> Scores:
     num_rows = len(values_BV)
     steering = Steering(
-        numbers=list(range(num_rows)),
         is_guided_B=torch.ones(num_rows, dtype=torch.bool),
         is_lazy_B=torch.full((num_rows,), lazy),
         weights_BM=torch.ones(num_rows, 1),
@@ -60,7 +60,8 @@ def scored(drafted: Drafts, values_BV: torch.Tensor, cap_B: torch.Tensor, beta: 
         beta_B=torch.full((num_rows,), beta, dtype=torch.float64),
         cap_B=cap_B,
     )
-    return Search(drafted, steering, Table(values_BV)).scores()  # type: ignore[arg-type]
+    guide: Any = Table(values_BV)
+    return scores_of(drafted, steering, search(drafted, steering, guide, range(num_rows)))
 
 
 @pytest.mark.parametrize("grid", [0.0, 0.5])
