@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import mavis_dist.environment  # noqa: F401  the same OpenMP waiting as in the actors
 from benchmarks.common import figures
-from jobs.arguments import refusing
 from mavis_dist.tables import text_table
 
 Scale = TypeVar("Scale")
@@ -48,6 +47,8 @@ def record(
 
     A run that cannot be used ends the process with one line and exit code 2.
     """
+    from jobs.arguments import refusing  # here: needs packages that commands without a run do without
+
     results = refusing(measure)
     if arguments.json or not arguments.quick:
         figures.write(file_of(name, arguments), {**results, **figures.provenance(line(name, argv))})

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ def default_file(name: str) -> Path:
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """Command line, machine and versions; loads torch, so call it after measuring."""
+    """Command line, machine and versions of what is installed; loads torch, so call it after measuring."""
     import torch
 
     machine = {
@@ -37,7 +38,7 @@ def provenance(command: str) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    versions = {"python": platform.python_version(), **_versions(PACKAGES)}
     return {"command": command, "machine": machine, "versions": versions}
 
 
@@ -67,6 +68,14 @@ def parse(kind: type[Parsed], figures: Mapping[str, Any]) -> Parsed:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind).validate_python(figures)
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _processor() -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mavis_dist.evaluate.sweep import Estimate
+if TYPE_CHECKING:  # needs packages that not every page does
+    from mavis_dist.evaluate.sweep import Estimate
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -34,6 +34,11 @@ def test_figures_are_written_with_their_provenance(
         assert found["versions"].keys() == {"python", *figures.PACKAGES}
 
 
+def test_packages_that_are_not_installed_have_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "PACKAGES", ("torch", "no-such-package"))
+    assert figures.provenance("")["versions"].keys() == {"python", "torch"}
+
+
 def test_columns_are_as_wide_as_their_longest_cell() -> None:
     assert command.table(
         ["name", "tokens/s", "KL"], [["a long name", 1234.56, ""], ["b", 3, 0.123456]]

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.device`: decoding and training on a GPU."""
