@@ -32,7 +32,7 @@ from mavis_dist.decode.scorer import (
     search,
     unsearched,
 )
-from mavis_dist.models.replay import Replays, recorder_for, tree
+from mavis_dist.models.replay import Replays, tree
 from mavis_dist.native import build
 
 NOT_FINITE = "the {} returned a number that is not finite"
@@ -66,7 +66,7 @@ class DrawReplays(NamedTuple):
 
     @classmethod
     def on(cls, device: torch.device) -> DrawReplays:
-        return cls(Replays(recorder_for(device)), Replays(recorder_for(device)))
+        return cls(Replays(device), Replays(device))
 
 
 @tree
@@ -118,9 +118,9 @@ def _drafts_of(
     batch: Batch, logits_BV: torch.Tensor, replays: DrawReplays, preference_step: PreferenceStep | None
 ) -> Drafts:
     """The candidate sets of all rows with their noise."""
-    logits_BK, ids_BK = _cut(batch, batch.filters, batch.starting, logits_BV)
-    rows = batch.filters, batch.stream_B, batch.positions_B, batch.eos, batch.is_ordered
-    drafts = replays.drafts(_key(batch), _drafts, logits_BK, ids_BK, *rows)
+    _forbid_empty(logits_BV, batch, batch.starting)
+    rows = batch.filters, batch.stream_B, batch.positions_B, batch.eos
+    drafts = replays.drafts(_key(batch), _drafts, logits_BV, *rows, batch.is_ordered, batch.static_shapes)
     return drafts if preference_step is None else _with_preferences(drafts, batch, preference_step)
 
 
@@ -200,15 +200,16 @@ def _read(batch: Batch, outcome: _Outcome) -> dict[str, list[float]]:
 
 
 def _drafts(
-    logits_BK: torch.Tensor,
-    ids_BK: torch.Tensor,
+    logits_BV: torch.Tensor,
     filters: Filters,
     stream_B: torch.Tensor,
     positions_B: torch.Tensor,
     eos: torch.Tensor,
     is_ordered: bool,
+    static_shapes: bool,
 ) -> Drafts:
     """Candidate sets with their noise, in evaluation order."""
+    logits_BK, ids_BK = _largest(logits_BV, filters.num_candidates, static_shapes)
     logprobs_BK = renormalised(logits_BK, filters)
     temperature_B = filters.temperature_B
     phi_BK = logprobs_BK + temperature_B[:, None] * noise.gumbel(stream_B, positions_B, ids_BK)
@@ -226,21 +227,19 @@ def _with_preferences(drafts: Drafts, batch: Batch, preference_step: PreferenceS
     rows = preference_step.rows
     starting = [x for x, b in enumerate(rows) if b in batch.starting]
     filters, temperature_B = batch.filters.of_rows(rows), batch.filters.temperature_B
-    plain_XC, ids_XC = _cut(batch, filters, starting, preference_step.plain_XV)
+    _forbid_empty(preference_step.plain_XV, batch, starting)
+    plain_XC, ids_XC = _largest(preference_step.plain_XV, filters.num_candidates, batch.static_shapes)
     logratio_BK = preference_step.logratio_BK(
         drafts.ids_BK, drafts.logprobs_BK, temperature_B, ids_XC, renormalised(plain_XC, filters)
     )
     return replace(drafts, preference_logratio_BK=logratio_BK)
 
 
-def _cut(
-    batch: Batch, filters: Filters, starting: Sequence[int], logits_BV: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logits and their ids; changes the logits of rows that are starting."""
+def _forbid_empty(logits_BV: torch.Tensor, batch: Batch, starting: Sequence[int]) -> None:
+    """An answer has at least one token: changes the logits of rows that are starting."""
     if starting:
         rows_X1 = torch.tensor(starting, device=logits_BV.device)[:, None]
-        logits_BV[rows_X1, batch.eos] = float("-inf")  # an answer has at least one token
-    return _largest(logits_BV, filters.num_candidates, batch.static_shapes)
+        logits_BV[rows_X1, batch.eos] = float("-inf")
 
 
 def _largest(logits_BV: torch.Tensor, k: int, static_shapes: bool) -> tuple[torch.Tensor, torch.Tensor]:

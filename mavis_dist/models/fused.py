@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mavis_dist.models.cache import KVCache, Step
-from mavis_dist.models.replay import Replays, recorder_for
+from mavis_dist.models.replay import Replays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,9 +53,9 @@ class FusedDecoder:
         self._blocks = _shared(backbone, lambda: [_Block(layer, backbone.config) for layer in model.layers])
         self.cache = KVCache(len(self._blocks), self._blocks[0].example)
         self.device = backbone.device
+        self._replays = Replays(self.device)
         # Rotations that depend on the longest row make the host wait for its length.
-        is_rotation_static = not hasattr(self._rotary, "rope_type") or self._rotary.rope_type not in ROTATIONS_BY_LENGTH
-        self._replays = Replays(recorder_for(self.device) if is_rotation_static else None)
+        self._is_recorded = getattr(self._rotary, "rope_type", "default") not in ROTATIONS_BY_LENGTH
         self._generation = self.cache.generation
 
     @staticmethod
@@ -74,7 +74,8 @@ class FusedDecoder:
             return self._read(Step(layout, tokens_N, positions_N, cells_N, read_R, num_visible, num_cells))
 
         # A static layout has all of the first slots, and as many tokens of each.
-        key = (len(layout.slots), layout.widths[0], num_visible) if layout.is_static else None
+        is_recorded = self._is_recorded and layout.is_static
+        key = (len(layout.slots), layout.widths[0], num_visible) if is_recorded else None
         # The head is left out: the logits of every recording would stay in memory.
         return self._head(self._replays(key, read, step.tokens_N, step.positions_N, step.cells_N, step.read_R))
 

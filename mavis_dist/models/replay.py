@@ -60,8 +60,8 @@ class Replays:
     if they are the same ones in all calls with the same key until `clear`.
     """
 
-    def __init__(self, recorder: Recorder | None):
-        self._record = recorder
+    def __init__(self, device: torch.device):
+        self._device, self._record = device, recorder_for(device)
         self._recordings: dict[Hashable, _Recording | None] = {}  # None: has run once
 
     def __call__(self, key: Hashable, function: Callable[..., T], *args: Any) -> T:
@@ -88,7 +88,9 @@ class Replays:
         return results
 
     def clear(self) -> None:
+        """Forget all recordings, whose shared memory ends with the last of them."""
         self._recordings.clear()
+        self._record = recorder_for(self._device)
 
 
 class _Recording:

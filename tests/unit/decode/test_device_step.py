@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer, draw, scorer
-from mavis_dist.models import fused
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer, scorer
+from mavis_dist.models import replay
 from tests.fakes import EOS, VOCAB, tiny_base, tiny_student, tiny_value
 from tests.tape import Tape
 
@@ -147,8 +147,7 @@ def tapes(monkeypatch) -> list[Tape]:
         made.append(Tape())
         return made[-1]
 
-    monkeypatch.setattr(fused, "recorder_for", make)
-    monkeypatch.setattr(draw, "recorder_for", make)
+    monkeypatch.setattr(replay, "recorder_for", make)
     return made
 
 
