@@ -7,6 +7,7 @@ the caller, S visible cells, Z slots, H heads, D head size, R tokens whose outpu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -40,8 +41,8 @@ class Layout:
             widths: tokens of each row of the pass.
             rows: the caller's row that each row of the pass is; -1: none.
             counts: tokens of each row of the caller.
-            is_static: the pass depends on the number of rows and their width only, also where it could be simpler:
-                the rows are all of the first slots, and all have the same width.
+            is_static: what is computed depends only on the number of rows, on their width, which is the same for all,
+                and on whether they are the first slots, also where it could be simpler.
         """
         self.slots, self.widths, self.is_static = slots, widths, is_static
         slot_B, width_B, caller_B, count_A = (np.array(x, np.int64) for x in (slots, widths, rows, counts))
@@ -95,11 +96,20 @@ class Layout:
         return min(self.widths) == max(self.widths)
 
     @cached_property
+    def has_first_slots(self) -> bool:
+        return self.slots[-1] + 1 == len(self.slots)
+
+    @property
     def slot_index(self) -> slice | torch.Tensor:
         """Selects the rows' slots: a view where they are contiguous."""
-        if self.slots[-1] - self.slots[0] + 1 == len(self.slots):
-            return slice(self.slots[0], self.slots[-1] + 1)
-        return self.slot_B
+        is_view = self.has_first_slots if self.is_static else self.slots[-1] - self.slots[0] + 1 == len(self.slots)
+        return slice(self.slots[0], self.slots[-1] + 1) if is_view else self.slot_B
+
+    def at(self, slot_B: torch.Tensor, slot_N: torch.Tensor) -> Layout:
+        """The same pass for other slots."""
+        other = copy(self)
+        other.slot_B, other.slot_N = slot_B, slot_N
+        return other
 
 
 @dataclass(frozen=True)

@@ -70,21 +70,25 @@ class FusedDecoder:
             self._replays.clear()
             self._generation = self.cache.generation
 
-        def read(tokens_N: torch.Tensor, positions_N: torch.Tensor, cells_N: torch.Tensor, read_R: torch.Tensor) -> Any:
-            return self._read(Step(layout, tokens_N, positions_N, cells_N, read_R, num_visible, num_cells))
+        def read(slot_B: torch.Tensor, slot_N: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+            tokens_N, positions_N, cells_N, read_R = tensors
+            moved = layout.at(slot_B, slot_N)
+            return self._read(Step(moved, tokens_N, positions_N, cells_N, read_R, num_visible, num_cells))
 
-        # A static layout has all of the first slots, and as many tokens of each.
         is_recorded = self._is_recorded and layout.is_static
-        key = (len(layout.slots), layout.widths[0], num_visible) if is_recorded else None
+        key = (len(layout.slots), layout.widths[0], layout.has_first_slots, num_visible) if is_recorded else None
+        tensors = step.tokens_N, step.positions_N, step.cells_N, step.read_R
         # The head is left out: the logits of every recording would stay in memory.
-        return self._head(self._replays(key, read, step.tokens_N, step.positions_N, step.cells_N, step.read_R))
+        return self._head(self._replays(key, read, layout.slot_B, layout.slot_N, *tensors))
 
     def _read(self, step: Step) -> torch.Tensor:
         """The last hidden states [R, C] of the tokens that are read."""
         x_NC = self._embed(step.tokens_N)
         cos_1ND, sin_1ND = self._rotary(x_NC, step.positions_N[None])
         cos_N1D, sin_N1D = cos_1ND[0][:, None], sin_1ND[0][:, None]
-        mask_B1QS = step.mask_BTS[:, :, None].expand(-1, -1, self._group, -1).flatten(1, 2)[:, None]
+        # Added, since attention would turn a boolean mask into one to be added in every layer.
+        mask_BTS = torch.zeros_like(step.mask_BTS, dtype=x_NC.dtype).masked_fill_(~step.mask_BTS, float("-inf"))
+        mask_B1QS = mask_BTS[:, :, None].expand(-1, -1, self._group, -1).flatten(1, 2)[:, None]
         for layer, block in enumerate(self._blocks):
             x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, self.cache, layer, step)
         return self._norm(x_NC[step.read_R])

@@ -11,7 +11,7 @@ of the model's head.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 
@@ -172,11 +172,20 @@ class SlotModel:
         return Layout(slots, [counts[b] for b in callers], callers, counts, self._device, self._num_slots)
 
     def _static_layout(self, rows: Sequence[int], counts: Sequence[int]) -> Layout:
-        """As many tokens for all of the first slots: other rows get alternatives that nobody keeps."""
-        num_rows, caller = bucket(len(self._rows)), dict(self._present(rows))
+        """As many tokens for all of the first slots, or for a few slots; those of other rows get alternatives that
+        nobody keeps.
+        """
+        caller = dict(self._present(rows))
+        num_rows, num_present = bucket(len(self._rows)), bucket(len(caller))
+        slots: Sequence[int] = range(num_rows)
+        if num_present < num_rows:
+            others = (slot for slot in range(num_rows) if slot not in caller)
+            slots = sorted([*caller, *islice(others, num_present - len(caller))])
         width = max(counts[b] for b in caller.values())
-        callers = [caller.get(slot, -1) for slot in range(num_rows)]
-        return Layout(range(num_rows), [width] * num_rows, callers, counts, self._device, self._num_slots, True)
+        if num_present < num_rows or min(counts) < max(counts):  # a call that is not the same in every step
+            width = bucket(width)
+        callers = [caller.get(slot, -1) for slot in slots]
+        return Layout(slots, [width] * len(slots), callers, counts, self._device, self._num_slots, True)
 
     def _present(self, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Slot and index of every row that is here."""

@@ -104,7 +104,7 @@ class Student(nn.Module):
 
     def token_factors(self, tokens_N: torch.Tensor) -> torch.Tensor:
         """e(a) [N, R]; computed once for the whole vocabulary, so training must be finished."""
-        if self._factors_VR is None:
+        if self._factors_VR is None or self._factors_VR.device != tokens_N.device:
             embeddings: Any = self.model.backbone.get_input_embeddings()
             self._factors_VR = self.qhead.factor(embeddings.weight)
         return self._factors_VR[tokens_N]
