@@ -123,8 +123,12 @@ def proceed(
     Args:
         num_asked: the first candidates of all rows whose values are known; None: those that are evaluated.
     """
-    is_unasked_BK = ~state.is_evaluated_BK if num_asked is None else _column_K(drafts) >= num_asked
-    query = _exactly(state.is_open_BK & is_unasked_BK, numbers)
+    is_asked_BK = state.is_open_BK & ~state.is_evaluated_BK
+    if num_asked is not None:
+        # All of a row that are not known yet, so that the shapes of calls depend on the number of rows only.
+        is_unknown_BK = _column_K(drafts) >= num_asked
+        is_asked_BK = (is_asked_BK & is_unknown_BK).any(-1, keepdim=True) & is_unknown_BK
+    query = _exactly(is_asked_BK, numbers)
     if query.numbers:
         state = _received(state, query.index_N, ask(drafts, guide, query))
     state = _tilted(drafts, steering, state, state.is_open_BK)

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mavis_dist.models.cache import KVCache, Step
 from mavis_dist.models.replay import Replays
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _PACKED_FOR_ROWS = 64  # a hint to the kernel; any number of rows works
 FAMILY = ("llama", "mistral", "qwen2")
+# Without cuDNN's, which plans for a tenth of a second at every new shape.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ROTATIONS_BY_LENGTH = ("dynamic", "longrope")
 FULL, WINDOWED = "full_attention", "sliding_attention"  # layer types as transformers names them
 
@@ -89,8 +92,9 @@ class FusedDecoder:
         # Added, since attention would turn a boolean mask into one to be added in every layer.
         mask_BTS = torch.zeros_like(step.mask_BTS, dtype=x_NC.dtype).masked_fill_(~step.mask_BTS, float("-inf"))
         mask_B1QS = mask_BTS[:, :, None].expand(-1, -1, self._group, -1).flatten(1, 2)[:, None]
-        for layer, block in enumerate(self._blocks):
-            x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, self.cache, layer, step)
+        with sdpa_kernel(ATTENTION):
+            for layer, block in enumerate(self._blocks):
+                x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, self.cache, layer, step)
         return self._norm(x_NC[step.read_R])
 
 

@@ -22,6 +22,7 @@ __all__ = ["Decoder", "KVCache", "Layout", "SlotModel", "Step", "bucket"]
 
 SLOTS_PER_GROWTH, CELLS_PER_GROWTH = 8, 64
 CELLS_RESERVED, CELLS_RESERVED_STATIC = 256, 1024  # at most, before they are needed
+FEWEST_SLOTS = 4  # of a pass over some of the slots, where shapes are static
 MAX_LAYOUTS = 64  # kept: a caller asks for few while its rows stay the same
 
 
@@ -176,14 +177,12 @@ class SlotModel:
         nobody keeps.
         """
         caller = dict(self._present(rows))
-        num_rows, num_present = bucket(len(self._rows)), bucket(len(caller))
+        num_rows, num_present = bucket(len(self._rows)), bucket(max(len(caller), FEWEST_SLOTS))
         slots: Sequence[int] = range(num_rows)
         if num_present < num_rows:
             others = (slot for slot in range(num_rows) if slot not in caller)
             slots = sorted([*caller, *islice(others, num_present - len(caller))])
         width = max(counts[b] for b in caller.values())
-        if num_present < num_rows or min(counts) < max(counts):  # a call that is not the same in every step
-            width = bucket(width)
         callers = [caller.get(slot, -1) for slot in slots]
         return Layout(slots, [width] * len(slots), callers, counts, self._device, self._num_slots, True)
 

@@ -6,7 +6,9 @@ rows, the device would mostly wait. Recorded once, they all start with one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import gc
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -40,10 +42,22 @@ class CUDARecorder:
 
     def __call__(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads may use the device meanwhile; collecting an old graph here would spoil the new one.
+        with _uncollected(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = function()
         return graph.replay, results
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def tree(cls: Decorated) -> Decorated:
