@@ -11,6 +11,7 @@ import torch
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer, TiltProcessor
 from mavis_dist.models.fetch import fetch
 from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.models.native import NativeDecoder
 from mavis_dist.models.value import ValueModel, from_base
 from mavis_dist.prompts import load_prompts
 from mavis_dist.sections import Prompts
@@ -75,6 +76,19 @@ def test_greedy_decoding_is_that_of_transformers(base: BaseModel) -> None:
     requests = [Request(str(i), prompt, params=params) for i, prompt in enumerate(questions)]
     ours = [choice.tokens for [choice] in Engine(base, max_rows=16).generate(requests)]
     assert ours == generated(base, questions, 8)
+
+
+def test_the_native_call_generates_what_the_fused_pass_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty questions in single precision; not one token differs. Both start from models of their own."""
+    params = SamplingParams(max_tokens=16, temperature=0)
+    answers = []
+    for is_native in (True, False):
+        if not is_native:
+            monkeypatch.setattr(NativeDecoder, "supports", lambda backbone: False)
+        base = load_base(NAME)
+        requests = [Request(str(i), prompt, params=params) for i, prompt in enumerate(prompts(base, builtin(50)))]
+        answers.append([choice.tokens for [choice] in Engine(base, max_rows=16).generate(requests)])
+    assert answers[0] == answers[1]
 
 
 def test_lazy_and_full_generate_the_same_on_real_logits(base: BaseModel, values: dict[str, ValueModel]) -> None:
