@@ -102,6 +102,13 @@ class Tree:
             node = self.node_parent[node]
         return np.concatenate(parts[::-1])
 
+    def children(self) -> dict[tuple[int, int], list[int]]:
+        """The nodes that continue each state: (node, tokens of its segment before them) -> nodes."""
+        nodes_of: dict[tuple[int, int], list[int]] = {}
+        for node, state in enumerate(zip(self.node_parent.tolist(), self.node_cut.tolist(), strict=True)):
+            nodes_of.setdefault(state, []).append(node)
+        return nodes_of
+
     def depths(self) -> np.ndarray:
         """Layer of every node, 1 below the prompt, int32 [N]."""
         depth_N = np.zeros(self.num_nodes, dtype=np.int32)
@@ -169,9 +176,7 @@ def backup(tree: Tree, rewards: Mapping[int, float], average_split: bool = False
     """
     reward_N = np.zeros(tree.num_nodes)
     logratio_N = np.zeros(tree.num_nodes)
-    children: dict[tuple[int, int], list[int]] = {}
-    for node, (parent, cut) in enumerate(zip(tree.node_parent.tolist(), tree.node_cut.tolist(), strict=True)):
-        children.setdefault((parent, cut), []).append(node)
+    children = tree.children()
     total_N = np.add.reduceat(tree.token_logratio.astype(np.float64), tree.node_start[:-1])
 
     def mean(nodes: list[int]) -> tuple[float, float]:
@@ -206,7 +211,10 @@ def backup(tree: Tree, rewards: Mapping[int, float], average_split: bool = False
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Regression targets of the value model. `index` counts tokens of prompt and segments in storage order."""
+    """Regression targets of the value model. `index` counts tokens of prompt and segments in storage order.
+
+    The prompt's target is the first and that of the last token follows in storage order; then come those of cuts.
+    """
 
     index_X: np.ndarray  # int64, into concatenate(prompt_tokens, tokens)
     value_X: np.ndarray  # float32, in standard deviations of the reward
