@@ -5,6 +5,7 @@ Shapes: S unfinished answers, N answers finished or not (the unfinished ones fir
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from mavis_dist.core import noise
 from mavis_dist.core.tilt import candidates, choose, tilt
+from mavis_dist.core.tree import Tree
 from mavis_dist.decode import Choice, FinishReason, Request, Update
 from tests.exact import log_ratio
 
@@ -56,6 +58,18 @@ class ToyMDP:
         self.reward_F = torch.tensor(
             [rng.normal() + stop_bonus * (prefix[-1] == EOS) for prefix in finished], dtype=torch.float64
         )
+
+    def state(self, answer: Iterable[int]) -> int:
+        """The number of an answer's state."""
+        return self.number[tuple(int(token) for token in answer)]
+
+    def states_of_tokens(self, tree: Tree) -> np.ndarray:
+        """The state that each packed token of a tree leads to, int64; the prompt's one token leads to the root."""
+        states = [self.state(())]
+        for node in range(tree.num_nodes):
+            answer, length = tree.answer(node), tree.length(node)
+            states += [self.state(answer[: len(answer) - left]) for left in reversed(range(length))]
+        return np.array(states)
 
     def values(self, ratio_SK: torch.Tensor, zeta: float) -> torch.Tensor:
         """V [N] of the policy with these log-ratios to the base: E[reward - zeta * log-ratios to come]."""

@@ -51,28 +51,15 @@ def toy_targets(grown, every_token=True):
 
 def toy_labels(grown_tree):
     leaves = grown_tree.leaves()
-    rewards = [float(TOY.reward_F[state(grown_tree.answer(leaf)) - TOY.num_unfinished]) for leaf in leaves]
+    rewards = [float(TOY.reward_F[TOY.state(grown_tree.answer(leaf)) - TOY.num_unfinished]) for leaf in leaves]
     return Labels(grown_tree.prompt_id, leaves, SCALE.mean + SCALE.sd * np.array(rewards))
-
-
-def state(answer):
-    return TOY.number[tuple(int(token) for token in answer)]
-
-
-def states_of_tokens(grown_tree):
-    """The state that each packed token leads to; the prompt's one token leads to the root."""
-    states = [state(())]
-    for node in range(grown_tree.num_nodes):
-        answer, length = grown_tree.answer(node), grown_tree.length(node)
-        states += [state(answer[: len(answer) - left]) for left in reversed(range(length))]
-    return np.array(states)
 
 
 def errors_by(grown, all_targets, group_of):
     """Sum of (target - exact value) per tree, for every group of targets."""
     errors = defaultdict(lambda: np.zeros(NUM_TREES))
     for number, (grown_tree, targets) in enumerate(zip(grown.trees, all_targets, strict=True)):
-        states = states_of_tokens(grown_tree)[targets.index_X]
+        states = TOY.states_of_tokens(grown_tree)[targets.index_X]
         for x, group in group_of(grown_tree, targets, states):
             errors[group][number] += targets.value_X[x] - grown.exact[states[x]]
     return errors
@@ -170,7 +157,7 @@ def test_the_token_that_ends_an_answer_has_the_reward_of_that_answer(grown):
     """For answers that stop and answers that reach the length limit, to the precision of the stored target."""
     seen = set()
     for grown_tree, targets in zip(grown.trees, toy_targets(grown), strict=True):
-        states = states_of_tokens(grown_tree)
+        states = TOY.states_of_tokens(grown_tree)
         for node in grown_tree.leaves():
             x = grown_tree.node_start[node + 1]  # the prompt has one token and the root one target
             seen.add(Finish(grown_tree.node_finish[node]))
