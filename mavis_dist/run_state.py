@@ -14,6 +14,7 @@ from mavis_dist import cluster
 from mavis_dist import config as config_module
 from mavis_dist.actors import Progress, WorkerPool, start_progress_actor
 from mavis_dist.config import Config
+from mavis_dist.core.siblings import MIN_TREES
 from mavis_dist.decode import SamplingParams
 from mavis_dist.evaluate import gate
 from mavis_dist.evaluate.collect import record_stage
@@ -81,6 +82,9 @@ def open_run(config: Config) -> RunState:
     store.write_bytes(layout.CONFIG_FILE, f"{text}{LAST_LINE}\n".encode())
     for note in plan.notes:
         say("plan", note)
+    if config.prompts.validation < MIN_TREES:
+        text = f"ceiling of R² and sibling test are left out: they need {MIN_TREES} or more"
+        say("plan", f"prompts.validation is {config.prompts.validation}: {text}")
     return RunState(config, store, plan, start_progress_actor(), train, evaluation)
 
 

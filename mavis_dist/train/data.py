@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mavis_dist.config import Config
+from mavis_dist.core import siblings
 from mavis_dist.core.packing import PackedBatch, pack, subtrees
 from mavis_dist.core.tree import Targets, Tree, backup, depth_weights, targets
 from mavis_dist.store.files import Store, StoreError
@@ -54,6 +55,7 @@ class TreeSet:
     trees: list[Tree]
     targets: list[Targets]
     weight_by_depth: np.ndarray
+    zeta: float = 0.0  # price of a nat in the targets
 
     def __len__(self) -> int:
         return len(self.trees)
@@ -62,6 +64,11 @@ class TreeSet:
     def lengths(self) -> list[int]:
         """Packed tokens of every tree."""
         return [len(tree.prompt_tokens) + len(tree.tokens) for tree in self.trees]
+
+    @property
+    def noise(self) -> list[np.ndarray]:
+        """Variance of every tree's targets around the true values, estimated from their children."""
+        return [siblings.noise(*pair, self.zeta) for pair in zip(self.trees, self.targets, strict=True)]
 
     def total_weight(self, indices: list[int]) -> float:
         """Sum of the target weights of some trees, the divisor of their squared errors."""
@@ -109,7 +116,7 @@ def tree_set(
         trees.append(tree)
         all_targets.append(targets(tree, backup(tree, rewards, average_split), zeta, every_token))
     weights = depth_weights(all_targets, layers) if depth_balance else np.ones(layers + 1)
-    return TreeSet(trees, all_targets, weights)
+    return TreeSet(trees, all_targets, weights, zeta)
 
 
 def zeta(config: Config, iteration: int) -> float:

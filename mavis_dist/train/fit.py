@@ -21,7 +21,7 @@ from mavis_dist.train.checkpoints import Checkpoints, State
 from mavis_dist.train.data import Fit, TreeSet, data_of, passes, steps
 from mavis_dist.train.engine import make_engine, trained_state
 from mavis_dist.train.journal import Journal, json_lines
-from mavis_dist.train.metrics import Predictions, summary
+from mavis_dist.train.metrics import Predictions, ceilings, sibling_tests, summary
 from mavis_dist.train.model import make_card, merge_adapters, trainable_model
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import R2_KEY
@@ -67,6 +67,14 @@ def predict(model: ValueFunction, trees: TreeSet, device: str) -> Predictions:
         columns = (pred_1X, batch.value_BX, batch.weight_BX)
         parts.append([*(x[0].double().cpu().numpy() for x in columns), trees.targets[i].depth_X])
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def validate(model: ValueFunction, trees: TreeSet, device: str) -> dict[str, float]:
+    """All figures of a value model on some trees: R², its ceiling, calibration, sibling tests; none without trees."""
+    if len(trees) == 0:
+        return {}
+    p = predict(model, trees, device)
+    return {**summary(p), **ceilings(p, trees.noise), **sibling_tests(p, trees.trees, trees.targets)}
 
 
 def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
@@ -153,7 +161,7 @@ def end_epoch(
 ) -> None:
     """Evaluate on the validation trees, and keep the parameters if they are the best so far."""
     engine.eval()
-    figures = summary(predict(engine, validation, device)) if len(validation) else {}
+    figures = validate(engine, validation, device)
     engine.train()
     if figures:
         record({"step": state.step, "epoch": epoch, **figures}, state, journal)

@@ -5,10 +5,13 @@ Shapes: X targets. Errors are in squared standard deviations of the reward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mavis_dist.core import siblings
+from mavis_dist.core.tree import Targets, Tree
 from mavis_dist.types import R2_KEY
 
 CALIBRATION_BINS = 10
@@ -81,3 +84,34 @@ def summary(p: Predictions) -> dict[str, float]:
         **{f"{R2_KEY}/depth_{d}": p.part(p.depth_X == d).r2 for d in depths if d > 0},
         **{f"calibration/{name}": figure for name, figure in calibration(p).items()},
     }
+
+
+def ceilings(p: Predictions, noise: Sequence[np.ndarray]) -> dict[str, float]:
+    """The ceiling of R² with the weights of the loss, and at each depth at which states have several children.
+
+    `noise` is that of every tree's targets, in the order of `p`. Fewer than MIN_TREES trees are too few for a ceiling.
+    """
+    noise_X, tree_X = np.concatenate(noise), np.repeat(np.arange(len(noise)), [len(part) for part in noise])
+    figures = {siblings.CEILING_KEY: np.full(len(p), True)}
+    figures |= {f"{siblings.CEILING_KEY}/depth_{depth}": p.depth_X == depth for depth in np.unique(p.depth_X)}
+    return {
+        name: siblings.ceiling(p.target_X[part_X], noise_X[part_X], p.weight_X[part_X])
+        for name, part_X in figures.items()
+        if len(np.unique(tree_X[part_X & (noise_X > 0)])) >= siblings.MIN_TREES and np.isfinite(noise_X[part_X]).all()
+    }
+
+
+def sibling_tests(p: Predictions, trees: Sequence[Tree], targets: Sequence[Targets]) -> dict[str, float]:
+    """The sibling test after some numbers of tokens, flat, with bounds; without those that too few trees allow.
+
+    `p` holds the predictions of the targets of all trees, in order.
+    """
+    ends_T = np.cumsum([len(part.index_X) for part in targets])[:-1]
+    parts = list(zip(trees, targets, np.split(p.pred_X, ends_T), strict=True))
+    figures: dict[str, float] = {}
+    for num_tokens in siblings.TOKENS:
+        test = siblings.sibling_test(np.array([siblings.sibling_sums(*part, num_tokens) for part in parts]))
+        if test is not None:
+            figures |= zip(siblings.interval_keys(siblings.SLOPE_KEY, num_tokens), test.slope, strict=True)
+            figures |= zip(siblings.interval_keys(siblings.CORRELATION_KEY, num_tokens), test.correlation, strict=True)
+    return figures
