@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from mavis_dist.config import Config
+from mavis_dist.core import siblings
 from mavis_dist.evaluate import gate
 from mavis_dist.evaluate.metadata import ModelMetadata, StageMetadata
 from mavis_dist.evaluate.report import render
-from mavis_dist.evaluate.sweep import Sweep
+from mavis_dist.evaluate.sweep import Estimate, Sweep
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store, StoreError
+from mavis_dist.types import R2_KEY
+
+SHOWN_TOKENS = (1, 4)  # of the sibling test
 
 
 def record_stage(store: Store, name: str, seconds: float, detail: str) -> None:
@@ -23,7 +28,7 @@ def record_stage(store: Store, name: str, seconds: float, detail: str) -> None:
 def write_report(store: Store, config: Config, settings: dict[str, object], sweep: Sweep) -> str:
     """Write one HTML page about the run; returns its path."""
     models = [
-        _model_metadata(store, config, name, iteration)
+        model_metadata(store, config, name, iteration)
         for name in config.objectives
         for iteration in range(config.iterations)
     ]
@@ -33,14 +38,31 @@ def write_report(store: Store, config: Config, settings: dict[str, object], swee
     return f"{store.root}/{layout.REPORT_FILE}"
 
 
-def _model_metadata(store: Store, config: Config, objective: str, iteration: int) -> ModelMetadata:
+def model_metadata(store: Store, config: Config, objective: str, iteration: int) -> ModelMetadata:
+    """What is stored about one value model."""
     metadata = store.metadata(layout.value_folder(objective, iteration)) or {}
     lines = store.read_bytes(f"{layout.value_folder(objective, iteration)}/{layout.METRICS_FILE}").decode().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     reward = config.objectives[objective].reward
     decision = store.metadata(layout.gate_folder(objective, iteration))
     verdict = gate.Decision(**decision).verdict() if decision else ""
-    return ModelMetadata(objective, iteration, metadata.get("explained_variance"), losses, reward, verdict)
+    return ModelMetadata(
+        objective,
+        iteration,
+        metadata.get(R2_KEY),
+        losses,
+        reward,
+        verdict,
+        metadata.get(siblings.CEILING_KEY),
+        slopes=_sibling_figures(metadata, siblings.SLOPE_KEY),
+        correlations=_sibling_figures(metadata, siblings.CORRELATION_KEY),
+    )
+
+
+def _sibling_figures(metadata: Mapping[str, Any], name: str) -> dict[int, Estimate]:
+    """One figure of the sibling test by number of tokens; without those that were not measured."""
+    keys = {num_tokens: siblings.interval_keys(name, num_tokens) for num_tokens in SHOWN_TOKENS}
+    return {n: Estimate(*(metadata[key] for key in triple)) for n, triple in keys.items() if triple[0] in metadata}
 
 
 def _stages(store: Store) -> list[dict[str, Any]]:

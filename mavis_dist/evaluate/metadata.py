@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mavis_dist.evaluate.sweep import Estimate
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,9 @@ class ModelMetadata:
     losses: list[float]  # training loss per optimiser step, sd^2
     reward: str  # the kind of reward
     gate: str = ""  # whether it replaced the current iteration, and why
+    r2_ceiling: float | None = None  # R² of the true values on the same trees
+    slopes: Mapping[int, Estimate] = field(default_factory=dict)  # of the sibling test, by tokens of each child
+    correlations: Mapping[int, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,15 @@ from html.parser import HTMLParser
 import matplotlib
 import pytest
 
+from mavis_dist.config import parse
+from mavis_dist.evaluate import collect
 from mavis_dist.evaluate.metadata import ModelMetadata, StageMetadata
 from mavis_dist.evaluate.plots import smooth
 from mavis_dist.evaluate.report import render
 from mavis_dist.evaluate.sweep import Estimate, PointResult, Sweep, grid
 from mavis_dist.evaluate.words import duration
+from mavis_dist.store import layout
+from mavis_dist.store.files import Store
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x onerror=alert(1)> & \"quoted\" {{ 7 * 7 }} \u202e"
 NAMES = ["positive", "brief", "relevant"]
@@ -42,7 +46,16 @@ def make_sweep(num_objectives, steps=3):
 def make_models(num_objectives):
     losses = [1.0 / (1 + step) + 0.2 for step in range(30)]
     return [
-        ModelMetadata(name, iteration, 0.25 + 0.1 * iteration, losses, f"reward of {name}")
+        ModelMetadata(
+            name,
+            iteration,
+            0.25 + 0.1 * iteration,
+            losses,
+            f"reward of {name}",
+            r2_ceiling=0.75 + 0.01 * iteration,
+            slopes={1: Estimate(1.41, 0.63, 2.17), 4: Estimate(0.83 + iteration, -0.21, 1.92)},
+            correlations={1: Estimate(0.13, 0.04, 0.22), 4: Estimate(-0.31, -0.42, 0.08)},
+        )
         for name in NAMES[:num_objectives]
         for iteration in (0, 1)
     ]
@@ -199,6 +212,31 @@ def test_a_sweep_without_the_rest_is_enough():
     assert page.elements.count("svg") == 2
     assert set(page.values("href")) >= {"#weights"}
     assert not {"#answers", "#models", "#time", "#settings"} & set(page.values("href"))
+
+
+def test_value_models_show_r2_its_ceiling_and_the_sibling_test():
+    text = Page(make_page(2)).text
+    for model in make_models(2):
+        assert f" {model.r2:.2f} {model.r2_ceiling:.2f} " in text
+        for figures in (model.slopes, model.correlations):
+            cells = (f"{n}: {shown(e.mean)} [{shown(e.low)}, {shown(e.high)}]" for n, e in figures.items())
+            assert " ".join(cells) in text
+
+
+def test_figures_of_a_value_model_come_from_its_stored_metadata(tmp_path):
+    """Those of the sibling test where there are any."""
+    store = Store(str(tmp_path), "run")
+    config = parse({"run": "run", "objectives": {"positive": {"reward": "sentiment"}}})
+    slope = {"sibling_slope/tokens_1": 0.5, "sibling_slope/tokens_1_low": 0.25, "sibling_slope/tokens_1_high": 0.75}
+    for iteration, facts in enumerate([{"explained_variance": 0.5, "r2_ceiling": 0.75, **slope}, {}]):
+        folder = layout.value_folder("positive", iteration)
+        store.write_bytes(f"{folder}/{layout.METRICS_FILE}", b'{"step": 1, "loss": 2.0}\n{"step": 1, "r2": 0}\n')
+        store.finish(folder, facts)
+    found = [collect.model_metadata(store, config, "positive", iteration) for iteration in range(2)]
+    assert found[0] == ModelMetadata(
+        "positive", 0, 0.5, [2.0], "sentiment", r2_ceiling=0.75, slopes={1: Estimate(0.5, 0.25, 0.75)}
+    )
+    assert found[1] == ModelMetadata("positive", 1, None, [2.0], "sentiment")
 
 
 def test_missing_measurements_are_named():
