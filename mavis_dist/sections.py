@@ -161,6 +161,9 @@ class Train(Section):
         "fresh",
         description="value of a cut: mean over its fresh children (fresh), or also the finished answer (paper; biased)",
     )
+    sibling_weight: NonNegative = Field(
+        0, description="weight in the loss of the error in differences between alternatives of one state"
+    )
     depth_balance: bool = Field(True, description="give every layer of the trees the same total weight in the loss")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of training")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")

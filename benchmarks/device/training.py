@@ -159,7 +159,8 @@ def branches(tree: Tree, found: Targets) -> Rows:
             tokens=tree.tokens[answer],
             token_logratio=tree.token_logratio[answer],
         )
-        chosen = Targets(number_T[found.index_X[is_chosen_X]], found.value_X[is_chosen_X], found.depth_X[is_chosen_X])
+        columns = (x[is_chosen_X] for x in (found.value_X, found.depth_X, found.siblings_X))
+        chosen = Targets(number_T[found.index_X[is_chosen_X]], *columns)
         parts.append((branch, chosen))
     return parts
 

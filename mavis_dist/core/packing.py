@@ -23,6 +23,7 @@ class PackedBatch:
     index_BX: torch.Tensor  # int64, the token of each target
     value_BX: torch.Tensor  # float32
     weight_BX: torch.Tensor  # float32, 0 where padded
+    siblings_BX: torch.Tensor  # int64, numbers of groups of targets that are compared; -1: with none
 
 
 def visibility(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
@@ -52,6 +53,7 @@ def pack(trees: list[Tree], targets: list[Targets], weight_by_depth: np.ndarray)
     index_BX = np.zeros((len(trees), num_targets), dtype=np.int64)
     value_BX = np.zeros((len(trees), num_targets), dtype=np.float32)
     weight_BX = np.zeros_like(value_BX)
+    siblings_BX = np.full_like(index_BX, -1)
     for row, (tree, target) in enumerate(zip(trees, targets, strict=True)):
         size, count = len(tree.prompt_tokens) + len(tree.tokens), len(target.index_X)
         tokens_BS[row, :size] = np.concatenate([tree.prompt_tokens, tree.tokens])
@@ -59,6 +61,7 @@ def pack(trees: list[Tree], targets: list[Targets], weight_by_depth: np.ndarray)
         index_BX[row, :count] = target.index_X
         value_BX[row, :count] = target.value_X
         weight_BX[row, :count] = weight_by_depth[target.depth_X]
+        siblings_BX[row, :count] = target.siblings_X
     as_tensor = torch.from_numpy
     return PackedBatch(
         as_tensor(tokens_BS),
@@ -67,6 +70,7 @@ def pack(trees: list[Tree], targets: list[Targets], weight_by_depth: np.ndarray)
         as_tensor(index_BX),
         as_tensor(value_BX),
         as_tensor(weight_BX),
+        as_tensor(siblings_BX),
     )
 
 
@@ -98,6 +102,6 @@ def subtrees(tree: Tree, targets: Targets) -> list[tuple[Tree, Targets]]:
             token_logratio=tree.token_logratio[is_inside_T],
         )
         place = np.concatenate([np.arange(num_prompt), num_prompt + np.cumsum(is_inside_T) - 1])
-        index_X = place[targets.index_X[is_inside_X]]
-        parts.append((part, Targets(index_X, targets.value_X[is_inside_X], targets.depth_X[is_inside_X])))
+        columns = (x[is_inside_X] for x in (targets.value_X, targets.depth_X, targets.siblings_X))
+        parts.append((part, Targets(place[targets.index_X[is_inside_X]], *columns)))
     return parts

@@ -19,6 +19,7 @@ from enum import IntEnum
 import numpy as np
 
 ROOT = -1
+COMPARED_AFTER = (1, 2, 4, 8)  # tokens of siblings
 
 
 class Finish(IntEnum):
@@ -219,6 +220,7 @@ class Targets:
     index_X: np.ndarray  # int64, into concatenate(prompt_tokens, tokens)
     value_X: np.ndarray  # float32, in standard deviations of the reward
     depth_X: np.ndarray  # int32, 0 for the prompt
+    siblings_X: np.ndarray  # int64, the same number where alternatives of one state are compared; -1: with none
 
 
 def targets(tree: Tree, means: Backup, zeta: float, every_token: bool = True) -> Targets:
@@ -246,11 +248,31 @@ def targets(tree: Tree, means: Backup, zeta: float, every_token: bool = True) ->
         index.append(np.array([num_prompt + tree.node_start[node] + cut - 1]))
         value.append(np.array([reward - zeta * logratio]))
         depth.append(np.array([depth_N[node]]))
+    index_X = np.concatenate(index).astype(np.int64)
     return Targets(
-        np.concatenate(index).astype(np.int64),
+        index_X,
         np.concatenate(value).astype(np.float32),
         np.concatenate(depth).astype(np.int32),
+        _siblings(tree, index_X),
     )
+
+
+def _siblings(tree: Tree, index_X: np.ndarray) -> np.ndarray:
+    """Numbers of the groups of targets that are compared: those of the children of one state, after as many tokens."""
+    place_of = {int(index): place for place, index in enumerate(index_X)}
+    members: dict[tuple[int, int], list[int]] = {}  # by parent and number of tokens
+    for node, parent in enumerate(tree.node_parent):
+        if tree.is_split(node):  # what it is an alternative to is the rest of a segment, not a child
+            continue
+        start = len(tree.prompt_tokens) + int(tree.node_start[node])
+        for tokens in COMPARED_AFTER:
+            place = place_of.get(start + tokens - 1)
+            if tokens <= tree.length(node) and place is not None:
+                members.setdefault((int(parent), tokens), []).append(place)
+    siblings_X = np.full(len(index_X), -1, dtype=np.int64)
+    for number, places in enumerate(group for group in members.values() if len(group) > 1):
+        siblings_X[places] = number
+    return siblings_X
 
 
 def depth_weights(all_targets: list[Targets], layers: int, cap: float = 4.0) -> np.ndarray:

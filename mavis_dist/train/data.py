@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -74,6 +74,10 @@ class TreeSet:
         """Sum of the target weights of some trees, the divisor of their squared errors."""
         return float(sum(self.weight_by_depth[self.targets[i].depth_X].sum() for i in indices))
 
+    def num_siblings(self, indices: list[int]) -> int:
+        """Targets of some trees that are compared with those of siblings."""
+        return sum(int((self.targets[i].siblings_X >= 0).sum()) for i in indices)
+
     def batch(self, indices: list[int]) -> PackedBatch:
         """Some trees, whole, in one batch."""
         return pack([self.trees[i] for i in indices], [self.targets[i] for i in indices], self.weight_by_depth)
@@ -110,11 +114,15 @@ def tree_set(
     average_split: bool = False,
 ) -> TreeSet:
     """Back up the standardised rewards through every tree and derive its targets."""
-    trees, all_targets = [], []
+    trees, all_targets, num_groups = [], [], 0
     for tree, labels in pairs:
         rewards = {int(node): scale.standardise(score) for node, score in zip(labels.node, labels.score, strict=True)}
         trees.append(tree)
-        all_targets.append(targets(tree, backup(tree, rewards, average_split), zeta, every_token))
+        found = targets(tree, backup(tree, rewards, average_split), zeta, every_token)
+        # Unique in the set: the parts of a split tree are compared across passes.
+        siblings_X = np.where(found.siblings_X >= 0, found.siblings_X + num_groups, -1)
+        num_groups = max(num_groups, int(siblings_X.max()) + 1)
+        all_targets.append(replace(found, siblings_X=siblings_X))
     weights = depth_weights(all_targets, layers) if depth_balance else np.ones(layers + 1)
     return TreeSet(trees, all_targets, weights, zeta)
 

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from mavis_dist.config import Config
 from mavis_dist.core import noise
 from mavis_dist.core.packing import PackedBatch
 from mavis_dist.models.value import save
+from mavis_dist.sections import Train
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
 from mavis_dist.train.checkpoints import Checkpoints, State
@@ -50,11 +51,37 @@ def squared_error(
 
     `one_batch` calls the model once, as ZeRO 3 needs: all workers must gather parameters at the same time.
     """
-    total = torch.zeros((), device=device)
+    return errors(model, trees, indices, device, one_batch).squared
+
+
+class Errors(NamedTuple):
+    """Sums over the targets of some trees; scalars."""
+
+    squared: torch.Tensor  # weight * (V - target)^2
+    sibling: torch.Tensor  # squared error of the differences to the mean of siblings, where there are any
+
+
+def errors(model: ValueFunction, trees: TreeSet, indices: list[int], device: str, one_batch: bool = False) -> Errors:
+    """The errors that the loss consists of; `one_batch` as in `squared_error`."""
+    squared = torch.zeros((), device=device)
+    compared = []
     for batch in [trees.batch(indices)] if one_batch else trees.batches(indices):
-        error_BX = target_values(model, batch, device) - batch.value_BX.to(device)
-        total = total + (batch.weight_BX.to(device) * error_BX**2).sum()
-    return total
+        values_BX, target_BX = target_values(model, batch, device), batch.value_BX.to(device)
+        squared = squared + (batch.weight_BX.to(device) * (values_BX - target_BX) ** 2).sum()
+        compared.append(((values_BX - target_BX).flatten(), batch.siblings_BX.to(device).flatten()))
+    error_X, siblings_X = (torch.cat(column) for column in zip(*compared, strict=True))
+    return Errors(squared, sibling_error(error_X, siblings_X))
+
+
+def sibling_error(error_X: torch.Tensor, siblings_X: torch.Tensor) -> torch.Tensor:
+    """Sum of the squared distances between errors V - target and their mean over siblings: the squared error of
+    differences, which are all that steering uses. An error that siblings share costs nothing.
+    """
+    is_compared_X = siblings_X >= 0
+    error_Y = error_X[is_compared_X]
+    _, group_Y, count_G = siblings_X[is_compared_X].unique(return_inverse=True, return_counts=True)
+    mean_G = torch.zeros_like(count_G, dtype=error_Y.dtype).index_add(0, group_Y, error_Y) / count_G
+    return ((error_Y - mean_G[group_Y]) ** 2).sum()
 
 
 @torch.no_grad()
@@ -108,7 +135,7 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
     while state.step < len(schedule) and not stops_early(state, schedule[state.step][0], settings.patience):
         epoch, indices = schedule[state.step]
         torch.manual_seed(noise.stream(config.seed, state.step, group.rank))  # dropout
-        loss = take_step(engine, training, indices, group, settings.accumulation, device, settings.zero_stage == 3)
+        loss = take_step(engine, training, indices, group, settings, device)
         state.step += 1
         record({"step": state.step, "epoch": epoch, "loss": loss, "learning_rate": engine.get_lr()[0]}, state, journal)
         group.progress(fit.objective, state.step, len(schedule), f"loss {loss:.3f}")
@@ -134,19 +161,21 @@ def take_step(
     training: TreeSet,
     indices: list[int],
     group: WorkerGroup,
-    accumulation: int,
+    settings: Train,
     device: str,
-    one_batch: bool = False,
 ) -> float:
     """One optimiser step on some trees; returns the loss over all workers."""
-    total_weight, mine = training.total_weight(indices), 0.0
+    accumulation, one_batch = settings.accumulation, settings.zero_stage == 3
+    total_weight, num_siblings, mine = training.total_weight(indices), max(1, training.num_siblings(indices)), 0.0
     for part in passes(indices, group.rank, group.size, accumulation):
         # Workers make the same number of passes: one without a tree adds a zero of the right shape.
-        error = squared_error(engine, training, part or indices[:1], device, one_batch) * (1.0 if part else 0.0)
+        found = errors(engine, training, part or indices[:1], device, one_batch)
+        share = found.squared / total_weight + settings.sibling_weight * found.sibling / num_siblings
+        share = share * (1.0 if part else 0.0)
         # DeepSpeed averages over workers and passes.
-        engine.backward(error / total_weight * (group.size * accumulation))
+        engine.backward(share * (group.size * accumulation))
         engine.step()
-        mine += error.item() / total_weight
+        mine += share.item()
     return group.sum(mine)
 
 

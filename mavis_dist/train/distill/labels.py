@@ -201,7 +201,9 @@ class DistillBatch:
 def collate(labels: Sequence[DistillLabels], device: torch.device | str = "cpu") -> DistillBatch:
     """One padded batch."""
     zeros = [np.zeros(len(label.values_XM), dtype=np.int32) for label in labels]
-    targets = [Targets(x.index_X, zero.astype(np.float32), zero) for x, zero in zip(labels, zeros, strict=True)]
+    targets = [
+        Targets(x.index_X, zero.astype(np.float32), zero, zero - 1) for x, zero in zip(labels, zeros, strict=True)
+    ]
     packed = pack([label.tree for label in labels], targets, np.ones(1))
     values_BXM = torch.zeros(*packed.index_BX.shape, labels[0].values_XM.shape[1])
     for row, label in enumerate(labels):

@@ -13,6 +13,7 @@ from mavis_dist.core import noise, packing, tree
 from mavis_dist.core.tree import ROOT, Finish, Shape, Tree, cut_point, depth_weights, segment_length
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.rollout.trees import Sampling, TreeGrower
+from mavis_dist.sections import Train
 from mavis_dist.store.shards import Labels
 from mavis_dist.train import data, fit
 from mavis_dist.train.data import steps, tree_set
@@ -455,7 +456,8 @@ def gradients(training, num_workers, accumulation):
     engines, losses = [], np.zeros(len(chosen))
     for rank in range(num_workers):
         engine, group = RecordingEngine(tiny_value(6).requires_grad_(True), accumulation), LocalSums(rank, num_workers)
-        losses += [fit.take_step(engine, training, indices, group, accumulation, "cpu") for indices in chosen]
+        settings = Train(accumulation=accumulation, sibling_weight=0.7)
+        losses += [fit.take_step(engine, training, indices, group, settings, "cpu") for indices in chosen]
         engines.append(engine)
     return [torch.stack(step).mean(0) for step in zip(*(engine.gradients for engine in engines), strict=True)], losses
 
@@ -497,6 +499,39 @@ def test_large_trees_are_split_at_the_prompt_without_changing_the_loss(monkeypat
             len(t.index_X) for t in training.targets
         )
         assert float(fit.squared_error(model, training, indices, "cpu")) == pytest.approx(whole, rel=1e-5)
+        compared = fit.errors(model, training, indices, "cpu").sibling
+        torch.testing.assert_close(compared, fit.errors(model, training, indices, "cpu", one_batch=True).sibling)
+
+
+def test_siblings_are_compared_after_as_many_tokens():
+    """Groups written out: the children of one state that continue it as a whole, after 1, 2, 4 and 8 tokens."""
+    training = tree_set(labelled(list(grow().values())[:6]), RewardScale(0.0, 1.0), 0.0, SHAPE.layers)
+    seen = set()
+    for one, targets in zip(training.trees, training.targets, strict=True):
+        expected = {}
+        for node in range(one.num_nodes):
+            for tokens in (1, 2, 4, 8):
+                if tokens <= one.length(node) and not one.is_split(node):
+                    index = len(one.prompt_tokens) + int(one.node_start[node]) + tokens - 1
+                    expected.setdefault((int(one.node_parent[node]), tokens), set()).add(index)
+        found = {}
+        for index, number in zip(targets.index_X.tolist(), targets.siblings_X.tolist(), strict=True):
+            if number >= 0:
+                found.setdefault(number, set()).add(index)
+        assert sorted(map(sorted, found.values())) == sorted(sorted(g) for g in expected.values() if len(g) > 1)
+        assert not seen & found.keys()
+        seen |= found.keys()
+    assert len(seen) > 20
+    assert training.num_siblings([0]) == int((training.targets[0].siblings_X >= 0).sum()) > 0
+
+
+def test_an_error_that_siblings_share_costs_nothing():
+    siblings_X = torch.tensor([4, -1, 4, 9, 9, 9, -1, 30, 30])
+    error_X = torch.tensor([1.0, 50.0, 3.0, 0.0, 3.0, 6.0, -7.0, 2.0, 2.0])
+    assert float(fit.sibling_error(error_X, siblings_X)) == pytest.approx(2.0 + 18.0 + 0.0)
+    shifted_X = error_X + torch.tensor([5.0, 0, 5.0, -8, -8, -8, 3.0, 1.0, 1.0])
+    torch.testing.assert_close(fit.sibling_error(shifted_X, siblings_X), fit.sibling_error(error_X, siblings_X))
+    assert float(fit.sibling_error(error_X, torch.full_like(siblings_X, -1))) == 0.0
 
 
 def test_the_loss_of_a_step_is_the_weighted_mean_over_all_its_targets():
