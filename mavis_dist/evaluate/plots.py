@@ -169,6 +169,9 @@ def gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
                 zorder=4,
             )
         axes.plot([], [], "o", color=colour, label=name)
+        if name in sweep.limits:
+            limit = sweep.limits[name]
+            axes.plot(limit.divergence, limit.gain, "--", color=colour, linewidth=1.4, zorder=2)
     figure.legend(loc="outside upper center", ncols=3, handletextpad=0.2)
     # Mixtures get no labels: these would overlap, and the sizes of the markers show the weights.
     corners = [(point, corner) for point in points if (corner := alone(point))]
@@ -177,6 +180,10 @@ def gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
         [(point.divergence, 0.0, point.name, INK) for point in points if not steered(point)]
         + [(p.divergence, p.gain[name].mean, p.name, series(objectives.index(name))) for p, name in corners],
         [(point.divergence, gain.mean) for point in points for gain in point.gain.values()],
+    )
+    limits = "".join(
+        f" Limit of {name}: {signed(limit.gain[-1])} at {number(limit.divergence[-1])} nats."
+        for name, limit in sweep.limits.items()
     )
     spots = "; ".join(
         f"{point.name}: {number(point.divergence)} nats, "
@@ -187,8 +194,9 @@ def gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
         Plot(
             title="Gain per nat",
             caption="The cost of a gain: further right, the policy has moved further from the base model. "
-            "Larger markers show greater weights of that objective.",
-            alt=f"Scatter plot of the gain of each objective, in sd, against KL divergence, in nats. {spots}.",
+            "Larger markers show greater weights of that objective."
+            + (" Dashed lines are limits: no method gains more at that divergence." if sweep.limits else ""),
+            alt=f"Scatter plot of the gain of each objective, in sd, against KL divergence, in nats. {spots}.{limits}",
             svg=_svg(figure, "nats"),
         )
     ]

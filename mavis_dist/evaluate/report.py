@@ -15,8 +15,8 @@ import matplotlib
 
 from mavis_dist.evaluate.metadata import ModelMetadata, StageMetadata
 from mavis_dist.evaluate.plots import NUM_SERIES, RC, alone, gain_per_nat, learning, series, smooth, steered, trade_offs
-from mavis_dist.evaluate.sweep import Sweep
-from mavis_dist.evaluate.words import bounds, duration, number, plain, signed, verdict
+from mavis_dist.evaluate.sweep import Sweep, unknown_shares
+from mavis_dist.evaluate.words import bounds, duration, number, plain, share_words, signed, verdict
 
 NUM_EXAMPLES = 6
 
@@ -45,7 +45,13 @@ def render(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        signed=signed, number=number, bounds=bounds, verdict=verdict, duration=duration, plain=plain
+        signed=signed,
+        number=number,
+        bounds=bounds,
+        verdict=verdict,
+        duration=duration,
+        plain=plain,
+        share=share_words,
     )
     colours = {name: f"var(--s{index % NUM_SERIES})" for index, name in enumerate(objectives)}
     corners = {name: point for point in sweep.points if (name := alone(point))}
@@ -66,4 +72,5 @@ def render(
         longest=max((stage.seconds or 0 for stage in stages), default=0),
         total=sum(stage.seconds or 0 for stage in stages),
         settings=settings,
+        unknown_shares=unknown_shares(sweep),
     )

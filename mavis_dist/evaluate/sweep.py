@@ -5,6 +5,7 @@ Every point of the grid answers every prompt with the same seed, so that points 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -14,11 +15,15 @@ import moocore
 import numpy as np
 from scipy import stats
 
+from mavis_dist.core import limit
 from mavis_dist.decode import Choice, Request, SamplingParams, Scorer
+from mavis_dist.decode.validate import normalise_weights
 from mavis_dist.tables import text_table
 from mavis_dist.types import Prompt, RewardScale
 
 BOOTSTRAPS = 2000
+LIMIT_POINTS = 60  # of the curve of a limit
+UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class PointResult:
     gain: dict[str, Estimate]
     divergence: float  # nats per answer, KL(pi || pi_ref)
     num_tokens: float  # per answer
+    share: Estimate | None = None  # of the limit of steering at its divergence; None: unknown
 
 
 class Example(TypedDict):
@@ -55,6 +61,14 @@ class Example(TypedDict):
 
     prompt: str
     answers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What any method could gain in one objective by each divergence, up to where it is known."""
+
+    divergence: list[float]  # nats per answer
+    gain: list[float]  # in standard deviations of the reward
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,8 @@ class Sweep:
     num_prompts: int
     beta: float
     examples: list[Example]
+    limits: dict[str, Limit] = field(default_factory=dict)  # by objective
+    limit_answers: int = 0  # base answers per prompt that told the limits; 0: none were measured
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,8 +109,9 @@ def requests(
     tilt_cap: float | None,
     params: SamplingParams,
     scorer: Scorer = Scorer.LAZY,
+    first_seed: int = 0,
 ) -> list[tuple[Prompt, Request]]:
-    """The requests of one point; the worker fills in the prompts' tokens."""
+    """The requests of one point, a seed per prompt; the worker fills in the prompts' tokens."""
     return [
         (
             prompt,
@@ -105,10 +122,10 @@ def requests(
                 beta=beta,
                 tilt_cap=tilt_cap,
                 scorer=scorer,
-                params=replace(params, seed=index),
+                params=replace(params, seed=seed),
             ),
         )
-        for index, prompt in enumerate(prompts)
+        for seed, prompt in enumerate(prompts, first_seed)
     ]
 
 
@@ -119,12 +136,15 @@ def summarise(
     scales: Mapping[str, RewardScale],
     prompts: Sequence[Prompt],
     beta: float,
+    base_scores: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> Sweep:
     """The results of all points.
 
     Args:
         answers: point name -> prompt -> answers with their texts.
         scores: point name -> objective -> raw reward of every answer, prompt by prompt.
+        base_scores: objective -> prompt -> raw rewards of equally many further answers of the base model, which tell
+            the limit of steering; empty or None: it is not measured.
     """
     mean_by_prompt = {
         point.name: {
@@ -134,25 +154,54 @@ def summarise(
         for point in points
     }
     base = mean_by_prompt[points[0].name]
+    base_rewards_PN = {
+        name: (np.array(rows) - scales[name].mean) / scales[name].sd for name, rows in (base_scores or {}).items()
+    }
     results = []
     for point in points:
-        choices = [choice for row in answers[point.name] for choice, _ in row]
         rewards = mean_by_prompt[point.name]
+        gain_P = {name: values - base[name] for name, values in rewards.items()}
+        divergence_P = np.array([np.mean([choice.divergence for choice, _ in row]) for row in answers[point.name]])
+        num_tokens = [len(choice.tokens) for row in answers[point.name] for choice, _ in row]
         results.append(
             PointResult(
                 name=point.name,
                 weights=dict(point.weights),
                 reward={name: bootstrap(values) for name, values in rewards.items()},
-                gain={name: bootstrap(values - base[name]) for name, values in rewards.items()},
-                divergence=float(np.mean([choice.divergence for choice in choices])),
-                num_tokens=float(np.mean([len(choice.tokens) for choice in choices])),
+                gain={name: bootstrap(values) for name, values in gain_P.items()},
+                divergence=float(divergence_P.mean()),
+                num_tokens=float(np.mean(num_tokens)),
+                share=_share(point, gain_P, divergence_P, base_rewards_PN),
             )
         )
     examples: list[Example] = [
         {"prompt": prompt.text, "answers": {point.name: answers[point.name][index][0][1] for point in points}}
         for index, prompt in enumerate(prompts)
     ]
-    return Sweep(results, _hypervolume(results), len(prompts), beta, examples)
+    limits = {name: _limit(rewards_PN) for name, rewards_PN in base_rewards_PN.items()}
+    num_base_answers = max((rewards_PN.shape[1] for rewards_PN in base_rewards_PN.values()), default=0)
+    return Sweep(results, _hypervolume(results), len(prompts), beta, examples, limits, num_base_answers)
+
+
+def _share(
+    point: Point, gain_P: Mapping[str, np.ndarray], divergence_P: np.ndarray, base_rewards_PN: Mapping[str, np.ndarray]
+) -> Estimate | None:
+    """The part of the limit that a point reaches; a mixture is judged by the mixture of the rewards."""
+    weights = normalise_weights(point.weights, gain_P)  # those of the tilt
+    if not weights or not base_rewards_PN:
+        return None
+    gain_of_mixture_P = np.sum([weight * gain_P[name] for name, weight in weights.items()], axis=0)
+    rewards_PN = np.sum([weight * base_rewards_PN[name] for name, weight in weights.items()], axis=0)
+    share = limit.share(gain_of_mixture_P, divergence_P, rewards_PN)
+    return Estimate(*share) if share else None
+
+
+def _limit(rewards_PN: np.ndarray) -> Limit:
+    """The limit as a curve, with more points where it is steep."""
+    largest = limit.largest_divergence(rewards_PN.shape[1])
+    divergence = [float(root**2) for root in np.linspace(0.0, math.sqrt(largest), LIMIT_POINTS)]
+    divergence[-1] = largest  # despite rounding
+    return Limit(divergence, [limit.gain_at(rewards_PN, nats) for nats in divergence])
 
 
 def sweep_from_json(raw: Mapping[str, Any]) -> Sweep:
@@ -161,11 +210,14 @@ def sweep_from_json(raw: Mapping[str, Any]) -> Sweep:
     def estimates(by_name: Mapping[str, Any]) -> dict[str, Estimate]:
         return {name: Estimate(**value) for name, value in by_name.items()}
 
-    points = [
-        PointResult(**{**point, "reward": estimates(point["reward"]), "gain": estimates(point["gain"])})
-        for point in raw["points"]
-    ]
-    return Sweep(**{**raw, "points": points})
+    def point_result(point: Mapping[str, Any]) -> PointResult:
+        share = Estimate(**point["share"]) if point.get("share") else None
+        found = {"reward": estimates(point["reward"]), "gain": estimates(point["gain"]), "share": share}
+        return PointResult(**{**point, **found})
+
+    points = [point_result(point) for point in raw["points"]]
+    limits = {name: Limit(**curve) for name, curve in raw.get("limits", {}).items()}
+    return Sweep(**{**raw, "points": points, "limits": limits})
 
 
 def bootstrap(values: np.ndarray) -> Estimate:
@@ -195,8 +247,39 @@ def table(sweep: Sweep) -> str:
         [point.name, *map(_interval, point.gain.values()), f"{point.divergence:.2f}", f"{point.num_tokens:.1f}"]
         for point in sweep.points
     ]
+    widths = [28, *[24] * len(names), 10, 8]
+    if sweep.limit_answers:
+        head, widths = [*head, "share of limit"], [*widths, 22]
+        rows = [[*row, share_text(point.share)] for row, point in zip(rows, sweep.points, strict=True)]
     hypervolume = f"hypervolume {sweep.hypervolume:.3f} sd^{len(names)}, {sweep.num_prompts} unseen prompts"
-    return f"{text_table(head, rows, [28, *[24] * len(names), 10, 8])}\n{hypervolume}"
+    return "\n".join([text_table(head, rows, widths), hypervolume, *unknown_shares(sweep)])
+
+
+def share_text(share: Estimate | None) -> str:
+    """A share of the limit with its interval, as far as they are known."""
+    if share is None:
+        return UNKNOWN
+    interval = f" [{share.low:.2f}, {share.high:.2f}]" if math.isfinite(share.low) else ""
+    return f"{share.mean:.2f}{interval}"
+
+
+def unknown_shares(sweep: Sweep) -> list[str]:
+    """Why shares of the limit, or their intervals, are missing."""
+    if not sweep.limit_answers:
+        return []
+    reasons = []
+    if any(point.share is None for point in sweep.points if point.weights):
+        largest = limit.largest_divergence(sweep.limit_answers)
+        reasons.append(
+            f"share of limit: known from {limit.MIN_DIVERGENCE} to {largest:.2f} nats "
+            f"with evaluate.limit_answers={sweep.limit_answers}"
+        )
+    if sweep.num_prompts < limit.MIN_PROMPTS:
+        reasons.append(
+            f"share of limit: no intervals with prompts.evaluation={sweep.num_prompts}; "
+            f"at least {limit.MIN_PROMPTS} are needed"
+        )
+    return reasons
 
 
 def _interval(estimate: Estimate) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from mavis_dist.evaluate.sweep import Estimate
+from mavis_dist.evaluate.sweep import Estimate, share_text
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -23,6 +23,11 @@ def signed(value: float) -> str:
 
 def bounds(estimate: Estimate) -> str:
     return f"[{signed(estimate.low)}, {signed(estimate.high)}]"
+
+
+def share_words(share: Estimate | None) -> str:
+    """A share of the limit with its interval, as far as they are known."""
+    return share_text(share).replace("-", "−")
 
 
 def verdict(estimate: Estimate) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mavis_dist.evaluate.sweep import Estimate, PointResult, Sweep, table
 from mavis_dist.tables import text_table
 
@@ -18,5 +20,12 @@ def test_the_table_of_a_sweep() -> None:
         "weights                                     brief gain, sd  KL, nats  tokens",
         "----------------------------------------------------------------------------",
         "brief                           +0.50 [+0.25, +0.75]      1.50    20.0",
+        "hypervolume 0.250 sd^1, 8 unseen prompts",
+    ]
+    measured = replace(sweep, points=[replace(sweep.points[0], share=Estimate(0.5, 0.25, 0.75))], limit_answers=64)
+    assert table(measured).splitlines() == [
+        "weights                                     brief gain, sd  KL, nats  tokens        share of limit",
+        "--------------------------------------------------------------------------------------------------",
+        "brief                           +0.50 [+0.25, +0.75]      1.50    20.0     0.50 [0.25, 0.75]",
         "hypervolume 0.250 sd^1, 8 unseen prompts",
     ]

@@ -15,7 +15,7 @@ from mavis_dist.evaluate import collect
 from mavis_dist.evaluate.metadata import ModelMetadata, StageMetadata
 from mavis_dist.evaluate.plots import smooth
 from mavis_dist.evaluate.report import render
-from mavis_dist.evaluate.sweep import Estimate, PointResult, Sweep, grid
+from mavis_dist.evaluate.sweep import Estimate, Limit, PointResult, Sweep, grid
 from mavis_dist.evaluate.words import duration
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
@@ -258,6 +258,32 @@ def test_greedy_answers_have_no_divergence_to_plot():
     assert page.elements.count("svg") == 1
     assert "Gain per nat" not in page.text
     assert "nan" not in page.text.lower()
+
+
+def with_limits(sweep):
+    """Shares of all steered points but the last, and a limit per objective."""
+    shares = [Estimate(-0.31, -0.73, 0.12), Estimate(0.62, float("-inf"), float("inf"))]
+    points = [replace(point, share=share) for point, share in zip(sweep.points[1:], shares, strict=False)]
+    limits = {name: Limit([0.0, 1.0, 2.25], [0.0, 1.1, 1.61]) for name in sweep.points[0].gain}
+    return replace(
+        sweep, points=[sweep.points[0], *points, *sweep.points[1 + len(points) :]], limits=limits, limit_answers=64
+    )
+
+
+def test_limits_are_drawn_dashed_in_the_colour_of_their_objective_and_shares_are_listed():
+    plain = render("demo", make_sweep(2), [], [], {})
+    page = render("demo", with_limits(make_sweep(2)), [], [], {})
+    assert "limit" not in Page(plain).text.lower()
+    assert "share of limit" in Page(page).text
+    assert " −0.31 [−0.73, 0.12] " in Page(page).text
+    assert " 0.62 " in Page(page).text
+    assert "inf" not in re.sub("information", "", Page(page).text)
+    assert "share of limit: known from 0.05 to 3.16 nats with evaluate.limit_answers=64." in Page(page).text
+    assert any("Limit of brief: +1.61 at 2.25 nats" in words for words in Page(page).values("aria-label"))
+    for colour in ("--s0", "--s1"):
+        dashed = re.findall(rf'style="fill: none; stroke-dasharray: [^"]*stroke: var\({colour}\)', page)
+        assert len(dashed) == 1
+        assert not re.findall(rf'style="fill: none; stroke-dasharray: [^"]*stroke: var\({colour}\)', plain)
 
 
 def test_an_interval_may_miss_its_mean():
