@@ -7,12 +7,13 @@ the marker exists: a run that was killed resumes where it stopped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from mavis_dist import cluster
 from mavis_dist import config as config_module
 from mavis_dist.actors import map_tasks
 from mavis_dist.config import Config
-from mavis_dist.evaluate import gate
+from mavis_dist.evaluate import base_answers, gate
 from mavis_dist.evaluate import sweep as sweeping
 from mavis_dist.evaluate.collect import write_report
 from mavis_dist.evaluate.sweep import Sweep
@@ -29,6 +30,7 @@ from mavis_dist.run_state import (
     open_run,
     scale_of,
     score_all,
+    score_texts,
     timed,
     work,
 )
@@ -163,6 +165,7 @@ def evaluate(state: RunState) -> Sweep:
         say(stage, "finished before, skipped")
         return sweeping.sweep_from_json(state.store.read_json(layout.SWEEP_FILE))
 
+    base_scores = score_base(state)
     points = sweeping.grid(list(config.objectives), config.evaluate.grid)
     params = answer_params(config, config.evaluate.samples)
     steer = config.steer
@@ -180,10 +183,38 @@ def evaluate(state: RunState) -> Sweep:
         point.name: score_all(config, config.objectives, state.evaluation, answers[point.name]) for point in points
     }
     scales = {name: scale_of(state, name) for name in config.objectives}
-    result = sweeping.summarise(points, answers, scores, scales, state.evaluation, config.steer.beta)
+    result = sweeping.summarise(points, answers, scores, scales, state.evaluation, config.steer.beta, base_scores)
     state.store.write_json(layout.SWEEP_FILE, result.to_json())
     state.store.finish(folder, inputs)
     return result
+
+
+def score_base(state: RunState) -> dict[str, list[list[float]]]:
+    """Rewards of many answers of the base model to each unseen prompt, by objective: they tell the limit of steering.
+
+    Value models have no part in them: they stay when these change, and when objectives are added.
+    """
+    config, stage, prompts = state.config, "limit", state.evaluation
+    num = config.evaluate.limit_answers
+    if not num:
+        return {}
+
+    def answer() -> list[list[str]]:
+        params = answer_params(config, num)
+        groups = [[Ask(*asked) for asked in group] for group in base_answers.requests(prompts, params)]
+        with timed(state, stage, f"{len(prompts) * num} answers"):
+            answers = ask(state, stage, groups, {})
+        return [[text for _, text in answers[base_answers.request_id(prompt)]] for prompt in prompts]
+
+    def score(name: str) -> list[list[float]]:
+        scores = score_texts(config, name, prompts, texts)
+        return [scores[start : start + num] for start in range(0, len(scores), num)]
+
+    texts = base_answers.cached(state.store, layout.LIMIT_FOLDER, num, answer)
+    folders = {name: layout.limit_reward_folder(name) for name in config.objectives}
+    return {
+        name: base_answers.cached(state.store, folder, num, partial(score, name)) for name, folder in folders.items()
+    }
 
 
 def publish(state: RunState) -> None:

@@ -172,9 +172,16 @@ def score_all(
     config: Config, objectives: Iterable[str], prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]
 ) -> dict[str, list[float]]:
     """Raw rewards of all answers by objective, prompt by prompt."""
-    questions = [prompt.text for prompt, row in zip(prompts, answers, strict=True) for _ in row]
-    texts = [text for row in answers for _, text in row]
-    return {name: build(config.objectives[name]).score(questions, texts) for name in objectives}
+    texts = [[text for _, text in row] for row in answers]
+    return {name: score_texts(config, name, prompts, texts) for name in objectives}
+
+
+def score_texts(
+    config: Config, objective: str, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+) -> list[float]:
+    """Raw rewards of all answers, prompt by prompt."""
+    questions = [prompt.text for prompt, row in zip(prompts, texts, strict=True) for _ in row]
+    return build(config.objectives[objective]).score(questions, [text for row in texts for text in row])
 
 
 @contextmanager

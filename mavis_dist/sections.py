@@ -12,6 +12,8 @@ from mavis_dist.types import NEUTRAL_SYSTEM, TILT_CAP
 MAX_N = 128
 MAX_PREFERENCES = 64
 
+MIN_LIMIT_ANSWERS = 4  # tell the limit of steering up to 0.4 nats; fewer tell next to nothing
+
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -211,6 +213,19 @@ class Evaluate(Section):
 
     grid: Annotated[int, Field(ge=2)] = Field(3, description="weights per pair of objectives, including the corners")
     samples: Count = Field(1, description="answers per prompt and weight")
+    limit_answers: int = Field(
+        64,
+        ge=0,
+        description="base answers per prompt that tell how much any method could gain, up to log(limit_answers) - 1 "
+        "nats; 0: not measured",
+    )
+
+    @field_validator("limit_answers")
+    @classmethod
+    def _enough_for_a_limit(cls, answers: int) -> int:
+        if 0 < answers < MIN_LIMIT_ANSWERS:
+            raise ValueError(f"use at least {MIN_LIMIT_ANSWERS} for a limit of steering, or 0 to leave it out")
+        return answers
 
 
 class Range(Section):

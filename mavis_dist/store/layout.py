@@ -17,6 +17,7 @@ VALUES = "values"
 TRAINING = "train"  # files of unfinished training
 SWEEP_FOLDER = "eval/sweep"
 SWEEP_FILE = f"{SWEEP_FOLDER}/sweep.json"
+LIMIT_FOLDER = "eval/limit/answers"  # answers of the base model that tell the limit of steering
 RAY_TRAIN_FOLDER = f"{TRAINING}/.ray"  # Ray Train's own bookkeeping
 
 
@@ -48,6 +49,11 @@ def distilled_folder(name: str) -> str:
 def gate_folder(objective: str, iteration: int) -> str:
     """The decision whether an iteration replaces the previous one."""
     return f"gate/{objective}/i{iteration}"
+
+
+def limit_reward_folder(objective: str) -> str:
+    """An objective's rewards of the answers in LIMIT_FOLDER."""
+    return f"eval/limit/rewards/{objective}"
 
 
 def checkpoint_folder(objective: str, iteration: int) -> str:

@@ -37,6 +37,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "prompts_per_shard": 4,
         },
         "steer": {"beta": 2},
+        "evaluate": {"limit_answers": 8},
         "value": {"layers": 1},
         # Long enough to be interrupted.
         "train": {"epochs": 24, "trees_per_step": 2, "learning_rate": 1e-4},
@@ -52,6 +53,6 @@ def undisturbed(config_file: Path, ray_address: str) -> Store:
     out, err = finish(start(config_file, ray_address))
     assert "hypervolume" in out
     stages = ("rollouts i", "labels i", "train i", "gate i")
-    for stage in [f"{stage}{iteration}" for stage in stages for iteration in (0, 1)] + ["evaluate"]:
+    for stage in [f"{stage}{iteration}" for stage in stages for iteration in (0, 1)] + ["limit", "evaluate"]:
         assert stage in err, stage
     return Store(settings["storage"], "undisturbed")

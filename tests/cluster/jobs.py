@@ -33,8 +33,14 @@ def finish(job: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
 
 
 def hashes(store: Store) -> dict[str, str]:
-    """Content of everything that the run computed: trees, labels, value models, decisions, the sweep."""
+    """Content of everything that the run computed: trees, labels, value models, decisions, the limit, the sweep."""
     root = Path(store.root)
-    patterns = ("rollouts/*/*.parquet", "labels/*/*/*.parquet", "values/*/i*/model.safetensors", "gate/*/*/*.json")
+    patterns = (
+        "rollouts/*/*.parquet",
+        "labels/*/*/*.parquet",
+        "values/*/i*/model.safetensors",
+        "gate/*/*/*.json",
+        "eval/limit/**/by_prompt.json",
+    )
     files = [*(file for pattern in patterns for file in root.glob(pattern)), root / "eval/sweep/sweep.json"]
     return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

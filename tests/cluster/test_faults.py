@@ -121,6 +121,8 @@ def test_damage_in_every_stage_is_repaired_to_the_same_bytes_and_an_objective_ad
         "values/vowels/i0/model.safetensors",
         f"gate/vowels/i1/{MARKER}",
         "eval/sweep/sweep.json",
+        "eval/limit/answers/by_prompt.json",
+        f"eval/limit/rewards/brief/{MARKER}",
         "values/brief/published.json",
         "stages.json",
     ]

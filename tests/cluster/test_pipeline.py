@@ -23,9 +23,10 @@ from tests.tiny import write_base
 def test_a_run_stores_and_publishes_everything(undisturbed: Store) -> None:
     decided = {name: gate.current(undisturbed, name, before=2) for name in ("brief", "vowels")}
     assert values.published(undisturbed) == decided
-    assert len(hashes(undisturbed)) == 3 * 2 + 4 * 2 + 4 + 4 + 1
+    assert len(hashes(undisturbed)) == 3 * 2 + 4 * 2 + 4 + 4 + (1 + 2) + 1
     page = undisturbed.read_bytes("report.html").decode()
     assert "vowels" in page
+    assert "share of limit" in page
     for name in ("vowels", "brief"):
         lines = undisturbed.read_bytes(f"values/{name}/i1/metrics.jsonl").decode().splitlines()
         assert sum("loss" in json.loads(line) for line in lines) == 24 * 3
@@ -40,6 +41,19 @@ def test_a_second_run_skips_everything(undisturbed: Store, config_file: Path, ra
     assert "hypervolume" in out
     assert err.count("finished before, skipped") == 3 + 4 + 4 + 4 + 1
     assert hashes(undisturbed) == before
+
+
+def test_another_grid_does_not_sample_the_base_model_again(
+    undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed.root, tmp_path / "undisturbed")
+    out, err = finish(start(config_file, ray_address, f"storage={tmp_path}", "evaluate.grid=4"))
+    assert "0.67 brief + 0.33 vowels" in out
+    assert "evaluate  " in err
+    assert "limit  " not in err
+    after = hashes(Store(str(tmp_path), "undisturbed"))
+    before = hashes(undisturbed)
+    assert {path for path in before if after[path] != before[path]} == {"eval/sweep/sweep.json"}
 
 
 def test_value_models_of_another_base_are_refused(

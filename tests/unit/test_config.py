@@ -34,6 +34,7 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ({"objectives": {"a": {"reward": "classifier"}}}, ["'objectives.a.model'", "missing"]),
         ({"objectives": {"a": {"reward": "function", "path": "no colon"}}}, ["'objectives.a.path'", "no colon"]),
         ({"objectives": {"../a": {"reward": "brevity"}}}, ["'../a'", "letters"]),
+        ({"evaluate": {"limit_answers": 3}}, ["'evaluate.limit_answers'", "3", "at least 4", "0 to leave it out"]),
         ({"prompts": {"train": 4, "validation": 4}}, ["validation (4)", "train (4)"]),
         ({"train": {"trees_per_step": 3, "workers": 2}}, ["trees_per_step (3)", "workers (2)"]),
         ({"serve": {"base_replicas": 0}}, ["'serve.base_replicas'", "0", "greater than or equal to 1"]),
