@@ -24,10 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mavis_dist.core.tree import ROOT, Targets, Tree
+from mavis_dist.core.tree import COMPARED_AFTER, ROOT, Targets, Tree
 
 MIN_TREES = 8  # with several children of a state, below which nothing is reported
-TOKENS = (1, 2, 4, 8)  # of each child, after which the sibling test compares values
 RESAMPLES = 2000
 ROUNDING = 1e-18  # sd²
 CEILING_KEY, SLOPE_KEY, CORRELATION_KEY = "r2_ceiling", "sibling_slope", "sibling_corr"  # in metrics and metadata

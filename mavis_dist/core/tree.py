@@ -259,19 +259,17 @@ def targets(tree: Tree, means: Backup, zeta: float, every_token: bool = True) ->
 
 def _siblings(tree: Tree, index_X: np.ndarray) -> np.ndarray:
     """Numbers of the groups of targets that are compared: those of the children of one state, after as many tokens."""
-    place_of = {int(index): place for place, index in enumerate(index_X)}
-    members: dict[tuple[int, int], list[int]] = {}  # by parent and number of tokens
-    for node, parent in enumerate(tree.node_parent):
-        if tree.is_split(node):  # what it is an alternative to is the rest of a segment, not a child
-            continue
-        start = len(tree.prompt_tokens) + int(tree.node_start[node])
+    # The first one of a token: those of cuts, which come last, belong to another state.
+    place_of = {int(index): place for place, index in reversed(list(enumerate(index_X)))}
+    siblings_X, number = np.full(len(index_X), -1, dtype=np.int64), 0
+    for nodes in tree.children().values():
         for tokens in COMPARED_AFTER:
-            place = place_of.get(start + tokens - 1)
-            if tokens <= tree.length(node) and place is not None:
-                members.setdefault((int(parent), tokens), []).append(place)
-    siblings_X = np.full(len(index_X), -1, dtype=np.int64)
-    for number, places in enumerate(group for group in members.values() if len(group) > 1):
-        siblings_X[places] = number
+            long_enough = [node for node in nodes if tree.length(node) >= tokens]
+            indices = [len(tree.prompt_tokens) + int(tree.node_start[node]) + tokens - 1 for node in long_enough]
+            places = [place_of[index] for index in indices if index in place_of]
+            if len(places) > 1:
+                siblings_X[places] = number
+                number += 1
     return siblings_X
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mavis_dist.core import siblings
-from mavis_dist.core.tree import Targets, Tree
+from mavis_dist.core.tree import COMPARED_AFTER, Targets, Tree
 from mavis_dist.types import R2_KEY
 
 CALIBRATION_BINS = 10
@@ -109,7 +109,7 @@ def sibling_tests(p: Predictions, trees: Sequence[Tree], targets: Sequence[Targe
     ends_T = np.cumsum([len(part.index_X) for part in targets])[:-1]
     parts = list(zip(trees, targets, np.split(p.pred_X, ends_T), strict=True))
     figures: dict[str, float] = {}
-    for num_tokens in siblings.TOKENS:
+    for num_tokens in COMPARED_AFTER:
         test = siblings.sibling_test(np.array([siblings.sibling_sums(*part, num_tokens) for part in parts]))
         if test is not None:
             figures |= zip(siblings.interval_keys(siblings.SLOPE_KEY, num_tokens), test.slope, strict=True)

@@ -504,16 +504,17 @@ def test_large_trees_are_split_at_the_prompt_without_changing_the_loss(monkeypat
 
 
 def test_siblings_are_compared_after_as_many_tokens():
-    """Groups written out: the children of one state that continue it as a whole, after 1, 2, 4 and 8 tokens."""
+    """Groups written out: the children of one state after 1, 2, 4 and 8 tokens."""
     training = tree_set(labelled(list(grow().values())[:6]), RewardScale(0.0, 1.0), 0.0, SHAPE.layers)
     seen = set()
     for one, targets in zip(training.trees, training.targets, strict=True):
         expected = {}
         for node in range(one.num_nodes):
             for tokens in (1, 2, 4, 8):
-                if tokens <= one.length(node) and not one.is_split(node):
+                if tokens <= one.length(node):
                     index = len(one.prompt_tokens) + int(one.node_start[node]) + tokens - 1
-                    expected.setdefault((int(one.node_parent[node]), tokens), set()).add(index)
+                    state = int(one.node_parent[node]), int(one.node_cut[node])
+                    expected.setdefault((state, tokens), set()).add(index)
         found = {}
         for index, number in zip(targets.index_X.tolist(), targets.siblings_X.tolist(), strict=True):
             if number >= 0:
