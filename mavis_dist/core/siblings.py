@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mavis_dist.core.tree import COMPARED_AFTER, ROOT, Targets, Tree
+from mavis_dist.core.tree import ROOT, Targets, Tree
 
 MIN_TREES = 8  # with several children of a state, below which nothing is reported
 RESAMPLES = 2000
