@@ -52,6 +52,6 @@ def test_excess_requests_are_refused_and_cancelled_ones_free_their_rows(http, ur
             assert response.status_code == 200
         with suppress(httpx.ReadTimeout):
             http.post(url + CHAT, json=other, timeout=0.3)
-    assert idle_after_s(http, url) < 1
+    assert idle_after_s(http, url) < 3  # a fraction of what the answers would take if they were written to their ends
     answer = http.post(url + CHAT, json={**wide, "max_tokens": 2, "n": 1})
     assert answer.status_code == 200, answer.text
