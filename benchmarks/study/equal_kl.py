@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mavis_dist.core import resample
 from mavis_dist.evaluate.sweep import Estimate
 
 RESAMPLES = 4000
@@ -42,7 +43,7 @@ def resamples(count: int) -> np.ndarray:
     whole_1P = np.full((1, count), 1 / count)
     if count < 2:
         return whole_1P
-    return np.concatenate([whole_1P, np.random.default_rng(0).multinomial(count, whole_1P[0], RESAMPLES) / count])
+    return np.concatenate([whole_1P, resample.resamples(count, RESAMPLES) / count])
 
 
 def gains_at(curve: Curve, kl: float, weights_RP: np.ndarray) -> np.ndarray:

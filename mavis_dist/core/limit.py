@@ -30,6 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, special
 
+from mavis_dist.core.resample import resamples
+
 MIN_DIVERGENCE = 0.05  # nats; a share of the limit below it is a quotient of two small, noisy numbers
 MIN_PROMPTS = 8  # resampling fewer prompts gives no interval worth the name
 NUM_RESAMPLES = 2000
@@ -127,8 +129,7 @@ def _interval(gain_P: np.ndarray, divergence_P: np.ndarray, rewards_PN: np.ndarr
     num_prompts = len(gain_P)
     if num_prompts < MIN_PROMPTS:
         return -math.inf, math.inf
-    counts_RP = np.random.default_rng(0).multinomial(num_prompts, [1 / num_prompts] * num_prompts, NUM_RESAMPLES)
-    weights_RP = counts_RP / num_prompts
+    weights_RP = resamples(num_prompts, NUM_RESAMPLES) / num_prompts
     gain_BP, divergence_BP = curve(rewards_PN, _SCALED_STRENGTHS_B / _spread(rewards_PN))
     # One resample's limit is read off its own curve, which is almost a line over the square root of the divergence.
     limit_R = np.array(

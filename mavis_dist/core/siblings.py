@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mavis_dist.core.resample import resamples
 from mavis_dist.core.tree import ROOT, Targets, Tree
 
 MIN_TREES = 8  # with several children of a state, below which nothing is reported
@@ -97,8 +98,7 @@ def sibling_sums(tree: Tree, targets: Targets, pred_X: np.ndarray, num_tokens: i
     counts with its own reward.
     """
     target_A, sums_4 = _target_of_token(tree, targets), np.zeros(4)
-    for nodes in tree.children().values():
-        tokens = [int(tree.node_start[node]) + num_tokens - 1 for node in nodes if tree.length(node) >= num_tokens]
+    for tokens in tree.siblings_after(num_tokens):
         x = target_A[tokens]
         x = x[x >= 0]
         if len(x) > 1:
@@ -116,7 +116,7 @@ def sibling_test(sums_T4: np.ndarray) -> SiblingTest | None:
     num_trees = len(sums_T3)
     if num_trees < MIN_TREES or (sums_T3[:, 1:].sum(axis=0) < ROUNDING * num_trees).any():
         return None
-    counts_RT = np.random.default_rng(0).multinomial(num_trees, np.full(num_trees, 1 / num_trees), RESAMPLES)
+    counts_RT = resamples(num_trees, RESAMPLES)
     slope, correlation = _slope_and_correlation(sums_T3.sum(axis=0))
     slope_R, correlation_R = _slope_and_correlation((counts_RT @ sums_T3).T)
     return SiblingTest(_interval(slope, slope_R), _interval(correlation, correlation_R))

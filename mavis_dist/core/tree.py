@@ -110,6 +110,13 @@ class Tree:
             nodes_of.setdefault(state, []).append(node)
         return nodes_of
 
+    def siblings_after(self, num_tokens: int) -> list[list[int]]:
+        """For every state the last of the first `num_tokens` tokens of each child that has so many."""
+        return [
+            [int(self.node_start[node]) + num_tokens - 1 for node in nodes if self.length(node) >= num_tokens]
+            for nodes in self.children().values()
+        ]
+
     def depths(self) -> np.ndarray:
         """Layer of every node, 1 below the prompt, int32 [N]."""
         depth_N = np.zeros(self.num_nodes, dtype=np.int32)
@@ -262,10 +269,9 @@ def _siblings(tree: Tree, index_X: np.ndarray) -> np.ndarray:
     # The first one of a token: those of cuts, which come last, belong to another state.
     place_of = {int(index): place for place, index in reversed(list(enumerate(index_X)))}
     siblings_X, number = np.full(len(index_X), -1, dtype=np.int64), 0
-    for nodes in tree.children().values():
-        for tokens in COMPARED_AFTER:
-            long_enough = [node for node in nodes if tree.length(node) >= tokens]
-            indices = [len(tree.prompt_tokens) + int(tree.node_start[node]) + tokens - 1 for node in long_enough]
+    for num_tokens in COMPARED_AFTER:
+        for tokens in tree.siblings_after(num_tokens):
+            indices = [len(tree.prompt_tokens) + token for token in tokens]
             places = [place_of[index] for index in indices if index in place_of]
             if len(places) > 1:
                 siblings_X[places] = number
