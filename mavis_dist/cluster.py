@@ -79,3 +79,9 @@ def check_stop() -> None:
 def nodes() -> list[Node]:
     """The machines of the cluster that are alive."""
     return [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in ray.nodes() if n["Alive"]]
+
+
+def cores_here() -> float:
+    """The CPU cores of this process's machine, as Ray counts them: in a container no more than it may use."""
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == here)

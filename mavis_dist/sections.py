@@ -306,6 +306,11 @@ class MainSettings(Access, Limits):
     rows: Count = Field(
         16, description="rows of a base replica (vLLM: max_num_seqs): one per answer, one more per active preference"
     )
+    threads: Count | None = Field(
+        None,
+        description="threads that a base replica computes with; null: the CPU cores that it reserves, or, if that is "
+        "less than one, those of its machine, at most 8",
+    )
     cache_tokens: Count | None = Field(
         None,
         description="size of a base replica's key-value cache, in tokens: rows times longest row; null: what `rows` "

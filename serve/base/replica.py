@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+import torch
+
+from mavis_dist import cluster
 from mavis_dist.decode import LocalGuide, Request, Update
 from mavis_dist.models.load import load_base
 from mavis_dist.store.files import Store
@@ -19,11 +22,22 @@ from serve.ray_handles import ValueHandles, replica_name
 from serve.scaling import LOAD
 from serve.settings import MainArgs
 
+MOST_SHARED_THREADS = 8  # the threads of a small model spend more time waiting for each other the more there are
+
+
+def num_threads(args: MainArgs) -> int:
+    """Threads of a base replica on this machine. Ray's own rule gives a replica that reserves a fraction only one."""
+    if args.threads is not None:
+        return args.threads
+    cores = args.cpus if args.cpus >= 1 else min(cluster.cores_here(), MOST_SHARED_THREADS)
+    return max(1, int(cores))
+
 
 class Base:
     def __init__(self, args: MainArgs):
         """Raises Unavailable if no published model can be used with this base model."""
         configure_logs()
+        torch.set_num_threads(num_threads(args))
         base, store = load_base(args.base, args.dtype, args.device), Store(args.storage, args.run)
         is_remote = args.placement == "replicas"
         guide = RemoteGuide((), ValueHandles(), args.value_sessions) if is_remote else LocalGuide({})

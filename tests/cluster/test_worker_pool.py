@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from mavis_dist import cluster
 from mavis_dist.actors import Turn, WorkerPool, WorkerPoolError
 
 pytestmark = pytest.mark.usefixtures("ray_address")
@@ -74,3 +75,8 @@ def test_an_actor_that_cannot_start_is_an_error_at_once() -> None:
             list(pool.run("unstartable", 2, [[1]]))
     finally:
         pool.release()
+
+
+def test_an_actor_counts_the_cores_of_its_machine():
+    [node] = cluster.nodes()
+    assert ray.get(ray.remote(num_cpus=0)(cluster.cores_here).remote()) == node.cpus

@@ -81,6 +81,7 @@ OTHER_SETTINGS = {
     "stall_s": 5,
     "deadline_s": 9,
     "stream_interval_ms": 0,
+    "threads": 3,
     "target_load": 0.5,
     "upscale_delay_s": 1,
     "downscale_delay_s": 2,
