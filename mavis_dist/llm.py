@@ -147,7 +147,7 @@ class LLM:
             card.check(base.fingerprint, base.tokenizer_fingerprint)
         return cls(
             base,
-            load_guide(folders, getattr(torch, dtype), device),
+            load_guide(folders, getattr(torch, dtype), device, base),
             system=config.base.system,
             beta=config.steer.beta,
             tilt_cap=config.steer.tilt_cap,

@@ -43,6 +43,7 @@ class Arguments(Scaling):
         str(ROOT / "runs"), description="folder or fsspec URI of all runs; a relative one is below this checkout"
     )
     run: str = Field(description="name of the run whose published value models are served")
+    base: str = _like(Base, "model")
     dtype: Literal["float32", "bfloat16"] = _like(Base, "dtype")
     device: str = _like(Base, "device")
     cpus: NonNegative = _like(Serve, "cpus_per_replica")
@@ -61,7 +62,6 @@ class Arguments(Scaling):
 class MainArgs(Arguments, MainSettings, Steer):
     """Gateway and base. Objectives are not named: they come from the store."""
 
-    base: str = _like(Base, "model")
     system: str = _like(Base, "system")
     value_sessions: Count = Field(
         1,
@@ -92,7 +92,6 @@ def main_args(config: Config) -> MainArgs:
         **settings,
         **_shared(config.steer, Steer),
         replicas=serve.base_replicas,
-        base=config.base.model,
         system=config.base.system,
         value_sessions=-(-bounds(serve.value_replicas).max // bounds(serve.base_replicas).min),
     )
@@ -108,6 +107,7 @@ def _common(config: Config) -> dict[str, Any]:
         **_shared(config.serve, Scaling),
         "storage": storage,
         "run": config.run,
+        "base": config.base.model,
         "dtype": config.base.dtype,
         "device": config.base.device,
         "cpus": config.serve.cpus_per_replica,

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrain
 
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import QHead, Student
+from mavis_dist.models.states import first_layers
 from mavis_dist.models.value import ValueModel
 
 VOCAB, EOS = 97, 2
@@ -79,6 +80,14 @@ def tiny_value(
     torch.manual_seed(seed)
     backbone = LlamaModel._from_config(tiny_config(layers, vocab, head_size), attn_implementation="sdpa")
     model = ValueModel(backbone, num_objectives)
+    torch.nn.init.normal_(model.heads.weight, std=scale)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_states(base: BaseModel, seed: int, num_objectives: int = 1, layer: int = 1, scale: float = 0.5) -> ValueModel:
+    """Heads on the states of a base model."""
+    torch.manual_seed(seed)
+    model = ValueModel(first_layers(base.model, layer), num_objectives)
     torch.nn.init.normal_(model.heads.weight, std=scale)
     return model.eval().requires_grad_(False)
 

@@ -111,10 +111,11 @@ def load(run: Path) -> Workload:
     models = {}
     for copy in ("", "_again"):
         for name in objectives:
-            model, card = value.load(values.fetch(store, name, published[name]), getattr(torch, DTYPE))
+            model, card = value.load(values.fetch(store, name, published[name]), getattr(torch, DTYPE), base=base)
             card.check(base.fingerprint, base.tokenizer_fingerprint)
             models[name + copy] = model
-    return Workload(config, base, objectives, models, _evaluation_prompts(config, base), _students(store, objectives))
+    students = _students(store, objectives, base)
+    return Workload(config, base, objectives, models, _evaluation_prompts(config, base), students)
 
 
 def _first_two(config: Config, published: Collection[str]) -> tuple[str, ...]:
@@ -122,10 +123,10 @@ def _first_two(config: Config, published: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in config.objectives if name in published)[:2]
 
 
-def _students(store: Store, objectives: Sequence[str]) -> dict[str, tuple[Student, int]]:
+def _students(store: Store, objectives: Sequence[str], base: BaseModel) -> dict[str, tuple[Student, int]]:
     published = {name: folder for name, folder in fetch_published(store).items() if name in objectives}
     folders = {name: folder for name, folder in published.items() if value.load_card(folder).teachers}
-    return load_students(folders, load_models(folders, getattr(torch, DTYPE)))
+    return load_students(folders, load_models(folders, getattr(torch, DTYPE), base=base))
 
 
 def _evaluation_prompts(config: Config, base: BaseModel) -> list[tuple[int, ...]]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
-from mavis_dist.models.decoder import student_decoder, value_decoder
-from mavis_dist.models.kv import SlotModel, branch_all
+from mavis_dist.models.decoder import student_decoder, update_values, value_decoder
+from mavis_dist.models.kv import Decoder, SlotModel, branch_all
 from mavis_dist.models.qhead import Student, predicted
-from mavis_dist.models.value import ValueModel
+from mavis_dist.models.value import ValueModel, joined
 
 ABSENT = -1  # the number of no row
 
@@ -80,7 +80,7 @@ class Guide(Protocol):
 
 
 class LocalGuide:
-    """Value models in this process; one forward pass per model and call, for all its objectives."""
+    """Value models in this process; one forward pass per backbone and call, for all heads on it."""
 
     def __init__(
         self,
@@ -134,10 +134,10 @@ class LocalGuide:
         assert heads.keys() >= students.keys()
         if self._device is None:
             self._device = next((model.heads.weight.device for model, _ in heads.values()), None)
-        for model, used in _by_owner(heads):
-            self._trunk_of(model).heads.update(used)
-        for student, used in _by_owner(students):
-            self._trunk_of(student).heads.update(used)
+        for name, owned in heads.items():
+            self._trunk_of(owned[0]).heads[name] = owned
+        for name, by_student in students.items():
+            self._trunk_of(by_student[0]).heads[name] = by_student
         self._arrange((*self._objectives, *heads), (*self._predicted, *students))
 
     def remove(self, objectives: Collection[str]) -> None:
@@ -160,7 +160,7 @@ class LocalGuide:
     def _trunk_of(self, owner: ValueModel | Student) -> _Trunk:
         """The trunk of a model; created if there is none."""
         for trunk in self._trunks:
-            if trunk.owner is owner:
+            if trunk.serves(owner):
                 return trunk
         shapes = self.static_shapes
         self._trunks.append(_Student(owner, shapes) if isinstance(owner, Student) else _Trunk(owner, shapes))
@@ -222,29 +222,39 @@ class LocalGuide:
         return torch.full((count, len(self._objectives)), float("nan"), device=self._device)
 
 
-T = TypeVar("T")
-
-
-def _by_owner(heads: Mapping[str, tuple[T, int]]) -> list[tuple[T, dict[str, int]]]:
-    """Every model once, with its heads in use."""
-    owners = {id(owner): owner for owner, _ in heads.values()}.values()
-    return [(owner, {name: head for name, (other, head) in heads.items() if other is owner}) for owner in owners]
-
-
 class _Trunk:
-    """One value model with the rows that it follows."""
+    """The value models on one backbone, which share its forward passes, with the rows that they follow."""
 
     predicts = False
 
-    def __init__(self, model: ValueModel, static_shapes: bool):
-        self.owner: ValueModel | Student = model
-        self.slots = SlotModel(value_decoder(model), static_shapes)
-        self.heads: dict[str, int] = {}  # the guide's objectives that this model values
-        self._columns: list[tuple[int, int]] = []  # column of the guide's values, head
+    def __init__(self, owner: ValueModel | Student, static_shapes: bool):
+        self.heads: dict[str, tuple[Any, int]] = {}  # objective of the guide -> a model on this trunk, one of its heads
+        self._columns: list[tuple[int, int]] = []  # column of the guide's values, head among all those of the trunk
+        self._owners: list[Any] = [owner]
+        self._decoder = self._decoder_of(owner)
+        self.slots = SlotModel(self._decoder, static_shapes)
+
+    def _decoder_of(self, model: Any) -> Decoder:
+        self._model = joined([model])
+        return value_decoder(self._model)
+
+    def serves(self, owner: ValueModel | Student) -> bool:
+        """Whether the heads of a model can be evaluated here."""
+        return isinstance(owner, ValueModel) and owner.backbone is self._model.backbone
 
     def arrange(self, objectives: Sequence[str]) -> None:
-        """Set the order of the guide's objectives."""
-        self._columns = [(objectives.index(name), head) for name, head in self.heads.items()]
+        """Set the order of the guide's objectives; their models may be others than before."""
+        owners = list({id(owner): owner for owner, _ in self.heads.values()}.values())
+        if [*map(id, owners)] != [*map(id, self._owners)]:
+            self._model.heads = joined(owners).heads
+            update_values(self._decoder, self._model)
+            self._owners = owners
+        start, first = 0, {}
+        for owner in owners:
+            first[id(owner)], start = start, start + owner.num_objectives
+        self._columns = [
+            (objectives.index(name), first[id(owner)] + head) for name, (owner, head) in self.heads.items()
+        ]
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """All heads' values at the last tokens, [B, O]."""
@@ -278,11 +288,15 @@ class _Student(_Trunk):
     predicts = True
 
     def __init__(self, student: Student, static_shapes: bool):
-        super().__init__(student.model, static_shapes)
-        self.owner = student
-        self.slots = SlotModel(student_decoder(student), static_shapes)
+        super().__init__(student, static_shapes)
         self._student = student
         self.known: dict[int, torch.Tensor] = {}  # outputs [O] at each row's last token
+
+    def _decoder_of(self, model: Any) -> Decoder:
+        return student_decoder(model)
+
+    def serves(self, owner: ValueModel | Student) -> bool:
+        return owner is self._student
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         out_BO = super().extend(rows, tokens)

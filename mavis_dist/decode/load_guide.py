@@ -9,6 +9,7 @@ import torch
 
 from mavis_dist.decode.guide import LocalGuide
 from mavis_dist.models import qhead, value
+from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
 from mavis_dist.store import values
@@ -23,10 +24,13 @@ def fetch_published(store: Store) -> dict[str, Path]:
 
 
 def load_models(
-    folders: Mapping[str, Path], dtype: torch.dtype = torch.float32, device: str = "cpu"
+    folders: Mapping[str, Path],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    base: BaseModel | None = None,
 ) -> dict[str, tuple[ValueModel, int]]:
-    """objective -> (value model, which of its heads), every folder loaded once; raises ValueModelError."""
-    loaded = {folder: value.load(folder, dtype, device) for folder in set(folders.values())}
+    """objective -> (value model, which of its heads), every folder loaded once; arguments and errors: `value.load`."""
+    loaded = {folder: value.load(folder, dtype, device, base) for folder in set(folders.values())}
     return {name: (loaded[folder][0], loaded[folder][1].objectives.index(name)) for name, folder in folders.items()}
 
 
@@ -41,7 +45,12 @@ def load_students(
     return {name: (students[folder], models[name][1]) for name, folder in folders.items() if folder in students}
 
 
-def load_guide(folders: Mapping[str, Path], dtype: torch.dtype = torch.float32, device: str = "cpu") -> LocalGuide:
-    """A guide of these models and their students; raises ValueModelError."""
-    models = load_models(folders, dtype, device)
+def load_guide(
+    folders: Mapping[str, Path],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    base: BaseModel | None = None,
+) -> LocalGuide:
+    """A guide of these models and their students; arguments and errors: `value.load`."""
+    models = load_models(folders, dtype, device, base)
     return LocalGuide(models, load_students(folders, models))

@@ -43,6 +43,12 @@ def value_decoder(model: ValueModel, use_hf_forward: bool = False) -> Decoder:
     return HFDecoder(model.backbone, model)
 
 
+def update_values(decoder: Decoder, model: ValueModel) -> None:
+    """Let a value decoder use the heads that its model has got since, for the rows as they are."""
+    if isinstance(decoder, NativeDecoder):
+        decoder.set_values(model.heads)
+
+
 def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
     """Outputs [R, O] of a student, to be split by `Student.split`."""
     backbone = student.model.backbone

@@ -11,6 +11,7 @@ size, B rows, T tokens of the longest row, S visible cells, O outputs of the hea
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -53,7 +54,7 @@ class FusedDecoder:
             head,
         )
         self._group = backbone.config.num_attention_heads // backbone.config.num_key_value_heads
-        self._blocks = _shared(backbone, lambda: [_Block(layer, backbone.config) for layer in model.layers])
+        self._blocks = [_shared(layer, partial(_Block, layer, backbone.config)) for layer in model.layers]
         self.cache = KVCache(len(self._blocks), self._blocks[0].example)
         self.device = backbone.device
         self._replays = Replays(self.device)
@@ -98,7 +99,7 @@ class FusedDecoder:
         return self._norm(x_NC[step.read_R])
 
 
-# Objects that the decoders of one model share, by the module they were made from.
+# Objects that the decoders of one model share, by the module they were made from: a layer, or the output head.
 _SHARED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 

@@ -53,7 +53,7 @@ class NativeDecoder:
         if logits is not None:
             self._native.set_head(logits.packed, logits.bias, logits.out_features)
         if values is not None:
-            self._native.set_values(values.weight.detach().contiguous(), values.bias.detach().contiguous())
+            self.set_values(values)
         like = torch.empty(config.num_key_value_heads, attention.head_dim, dtype=backbone.dtype)
         self.cache, self.device = KVCache(len(model.layers), like, is_masked=False), backbone.device
 
@@ -75,6 +75,10 @@ class NativeDecoder:
             and is_packable(backbone)
             and build.is_loaded()
         )
+
+    def set_values(self, values: nn.Linear) -> None:
+        """Replace the value heads."""
+        self._native.set_values(values.weight.detach().contiguous(), values.bias.detach().contiguous())
 
     def step(self, step: Step) -> torch.Tensor:
         [out_RO] = forward([self], [step])

@@ -5,7 +5,7 @@ Shapes: P panels, K inputs, W columns of a panel, E numbers that lie together (2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -95,8 +95,8 @@ class Layer:
     rotates: bool
 
 
-# By the module that they were made from: decoders of one model share them.
-_LAYERS: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
+# By the module that they were made from: decoders of one model share them, also those of its first layers only.
+_LAYERS: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
 _HEADS: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
 
 
@@ -106,25 +106,23 @@ PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("g
 def is_packable(backbone: Any) -> bool:
     """Whether all linear maps of a decoder are plain ones: those of adapters and quantised models are not."""
     # A copy of a packed model has packed ones.
-    return all(type(part) in (nn.Linear, PackedLinear) for part in _projections(backbone))
+    return all(type(part) in (nn.Linear, PackedLinear) for part in _projections(backbone.layers))
 
 
 def packed_layers(backbone: Any) -> list[Layer]:
     """The packed layers of a decoder."""
-    if backbone not in _LAYERS:
-        parts = _projections(backbone)
+    missing = [layer for layer in backbone.layers if layer not in _LAYERS]
+    if missing:
+        parts = _projections(missing)
         num_weights = sum(part.in_features * part.out_features for part in parts)
         arena = Arena(num_weights * backbone.dtype.itemsize, len(parts))
-        _LAYERS[backbone] = [_packed_layer(layer, arena) for layer in backbone.layers]
-    return _LAYERS[backbone]
+        _LAYERS.update((layer, _packed_layer(layer, arena)) for layer in missing)
+    return [_LAYERS[layer] for layer in backbone.layers]
 
 
-def _projections(backbone: Any) -> list[Any]:
+def _projections(layers: Iterable[Any]) -> list[Any]:
     return [
-        getattr(getattr(layer, part), name)
-        for layer in backbone.layers
-        for part, names in PROJECTIONS.items()
-        for name in names
+        getattr(getattr(layer, part), name) for layer in layers for part, names in PROJECTIONS.items() for name in names
     ]
 
 

@@ -1,12 +1,16 @@
 """The value model: a decoder with the base model's tokenizer and one linear head per objective.
 
-On disk a value model is a folder: config.json (the backbone), model.safetensors (backbone and heads) and mavis.json
-(its card). Loading is strict: a missing head is an error and is never initialised.
+The decoder is a model of its own, or the first layers of the base model as they are: then a value model is a head on
+the base model's hidden states, and costs no memory beside it.
+
+On disk a value model is a folder: config.json (the backbone), model.safetensors (heads, and the backbone if it is a
+model of its own) and mavis.json (its card). Loading is strict: a missing head is an error and is never initialised.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mavis_dist.models.directory import quiet
+from mavis_dist.models.states import first_layers, truncate
 from mavis_dist.types import R2_KEY, RewardScale, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from mavis_dist.models.load import BaseModel
+
 CARD_FILE = "mavis.json"
+HEADS_PREFIX = "heads."
 
 
 class ValueModelError(UserError):
@@ -54,6 +62,7 @@ class Card:
     beta: float  # strength of the policies that generated the training trees
     r2: float | None  # on validation trees, the mean over objectives; None without any
     teachers: tuple[Teacher, ...] = ()  # by objective, where the model was distilled from others
+    state_layer: int | None = None  # layer of the base model whose states the heads read; None: a backbone of its own
 
     def check(self, base_fingerprint: str, tokenizer_fingerprint: str) -> None:
         """Raises ValueModelError unless the model was trained for this base model and tokenizer."""
@@ -78,6 +87,10 @@ class ValueModel(nn.Module):
         self.backbone = backbone
         # Single precision: differences of values are small and are multiplied by beta.
         self.heads = Heads(backbone.config.hidden_size, num_objectives, dtype=torch.float32)
+
+    @property
+    def num_objectives(self) -> int:
+        return len(self.heads.bias)
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Values [B, T, M] in float32, for the arguments of a Hugging Face decoder."""
@@ -112,6 +125,25 @@ class Heads(nn.Linear):
         return torch.cat([F.linear(hidden_XH, weight, bias) for weight, bias in parts], -1)
 
 
+class JointHeads(nn.Module):
+    """The heads of several value models on one backbone, in this order."""
+
+    def __init__(self, parts: Sequence[nn.Linear]):
+        super().__init__()
+        self._parts = parts
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.cat([part.weight for part in self._parts])
+
+    @property
+    def bias(self) -> torch.Tensor:
+        return torch.cat([part.bias for part in self._parts])
+
+    def forward(self, hidden_XH: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(hidden_XH) for part in self._parts], -1)
+
+
 def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> ValueModel:
     """The first `layers` layers of the decoder in `folder` (None: all), with zero heads."""
     from transformers import AutoConfig, AutoModel
@@ -126,19 +158,23 @@ def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> Valu
     return ValueModel(backbone, num_objectives)
 
 
-def truncate(config: Any, layers: int) -> None:
-    """Cut a model configuration to the first `layers` layers."""
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+def joined(models: Sequence[ValueModel]) -> ValueModel:
+    """Value models on one backbone as one, with all their heads in this order; they share the heads."""
+    model = ValueModel(models[0].backbone, 0)
+    model.heads = JointHeads([part.heads for part in models])  # type: ignore[assignment]
+    return model
 
 
 def save(model: ValueModel, card: Card, folder: Path) -> None:
     """Write the three files. The caller makes the folder appear whole."""
     folder.mkdir(parents=True, exist_ok=True)
     model.backbone.config.save_pretrained(folder)
-    save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    part, prefix = (model, "") if card.state_layer is None else (model.heads, HEADS_PREFIX)
+    weights = {f"{prefix}{name}": tensor.detach().contiguous().cpu() for name, tensor in part.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
     stored = {R2_KEY if name == "r2" else name: value for name, value in asdict(card).items()}
+    if card.state_layer is None:
+        del stored["state_layer"]
     (folder / CARD_FILE).write_text(json.dumps(stored, indent=1))
 
 
@@ -164,8 +200,18 @@ def parse_card(content: bytes, file: str) -> Card:
         raise ValueModelError(f"{file} cannot be read ({error}): train this value model again") from None
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[ValueModel, Card]:
-    """A value model ready for use; raises ValueModelError if any file or tensor is missing or damaged."""
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", base: BaseModel | None = None
+) -> tuple[ValueModel, Card]:
+    """A value model ready for use.
+
+    Args:
+        dtype, device: of a model with a backbone of its own.
+        base: the base model, which heads on its hidden states need.
+
+    Raises:
+        ValueModelError: a file or tensor is missing or damaged, or heads were trained on states of another base model.
+    """
     from transformers import AutoConfig, AutoModel
 
     card = load_card(folder)
@@ -174,10 +220,30 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueModelError(f"the value model in {folder} cannot be read ({error}): train it again") from None
-    backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if card.state_layer is None:
+        backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    else:
+        backbone = _base_layers(card, card.state_layer, base)
     model = ValueModel(backbone, len(card.objectives))
     try:
-        model.load_state_dict(weights, strict=True)
+        if card.state_layer is None:
+            model.load_state_dict(weights, strict=True)
+        else:
+            heads = {name.removeprefix(HEADS_PREFIX): tensor for name, tensor in weights.items()}
+            model.heads.load_state_dict(heads, strict=True)
     except RuntimeError as error:
         raise ValueModelError(f"the value model in {folder} is incomplete: {' '.join(str(error).split())}") from None
-    return model.to_precision(dtype).to(device).eval().requires_grad_(False), card
+    if card.state_layer is None:
+        model.to_precision(dtype).to(device)
+    else:
+        model.heads.to(backbone.device)
+    return model.eval().requires_grad_(False), card
+
+
+def _base_layers(card: Card, layer: int, base: BaseModel | None) -> PreTrainedModel:
+    """The backbone of heads on a base model's states; raises ValueModelError."""
+    if base is None:
+        name = ", ".join(card.objectives)
+        raise ValueModelError(f"the value model of {name!r} reads its base model's states: load it with a base model")
+    card.check(base.fingerprint, base.tokenizer_fingerprint)
+    return first_layers(base.model, layer)

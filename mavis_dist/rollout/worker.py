@@ -127,7 +127,7 @@ class Worker:
             for objective, iteration in value_iterations.items():
                 folder = values.fetch(store, objective, iteration)
                 dtype, device = getattr(torch, self._config.base.dtype), self._config.base.device
-                self._guides[objective], card = load(folder, dtype, device)
+                self._guides[objective], card = load(folder, dtype, device, self._base)
                 card.check(self._base.fingerprint, self._base.tokenizer_fingerprint)
             self._value_iterations = dict(value_iterations)
         guide = LocalGuide(self._guides) if self._guides else None

@@ -105,7 +105,7 @@ class LocalModelLoader(ModelLoader):
         path, card = self._check(key)
         paths = dict.fromkeys(card.objectives, path)
         dtype = next(self._base.model.parameters()).dtype
-        models = load_models(paths, dtype, str(self._base.model.device))
+        models = load_models(paths, dtype, str(self._base.model.device), self._base)
         students = load_students(paths, models)
         version = {name: values.version(name, key) for name in card.objectives}
         add = partial(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 from mavis_dist.decode.load_guide import load_models
+from mavis_dist.models import value
+from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.store import values
 from mavis_dist.store.files import Store, StoreError
 from serve.logs import configure_logs
@@ -29,6 +32,8 @@ class Value:
         # All objectives are asked at the same time: with more threads than cores, they would wait for each other.
         torch.set_num_threads(max(1, int(args.cpus)))
         self._args, self._store = args, Store(args.storage, args.run)
+        self._base_lock = threading.Lock()
+        self._loaded_base: BaseModel | None = None
         published = self._published()
         if not published:
             raise StoreError(f"no value model of {args.objective!r} is published in {self._store.root}: train it first")
@@ -64,9 +69,17 @@ class Value:
         objective, folder = values.objective_of(version), values.folder_of(version)
         if objective != self._args.objective:
             raise StoreError(f"this replica values {self._args.objective!r}, not {objective!r}")
-        path = values.fetch_folder(self._store, folder)
-        [model] = load_models({objective: path}, getattr(torch, self._args.dtype), self._args.device).values()
+        path, args = values.fetch_folder(self._store, folder), self._args
+        base = None if value.load_card(path).state_layer is None else self._base()
+        [model] = load_models({objective: path}, getattr(torch, args.dtype), args.device, base).values()
         return Sessions(version, model)
+
+    def _base(self) -> BaseModel:
+        """The base model, for value models that read its states; loaded once, on first use."""
+        with self._base_lock:
+            if self._loaded_base is None:
+                self._loaded_base = load_base(self._args.base, self._args.dtype, self._args.device)
+            return self._loaded_base
 
     def _published(self) -> set[str]:
         model = values.served(self._store).get(self._args.objective)

@@ -1,0 +1,83 @@
+"""The base model's own hidden states: its first layers and its final norm, over the base model's own weights.
+
+A value model of kind `states` is a head on them. No second model is stored or held in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from mavis_dist.models.directory import ModelError
+from mavis_dist.models.native import NativeDecoder
+from mavis_dist.models.packed import packed_head
+from mavis_dist.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEPTH = 2 / 3  # of the layer that heads read by default: the last layers of a language model serve the next token only
+
+_VIEWS: WeakKeyDictionary[nn.Module, dict[int, Any]] = WeakKeyDictionary()  # by decoder, then by number of layers
+_LOCK = threading.Lock()
+
+
+class StateLayerError(UserError):
+    """A layer that the base model does not have."""
+
+
+def state_layer(config: Any, chosen: int | None) -> int:
+    """The number of layers behind the states that heads read, given `value.state_layer`; raises StateLayerError."""
+    available = config.get_text_config().num_hidden_layers
+    if chosen is not None and chosen > available:
+        raise StateLayerError(
+            f"value.state_layer is {chosen} but the base model has {available} layers: use at most {available}, or null"
+        )
+    return max(1, round(DEPTH * available)) if chosen is None else chosen
+
+
+def truncate(config: Any, layers: int) -> None:
+    """Cut a model configuration to the first `layers` layers."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """The first layers of a causal language model's decoder and its final norm, which share its weights.
+
+    The same object in every call, so that all value models on it share a forward pass. Thread-safe.
+
+    Raises:
+        ModelError: the layers of this architecture cannot be found.
+    """
+    decoder: Any = model.base_model
+    with _LOCK:
+        views = _VIEWS.setdefault(decoder, {})
+        if layers not in views:
+            if NativeDecoder.supports(decoder):
+                packed_head(model)  # first: it replaces a tied embedding by one that takes no memory
+            views[layers] = _first_layers(decoder, layers)
+        view: PreTrainedModel = views[layers]
+        return view
+
+
+def _first_layers(decoder: Any, layers: int) -> Any:
+    count = decoder.config.num_hidden_layers
+    named = decoder.named_children()
+    names = [name for name, part in named if isinstance(part, nn.ModuleList) and len(part) == count]
+    if len(names) != 1:
+        raise ModelError(
+            f"the layers of a model of type {decoder.config.model_type!r} cannot be shared: choose another base model, "
+            "or value.kind=model"
+        )
+    view = copy.copy(decoder)
+    view._modules = dict(decoder._modules)
+    view.config = copy.deepcopy(decoder.config)
+    truncate(view.config, layers)
+    setattr(view, names[0], decoder.get_submodule(names[0])[:layers])
+    return view
