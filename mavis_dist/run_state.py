@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import yaml
@@ -19,6 +20,7 @@ from mavis_dist.decode import SamplingParams
 from mavis_dist.evaluate import gate
 from mavis_dist.evaluate.collect import record_stage
 from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
+from mavis_dist.models.states import state_layer
 from mavis_dist.models.value import load_card
 from mavis_dist.plan import Plan, make_plan
 from mavis_dist.progress import metered, say
@@ -26,6 +28,7 @@ from mavis_dist.prompts import held_out, load_prompts
 from mavis_dist.rewards import build
 from mavis_dist.rollout.labels import reward_scale
 from mavis_dist.rollout.worker import Answer, Answered, Ask, Batch, Grow, Grown, Result, worker_factory
+from mavis_dist.sections import Value
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import label_folder
@@ -73,7 +76,7 @@ def open_run(config: Config) -> RunState:
     store = Store(config.storage, config.run)
     plan = make_plan(config, cluster.nodes())
     train, evaluation = load_prompts(config.prompts, config.seed)
-    fetch(config.base.model)
+    check_value(config.value, fetch(config.base.model))
     for objective in config.objectives.values():
         build(objective)
     store.check_writable()
@@ -86,6 +89,14 @@ def open_run(config: Config) -> RunState:
         text = f"ceiling of R² and sibling test are left out: they need {MIN_TREES} or more"
         say("plan", f"prompts.validation is {config.prompts.validation}: {text}")
     return RunState(config, store, plan, start_progress_actor(), train, evaluation)
+
+
+def check_value(value: Value, base: Path) -> None:
+    """Raises StateLayerError where value models would read a layer that the base model does not have."""
+    from transformers import AutoConfig
+
+    if value.kind == "states":
+        state_layer(AutoConfig.from_pretrained(base), value.state_layer)
 
 
 def check_same_run(store: Store, config: Config) -> None:

@@ -139,13 +139,29 @@ class Steer(Section):
 
 
 class Value(Section):
-    """The small model that predicts one objective's reward from an unfinished answer."""
+    """What predicts one objective's reward from an unfinished answer."""
 
+    kind: Literal["model", "states"] = Field(
+        "model", description="a small model of its own (model), or a linear head on the base model's states (states)"
+    )
+    state_layer: Count | None = Field(
+        None, description="layer of the base model whose states the heads read; null: two thirds of its depth"
+    )
     backbone: str = Field("base", description="base: the first layers of the base model; else a hub id or directory")
     layers: Count | None = Field(8, description="number of backbone layers to keep; null keeps all")
     lora_rank: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains the whole backbone")
     lora_alpha: Count = Field(256, description="scale of the low-rank adapters")
     lora_dropout: float = Field(0.2, ge=0, lt=1, description="dropout of the low-rank adapters, a probability")
+
+    @model_validator(mode="after")
+    def _settings_of_the_kind(self) -> Value:
+        if self.kind == "model" and self.state_layer is not None:
+            raise ValueError(f"state_layer ({self.state_layer}) needs kind=states: set value.kind, or leave it out")
+        if self.kind == "states" and self.backbone != "base":
+            raise ValueError(f"kind=states reads the base model, not backbone ({self.backbone}): leave backbone out")
+        if self.kind == "states" and self.lora_rank > 0:
+            raise ValueError(f"kind=states trains no backbone, so lora_rank ({self.lora_rank}) must be 0")
+        return self
 
 
 class Train(Section):

@@ -78,10 +78,14 @@ def sibling_error(error_X: torch.Tensor, siblings_X: torch.Tensor) -> torch.Tens
     differences, which are all that steering uses. An error that siblings share costs nothing.
     """
     is_compared_X = siblings_X >= 0
-    error_Y = error_X[is_compared_X]
-    _, group_Y, count_G = siblings_X[is_compared_X].unique(return_inverse=True, return_counts=True)
-    mean_G = torch.zeros_like(count_G, dtype=error_Y.dtype).index_add(0, group_Y, error_Y) / count_G
-    return ((error_Y - mean_G[group_Y]) ** 2).sum()
+    return (centred(error_X[is_compared_X, None], siblings_X[is_compared_X]) ** 2).sum()
+
+
+def centred(x_YC: torch.Tensor, siblings_Y: torch.Tensor) -> torch.Tensor:
+    """Differences to the mean over siblings, [Y, C]."""
+    _, group_Y, count_G = siblings_Y.unique(return_inverse=True, return_counts=True)
+    mean_GC = x_YC.new_zeros(len(count_G), x_YC.shape[1]).index_add(0, group_Y, x_YC) / count_G[:, None]
+    return x_YC - mean_GC[group_Y]
 
 
 @torch.no_grad()

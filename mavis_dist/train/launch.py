@@ -130,8 +130,10 @@ def _worker_group(launch: Launch) -> WorkerGroup:
 
 
 def _fit(fit: Fit, config: Config, group: WorkerGroup) -> None:
-    from mavis_dist.train.fit import train
+    from mavis_dist.train import fit as models
+    from mavis_dist.train import heads
 
+    train = heads.train if config.value.kind == "states" else models.train
     train(fit, config, Store(config.storage, config.run), group)
 
 

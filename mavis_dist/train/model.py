@@ -48,7 +48,7 @@ def merge_adapters(model: ValueModel) -> ValueModel:
     return model
 
 
-def make_card(fit: Fit, config: Config, r2: float | None) -> Card:
+def make_card(fit: Fit, config: Config, r2: float | None, state_layer: int | None = None) -> Card:
     return Card(
         objectives=(fit.objective,),
         scales=(fit.scale,),
@@ -60,4 +60,5 @@ def make_card(fit: Fit, config: Config, r2: float | None) -> Card:
         max_tokens=config.rollout.max_tokens,
         beta=config.steer.beta if fit.iteration > 0 else 0.0,
         r2=r2,
+        state_layer=state_layer,
     )

@@ -1,0 +1,238 @@
+"""Fits a value model of kind `states`: a linear head on the base model's hidden states, in closed form.
+
+The loss is that of other value models (`mavis_dist.train.fit`). It is quadratic in a linear head, so one pass over the
+trees gathers all that it depends on, and its minimum is the solution of linear equations: there are no steps and no
+learning rate. A head on many channels overfits few prompts, so its distance to where the training starts is penalised
+(ridge regression), as strongly as serves held-out trees best (cross-validation over the training trees).
+
+Shapes: X targets, Y of them that are compared with siblings, H hidden size, J = H + 1: a state with a 1 appended.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mavis_dist.config import Config
+from mavis_dist.models.load import load_base
+from mavis_dist.models.states import first_layers, state_layer
+from mavis_dist.models.value import ValueModel, load, save
+from mavis_dist.store import layout, values
+from mavis_dist.store.files import Store
+from mavis_dist.train.data import Fit, TreeSet, data_of
+from mavis_dist.train.fit import centred, validate
+from mavis_dist.train.journal import Journal, json_lines
+from mavis_dist.train.model import make_card
+from mavis_dist.train.worker_group import WorkerGroup
+from mavis_dist.types import R2_KEY
+
+FOLDS = 8  # of the training trees
+RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -9, -1))  # per variance of a channel; strongest first
+TREES_PER_PASS = 4
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The sum of weighted squared errors of some targets as a function of the head w: w'Gw - 2w'm + c."""
+
+    gram_JJ: torch.Tensor
+    moment_J: torch.Tensor
+    constant: torch.Tensor
+    weight: torch.Tensor  # sum of the weights
+
+    @classmethod
+    def of(cls, state_XJ: torch.Tensor, value_X: torch.Tensor, weight_X: torch.Tensor) -> Squares:
+        weighted_JX = (state_XJ * weight_X[:, None]).T
+        return cls(weighted_JX @ state_XJ, weighted_JX @ value_X, weight_X @ value_X**2, weight_X.sum())
+
+    def __add__(self, other: Squares) -> Squares:
+        return Squares(*(mine + theirs for mine, theirs in zip(self._parts, other._parts, strict=True)))
+
+    def scaled(self, factor: float | torch.Tensor) -> Squares:
+        return Squares(*(part * factor for part in self._parts))
+
+    def mean(self) -> Squares:
+        """Per unit of weight; 0 without any."""
+        return self.scaled(1.0 / self.weight.clamp_min(1e-12))
+
+    def cpu(self) -> Squares:
+        return Squares(*(part.cpu() for part in self._parts))
+
+    def at(self, head_J: torch.Tensor) -> float:
+        return float(head_J @ self.gram_JJ @ head_J - 2 * head_J @ self.moment_J + self.constant)
+
+    @property
+    def _parts(self) -> tuple[torch.Tensor, ...]:
+        return self.gram_JJ, self.moment_J, self.constant, self.weight
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What the loss consists of, in double precision."""
+
+    plain: Squares
+    sibling: Squares  # of differences to the mean of siblings
+
+    @classmethod
+    def of(
+        cls, state_XH: torch.Tensor, value_X: torch.Tensor, weight_X: torch.Tensor, siblings_X: torch.Tensor
+    ) -> Errors:
+        state_XJ, value_X, weight_X = F.pad(state_XH.double(), (0, 1), value=1.0), value_X.double(), weight_X.double()
+        is_compared_X = siblings_X >= 0
+        both_YK = centred(torch.cat([state_XJ, value_X[:, None]], -1)[is_compared_X], siblings_X[is_compared_X])
+        equal_Y = torch.ones_like(both_YK[:, -1])
+        return cls(Squares.of(state_XJ, value_X, weight_X), Squares.of(both_YK[:, :-1], both_YK[:, -1], equal_Y))
+
+    def __add__(self, other: Errors) -> Errors:
+        return Errors(self.plain + other.plain, self.sibling + other.sibling)
+
+    def cpu(self) -> Errors:
+        return Errors(self.plain.cpu(), self.sibling.cpu())
+
+    def loss(self, sibling_weight: float) -> Squares:
+        return self.plain.mean() + self.sibling.mean().scaled(sibling_weight)
+
+
+def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
+    """Fit and store the head, with the figures of the validation trees. Call it on all workers of a process group.
+
+    It cannot resume: it takes about as long as one epoch's forward passes. Returns False if asked to stop.
+    """
+    training, validation = data_of(fit, config, store)
+    model, layer = initial_model(fit, config, store)
+    folds = fold_errors(model, training, group, fit.objective)
+    if folds is None:
+        return False
+    if group.rank == 0:
+        head_J, metrics = best_head(folds, head_of(model), config.train.sibling_weight)
+        set_head(model, head_J)
+        store_model(fit, config, store, model, layer, metrics, validate(model, validation, config.base.device))
+    group.progress(fit.objective, 1, 1, "done")
+    group.barrier()
+    return True
+
+
+def initial_model(fit: Fit, config: Config, store: Store) -> tuple[ValueModel, int]:
+    """The value model behind the policy, or a head of zeros, and the layer that it reads."""
+    base = load_base(config.base.model, config.base.dtype, config.base.device)
+    if fit.parent is not None:
+        model, card = load(values.fetch(store, fit.objective, fit.parent), base=base)
+        assert card.state_layer is not None  # of the same run
+        return model, card.state_layer
+    layer = state_layer(base.model.config, config.value.state_layer)
+    model = ValueModel(first_layers(base.model, layer), 1).requires_grad_(False).eval()
+    model.heads.to(base.model.device)
+    return model, layer
+
+
+@torch.no_grad()
+def errors(model: ValueModel, trees: TreeSet, indices: Sequence[int]) -> Errors:
+    """The errors of some trees as functions of a head on the model's backbone."""
+    device, columns = model.heads.weight.device, []
+    for batch in trees.batches(list(indices)):
+        hidden_BSH = model.backbone(
+            input_ids=batch.tokens_BS.to(device),
+            position_ids=batch.positions_BS.to(device),
+            attention_mask=batch.mask_B1SS.to(device),
+            use_cache=False,
+        ).last_hidden_state
+        index_BX = batch.index_BX.to(device)
+        state_BXH = hidden_BSH.gather(1, index_BX[..., None].expand(-1, -1, hidden_BSH.shape[-1]))
+        rest = (x.to(device) for x in (batch.value_BX, batch.weight_BX, batch.siblings_BX))
+        columns.append([state_BXH.flatten(0, 1).float(), *(x.flatten() for x in rest)])
+    return Errors.of(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def fold_errors(model: ValueModel, trees: TreeSet, group: WorkerGroup, objective: str) -> list[Errors] | None:
+    """The errors of every fold of the trees, the same on all workers, each of which computes a part; None if asked to
+    stop.
+    """
+    order = np.random.default_rng(0).permutation(len(trees))
+    chunks = [
+        (fold, chunk)
+        for fold, indices in enumerate(np.array_split(order, min(FOLDS, len(trees))))
+        for chunk in np.array_split(indices, -(-len(indices) // TREES_PER_PASS))
+    ]
+    mine: dict[int, Errors] = {}
+    for done, (fold, chunk) in enumerate(chunks[group.rank :: group.size], 1):
+        found = errors(model, trees, chunk.tolist()).cpu()
+        mine[fold] = mine[fold] + found if fold in mine else found
+        group.progress(objective, done * group.size, len(chunks), "states")
+    if group.broadcast(group.wants_stop()):
+        return None
+    parts = group.gather(mine)
+    return [reduce(add, (part[fold] for part in parts if fold in part)) for fold in range(min(FOLDS, len(trees)))]
+
+
+def best_head(
+    folds: Sequence[Errors], start_J: torch.Tensor, sibling_weight: float
+) -> tuple[torch.Tensor, list[dict[str, float]]]:
+    """The head with the penalty that has the smallest loss on held-out folds, and the losses of all penalties."""
+    everything = reduce(add, folds)
+    metrics, heads = [], []
+    for step, ridge in enumerate(RIDGES, 1):
+        held_out = []
+        for k, fold in enumerate(folds):
+            others = [*folds[:k], *folds[k + 1 :]]
+            if others:
+                head_J = minimum(reduce(add, others), start_J, ridge, sibling_weight)
+                held_out.append(fold.loss(sibling_weight).at(head_J))
+        heads.append(minimum(everything, start_J, ridge, sibling_weight))
+        loss = everything.loss(sibling_weight).at(heads[-1])
+        figures = {"held_out_loss": float(np.mean(held_out))} if held_out else {}
+        metrics.append({"step": step, "epoch": 0, "loss": loss, "ridge": ridge, **figures})
+    best = min(range(len(RIDGES)), key=lambda i: metrics[i].get("held_out_loss", 0.0))
+    return heads[best], metrics
+
+
+def minimum(errors: Errors, start_J: torch.Tensor, ridge: float, sibling_weight: float) -> torch.Tensor:
+    """The head with the smallest loss plus `ridge` times its squared distance to `start_J`, in units of the channels'
+    standard deviations; the bias is free.
+    """
+    loss, plain = errors.loss(sibling_weight), errors.plain.mean()
+    penalty_J = ridge * (plain.gram_JJ.diagonal() - plain.gram_JJ[-1] ** 2).clamp_min(0.0)
+    gram_JJ, residual_J = loss.gram_JJ + torch.diag(penalty_J), loss.moment_J - loss.gram_JJ @ start_J
+    return start_J + torch.linalg.solve(gram_JJ, residual_J)
+
+
+def head_of(model: ValueModel) -> torch.Tensor:
+    """Weight and bias of a model's head, float64 [J]."""
+    return torch.cat([model.heads.weight[0], model.heads.bias]).detach().double().cpu()
+
+
+@torch.no_grad()
+def set_head(model: ValueModel, head_J: torch.Tensor) -> None:
+    model.heads.weight.copy_(head_J[None, :-1])
+    model.heads.bias.copy_(head_J[-1:])
+
+
+def store_model(
+    fit: Fit,
+    config: Config,
+    store: Store,
+    model: ValueModel,
+    layer: int,
+    metrics: list[dict[str, float]],
+    figures: dict[str, float],
+) -> None:
+    """Write the value model with its card and all figures, also for TensorBoard."""
+    metrics = [*metrics, {"step": len(metrics), "epoch": 0, **figures}] if figures else metrics
+    journal = Journal(store.uri(layout.tensorboard_folder(fit.objective, fit.iteration)), 0)
+    for entry in metrics:
+        journal.write(entry)
+    with tempfile.TemporaryDirectory() as local:
+        save(model, make_card(fit, config, figures.get(R2_KEY), layer), Path(local))
+        (Path(local) / layout.METRICS_FILE).write_text(json_lines(metrics))
+        store.upload(
+            Path(local),
+            layout.value_folder(fit.objective, fit.iteration),
+            {"steps": len(RIDGES), "epoch": 0, **figures},
+        )
