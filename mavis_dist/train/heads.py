@@ -101,23 +101,20 @@ class Errors:
         return self.plain.mean() + self.sibling.mean().scaled(sibling_weight)
 
 
-def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
+def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> None:
     """Fit and store the head, with the figures of the validation trees. Call it on all workers of a process group.
 
-    It cannot resume: it takes about as long as one epoch's forward passes. Returns False if asked to stop.
+    It cannot resume: it takes as long as one epoch's forward passes. Raises Stopped if asked to stop.
     """
     training, validation = data_of(fit, config, store)
     model, layer = initial_model(fit, config, store)
     folds = fold_errors(model, training, group, fit.objective)
-    if folds is None:
-        return False
     if group.rank == 0:
         head_J, metrics = best_head(folds, head_of(model), config.train.sibling_weight)
         set_head(model, head_J)
         store_model(fit, config, store, model, layer, metrics, validate(model, validation, config.base.device))
     group.progress(fit.objective, 1, 1, "done")
     group.barrier()
-    return True
 
 
 def initial_model(fit: Fit, config: Config, store: Store) -> tuple[ValueModel, int]:
@@ -151,10 +148,8 @@ def errors(model: ValueModel, trees: TreeSet, indices: Sequence[int]) -> Errors:
     return Errors.of(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
 
-def fold_errors(model: ValueModel, trees: TreeSet, group: WorkerGroup, objective: str) -> list[Errors] | None:
-    """The errors of every fold of the trees, the same on all workers, each of which computes a part; None if asked to
-    stop.
-    """
+def fold_errors(model: ValueModel, trees: TreeSet, group: WorkerGroup, objective: str) -> list[Errors]:
+    """The errors of every fold of the trees, the same on all workers, each of which computes a part."""
     order = np.random.default_rng(0).permutation(len(trees))
     chunks = [
         (fold, chunk)
@@ -165,9 +160,8 @@ def fold_errors(model: ValueModel, trees: TreeSet, group: WorkerGroup, objective
     for done, (fold, chunk) in enumerate(chunks[group.rank :: group.size], 1):
         found = errors(model, trees, chunk.tolist()).cpu()
         mine[fold] = mine[fold] + found if fold in mine else found
-        group.progress(objective, done * group.size, len(chunks), "states")
-    if group.broadcast(group.wants_stop()):
-        return None
+        group.check_stop()
+        group.progress(objective, min(done * group.size, len(chunks)), len(chunks), "")
     parts = group.gather(mine)
     return [reduce(add, (part[fold] for part in parts if fold in part)) for fold in range(min(FOLDS, len(trees)))]
 
@@ -176,15 +170,12 @@ def best_head(
     folds: Sequence[Errors], start_J: torch.Tensor, sibling_weight: float
 ) -> tuple[torch.Tensor, list[dict[str, float]]]:
     """The head with the penalty that has the smallest loss on held-out folds, and the losses of all penalties."""
-    everything = reduce(add, folds)
-    metrics, heads = [], []
+    everything, metrics, heads = reduce(add, folds), [], []
+    splits = [(reduce(add, [*folds[:k], *folds[k + 1 :]]), fold) for k, fold in enumerate(folds) if len(folds) > 1]
     for step, ridge in enumerate(RIDGES, 1):
-        held_out = []
-        for k, fold in enumerate(folds):
-            others = [*folds[:k], *folds[k + 1 :]]
-            if others:
-                head_J = minimum(reduce(add, others), start_J, ridge, sibling_weight)
-                held_out.append(fold.loss(sibling_weight).at(head_J))
+        held_out = [
+            fold.loss(sibling_weight).at(minimum(others, start_J, ridge, sibling_weight)) for others, fold in splits
+        ]
         heads.append(minimum(everything, start_J, ridge, sibling_weight))
         loss = everything.loss(sibling_weight).at(heads[-1])
         figures = {"held_out_loss": float(np.mean(held_out))} if held_out else {}
@@ -198,8 +189,10 @@ def minimum(errors: Errors, start_J: torch.Tensor, ridge: float, sibling_weight:
     standard deviations; the bias is free.
     """
     loss, plain = errors.loss(sibling_weight), errors.plain.mean()
-    penalty_J = ridge * (plain.gram_JJ.diagonal() - plain.gram_JJ[-1] ** 2).clamp_min(0.0)
-    gram_JJ, residual_J = loss.gram_JJ + torch.diag(penalty_J), loss.moment_J - loss.gram_JJ @ start_J
+    variance_J = plain.gram_JJ.diagonal() - plain.gram_JJ[-1] ** 2
+    variance_J = variance_J.clamp_min(1e-6 * float(variance_J.mean()))  # a channel may be constant
+    variance_J[-1] = 0.0
+    gram_JJ, residual_J = loss.gram_JJ + torch.diag(ridge * variance_J), loss.moment_J - loss.gram_JJ @ start_J
     return start_J + torch.linalg.solve(gram_JJ, residual_J)
 
 
