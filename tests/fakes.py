@@ -92,6 +92,15 @@ def tiny_states(base: BaseModel, seed: int, num_objectives: int = 1, layer: int 
     return model.eval().requires_grad_(False)
 
 
+def tiny_states_student(base: BaseModel, seed: int, num_objectives: int = 1, layer: int = 1, rank: int = 4) -> Student:
+    """A student on the states of a base model."""
+    model = tiny_states(base, seed, num_objectives, layer)
+    qhead = QHead(32, num_objectives, rank)
+    for query in qhead.queries:
+        torch.nn.init.normal_(query.weight, std=0.5)
+    return Student(model, qhead, layer).eval().requires_grad_(False)
+
+
 def tiny_student(seed: int, num_objectives: int = 1, layers: int = 1, rank: int = 4, head_size: int = 8) -> Student:
     model = tiny_value(seed, num_objectives, layers, head_size=head_size)
     qhead = QHead(32, num_objectives, rank)

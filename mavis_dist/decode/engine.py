@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -67,6 +68,10 @@ class Engine:
         self._device = base.model.device
         self._static_shapes = self._device.type != "cpu" if static_shapes is None else static_shapes
         self._base = SlotModel(base_decoder(base.model, use_hf_forward), self._static_shapes)
+        # A LocalGuide, or one around it: no other has students.
+        self._states_guide: Any = guide if hasattr(guide, "accept_states") else None
+        if self._states_guide is not None:
+            self._states_guide.accept_states(self._base.read_states)
         self.tokenizer, self.eos_ids = base.tokenizer, frozenset(base.eos_ids)
         self._vocabulary = base.model.config.get_text_config().vocab_size
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self._device.type, 2048)
@@ -173,6 +178,7 @@ class Engine:
         logits_RV = self._base.append(batch.variants, batch.last_R)
         guided = batch.guided()
         self._catch_up(batch, guided)
+        self._observe(batch, guided)
         if batch.has_preferences:
             preference_step = PreferenceStep(batch.rows, logits_RV)
             drawn = draw(batch, guided, preference_step.logits_BV, self._guide, self._replays, preference_step)
@@ -276,6 +282,18 @@ class Engine:
             numbers = [batch.numbers[b] for b in behind]
             values_BM = self._guide.extend(numbers, [self._unseen.pop(number) for number in numbers])
             batch.baseline_BM[behind] = values_BM.to(batch.baseline_BM)
+
+    def _observe(self, batch: Batch, guided: Sequence[int]) -> None:
+        """Give students the states of this step that they read: V(s) follows from them."""
+        guide, states_RH = self._states_guide, self._base.states
+        if guide is None or states_RH is None or not guide.reads_states:
+            return
+        predicted = [b for b in guided if batch.rows[b].request.scorer is Scorer.QHEAD]
+        if predicted:
+            # The plain variants of all rows come first.
+            values_BM = guide.observe([batch.numbers[b] for b in predicted], states_RH[predicted])
+            values_BM = values_BM.to(batch.baseline_BM)
+            batch.baseline_BM[predicted] = torch.where(values_BM.isnan(), batch.baseline_BM[predicted], values_BM)
 
     # --- absorb: the new tokens -----------------------------------------------------------------------------------
 

@@ -8,18 +8,21 @@ Shapes: B rows, N candidates of all rows, concatenated, M objectives in the orde
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from mavis_dist.models.decoder import student_decoder, update_values, value_decoder
-from mavis_dist.models.kv import Decoder, SlotModel, branch_all
+from mavis_dist.models.decoder import states_reader, student_decoder, update_values, value_decoder
+from mavis_dist.models.kv import SlotModel, branch_all
 from mavis_dist.models.qhead import Student, predicted
 from mavis_dist.models.value import ValueModel, joined
 
 ABSENT = -1  # the number of no row
+
+# From now on return the states behind so many layers as well, None: no more; False: that is not possible.
+ReadStates = Callable[[int | None], bool]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class LocalGuide:
         self._device: torch.device | None = None
         self._trunks: list[_Trunk] = []
         self._static_shapes = static_shapes
+        self._read_states: ReadStates | None = None
+        self._state_layer: int | None = None  # whose states the engine's base model returns
         self.add(models, students)
 
     @property
@@ -117,7 +122,7 @@ class LocalGuide:
     @property
     def is_batch_invariant(self) -> bool:
         """Whether no row's values depend on the other rows, to the last bit."""
-        return all(trunk.slots.is_batch_invariant for trunk in self._trunks)
+        return all(trunk.is_batch_invariant for trunk in self._trunks)
 
     def add(
         self,
@@ -145,6 +150,9 @@ class LocalGuide:
         for trunk in self._trunks:
             trunk.heads = {name: head for name, head in trunk.heads.items() if name not in objectives}
         self._trunks = [trunk for trunk in self._trunks if trunk.heads]
+        if self._read_states is not None and self._state_layer is not None and not self.reads_states:
+            self._read_states(None)
+            self._state_layer = None
         kept, predicted = (
             tuple(name for name in names if name not in objectives) for names in (self._objectives, self._predicted)
         )
@@ -162,9 +170,42 @@ class LocalGuide:
         for trunk in self._trunks:
             if trunk.serves(owner):
                 return trunk
-        shapes = self.static_shapes
-        self._trunks.append(_Student(owner, shapes) if isinstance(owner, Student) else _Trunk(owner, shapes))
+        shapes, kind = self.static_shapes, _Student if isinstance(owner, Student) else _Trunk
+        if isinstance(owner, Student) and self._provides(owner.state_layer):
+            kind = _StatesStudent
+        self._trunks.append(kind(owner, shapes))
         return self._trunks[-1]
+
+    def _provides(self, layer: int | None) -> bool:
+        """Whether the engine's base model returns the states of a layer: of one layer at a time."""
+        if layer is None or self._read_states is None or self._state_layer not in (None, layer):
+            return False
+        self._state_layer = layer if self._read_states(layer) else None
+        return self._state_layer is not None
+
+    def accept_states(self, read_states: ReadStates) -> None:
+        """Let the students that read states of the base model have them from the engine's steps, where that is
+        possible; for an engine without rows. Each `score` then comes after `observe`.
+        """
+        self._read_states, self._state_layer = read_states, None
+        for trunk in [trunk for trunk in self._trunks if trunk.state_layer is not None]:
+            self._trunks.remove(trunk)
+            for name, (owner, head) in trunk.heads.items():
+                self._trunk_of(owner).heads[name] = owner, head
+        self._arrange(self._objectives, self._predicted)
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether any student reads the states of the engine's steps."""
+        return any(isinstance(trunk, _StatesStudent) for trunk in self._trunks)
+
+    def observe(self, rows: Sequence[int], states_BH: torch.Tensor) -> torch.Tensor:
+        """The states at the last tokens of rows; V_m(s) there [B, M], nan where no student reads them."""
+        values_BM = self._unknown(len(rows))
+        for trunk, used in self._users(rows):
+            if isinstance(trunk, _StatesStudent):
+                trunk.fill(values_BM, used, trunk.observe([rows[b] for b in used], states_BH[used]))
+        return values_BM
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
         values_BM = self._unknown(len(rows))
@@ -174,14 +215,8 @@ class LocalGuide:
                 for b, row in enumerate(rows)
                 if trunk.predicts == row.by_student and trunk.heads.keys() & row.objectives
             ]
-            if not used:
-                continue
-            missing = []
-            for b in used:
-                # The last token is always computed, because its value is returned.
-                shared = min(rows[b].shared, len(rows[b].tokens) - 1)
-                missing.append(rows[b].tokens[trunk.slots.open(rows[b].row, rows[b].source, shared) :])
-            trunk.fill(values_BM, used, trunk.extend([rows[b].row for b in used], missing))
+            if used:
+                trunk.fill(values_BM, used, trunk.open([rows[b] for b in used]))
         return values_BM
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -214,7 +249,7 @@ class LocalGuide:
     def _users(self, rows: Sequence[int]) -> Iterator[tuple[_Trunk, list[int]]]:
         """Every model that follows any of the rows, with their indices."""
         for trunk in self._trunks:
-            used = [b for b, row in enumerate(rows) if row in trunk.slots]
+            used = [b for b, row in enumerate(rows) if row in trunk]
             if used:
                 yield trunk, used
 
@@ -226,17 +261,25 @@ class _Trunk:
     """The value models on one backbone, which share its forward passes, with the rows that they follow."""
 
     predicts = False
+    state_layer: int | None = None  # of a student that reads the base model's states
 
     def __init__(self, owner: ValueModel | Student, static_shapes: bool):
         self.heads: dict[str, tuple[Any, int]] = {}  # objective of the guide -> a model on this trunk, one of its heads
         self._columns: list[tuple[int, int]] = []  # column of the guide's values, head among all those of the trunk
         self._owners: list[Any] = [owner]
-        self._decoder = self._decoder_of(owner)
+        self._start(owner, static_shapes)
+
+    def _start(self, owner: Any, static_shapes: bool) -> None:
+        self._model = joined([owner])
+        self._decoder = value_decoder(self._model)
         self.slots = SlotModel(self._decoder, static_shapes)
 
-    def _decoder_of(self, model: Any) -> Decoder:
-        self._model = joined([model])
-        return value_decoder(self._model)
+    def __contains__(self, row: int) -> bool:
+        return row in self.slots
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        return self.slots.is_batch_invariant
 
     def serves(self, owner: ValueModel | Student) -> bool:
         """Whether the heads of a model can be evaluated here."""
@@ -256,18 +299,31 @@ class _Trunk:
             (objectives.index(name), first[id(owner)] + head) for name, (owner, head) in self.heads.items()
         ]
 
-    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """All heads' values at the last tokens, [B, O]."""
+    def open(self, rows: Sequence[GuideRow]) -> torch.Tensor | None:
+        """All heads' values at the last tokens, [B, O]; None: not known yet."""
+        missing = []
+        for row in rows:
+            # The last token is always computed, because its value is returned.
+            shared = min(row.shared, len(row.tokens) - 1)
+            missing.append(row.tokens[self.slots.open(row.row, row.source, shared) :])
+        return self.extend([row.row for row in rows], missing)
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """All heads' values at the last tokens, [B, O]; None: not known yet."""
         return self.slots.extend(rows, tokens)
 
     def fill_known(
         self, values_NM: torch.Tensor, rows: Sequence[int], counts: Sequence[int], out_NO: torch.Tensor
     ) -> None:
         """Write head outputs of candidates into the columns of the guide's objectives, for the rows that it follows."""
-        is_known_N = self.slots.layout(rows, counts).is_known_C
+        is_known_N = self._is_known(rows, counts)
         for m, head in self._columns:
             new_N = out_NO[:, head].to(values_NM)
             values_NM[:, m] = new_N if is_known_N is None else torch.where(is_known_N, new_N, values_NM[:, m])
+
+    def _is_known(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
+        """Of each candidate, whether its row is followed here, [N]; None: all are."""
+        return self.slots.layout(rows, counts).is_known_C
 
     def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
         self.slots.keep(rows, index_B)
@@ -276,8 +332,10 @@ class _Trunk:
         for row in rows:
             self.slots.close(row)
 
-    def fill(self, values_BM: torch.Tensor, places: Sequence[int], out_BO: torch.Tensor) -> None:
-        """Write head outputs of some rows into the columns of the guide's objectives."""
+    def fill(self, values_BM: torch.Tensor, places: Sequence[int], out_BO: torch.Tensor | None) -> None:
+        """Write head outputs of some rows, if known, into the columns of the guide's objectives."""
+        if out_BO is None:
+            return
         for m, head in self._columns:
             values_BM[list(places), m] = out_BO[:, head].to(values_BM)
 
@@ -287,19 +345,20 @@ class _Student(_Trunk):
 
     predicts = True
 
-    def __init__(self, student: Student, static_shapes: bool):
-        super().__init__(student, static_shapes)
-        self._student = student
+    def _start(self, owner: Any, static_shapes: bool) -> None:
+        self._student: Student = owner
+        self.state_layer = owner.state_layer
         self.known: dict[int, torch.Tensor] = {}  # outputs [O] at each row's last token
-
-    def _decoder_of(self, model: Any) -> Decoder:
-        return student_decoder(model)
+        self.slots = SlotModel(student_decoder(owner), static_shapes)
 
     def serves(self, owner: ValueModel | Student) -> bool:
         return owner is self._student
 
-    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        out_BO = super().extend(rows, tokens)
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        return self._learn(rows, self.slots.extend(rows, tokens))
+
+    def _learn(self, rows: Sequence[int], out_BO: torch.Tensor) -> torch.Tensor:
+        """Keep the student's outputs at the last tokens of rows; returns the values there."""
         self.known.update(zip(rows, out_BO, strict=True))
         return self._student.split(out_BO)[0]
 
@@ -321,3 +380,35 @@ class _Student(_Trunk):
         values_BO, queries_BOR = self._student.split(known_BO)
         factors_NR = self._student.token_factors(candidates_N.to(known_BO.device))
         return values_BO[row_N] + predicted(queries_BOR[row_N], factors_NR)
+
+
+class _StatesStudent(_Student):
+    """A student on states that the engine's base model computes in any case: no forward pass, no keys and values."""
+
+    is_batch_invariant = True  # as far as the states are
+
+    def _start(self, owner: Any, static_shapes: bool) -> None:
+        self._student, self.state_layer = owner, owner.state_layer
+        self.known = {}
+        self._read, self._rows = states_reader(owner), set[int]()
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._rows
+
+    def open(self, rows: Sequence[GuideRow]) -> None:
+        self._rows.update(row.row for row in rows)
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """The states come with the base model's next step."""
+
+    def observe(self, rows: Sequence[int], states_BH: torch.Tensor) -> torch.Tensor:
+        return self._learn(rows, self._read(states_BH))
+
+    def close(self, rows: Sequence[int]) -> None:
+        self._rows.difference_update(rows)
+        for row in rows:
+            self.known.pop(row, None)
+
+    def _is_known(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
+        known = [row in self._rows for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+        return None if all(known) else torch.tensor(known, device=self._student.device)

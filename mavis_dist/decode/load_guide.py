@@ -39,8 +39,11 @@ def load_students(
 ) -> dict[str, tuple[Student, int]]:
     """objective -> (student, which of its objectives) where its model was distilled; raises ValueModelError."""
     owners = {folders[name]: model for name, (model, _) in models.items()}
+    cards = {folder: value.load_card(folder) for folder in owners}
     students = {
-        folder: qhead.load(folder, model) for folder, model in owners.items() if value.load_card(folder).teachers
+        folder: qhead.load(folder, model, cards[folder].state_layer)
+        for folder, model in owners.items()
+        if cards[folder].teachers
     }
     return {name: (students[folder], models[name][1]) for name, folder in folders.items() if folder in students}
 

@@ -275,5 +275,13 @@ class Decoder(Protocol):
     cache: KVCache
     device: torch.device
     is_batch_invariant: bool  # no output depends on the other rows and tokens of a step, to the last bit
+    states: torch.Tensor | None  # of the same tokens, after a step [R, C], if `read_states` has asked for them
 
     def step(self, step: Step) -> torch.Tensor: ...
+
+    def read_states(self, layer: int | None) -> bool:
+        """From now on, also return the hidden states behind so many layers and the final norm; None: none any more.
+
+        False: this decoder cannot.
+        """
+        ...

@@ -53,11 +53,17 @@ def student_decoder(student: Student, use_hf_forward: bool = False) -> Decoder:
     """Outputs [R, O] of a student, to be split by `Student.split`."""
     backbone = student.model.backbone
     if not use_hf_forward and NativeDecoder.supports(backbone):
-        pack_linears(student.qhead)
-        return NativeDecoder(backbone, read=student.read)
+        return NativeDecoder(backbone, read=states_reader(student))
     if not use_hf_forward and FusedDecoder.supports(backbone):
         return FusedDecoder(backbone, student.read)
     return HFDecoder(backbone, student)
+
+
+def states_reader(student: Student) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a student makes of hidden states [R, C], by the fastest way there is."""
+    if NativeDecoder.supports(student.model.backbone):
+        pack_linears(student.qhead)
+    return student.read
 
 
 def step_all(decoders: Sequence[Decoder], steps: Sequence[Step]) -> list[torch.Tensor]:
@@ -72,6 +78,7 @@ class HFDecoder:
     """Any transformers decoder, through its own forward pass."""
 
     is_batch_invariant = False
+    states: torch.Tensor | None = None
 
     def __init__(self, backbone: PreTrainedModel, forward: Callable[..., torch.Tensor]):
         """`forward` has the interface of a Hugging Face decoder and returns head outputs [B, T, O]; `backbone` is the
@@ -99,6 +106,9 @@ class HFDecoder:
             use_cache=True,
         )
         return step.unpad(out_BTO)[step.read_R] if is_read else torch.empty(0, 0, device=self.device)
+
+    def read_states(self, layer: int | None) -> bool:
+        return layer is None
 
     def _masks(self, step: Step) -> torch.Tensor | dict[str, torch.Tensor]:
         """Attention masks [B, 1, T, S]; by layer type where a model has several."""

@@ -61,6 +61,8 @@ class FusedDecoder:
         # Rotations that depend on the longest row make the host wait for its length.
         self._is_recorded = getattr(self._rotary, "rope_type", "default") not in ROTATIONS_BY_LENGTH
         self._generation = self.cache.generation
+        self._state_layer: int | None = None
+        self.states: torch.Tensor | None = None
 
     @staticmethod
     def supports(backbone: PreTrainedModel) -> bool:
@@ -74,29 +76,39 @@ class FusedDecoder:
             self._replays.clear()
             self._generation = self.cache.generation
 
-        def read(slot_B: torch.Tensor, slot_N: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        def read(slot_B: torch.Tensor, slot_N: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             tokens_N, positions_N, cells_N, read_R = tensors
             moved = layout.at(slot_B, slot_N)
             return self._read(Step(moved, tokens_N, positions_N, cells_N, read_R, num_visible, num_cells))
 
         is_recorded = self._is_recorded and layout.is_static
-        key = (len(layout.slots), layout.widths[0], layout.has_first_slots, num_visible) if is_recorded else None
+        shape = len(layout.slots), layout.widths[0], layout.has_first_slots, num_visible, self._state_layer
+        key = shape if is_recorded else None
         tensors = step.tokens_N, step.positions_N, step.cells_N, step.read_R
         # The head is left out: the logits of every recording would stay in memory.
-        return self._head(self._replays(key, read, layout.slot_B, layout.slot_N, *tensors))
+        last_RC, *states = self._replays(key, read, layout.slot_B, layout.slot_N, *tensors)
+        self.states = states[0] if states else None
+        return self._head(last_RC)
 
-    def _read(self, step: Step) -> torch.Tensor:
-        """The last hidden states [R, C] of the tokens that are read."""
+    def read_states(self, layer: int | None) -> bool:
+        self._state_layer, self.states = layer, None
+        return True
+
+    def _read(self, step: Step) -> tuple[torch.Tensor, ...]:
+        """The last hidden states [R, C] of the tokens that are read, and those behind `state_layer` layers."""
         x_NC = self._embed(step.tokens_N)
         cos_1ND, sin_1ND = self._rotary(x_NC, step.positions_N[None])
         cos_N1D, sin_N1D = cos_1ND[0][:, None], sin_1ND[0][:, None]
         # Added, since attention would turn a boolean mask into one to be added in every layer.
         mask_BTS = torch.zeros_like(step.mask_BTS, dtype=x_NC.dtype).masked_fill_(~step.mask_BTS, float("-inf"))
         mask_B1QS = mask_BTS[:, :, None].expand(-1, -1, self._group, -1).flatten(1, 2)[:, None]
+        states: list[torch.Tensor] = []
         with sdpa_kernel(ATTENTION):
             for layer, block in enumerate(self._blocks):
                 x_NC = block(x_NC, cos_N1D, sin_N1D, mask_B1QS, self.cache, layer, step)
-        return self._norm(x_NC[step.read_R])
+                if layer + 1 == self._state_layer:
+                    states.append(self._norm(x_NC[step.read_R]))
+        return self._norm(x_NC[step.read_R]), *states
 
 
 # Objects that the decoders of one model share, by the module they were made from: a layer, or the output head.

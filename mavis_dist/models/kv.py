@@ -50,6 +50,7 @@ class SlotModel:
         self._branched: list[int] = []  # slot -> alternatives in the cells after those
         self._length_Z, self._branched_Z = self._zeros(0), self._zeros(0)  # the same on the device
         self._layouts: dict[tuple[tuple[int, ...], tuple[int, ...]], Layout] = {}
+        self.states: torch.Tensor | None = None
 
     def __contains__(self, row: int) -> bool:
         return row in self._slot_of
@@ -133,7 +134,16 @@ class SlotModel:
         """Append one token to each row; the head's outputs [B, O]. Rows that are not here have undefined outputs."""
         counts = [1] * len(rows)
         layout = self.layout(rows, counts)
-        return layout.outputs(self._append(layout, rows, counts, tokens_B, layout.read_R))
+        out_BO = layout.outputs(self._append(layout, rows, counts, tokens_B, layout.read_R))
+        states_RC = self._decoder.states
+        self.states = None if states_RC is None else layout.outputs(states_RC)
+        return out_BO
+
+    def read_states(self, layer: int | None) -> bool:
+        """From now on, `append` also sets `states`: those of the same tokens behind so many layers and the final norm,
+        [B, C]. None: no more. False: the decoder cannot.
+        """
+        return self._decoder.read_states(layer)
 
     @torch.inference_mode()
     def branch(self, rows: Sequence[int], counts: Sequence[int], candidates_C: torch.Tensor) -> torch.Tensor:

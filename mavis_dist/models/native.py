@@ -56,6 +56,8 @@ class NativeDecoder:
             self.set_values(values)
         like = torch.empty(config.num_key_value_heads, attention.head_dim, dtype=backbone.dtype)
         self.cache, self.device = KVCache(len(model.layers), like, is_masked=False), backbone.device
+        self.state_layer: int | None = None
+        self.states: torch.Tensor | None = None
 
     @staticmethod
     def supports(backbone: PreTrainedModel) -> bool:
@@ -79,6 +81,11 @@ class NativeDecoder:
     def set_values(self, values: nn.Linear) -> None:
         """Replace the value heads."""
         self._native.set_values(values.weight.detach().contiguous(), values.bias.detach().contiguous())
+
+    def read_states(self, layer: int | None) -> bool:
+        self.state_layer, self.states = layer, None
+        self._native.set_state_layer(layer or 0)
+        return True
 
     def step(self, step: Step) -> torch.Tensor:
         [out_RO] = forward([self], [step])
@@ -110,7 +117,10 @@ def forward(decoders: Sequence[NativeDecoder], steps: Sequence[Step]) -> list[to
         [decoder.cache.storage for decoder in decoders],
         [decoder.angles(step.num_visible) for decoder, step in zip(decoders, steps, strict=True)],
     )
-    pairs = zip(decoders, outputs, strict=True)
+    states = iter(outputs[len(decoders) :])
+    for decoder in decoders:
+        decoder.states = next(states) if decoder.state_layer else None
+    pairs = zip(decoders, outputs, strict=False)
     return [decoder.read(out) if decoder.read else out for decoder, out in pairs]
 
 

@@ -70,9 +70,10 @@ def _normal(x_XH: torch.Tensor) -> torch.Tensor:
 class Student(nn.Module):
     """A value model and its QHead as one model, whose outputs are V_m(s) and q_m(s), concatenated."""
 
-    def __init__(self, model: ValueModel, qhead: QHead):
+    def __init__(self, model: ValueModel, qhead: QHead, state_layer: int | None = None):
+        """`state_layer`: where the model's backbone is the first layers of a base model, their number."""
         super().__init__()
-        self.model, self.qhead = model, qhead
+        self.model, self.qhead, self.state_layer = model, qhead, state_layer
         self._factors_VR: torch.Tensor | None = None
 
     @property
@@ -126,8 +127,11 @@ def save(qhead: QHead, folder: Path) -> None:
     save_file({k: v.detach().contiguous().cpu() for k, v in qhead.state_dict().items()}, folder / QHEAD_FILE)
 
 
-def load(folder: Path, model: ValueModel) -> Student:
+def load(folder: Path, model: ValueModel, state_layer: int | None = None) -> Student:
     """The student of a distilled value model that was loaded from the same folder, ready for use.
+
+    Args:
+        state_layer: of the model's card.
 
     Raises:
         ValueModelError: the file or a tensor is missing, damaged, or belongs to another model.
@@ -140,4 +144,5 @@ def load(folder: Path, model: ValueModel) -> Student:
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueModelError(f"the student {folder / QHEAD_FILE} cannot be read ({reason}): distil it again") from None
-    return Student(model, qhead.to(model.heads.weight.device)).eval().requires_grad_(False)
+    qhead = qhead.to(model.heads.weight.device)
+    return Student(model, qhead, state_layer).eval().requires_grad_(False)

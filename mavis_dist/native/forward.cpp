@@ -48,6 +48,7 @@ struct Model : torch::CustomClassHolder {
   std::vector<Layer> layers;
   Linear head{};                    // logits; no outputs: none
   Tensor value_weight, value_bias;  // [M, C] and [M], float32; undefined: none
+  int64_t state_layer = 0;          // layers behind the states that are read beside the head's outputs; 0: none
   std::vector<Tensor> kept;         // owns what the pointers above point to
 
   Model(int64_t heads, int64_t kv_heads, int64_t head_size, double epsilon, double scaling, Tensor embedding, Tensor norm)
@@ -84,6 +85,8 @@ struct Model : torch::CustomClassHolder {
   }
 
   void set_values(Tensor weight, Tensor bias) { value_weight = std::move(weight), value_bias = std::move(bias); }
+
+  void set_state_layer(int64_t layer) { state_layer = layer; }
 };
 
 // One query of attention: it sees the first `visible` cells of its slot, and a cell of its own.
@@ -239,9 +242,11 @@ class Pass {
     } else {
       out_ = at::empty({num_read_, C}, options);
     }
+    if (m_.state_layer) states_ = at::empty({num_read_, C}, options);
   }
 
   Tensor out() const { return out_; }
+  Tensor states() const { return states_; }
 
   void run(Share share, Barrier& barrier) {
     std::vector<float> tile(kMaxRows * kMaxWidth);
@@ -265,6 +270,7 @@ class Pass {
       barrier.wait(share.threads);
       apply<T>(data(hidden_), num_tokens_, layer.down, share, tile.data(), data(x_), data(x_));
       barrier.wait(share.threads);
+      if (int64_t(l) + 1 == m_.state_layer) normalise_read(data(states_), share);
     }
     read(share, barrier, tile.data());
   }
@@ -363,12 +369,17 @@ class Pass {
 
   static Vec silu(const Vec& x) { return x / (Vec(1.f) + x.neg().exp_u20()); }
 
-  void read(Share share, Barrier& barrier, float* tile) {
+  // The read tokens after the final norm.
+  void normalise_read(T* to, Share share) {
     const int64_t C = m_.channels();
-    T* const last = m_.head.outputs || m_.value_weight.defined() ? data(y_) : data(out_);
     each(share, num_read_, [&](int64_t r) {
-      normalise<T>(data(x_) + read_[r] * C, last + r * C, C, m_.norm.data_ptr<float>(), m_.epsilon);
+      normalise<T>(data(x_) + read_[r] * C, to + r * C, C, m_.norm.data_ptr<float>(), m_.epsilon);
     });
+  }
+
+  void read(Share share, Barrier& barrier, float* tile) {
+    T* const last = m_.head.outputs || m_.value_weight.defined() ? data(y_) : data(out_);
+    normalise_read(last, share);
     barrier.wait(share.threads);
     if (m_.head.outputs) {
       apply<T>(last, num_read_, m_.head, share, tile, data(out_));
@@ -396,7 +407,7 @@ class Pass {
   const Model& m_;
   int64_t num_tokens_, num_read_, num_cells_;
   const int64_t *tokens_, *positions_, *cells_, *slots_, *read_;
-  Tensor cache_, angles_, x_, y_, qkv_, mixed_, hidden_, out_;
+  Tensor cache_, angles_, x_, y_, qkv_, mixed_, hidden_, out_, states_;
   std::vector<int64_t> runs_;
 };
 
@@ -415,10 +426,14 @@ std::vector<Tensor> forward_in(const std::vector<intrusive_ptr<Model>>& models, 
     for (auto& pass : passes) pass->run({omp_get_thread_num(), omp_get_num_threads()}, barrier);
     at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
   }
+  for (auto& pass : passes) {
+    if (pass->states().defined()) out.push_back(pass->states());
+  }
   return out;
 }
 
-// Outputs of each model's read tokens: logits [R, V], or values [R, M] in float32, or last hidden states [R, C].
+// Outputs of each model's read tokens: logits [R, V], or values [R, M] in float32, or last hidden states [R, C]. Then
+// the states [R, C] of the same tokens behind `state_layer` layers and the final norm, of each model that has one.
 std::vector<Tensor> forward(const std::vector<intrusive_ptr<Model>>& models, const std::vector<Tensor>& steps,
                             const std::vector<Tensor>& reads, const std::vector<Tensor>& caches,
                             const std::vector<Tensor>& angles) {
@@ -456,7 +471,8 @@ TORCH_LIBRARY(mavis, library) {
       .def(torch::init<int64_t, int64_t, int64_t, double, double, Tensor, Tensor>())
       .def("add_layer", &Model::add_layer)
       .def("set_head", &Model::set_head)
-      .def("set_values", &Model::set_values);
+      .def("set_values", &Model::set_values)
+      .def("set_state_layer", &Model::set_state_layer);
   library.def("forward", forward);
   library.def("linear", linear);
 }

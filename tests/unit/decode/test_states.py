@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from mavis_dist.decode import Choice, Engine, GuideRow, LocalGuide, Request, SamplingParams, Scorer
-from tests.fakes import tiny_base, tiny_states, tiny_value
+from mavis_dist.models.load import BaseModel
+from mavis_dist.models.qhead import Student
+from mavis_dist.models.value import ValueModel
+from tests.fakes import tiny_base, tiny_states, tiny_states_student, tiny_student, tiny_value
 
 PROMPT = (1, 5, 6, 7)
+Students = dict[str, tuple[Student, int]]
 
 
 def requests(scorer: Scorer, weights: dict[str, float]) -> list[Request]:
@@ -74,9 +79,9 @@ def test_objectives_on_one_layer_come_and_go_while_rows_stay() -> None:
     fresh.open([row])
     assert values_BM[0, 1] == fresh.extend([0], [[9]])[0, 0] != expected
     guide.remove({"a"})
-    guide.keep([0], torch.tensor([1])) if guide.score([0], [2], torch.tensor([11, 12])) is not None else None
-    fresh.score([0], [2], torch.tensor([11, 12]))
-    fresh.keep([0], torch.tensor([1]))
+    for one in (guide, fresh):
+        one.score([0], [2], torch.tensor([11, 12]))
+        one.keep([0], torch.tensor([1]))
     assert guide.extend([0], [[13]])[0, 0] == fresh.extend([0], [[13]])[0, 0]
     other = GuideRow(1, PROMPT, frozenset({"b", "c"}))
     np.testing.assert_allclose(guide.open([other])[0, 0], expected, atol=1e-6)
@@ -92,3 +97,107 @@ def test_an_answer_does_not_depend_on_the_others_models() -> None:
     together = Engine(base, LocalGuide(models)).generate(mixed)
     alone = [Engine(base, LocalGuide({n: models[n] for n in r.weights})).generate([r])[0] for r in mixed]
     assert tokens(together) == tokens(alone)
+
+
+# --- students on the states that the base model computes in any case ---------------------------------------------
+
+
+def students(base: BaseModel, seeds: dict[str, int]) -> tuple[dict[str, tuple[ValueModel, int]], Students]:
+    made = {name: tiny_states_student(base, seed, 2) for name, seed in seeds.items()}
+    return {n: (s.model, 1) for n, s in made.items()}, {n: (s, 1) for n, s in made.items()}
+
+
+@pytest.mark.parametrize("head_size", [8, 64], ids=["fused", "native"])
+@pytest.mark.parametrize("guide_every", [1, 3])
+def test_a_student_draws_the_same_tokens_from_the_states_of_the_engines_steps(head_size: int, guide_every: int) -> None:
+    base = tiny_base(eos_boost=1.0, head_size=head_size)
+    models, by_student = students(base, {"a": 3, "b": 4})
+    asked = [replace(r, guide_every=guide_every) for r in requests(Scorer.QHEAD, {"a": 0.4, "b": 0.6})]
+    guide = LocalGuide(models, by_student)
+    free = Engine(base, guide).generate(asked)
+    assert guide.reads_states
+    own = Engine(base, Unaware(LocalGuide(models, by_student))).generate(asked)
+    assert tokens(free) == tokens(own) != tokens(Engine(base).generate(requests(Scorer.FULL, {})))
+    for mine, theirs in zip(free, own, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            np.testing.assert_allclose(one.values["a"], other.values["a"], atol=1e-4)
+            np.testing.assert_allclose(one.divergences, other.divergences, atol=1e-4)
+
+
+class Unaware:
+    """A guide that an engine gives no states."""
+
+    def __init__(self, guide: LocalGuide):
+        self._guide = guide
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "accept_states":
+            raise AttributeError
+        return getattr(self._guide, name)
+
+
+def test_a_student_on_states_costs_no_keys_values_or_passes() -> None:
+    base = tiny_base(head_size=64)
+    models, by_student = students(base, {"a": 3})
+    guide = LocalGuide(models, by_student)
+    engine = Engine(base, guide)
+    predicting = [trunk for trunk in guide._trunks if trunk.predicts]
+    assert [hasattr(trunk, "slots") for trunk in predicting] == [False]
+    engine.generate(requests(Scorer.QHEAD, {"a": 1.0}))
+    [evaluating] = [trunk for trunk in guide._trunks if not trunk.predicts]
+    assert evaluating.slots.num_tokens == 0
+    assert not predicting[0].known
+
+
+def test_all_scorers_and_kinds_of_students_share_a_batch() -> None:
+    """Students on states, students with a trunk of their own, and full and lazy scoring of both."""
+    base = tiny_base(eos_boost=1.0, head_size=64)
+    models, by_student = students(base, {"a": 3})
+    other = tiny_student(7, 1, head_size=64)
+    models["t"], by_student["t"] = (other.model, 0), (other, 0)
+    weights = [{"a": 1.0}, {"t": 1.0}, {"a": 0.5, "t": 0.5}]
+    asked = [
+        replace(r, weights=w, scorer=scorer, id=f"{r.id}-{scorer}-{k}")
+        for scorer in Scorer
+        for k, w in enumerate(weights)
+        for r in requests(scorer, w)[:2]
+    ]
+    together = Engine(base, LocalGuide(models, by_student)).generate(asked)
+    alone = [Engine(base, LocalGuide(models, by_student)).generate([r])[0] for r in asked]
+    assert tokens(together) == tokens(alone)
+
+
+def test_students_come_and_go_and_the_base_model_returns_states_while_one_reads_them() -> None:
+    base = tiny_base(head_size=64)
+    models, by_student = students(base, {"a": 3})
+    guide = LocalGuide({"v": tiny_value(1, head_size=64)})
+    engine = Engine(base, guide)
+    [before] = engine.generate(requests(Scorer.LAZY, {"v": 1.0})[:1])
+    assert engine._base.states is None
+    guide.add(models, by_student)
+    engine.generate(requests(Scorer.QHEAD, {"a": 1.0})[:2])
+    assert engine._base.states is not None
+    guide.remove({"a"})
+    [after] = engine.generate(requests(Scorer.LAZY, {"v": 1.0})[:1])
+    assert engine._base.states is None
+    assert tokens([before]) == tokens([after])
+
+
+def test_a_decoder_without_states_leaves_students_their_own_pass() -> None:
+    base = tiny_base()
+    models, by_student = students(base, {"a": 3})
+    guide = LocalGuide(models, by_student)
+    asked = requests(Scorer.QHEAD, {"a": 1.0})
+    slow = Engine(base, guide, use_hf_forward=True).generate(asked)
+    assert not guide.reads_states
+    assert tokens(slow) == tokens(Engine(base, LocalGuide(models, by_student)).generate(asked))
+
+
+def test_static_shapes_and_states() -> None:
+    base = tiny_base(eos_boost=1.0)
+    models, by_student = students(base, {"a": 3})
+    static, exact = (
+        Engine(base, LocalGuide(models, by_student, static_shapes=s), static_shapes=s) for s in (True, False)
+    )
+    asked = requests(Scorer.QHEAD, {"a": 1.0})
+    assert tokens(static.generate(asked)) == tokens(exact.generate(asked))
