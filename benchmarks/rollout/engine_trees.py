@@ -58,16 +58,16 @@ def make_variants(
     engine = Engine(base, max_rows=rollout.rows)
     variants = {"trees": Variant(_on_engine(engine, config, Policy()), first, num_prompts)}
     for name in config.objectives:
-        guided = Engine(base, make_guide(config, store, name), max_rows=rollout.rows)
+        guided = Engine(base, make_guide(config, store, name, base), max_rows=rollout.rows)
         variants[f"tilted_{name}"] = Variant(_on_engine(guided, config, Policy(name, 1)), later, num_prompts)
     for name, per_child in (("reference", False), ("reference_per_child", True)):
         variants[name] = Variant(_plainly(base, config, per_child), first, num_plain_prompts)
     return variants
 
 
-def make_guide(config: Config, store: Store, objective: str) -> LocalGuide:
+def make_guide(config: Config, store: Store, objective: str, base: BaseModel) -> LocalGuide:
     """The value model that tilts an objective's trees in iteration 1."""
-    model, _ = value.load(values.fetch(store, objective, 0), getattr(torch, config.base.dtype))
+    model, _ = value.load(values.fetch(store, objective, 0), getattr(torch, config.base.dtype), base=base)
     return LocalGuide({objective: model})
 
 

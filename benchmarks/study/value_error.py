@@ -13,6 +13,7 @@ import torch
 from benchmarks.common.result_cache import EvaluatedModel, result_path
 from mavis_dist.config import Config
 from mavis_dist.models import value
+from mavis_dist.models.load import load_base
 from mavis_dist.prompts import held_out, load_prompts
 from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit, data_of, zeta
@@ -66,7 +67,9 @@ def _measure(config: Config, store: Store, model: EvaluatedModel, ids: frozenset
     torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
     # The targets do not depend on the model that the training started from (None).
     _, trees = data_of(Fit(model.objective, model.iteration, None, model.scale, ids), config, store)
-    value_model, _ = value.load(model.folder, device=config.base.device)
+    on_states = value.load_card(model.folder).state_layer is not None
+    base = load_base(config.base.model, config.base.dtype, config.base.device) if on_states else None
+    value_model, _ = value.load(model.folder, device=config.base.device, base=base)
     predictions = predict(value_model, trees, config.base.device)
     ends_T = np.cumsum([len(targets.depth_X) for targets in trees.targets])[:-1]
     error_X = predictions.weight_X * (predictions.pred_X - predictions.target_X) ** 2

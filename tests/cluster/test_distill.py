@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from mavis_dist.core.tree import Shape
 from mavis_dist.decode import Engine, Request, SamplingParams, Scorer
 from mavis_dist.decode.load_guide import fetch_published, load_guide
 from mavis_dist.models import qhead, value
-from mavis_dist.models.load import load_base
+from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.models.states import first_layers
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
@@ -29,6 +31,7 @@ from mavis_dist.types import Policy, Prompt
 from tests import tiny
 
 NAMES = ("first", "second", "third")
+ON_STATES = ("fourth", "fifth", "sixth")  # heads on the base model's states
 HELD_OUT = frozenset({"p0", "p1"})
 
 
@@ -60,7 +63,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "run": "run",
         "storage": str(folder / "runs"),
-        "objectives": dict.fromkeys(NAMES, reward),
+        "objectives": dict.fromkeys((*NAMES, *ON_STATES), reward),
         "base": {"model": str(folder / tiny.MODEL), "dtype": "float32"},
         "rollout": {"first": {"root": 2, "children": 2, "layers": 2}, "max_tokens": 12},
         "train": {"trees_per_step": 4},
@@ -72,11 +75,24 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trees = sorted(grower.grow(prompts, [[5 + i, 6, 7] for i in range(24)]), key=lambda tree: tree.prompt_id)
     write_trees(store, f"{rollout_folder(Policy())}/part-00000.parquet", trees)
     labels = [Labels(t.prompt_id, t.leaves(), 1.0 * t.leaves()) for t in trees]
-    for name in NAMES:
+    for name in (*NAMES, *ON_STATES):
         write_labels(store, f"{label_folder(Policy(), name)}/part-00000.parquet", labels)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+def publish_heads(folder: Path, base: BaseModel, name: str, seed: int) -> None:
+    """A value model with random heads on the states of the base model's first layer."""
+    store = Store(str(folder / "runs"), "run")
+    torch.manual_seed(seed)
+    model = value.ValueModel(first_layers(base.model, 1), 1)
+    torch.nn.init.normal_(model.heads.weight, std=0.3)
+    card = value.load_card(values.fetch(store, NAMES[0], 0))
+    card = replace(card, objectives=(name,), state_layer=1, base_fingerprint=base.fingerprint)
+    value.save(model, card, folder / "work" / name)
+    store.upload(folder / "work" / name, layout.value_folder(name, 0), {})
+    values.publish(store, name, 0)
 
 
 def of(config_file: Path, names: tuple[str, ...], *overrides: str) -> Config:
@@ -174,3 +190,34 @@ def test_published_objectives_share_the_trunk_and_qhead_is_served(two: DistillJo
         values.publish_distilled(store, "first", 0, "nothing")
     values.publish_distilled(store, "first", 0, None)
     assert values.published_folders(store)["first"] == layout.value_folder("first", 0)
+
+
+def test_a_student_on_the_base_models_states_has_the_teachers_heads_and_learns_their_differences(
+    config_file: Path,
+) -> None:
+    base = load_base(str(config_file.parent / tiny.MODEL))
+    for seed, name in enumerate(ON_STATES):
+        publish_heads(config_file.parent, base, name, seed)
+    job = plan_job(of(config_file, ON_STATES[:2], "distill.layers=null"), HELD_OUT)
+    distill(job, WorkerGroup())
+    more = plan_job(of(config_file, ON_STATES, "distill.layers=null", f"distill.extends={job.name}"), HELD_OUT)
+    distill(more, WorkerGroup())
+    for done, names in ((job, ON_STATES[:2]), (more, ON_STATES)):
+        folder = values.fetch_folder(done.store, layout.distilled_folder(done.name))
+        model, card = value.load(folder, base=base)
+        student = qhead.load(folder, model, card.state_layer)
+        assert card.state_layer == student.state_layer == 1
+        teachers = [value.load(values.fetch(done.store, name, 0), base=base)[0] for name in names]
+        assert all(teacher.backbone is model.backbone for teacher in teachers)
+        assert torch.equal(model.heads.weight, torch.cat([teacher.heads.weight for teacher in teachers]))
+        metadata = done.store.metadata(layout.distilled_folder(done.name))
+        assert metadata is not None
+        for row in metadata["figures"].values():
+            assert row["r2_values"] == pytest.approx(1.0, abs=1e-4)
+            assert row["r2_deltas"] > 0.3
+    guide = load_guide(dict.fromkeys(ON_STATES, folder), base=base)
+    request = Request("1", (5, 6, 7), dict.fromkeys(ON_STATES, 1.0), 4.0, None, SamplingParams(8, seed=1))
+    [[exact]] = Engine(base, guide).generate([replace(request, scorer=Scorer.FULL)])
+    [[predicted]] = Engine(base, guide).generate([replace(request, scorer=Scorer.QHEAD)])
+    assert guide.reads_states
+    assert predicted.values.keys() == exact.values.keys() == set(ON_STATES)

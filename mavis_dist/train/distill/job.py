@@ -14,13 +14,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Tree
 from mavis_dist.models import qhead, value
-from mavis_dist.models.load import fetch, fingerprint_model, load_base
+from mavis_dist.models.load import BaseModel, fetch, fingerprint_model, load_base
 from mavis_dist.models.qhead import QHead, Student
 from mavis_dist.models.value import Card, Teacher, ValueModel
 from mavis_dist.store import layout, values
@@ -33,6 +34,9 @@ from mavis_dist.train.distill.labels import DistillLabels, Sampling, label_tree
 from mavis_dist.train.fit import ValueFunction, predict
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import Policy, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LEARNING_RATE = 2e-4
 QHEAD_LEARNING_RATE = 1e-3  # the QHead is small and sees many candidates per step
@@ -107,15 +111,16 @@ def distill(job: DistillJob, group: WorkerGroup) -> None:
     """Label, train, evaluate and store the distilled model. Call it on all workers of a process group."""
     config, store = job.config, job.store
     torch.manual_seed(config.seed)
+    base = load_base(config.base.model, config.base.dtype, config.base.device)
     trees = stored_trees(store, job.teachers)
-    mine = labels_of(job, trees[group.rank :: group.size], group)
+    mine = labels_of(job, base, trees[group.rank :: group.size], group)
     labels = [label for share in group.gather(mine) for label in share]
     training = [label for label in labels if label.tree.prompt_id not in job.validation_ids]
 
-    student = train(job, training, group)
+    student, layer = train(job, base, training, group)
     if group.rank == 0:
         validation = [label for label in labels if label.tree.prompt_id in job.validation_ids]
-        store_student(job, student, report(job, student, validation))
+        store_student(job, student, layer, report(job, base, student, validation))
 
 
 def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
@@ -126,12 +131,15 @@ def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
     return [tree for shard in shards for tree in read_trees(store, shard)]
 
 
-def labels_of(job: DistillJob, trees: Sequence[Tree], group: WorkerGroup) -> list[DistillLabels]:
+def labels_of(job: DistillJob, base: BaseModel, trees: Sequence[Tree], group: WorkerGroup) -> list[DistillLabels]:
     """The teachers' labels of some trees."""
     config, device = job.config, job.config.base.device
     rollout = config.rollout
-    base = load_base(config.base.model, config.base.dtype, device)
-    teachers = [(load_teacher(job.store, teacher, device)[0], 0) for teacher in job.teachers]
+    models = [load_teacher(job.store, teacher, base)[0] for teacher in job.teachers]
+    teachers = [(model, 0) for model in models]
+    if all(model.backbone is models[0].backbone for model in models):  # heads on the same states share their pass
+        joint = value.joined(models)
+        teachers = [(joint, m) for m in range(len(models))]
     sampling = Sampling(STATES, CANDIDATES, rollout.top_k, rollout.top_p, rollout.min_p)
     labels = []
     for tree in trees:
@@ -141,49 +149,64 @@ def labels_of(job: DistillJob, trees: Sequence[Tree], group: WorkerGroup) -> lis
     return labels
 
 
-def load_teacher(store: Store, teacher: Teacher, device: str) -> tuple[ValueModel, Card]:
-    return value.load(values.fetch(store, teacher.objective, teacher.iteration), device=device)
+def load_teacher(store: Store, teacher: Teacher, base: BaseModel) -> tuple[ValueModel, Card]:
+    folder = values.fetch(store, teacher.objective, teacher.iteration)
+    return value.load(folder, device=str(base.model.device), base=base)
 
 
-def train(job: DistillJob, labels: Sequence[DistillLabels], group: WorkerGroup) -> Student:
-    """Run both phases on all workers; returns the finished student on each."""
+def train(
+    job: DistillJob, base: BaseModel, labels: Sequence[DistillLabels], group: WorkerGroup
+) -> tuple[Student, int | None]:
+    """Run both phases on all workers; returns the finished student on each, and the layer of the base model that is its
+    trunk. Such a trunk does not change, and its heads are the teachers': there only the QHead is trained.
+    """
     config, device, first = job.config, job.config.base.device, job.num_old
     settings = config.train.model_copy(update={"learning_rate": LEARNING_RATE, "accumulation": 1})
-    student = initial_student(job).to(device)
-    if first == 0:
+    student, layer = initial_student(job, base)
+    student.to(device)
+    if first == 0 and layer is None:
         trained = fit_trunk(student, labels, settings, config.distill.epochs, config.seed, group)
-        student = initial_student(job)  # under ZeRO 3 the parameters of the trained one are sharded
+        student, _ = initial_student(job, base)  # under ZeRO 3 the parameters of the trained one are sharded
         unknown = student.load_state_dict(trained, strict=False).unexpected_keys  # embeddings are not trained
         assert not unknown, unknown
         student.to(device)
     student.eval().requires_grad_(False)
     statistics = trunk_statistics(student.model, labels)
-    fit_heads(student.model, statistics, first)
+    if layer is None:
+        fit_heads(student.model, statistics, first)
     head_settings = settings.model_copy(update={"learning_rate": QHEAD_LEARNING_RATE})
     trainee = Student(student.model, copy.deepcopy(student.qhead))
     trained = fit_qhead(trainee, statistics, head_settings, QHEAD_STEPS, config.seed, group, first)
     unknown = student.qhead.load_state_dict(trained, strict=False).unexpected_keys  # nor are old objectives
     assert not unknown, unknown
-    return student
+    return student, layer
 
 
-def initial_student(job: DistillJob) -> Student:
+@torch.no_grad()
+def initial_student(job: DistillJob, base: BaseModel) -> tuple[Student, int | None]:
     """The extended model with heads for the new objectives; else a trunk from the teachers or from the base model, with
-    a QHead that predicts 0.
+    a QHead that predicts 0. And the layer of the base model that is the trunk; None: it has one of its own.
     """
     config, store = job.config, job.store
+    layer = None
     if config.distill.extends is not None:
         folder = values.fetch_folder(store, layout.distilled_folder(config.distill.extends))
-        student = qhead.load(folder, value.load(folder)[0])
-        for _ in job.teachers[job.num_old :]:
+        model, card = value.load(folder, device=config.base.device, base=base)
+        student = qhead.load(folder, model)
+        for teacher in job.teachers[job.num_old :]:
             student.add_objective()
-        return student
+            if card.state_layer is not None:
+                teacher_heads = load_teacher(store, teacher, base)[0].heads
+                model.heads.weight[-1:], model.heads.bias[-1:] = teacher_heads.weight, teacher_heads.bias
+        return student, card.state_layer
     if config.distill.layers is not None:
         model = value.from_base(fetch(config.base.model), config.distill.layers, len(job.teachers))
     else:
-        model = average([load_teacher(store, teacher, "cpu")[0] for teacher in job.teachers])
+        models, cards = zip(*(load_teacher(store, teacher, base) for teacher in job.teachers), strict=True)
+        layer = cards[0].state_layer
+        model = average(models) if layer is None else with_heads(models[0].backbone, models)
     torch.manual_seed(config.seed)
-    return Student(model, QHead(model.heads.in_features, len(job.teachers), RANK))
+    return Student(model, QHead(model.heads.in_features, len(job.teachers), RANK)), layer
 
 
 @torch.no_grad()
@@ -193,16 +216,23 @@ def average(models: Sequence[ValueModel]) -> ValueModel:
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
     if any(shape != shapes[0] for shape in shapes):
         raise DistillError("the value models differ in shape and have no average: set distill.layers=NUMBER")
-    mean = ValueModel(copy.deepcopy(models[0].backbone), len(models))
-    mean.backbone.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
-    mean.heads.weight.copy_(torch.cat([model.heads.weight for model in models]))
-    mean.heads.bias.copy_(torch.cat([model.heads.bias for model in models]))
-    return mean
+    backbone = copy.deepcopy(models[0].backbone)
+    backbone.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
+    return with_heads(backbone, models)
+
+
+@torch.no_grad()
+def with_heads(backbone: PreTrainedModel, models: Sequence[ValueModel]) -> ValueModel:
+    """A backbone with copies of all heads of some value models."""
+    whole = ValueModel(backbone, len(models)).to(models[0].heads.weight.device)
+    whole.heads.weight.copy_(torch.cat([model.heads.weight for model in models]))
+    whole.heads.bias.copy_(torch.cat([model.heads.bias for model in models]))
+    return whole
 
 
 @torch.no_grad()
 def report(
-    job: DistillJob, student: Student, validation: Sequence[DistillLabels]
+    job: DistillJob, base: BaseModel, student: Student, validation: Sequence[DistillLabels]
 ) -> dict[str, dict[str, float | None]]:
     """By objective, on validation trees: R² of teacher and student to the targets, and of the student to the teacher;
     None without validation trees.
@@ -211,7 +241,7 @@ def report(
     agreements = agreement(student, validation)
     figures = {}
     for m, teacher in enumerate(job.teachers):
-        model, card = load_teacher(job.store, teacher, device)
+        model, card = load_teacher(job.store, teacher, base)
         fit = Fit(teacher.objective, teacher.iteration, None, card.scales[0], job.validation_ids)
         trees = data_of(fit, job.config, job.store)[1]
 
@@ -230,7 +260,9 @@ def _r2(model: ValueFunction, trees: TreeSet, device: str) -> float | None:
     return predict(model, trees, device).r2 if len(trees) else None
 
 
-def store_student(job: DistillJob, student: Student, figures: dict[str, dict[str, float | None]]) -> None:
+def store_student(
+    job: DistillJob, student: Student, layer: int | None, figures: dict[str, dict[str, float | None]]
+) -> None:
     """Store the student with its card; the marker holds the report."""
     store = job.store
     cards = [value.load_card(values.fetch(store, t.objective, t.iteration)) for t in job.teachers]
@@ -249,6 +281,7 @@ def store_student(job: DistillJob, student: Student, figures: dict[str, dict[str
         beta=cards[0].beta,
         r2=sum(known) / len(known) if known else None,
         teachers=job.teachers,
+        state_layer=layer,
     )
     with tempfile.TemporaryDirectory() as folder:
         value.save(student.model, card, Path(folder))

@@ -181,7 +181,9 @@ def label_tree(
     stream = noise.stream(seed, "candidates", tree.policy, tree.prompt_id)
     state_C, token_C = propose(base, tree, sampling, np.random.default_rng(stream % 2**63))
     extended = with_candidates(tree, state_C, token_C)
-    columns = [values_of(model, extended, device)[:, head] for model, head in teachers]
+    models = {id(model): model for model, _ in teachers}  # objectives of one model share its pass
+    known = {key: values_of(model, extended, device) for key, model in models.items()}
+    columns = [known[id(model)][:, head] for model, head in teachers]
     return DistillLabels(extended, state_C, np.stack(columns, -1))
 
 
