@@ -13,6 +13,9 @@ from mavis_dist.decode import Choice, Engine, GuideRow, LocalGuide, Request, Sam
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
+from serve.base.remote_guide import RemoteGuide
+from serve.messages import Call, Reply
+from serve.value.sessions import Sessions
 from tests.fakes import tiny_base, tiny_states, tiny_states_student, tiny_student, tiny_value
 
 PROMPT = (1, 5, 6, 7)
@@ -97,6 +100,32 @@ def test_an_answer_does_not_depend_on_the_others_models() -> None:
     together = Engine(base, LocalGuide(models)).generate(mixed)
     alone = [Engine(base, LocalGuide({n: models[n] for n in r.weights})).generate([r])[0] for r in mixed]
     assert tokens(together) == tokens(alone)
+
+
+class Replicas:
+    """Value replicas in this process."""
+
+    def __init__(self, models: dict[str, ValueModel]):
+        self._sessions = {name: Sessions(name, model) for name, model in models.items()}
+
+    def __call__(self, objective: str, session: str, call: Call) -> Replied:
+        return Replied(self._sessions[objective].answer(call))
+
+
+class Replied:
+    def __init__(self, reply: Reply):
+        self._reply = reply
+
+    def result(self, timeout_s: float) -> Reply:
+        return self._reply
+
+
+def test_value_replicas_draw_the_same_tokens() -> None:
+    base = tiny_base(eos_boost=1.0, head_size=64)
+    models = {"a": tiny_states(base, 3), "b": tiny_value(1, head_size=64)}
+    asked = requests(Scorer.LAZY, {"a": 0.5, "b": 0.5})
+    remote = Engine(base, RemoteGuide(tuple(models), Replicas(models))).generate(asked)
+    assert tokens(remote) == tokens(Engine(base, LocalGuide(models)).generate(asked))
 
 
 # --- students on the states that the base model computes in any case ---------------------------------------------
