@@ -113,7 +113,8 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> None:
         head_J, metrics = best_head(folds, head_of(model), config.train.sibling_weight)
         set_head(model, head_J)
         store_model(fit, config, store, model, layer, metrics, validate(model, validation, config.base.device))
-    group.progress(fit.objective, 1, 1, "done")
+    num_passes = len(passes_over(len(training)))
+    group.progress(fit.objective, num_passes, num_passes, "done")
     group.barrier()
 
 
@@ -150,20 +151,26 @@ def errors(model: ValueModel, trees: TreeSet, indices: Sequence[int]) -> Errors:
 
 def fold_errors(model: ValueModel, trees: TreeSet, group: WorkerGroup, objective: str) -> list[Errors]:
     """The errors of every fold of the trees, the same on all workers, each of which computes a part."""
-    order = np.random.default_rng(0).permutation(len(trees))
-    chunks = [
-        (fold, chunk)
-        for fold, indices in enumerate(np.array_split(order, min(FOLDS, len(trees))))
-        for chunk in np.array_split(indices, -(-len(indices) // TREES_PER_PASS))
-    ]
+    passes = passes_over(len(trees))
     mine: dict[int, Errors] = {}
-    for done, (fold, chunk) in enumerate(chunks[group.rank :: group.size], 1):
-        found = errors(model, trees, chunk.tolist()).cpu()
+    for done, (fold, indices) in enumerate(passes[group.rank :: group.size], 1):
+        found = errors(model, trees, indices).cpu()
         mine[fold] = mine[fold] + found if fold in mine else found
         group.check_stop()
-        group.progress(objective, min(done * group.size, len(chunks)), len(chunks), "")
+        group.progress(objective, min(done * group.size, len(passes)), len(passes), "")
     parts = group.gather(mine)
-    return [reduce(add, (part[fold] for part in parts if fold in part)) for fold in range(min(FOLDS, len(trees)))]
+    folds = sorted({fold for fold, _ in passes})
+    return [reduce(add, (part[fold] for part in parts if fold in part)) for fold in folds]
+
+
+def passes_over(num_trees: int) -> list[tuple[int, list[int]]]:
+    """The fold and the indices of a few trees, until all trees have their turn."""
+    order = np.random.default_rng(0).permutation(num_trees)
+    return [
+        (fold, part.tolist())
+        for fold, indices in enumerate(np.array_split(order, min(FOLDS, num_trees)))
+        for part in np.array_split(indices, -(-len(indices) // TREES_PER_PASS))
+    ]
 
 
 def best_head(
