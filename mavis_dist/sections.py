@@ -309,7 +309,7 @@ class MainSettings(Access, Limits):
     threads: Count | None = Field(
         None,
         description="threads that a base replica computes with; null: the CPU cores that it reserves, or, if that is "
-        "less than one, those of its machine, at most 8",
+        "less than one, half of its machine's, at most 8",
     )
     cache_tokens: Count | None = Field(
         None,
