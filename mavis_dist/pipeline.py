@@ -116,21 +116,24 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
 
 
 def fit(state: RunState, iteration: int) -> None:
-    """Train one value model per objective, as many at a time as fit."""
+    """Train one value model per objective, as many at a time as fit, or at first one for all of them."""
     stage = f"train i{iteration}"
+    names = [
+        name for name in state.config.objectives if not finished(state, layout.value_folder(name, iteration), stage)
+    ]
+    if not names:
+        return
+    groups = [tuple(names)] if state.config.value.kind == "shared" and iteration == 0 else [(name,) for name in names]
     fits = [
         Fit(
-            name,
+            group,
             iteration,
-            current(state, name, iteration) if iteration > 0 else None,
-            scale_of(state, name),
+            current(state, group[0], iteration) if iteration > 0 else None,
+            tuple(scale_of(state, name) for name in group),
             state.validation_ids,
         )
-        for name in state.config.objectives
-        if not finished(state, layout.value_folder(name, iteration), stage)
+        for group in groups
     ]
-    if not fits:
-        return
     state.release_workers()
     with timed(state, stage, f"{len(fits)} value models, {state.plan.fits_at_once} at a time"):
         fit_all(fits, state.config, state.plan.fits_at_once, state.progress)

@@ -141,6 +141,11 @@ class Steer(Section):
 class Value(Section):
     """The small model that predicts one objective's reward from an unfinished answer."""
 
+    kind: Literal["model", "shared"] = Field(
+        "model",
+        description="model: one of each objective; shared: one with a head per objective, as cheap as a single "
+        "objective's, whose later iterations train a model each",
+    )
     backbone: str = Field("base", description="base: the first layers of the base model; else a hub id or directory")
     layers: Count | None = Field(8, description="number of backbone layers to keep; null keeps all")
     lora_rank: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains the whole backbone")

@@ -30,6 +30,7 @@ def load_engine(config: Config, models: Sequence[EvaluatedModel]) -> tuple[BaseM
     base = load_base(config.base.model, config.base.dtype, config.base.device)
     guides = {}
     for model in models:
-        guides[model.name], card = value.load(model.folder, getattr(torch, config.base.dtype), config.base.device)
+        loaded, card = value.load(model.folder, getattr(torch, config.base.dtype), config.base.device)
+        guides[model.name] = loaded, card.objectives.index(model.objective)
         card.check(base.fingerprint, base.tokenizer_fingerprint)
     return base, Engine(base, LocalGuide(guides) if guides else None, config.rollout.rows)

@@ -95,9 +95,9 @@ def without_distilled(run: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mavis-") as folder:
         copy = Path(folder) / run.name
         for name in _first_two(config, published):
-            shutil.copytree(
-                run / layout.value_folder(name, published[name]), copy / layout.value_folder(name, published[name])
-            )
+            own = layout.value_folder(name, published[name])
+            for path in {own, values.model_folder(store, own)}:
+                shutil.copytree(run / path, copy / path, dirs_exist_ok=True)
             values.publish(Store(folder, run.name), name, published[name])
         yield copy
 

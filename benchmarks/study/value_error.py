@@ -65,9 +65,9 @@ def measure(config: Config, store: Store, model: EvaluatedModel) -> HeldOut | No
 def _measure(config: Config, store: Store, model: EvaluatedModel, ids: frozenset[str]) -> HeldOut:
     torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
     # The targets do not depend on the model that the training started from (None).
-    _, trees = data_of(Fit(model.objective, model.iteration, None, model.scale, ids), config, store)
-    value_model, _ = value.load(model.folder, device=config.base.device)
-    predictions = predict(value_model, trees, config.base.device)
+    _, [trees] = data_of(Fit((model.objective,), model.iteration, None, (model.scale,), ids), config, store)
+    value_model, card = value.load(model.folder, device=config.base.device)
+    [predictions] = predict(value_model.only(card.objectives.index(model.objective)), [trees], config.base.device)
     ends_T = np.cumsum([len(targets.depth_X) for targets in trees.targets])[:-1]
     error_X = predictions.weight_X * (predictions.pred_X - predictions.target_X) ** 2
     return HeldOut(

@@ -7,7 +7,7 @@ On disk a value model is a folder: config.json (the backbone), model.safetensors
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,11 @@ class Card:
     r2: float | None  # on validation trees, the mean over objectives; None without any
     teachers: tuple[Teacher, ...] = ()  # by objective, where the model was distilled from others
 
+    def only(self, objective: str) -> Card:
+        """The card without all other objectives."""
+        m = self.objectives.index(objective)
+        return replace(self, objectives=(objective,), scales=(self.scales[m],), rewards=(self.rewards[m],))
+
     def check(self, base_fingerprint: str, tokenizer_fingerprint: str) -> None:
         """Raises ValueModelError unless the model was trained for this base model and tokenizer."""
         name = ", ".join(self.objectives)
@@ -90,6 +95,13 @@ class ValueModel(nn.Module):
         self.heads = Heads(old.in_features, old.out_features + 1, dtype=torch.float32, device=old.weight.device)
         with torch.no_grad():
             self.heads.weight[:-1], self.heads.bias[:-1] = old.weight, old.bias
+
+    def only(self, objective: int) -> ValueModel:
+        """Drop the heads of all other objectives."""
+        old, self.heads = self.heads, Heads(self.heads.in_features, 1, dtype=torch.float32)
+        with torch.no_grad():
+            self.heads.weight[:], self.heads.bias[:] = old.weight[objective], old.bias[objective]
+        return self
 
     def to_precision(self, dtype: torch.dtype) -> ValueModel:
         """Cast the backbone; the heads stay in float32."""

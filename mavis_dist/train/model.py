@@ -34,10 +34,11 @@ def trainable_model(fit: Fit, config: Config, store: Store) -> ValueModel:
 def _start(fit: Fit, config: Config, store: Store) -> ValueModel:
     """The value model behind the policy, or the truncated base model with a head of zeros."""
     if fit.parent is not None:
-        model, _ = load(values.fetch(store, fit.objective, fit.parent))
-        return model.requires_grad_(True)
+        [objective] = fit.objectives
+        model, card = load(values.fetch(store, objective, fit.parent))
+        return model.only(card.objectives.index(objective)).requires_grad_(True)
     backbone = config.base.model if config.value.backbone == "base" else config.value.backbone
-    return from_base(fetch(backbone), config.value.layers)
+    return from_base(fetch(backbone), config.value.layers, len(fit.objectives))
 
 
 def merge_adapters(model: ValueModel) -> ValueModel:
@@ -50,11 +51,11 @@ def merge_adapters(model: ValueModel) -> ValueModel:
 
 def make_card(fit: Fit, config: Config, r2: float | None) -> Card:
     return Card(
-        objectives=(fit.objective,),
-        scales=(fit.scale,),
-        rewards=(config.objectives[fit.objective].model_dump(mode="json"),),
+        objectives=fit.objectives,
+        scales=fit.scales,
+        rewards=tuple(config.objectives[name].model_dump(mode="json") for name in fit.objectives),
         iteration=fit.iteration,
-        parent=None if fit.parent is None else layout.value_folder(fit.objective, fit.parent),
+        parent=None if fit.parent is None else layout.value_folder(fit.objectives[0], fit.parent),
         base_fingerprint=fingerprint_model(fetch(config.base.model)),
         tokenizer_fingerprint=fingerprint_tokenizer(load_tokenizer(config.base.model)),
         max_tokens=config.rollout.max_tokens,
