@@ -156,4 +156,4 @@ def text_of(
 
 
 def _unfinished(store: Store, folder: str) -> list[list[str]]:
-    raise StoreError(f"{store.root}/{folder} is not finished: run the study without --page-only, or its pipeline")
+    raise StoreError(f"{store.root}/{folder} is not finished: run the pipeline first")

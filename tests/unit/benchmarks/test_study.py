@@ -258,15 +258,6 @@ def test_equally_good_answers_have_no_limit_to_share() -> None:
     assert found.share.estimate is None
 
 
-def test_limits_of_resamples_are_those_of_the_repeated_prompts() -> None:
-    base_PN, _ = normal_policy(2, 1.0, 12)
-    weights_RP = resamples(12)
-    limit_R = limit.limits_at(base_PN, np.full(len(weights_RP), 1.0), weights_RP)
-    for r in (0, 5, 9):
-        drawn = np.repeat(np.arange(12), np.rint(weights_RP[r] * 12).astype(int))
-        assert limit_R[r] == pytest.approx(limit.gain_at(base_PN[drawn], 1.0), rel=1e-3)
-
-
 def test_the_nearest_strength() -> None:
     assert nearest(made_up().points[0], 2.0).beta == 2.0
     assert nearest(made_up().points[0], 3.5).beta == 6.0
