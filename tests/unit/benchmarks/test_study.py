@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from mavis_dist.evaluate.sweep import Estimate, Limit
 from mavis_dist.models.load import load_base
 from mavis_dist.store import layout
 from mavis_dist.store.files import MARKER, Store, StoreError
-from mavis_dist.types import RewardScale, UserError
+from mavis_dist.types import Policy, RewardScale, UserError
 from tests.fakes import tiny_base, tiny_value
 from tests.tiny import write_base, write_models
 
@@ -323,6 +323,40 @@ def test_a_variant_must_not_train_on_evaluation_prompts(tmp_path: Path) -> None:
     check_unseen(shared, Variant("fewer", {"prompts.train": 5}).config(shared))
     with pytest.raises(UserError, match="contains 2 of the evaluation prompts"):
         check_unseen(shared, more.config(shared))
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ({"train.epochs": 1}, ["open", "copy", "fit", "release"]),
+        ({"prompts.train": 5}, ["open", "grow", "label", "fit", "release"]),
+    ],
+)
+def test_a_variant_learns_from_copied_or_own_trees(
+    settings: dict[str, Any], stages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages of the pipeline, each of iteration 0 of the base model's policy."""
+    from mavis_dist import pipeline
+
+    done: list[str] = []
+
+    class State:
+        def release_workers(self) -> None:
+            done.append("release")
+
+    def stage(name: str) -> Callable[..., None]:
+        def record(_: State, iteration: int, policies: Sequence[Policy] = (Policy(),)) -> None:
+            assert (iteration, list(policies)) == (0, [Policy()])
+            done.append(name)
+
+        return record
+
+    for name in ("grow", "label", "fit"):
+        monkeypatch.setattr(pipeline, name, stage(name))
+    monkeypatch.setattr(pipeline, "open_run", lambda _: done.append("open") or State())
+    monkeypatch.setattr(variants, "copy_trees", lambda *_: done.append("copy"))
+    variants.train(make_config(tmp_path, iterations=2), Variant("x", settings))
+    assert done == stages
 
 
 def finished_stage(store: Store, folder: str) -> None:
