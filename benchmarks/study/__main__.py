@@ -46,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--kl", type=_nats, default="2", help="nats per answer at which gains are compared (default: %(default)s)"
     )
+    parser.add_argument(
+        "--variants",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        metavar="A,B,...",
+        help="variants to train and measure, by name (default: all that differ from the config; '': none)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
     arguments = parser.parse_args(argv)
     file = arguments.json or figures.default_file(NAME)
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.config is None:
             parser.error("--config is required, except with --page-only")
         config = refusing(lambda: config_module.load(arguments.config, arguments.overrides))
-        results = refusing(lambda: run(config, arguments.betas, arguments.kl))
+        results = refusing(lambda: run(config, arguments.betas, arguments.kl, arguments.variants))
         found = {**results.to_json(), **figures.provenance(command.line("study", argv))}
         figures.write(file, found)
     write_page(found, file.with_suffix(".svg"), arguments.markdown)
@@ -72,14 +78,18 @@ def write_page(found: Mapping[str, Any], image: Path, markdown: Path) -> None:
     print(text)
 
 
-def run(config: Config, betas: Sequence[float], kl: float) -> Results:
-    """Train everything that is not finished, and measure it."""
+def run(config: Config, betas: Sequence[float], kl: float, names: Sequence[str] | None = None) -> Results:
+    """Train everything that is not finished, and measure it; `names` are those of the variants, None: all.
+
+    Raises:
+        UserError: for an unknown name, before anything is trained.
+    """
     from benchmarks.study.measure import check, measure
-    from benchmarks.study.variants import VARIANTS, train
+    from benchmarks.study.variants import chosen, train
     from mavis_dist import cluster, pipeline
 
     check(config)
-    variants = [variant for variant in VARIANTS if variant.changed(config)]
+    variants = [variant for variant in chosen(names) if variant.changed(config)]
     cluster.connect()
     pipeline.run(config)
     for variant in variants:

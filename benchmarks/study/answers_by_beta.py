@@ -16,7 +16,7 @@ from benchmarks.common.answers import Answers, score
 from benchmarks.common.engines import load_engine, template
 from benchmarks.common.result_cache import EvaluatedModel, result_path
 from mavis_dist.config import Config
-from mavis_dist.decode import Choice, Engine, Request
+from mavis_dist.decode import Choice, Engine, Request, Scorer
 from mavis_dist.prompts import load_prompts
 from mavis_dist.rewards import build
 from mavis_dist.store.files import Store
@@ -52,7 +52,7 @@ def measure(
         base, engine = load_engine(config, [model for model in models if model.name in used])
         rewards = {name: build(spec) for name, spec in config.objectives.items()}
         tokens = [base.chat(prompt.text, config.base.system) for prompt in prompts]
-        for done, (setting, choices) in enumerate(generate(engine, missing, tokens, template(config)), 1):
+        for done, (setting, choices) in enumerate(generate(engine, missing, tokens, _template(config)), 1):
             store.write_json(paths[setting], asdict(score(choices, [prompt.text for prompt in prompts], rewards)))
             print(f"{'measure':<24} {done}/{len(missing)} settings: {setting.name}", file=sys.stderr, flush=True)
     return {setting: Answers(**store.read_json(path)) for setting, path in paths.items()}
@@ -71,6 +71,11 @@ def generate(
     return answers.generate(engine, requests)
 
 
+def _template(config: Config) -> Request:
+    """With lazy scoring, whose divergences are estimates: right within 3 % as means over the prompts."""
+    return replace(template(config), scorer=Scorer.LAZY)
+
+
 def _paths(
     config: Config, prompts: Sequence[Prompt], models: Sequence[EvaluatedModel], settings: Sequence[Setting]
 ) -> Mapping[Setting, str]:
@@ -78,13 +83,14 @@ def _paths(
     common: dict[str, Any] = {
         "base": config.base.model_dump(mode="json", exclude={"device"}),
         "prompts": [prompt.text for prompt in prompts],
-        "params": asdict(template(config).params),
+        "params": asdict(_template(config).params),
+        "scorer": _template(config).scorer.name,
         "tilt_cap": config.steer.tilt_cap,
         "rewards": {name: spec.model_dump(mode="json") for name, spec in config.objectives.items()},
     }
 
     def inputs(setting: Setting) -> dict[str, Any]:
-        weights = [(fingerprints[name], weight) for name, weight in setting.weights]
+        weights = [(name, fingerprints[name], weight) for name, weight in setting.weights]
         return {**common, "beta": setting.beta, "value_models": weights}
 
     return {setting: result_path("answers", setting.name, inputs(setting)) for setting in settings}

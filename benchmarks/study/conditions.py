@@ -24,7 +24,7 @@ def describe(config: Config, betas: Sequence[float]) -> dict[str, str]:
         "trees": f"{_shape(rollout.first)} of the base model{later} "
         f"(children of the prompt / of a node / layers); answers of at most {rollout.max_tokens} tokens",
         "tilt": f"beta {steer.beta:g} in training, {', '.join(f'{beta:g}' for beta in betas)} in the measurement; "
-        f"{_cap(steer.tilt_cap)}; all {rollout.top_k} candidates scored",
+        f"{_cap(steer.tilt_cap)}; lazy scoring of {rollout.top_k} candidates",
         "limit": f"from {num_answers} answers of the base model to every unseen prompt; known up to "
         f"{largest_divergence(num_answers):.2f} nats",
         "seeds": f"{config.seed} for trees and training; unseen prompt p is answered with seed p under every setting",

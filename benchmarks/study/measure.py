@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 
 from benchmarks.common.result_cache import EvaluatedModel, evaluated_model
-from benchmarks.study import answers_by_beta, text_quality
+from benchmarks.study import answers_by_beta, sibling_answers, text_quality
 from benchmarks.study.answers_by_beta import BASE
 from benchmarks.study.conditions import describe
 from benchmarks.study.figures import Measured, Results, Row, Steered, Validation, nearest, row_of
+from benchmarks.study.sibling_answers import BaseAnswers
 from benchmarks.study.text_quality import Spread, TextRatios
 from benchmarks.study.variants import Variant
 from mavis_dist.config import Config
 from mavis_dist.core import siblings
-from mavis_dist.core.tree import COMPARED_AFTER
+from mavis_dist.core.siblings import SiblingTest
 from mavis_dist.evaluate import base_answers
-from mavis_dist.evaluate.collect import sibling_figures
-from mavis_dist.evaluate.sweep import grid, limit_curve
+from mavis_dist.evaluate.sweep import Estimate, grid, limit_curve
+from mavis_dist.models.load import chat_ids, load_tokenizer
 from mavis_dist.prompts import load_prompts
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store, StoreError
@@ -67,9 +68,12 @@ def measure(config: Config, variants: Sequence[Variant], betas: Sequence[float],
     )
     alone = {steered.name: steered for steered in points if len(steered.models) == 1}
     stores = {variant.label: Store(config.storage, variant.config(config).run) for variant in variants}
-    rows = [
-        row_of(measured, one, validation=validation(store, one.name) if one.name in alone else None) for one in points
-    ]
+    base = answers_of_base(config, store, measured)
+
+    def told(one: Steered, trained: Store, iteration: int = 0) -> Validation:
+        return validation(trained, one, iteration, sibling_answers.measure(config, store, one.models[0][0], base))
+
+    rows = [row_of(measured, one, validation=told(one, store) if one.name in alone else None) for one in points]
     text, text_base = text_of(config, store, measured, points, rows)
     return Results(
         conditions=describe(config, betas),
@@ -77,8 +81,8 @@ def measure(config: Config, variants: Sequence[Variant], betas: Sequence[float],
         num_prompts=config.prompts.evaluation,
         limits={name: limit_curve(rewards_PN) for name, rewards_PN in measured.base_PN.items()},
         points=rows,
-        variants=[row_of(measured, one, [alone[one.name]], validation(stores[one.label], one.name)) for one in changed],
-        iterations=[found for chain in chains for found in iteration_rows(store, measured, chain)],
+        variants=[row_of(measured, one, [alone[one.name]], told(one, stores[one.label])) for one in changed],
+        iterations=[found for chain in chains for found in iteration_rows(store, measured, chain, told)],
         text=text,
         text_base=text_base,
     )
@@ -108,25 +112,41 @@ def chain_of(config: Config, store: Store, objective: str) -> list[Steered]:
     return [Steered(objective, model.label, ((model, 1.0),)) for model in models]
 
 
-def iteration_rows(store: Store, measured: Measured, chain: Sequence[Steered]) -> list[Row]:
+def iteration_rows(
+    store: Store, measured: Measured, chain: Sequence[Steered], told: Callable[[Steered, Store, int], Validation]
+) -> list[Row]:
     """One objective's iterations, each against the first and against the one before it."""
     rows = []
     for i, steered in enumerate(chain):
         others = [] if i == 0 else [chain[0]] if i == 1 else [chain[0], chain[i - 1]]
         gate = store.metadata(layout.gate_folder(steered.name, i))
-        rows.append(row_of(measured, steered, others, validation(store, steered.name, i), gate))
+        rows.append(row_of(measured, steered, others, told(steered, store, i), gate))
     return rows
 
 
-def validation(store: Store, objective: str, iteration: int = 0) -> Validation:
-    """What the training stored about a value model."""
-    metadata = store.metadata(layout.value_folder(objective, iteration)) or {}
+def validation(store: Store, steered: Steered, iteration: int, tests: Mapping[int, SiblingTest]) -> Validation:
+    """R² and its ceiling as the training stored them, and the sibling test on the unseen prompts."""
+    metadata = store.metadata(layout.value_folder(steered.name, iteration)) or {}
     return Validation(
         metadata.get(R2_KEY),
         metadata.get(siblings.CEILING_KEY),
-        sibling_figures(metadata, siblings.SLOPE_KEY, COMPARED_AFTER),
-        sibling_figures(metadata, siblings.CORRELATION_KEY, COMPARED_AFTER),
+        {n: Estimate(*test.slope) for n, test in tests.items()},
+        {n: Estimate(*test.correlation) for n, test in tests.items()},
     )
+
+
+def answers_of_base(config: Config, store: Store, measured: Measured) -> BaseAnswers:
+    """The answers that tell the limit of steering, with their prompts and rewards."""
+    _, prompts = load_prompts(config.prompts, config.seed)
+    tokenizer = load_tokenizer(config.base.model)
+    turns = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+    tokens = [tuple(chat_ids(tokenizer, turn, config.base.system)) for turn in turns]
+    return BaseAnswers(tokens, base_texts(config, store), measured.base_PN)
+
+
+def base_texts(config: Config, store: Store) -> list[list[str]]:
+    folder, num = layout.LIMIT_FOLDER, config.evaluate.limit_answers
+    return base_answers.cached(store, folder, num, lambda: _unfinished(store, folder))
 
 
 def base_rewards(config: Config, store: Store, model: EvaluatedModel) -> np.ndarray:
@@ -141,8 +161,7 @@ def text_of(
 ) -> tuple[dict[str, TextRatios], dict[str, Spread]]:
     """The text of every point at the strength nearest to the KL over the base model's, and the base model's own."""
     _, prompts = load_prompts(config.prompts, config.seed)
-    folder, num = layout.LIMIT_FOLDER, config.evaluate.limit_answers
-    texts = base_answers.cached(store, folder, num, lambda: _unfinished(store, folder))
+    texts, num = base_texts(config, store), config.evaluate.limit_answers
     base = {f"base {n}": [answers[n] for answers in texts] for n in range(min(TEXT_CORPORA, num))}
     strengths = {found.name: nearest(found, measured.kl) for found in rows}
     steered = {one.name: measured.answers[one.setting(strengths[one.name].beta)].text for one in points}

@@ -8,7 +8,7 @@ training prompts: they are others where `prompts.train` or `prompts.validation` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ class Variant:
 
 
 VARIANTS = (
+    Variant("separate", {"value.kind": "model"}),
     Variant("no-sibling-term", {"train.sibling_weight": 0}),
     Variant("one-epoch", {"train.epochs": 1}),
     Variant("node-targets", {"train.targets": "node"}),
@@ -72,6 +73,15 @@ VARIANTS = (
         },
     ),
 )
+
+
+def chosen(names: Sequence[str] | None) -> list[Variant]:
+    """The variants of these names, None: all; raises UserError for a name that none has."""
+    known = {variant.name: variant for variant in VARIANTS}
+    unknown = set(names or ()) - set(known)
+    if unknown:
+        raise UserError(f"--variants: there is no {sorted(unknown)[0]!r}; there are {', '.join(known)}")
+    return [variant for variant in VARIANTS if names is None or variant.name in names]
 
 
 def train(study: Config, variant: Variant) -> None:
