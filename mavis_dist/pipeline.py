@@ -6,7 +6,7 @@ the marker exists: a run that was killed resumes where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from mavis_dist import cluster
@@ -140,23 +140,40 @@ def fit(state: RunState, iteration: int) -> None:
 
 
 def compare(state: RunState, iteration: int) -> None:
-    """Estimate every new policy's soft value on the validation prompts, and accept or refuse it."""
-    stage, config = f"gate i{iteration}", state.config
-    names = [name for name in config.objectives if not finished(state, layout.gate_folder(name, iteration), stage)]
+    """Accept every first policy, and later ones by their soft value on the validation prompts."""
+    stage, store = f"gate i{iteration}", state.store
+    names = [
+        name for name in state.config.objectives if not finished(state, layout.gate_folder(name, iteration), stage)
+    ]
+    found: dict[str, list[float]] = {}
+    if iteration > 0:
+        # What a first policy is worth is not known before there is another one to compare it with.
+        unknown = gate.without_soft_values(store, {name: current(state, name, iteration) for name in names})
+        for name, values_of_current in soft_values(state, stage, unknown).items():
+            gate.add_soft_values(store, name, unknown[name], values_of_current)
+        found = soft_values(state, stage, dict.fromkeys(names, iteration))
+    for name in names:
+        decision = gate.decide(store, name, iteration, found.get(name, []), state.config.gate.margin)
+        say(stage, f"{name} iteration {iteration} {decision.verdict()}")
+
+
+def soft_values(state: RunState, stage: str, iterations: Mapping[str, int]) -> dict[str, list[float]]:
+    """By objective, the soft value of an iteration's policy on every validation prompt."""
+    config, steer = state.config, state.config.steer
     prompts = held_out(config.prompts, state.train)
     params = answer_params(config, config.gate.samples)
-    steer = config.steer
     groups = [
-        [Ask(*asked) for asked in gate.requests(name, prompts, steer.beta, steer.tilt_cap, params)] for name in names
+        [Ask(*asked) for asked in gate.requests(name, prompts, steer.beta, steer.tilt_cap, params)]
+        for name in iterations
     ]
-    with timed(state, stage, f"{len(names) * len(prompts) * params.n} answers", bool(names)):
-        answers = ask(state, stage, groups, dict.fromkeys(names, iteration))
-    for name in names:
+    with timed(state, stage, f"{len(groups) * len(prompts) * params.n} answers", bool(groups)):
+        answers = ask(state, stage, groups, iterations)
+    found = {}
+    for name in iterations:
         rows = [answers[gate.request_id(name, prompt)] for prompt in prompts]
         scale, (scores,) = scale_of(state, name), score_all(config, [name], prompts, rows).values()
-        soft_values = gate.soft_values(rows, scores, scale, config.steer.beta)
-        decision = gate.decide(state.store, name, iteration, soft_values, config.gate.margin)
-        say(stage, f"{name} iteration {iteration} {decision.verdict()}")
+        found[name] = gate.soft_values(rows, scores, scale, steer.beta)
+    return found
 
 
 def evaluate(state: RunState) -> Sweep:

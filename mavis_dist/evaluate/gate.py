@@ -7,7 +7,7 @@ the same prompts and seeds, and a new iteration is refused if it may be worse by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ class Decision:
     iteration: int
     accepted: bool
     current: int | None  # the iteration that it was compared with
-    soft_values: list[float]  # by validation prompt
+    soft_values: list[float]  # by validation prompt; of the first iteration, empty until a second is compared with it
     difference: float | None = None  # in soft value, sd; the new one less the current
     low: float | None = None  # 95 % bootstrap interval over prompts
     high: float | None = None
@@ -81,6 +81,18 @@ def decide(store: Store, objective: str, iteration: int, soft_values: list[float
         decision = Decision(objective, iteration, accepted, before, soft_values, gain.mean, gain.low, gain.high)
     store.finish(layout.gate_folder(objective, iteration), asdict(decision))
     return decision
+
+
+def without_soft_values(store: Store, iterations: Mapping[str, int]) -> dict[str, int]:
+    """Those of some accepted iterations, by objective, whose soft values were never needed."""
+    known = {name: store.metadata(layout.gate_folder(name, i)) or {} for name, i in iterations.items()}
+    return {name: i for name, i in iterations.items() if not known[name].get("soft_values")}
+
+
+def add_soft_values(store: Store, objective: str, iteration: int, soft_values: list[float]) -> None:
+    """Store the soft values of an iteration that is accepted already."""
+    folder = layout.gate_folder(objective, iteration)
+    store.finish(folder, {**(store.metadata(folder) or {}), "soft_values": soft_values})
 
 
 def current(store: Store, objective: str, before: int) -> int | None:

@@ -92,7 +92,7 @@ def test_the_number_of_keys_stays_small() -> None:
     keys = set(config_module._known_keys())
     of_serve = {key for key in keys if key.startswith("serve.")}
     assert len(keys - of_serve) < 75
-    assert len(of_serve) <= 25
+    assert len(of_serve) <= 26
 
 
 def test_settings_that_would_mix_two_runs_are_refused() -> None:

@@ -88,3 +88,14 @@ def test_iterations_are_compared_on_the_same_prompts_seeds_and_exact_divergences
         assert request.weights == {"brief": 1.0}
         assert (request.beta, request.tilt_cap) == (6.0, 3.0)
         assert (request.params.max_tokens, request.params.top_k, request.params.n) == (8, 7, 3)
+
+
+def test_soft_values_of_a_first_iteration_can_follow_when_they_are_needed(store):
+    gate.decide(store, "brief", 0, [], margin=0.05)
+    gate.decide(store, "kind", 0, FIRST, margin=0.05)
+    assert gate.without_soft_values(store, {"brief": 0, "kind": 0}) == {"brief": 0}
+    gate.add_soft_values(store, "brief", 0, FIRST)
+    assert gate.without_soft_values(store, {"brief": 0, "kind": 0}) == {}
+    assert gate.current(store, "brief", 1) == 0
+    decision = gate.decide(store, "brief", 1, shifted(0.2), margin=0.05)
+    assert (decision.current, decision.accepted) == (0, True)
