@@ -135,7 +135,7 @@ def fit(state: RunState, iteration: int) -> None:
         for group in groups
     ]
     state.release_workers()
-    with timed(state, stage, f"{len(fits)} value models, {state.plan.fits_at_once} at a time"):
+    with timed(state, stage, f"{len(fits)} value models, {min(len(fits), state.plan.fits_at_once)} at a time"):
         fit_all(fits, state.config, state.plan.fits_at_once, state.progress)
 
 
