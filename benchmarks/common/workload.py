@@ -113,7 +113,7 @@ def load(run: Path) -> Workload:
         for name in objectives:
             model, card = value.load(values.fetch(store, name, published[name]), getattr(torch, DTYPE))
             card.check(base.fingerprint, base.tokenizer_fingerprint)
-            models[name + copy] = model
+            models[name + copy] = model.only(card.objectives.index(name))
     return Workload(config, base, objectives, models, _evaluation_prompts(config, base), _students(store, objectives))
 
 

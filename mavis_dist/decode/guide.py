@@ -90,7 +90,7 @@ class LocalGuide:
     ):
         """
         Args:
-            models: of each objective its value model, or one of several heads of a value model.
+            models: of each objective its value model, or one of several heads of a value model, by index.
             students: of some of them one of the objectives of a student.
             static_shapes: the shapes of forward passes depend on buckets only. None: on all devices but CPUs.
         """
@@ -128,7 +128,7 @@ class LocalGuide:
 
         Heads of a model that is already in use share it.
         """
-        heads = {name: model if isinstance(model, tuple) else (model, 0) for name, model in models.items()}
+        heads = {name: model if isinstance(model, tuple) else _only_head(name, model) for name, model in models.items()}
         students = students or {}
         assert not heads.keys() & set(self._objectives)
         assert heads.keys() >= students.keys()
@@ -223,6 +223,12 @@ class LocalGuide:
 
 
 T = TypeVar("T")
+
+
+def _only_head(name: str, model: ValueModel) -> tuple[ValueModel, int]:
+    if model.heads.out_features != 1:
+        raise ValueError(f"the value model of {name!r} has {model.heads.out_features} heads: give (model, index)")
+    return model, 0
 
 
 def _by_owner(heads: Mapping[str, tuple[T, int]]) -> list[tuple[T, dict[str, int]]]:
