@@ -24,11 +24,13 @@ reached. The line lies below a curve that flattens, so gains between strengths t
 The **share of the limit** is the gain over the largest gain that any policy reaches at this KL
 ([training.md](training.md#the-limit-of-steering)); of a mixture, the weighted mean of the gains over the limit of the
 weighted mean of the rewards. Intervals resample the unseen prompts, with their gains, divergences and base answers."""
+VALUES_NOTE = """\
+R² and its ceiling are those of the held-out trees. The sibling test ([training.md](training.md#is-a-value-model-good))
+compares the answers that tell the limit: many continuations of every unseen prompt, after 1 and 8 tokens."""
 VARIANTS_NOTE = """\
 A variant changes the settings in its name, and learns from the same trees unless it changes prompts or trees.
-Differences are paired by prompt. They hold for these value models and exclude the variation between training seeds. R²
-and the sibling test ([training.md](training.md#is-a-value-model-good)) are those of the held-out trees. These differ
-for variants with trees of their own; those of `train.targets node` have other targets."""
+Differences are paired by prompt. They hold for these value models and exclude the variation between training seeds.
+Held-out trees differ for variants with trees of their own; those of `train.targets node` have other targets."""
 ITERATIONS_NOTE = """\
 The gate is the run's own decision to publish, by the difference in soft value to the last accepted iteration; the next
 iteration builds on accepted ones only. R² compares value models within an iteration, not between iterations."""
@@ -53,8 +55,9 @@ def render(figures: Mapping[str, Any], image: str) -> str:
         POINTS_NOTE.format(kl=results.kl),
         f"![Gain against divergence of every objective alone, with its limit]({image})",
     ]
+    parts += ["## Value models", value_table(results), VALUES_NOTE]
     if results.variants:
-        parts += ["## Variants", variant_table(results), VARIANTS_NOTE]
+        parts += [VARIANTS_NOTE]
     if results.iterations:
         parts += ["## Iterations", iteration_table(results), ITERATIONS_NOTE]
     parts += ["## Text of the answers", text_table(results), TEXT_NOTE.format(kl=results.kl)]
@@ -79,7 +82,8 @@ def point_table(results: Results) -> str:
     return table(head, rows)
 
 
-def variant_table(results: Results) -> str:
+def value_table(results: Results) -> str:
+    """Every objective alone, with the variants."""
     head = (
         "objective",
         "value model",
