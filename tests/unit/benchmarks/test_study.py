@@ -17,11 +17,12 @@ from benchmarks.common import figures
 from benchmarks.common.answers import Answers
 from benchmarks.common.result_cache import EvaluatedModel, evaluated_model, result_path
 from benchmarks.study import __main__ as study
-from benchmarks.study import answers_by_beta, measure, plot, text_quality, variants
+from benchmarks.study import answers_by_beta, measure, plot, sibling_answers, text_quality, variants
 from benchmarks.study.answers_by_beta import BASE, Setting
 from benchmarks.study.equal_kl import AtKl, Curve, gains_at, resamples, summarise
 from benchmarks.study.figures import Measured, Results, Row, Steered, StrengthResult, Validation, nearest, row_of
-from benchmarks.study.page import findings, iteration_table, point_table, render, strength_table, variant_table
+from benchmarks.study.page import findings, iteration_table, point_table, render, strength_table, value_table
+from benchmarks.study.sibling_answers import BaseAnswers
 from benchmarks.study.text_quality import Spread, TextRatios, distinct_2, perplexity, repetition
 from benchmarks.study.variants import VARIANTS, Variant, check_unseen, copy_stage, copy_trees
 from mavis_dist import config as config_module
@@ -29,7 +30,8 @@ from mavis_dist.config import Config
 from mavis_dist.core import limit, siblings
 from mavis_dist.decode import Engine, LocalGuide
 from mavis_dist.evaluate.sweep import Estimate, Limit
-from mavis_dist.models.load import load_base
+from mavis_dist.models import value
+from mavis_dist.models.load import load_base, load_tokenizer
 from mavis_dist.store import layout
 from mavis_dist.store.files import MARKER, Store, StoreError
 from mavis_dist.types import Policy, RewardScale, UserError
@@ -293,7 +295,9 @@ def test_perplexity_is_that_of_a_plain_softmax_whatever_shares_its_batch(tmp_pat
 
 
 def test_a_variant_changes_its_settings_and_the_name(tmp_path: Path) -> None:
-    config = make_config(tmp_path, iterations=3, value={"layers": 4}, train={"epochs": 2, "sibling_weight": 2})
+    config = make_config(
+        tmp_path, iterations=3, value={"kind": "shared", "layers": 4}, train={"epochs": 2, "sibling_weight": 2}
+    )
     for variant in VARIANTS:
         old, new = config_module.flatten(config), config_module.flatten(variant.config(config))
         changed = {key for key in new if new[key] != old[key]}
@@ -477,9 +481,6 @@ def test_another_value_model_with_the_same_name_is_measured_again(tmp_path: Path
 
 
 METADATA = {"explained_variance": 0.25, siblings.CEILING_KEY: 0.5}
-for name, bounds in ((siblings.SLOPE_KEY, (1, 0, 2)), (siblings.CORRELATION_KEY, (3, 2, 4))):
-    for num_tokens in (1, 8):
-        METADATA |= zip(siblings.interval_keys(name, num_tokens), bounds, strict=True)
 
 
 def finish_run(folder: Path, run: str, objectives: tuple[str, ...], num_answers: int = 16) -> None:
@@ -538,8 +539,7 @@ def test_the_whole_command_on_finished_runs(tmp_path: Path, monkeypatch: pytest.
         assert share["low"] <= share["value"] <= share["high"]
     assert found["r2"] == dict.fromkeys(OBJECTIVES, 0.25)
     assert found["r2_ceiling"] == dict.fromkeys(OBJECTIVES, 0.5)
-    assert found["sibling_slope"]["brief"] == {n: {"value": 1, "low": 0, "high": 2} for n in ("1", "8")}
-    assert found["sibling_corr"]["relevant"]["8"] == {"value": 3, "low": 2, "high": 4}
+    assert found["sibling_slope"] == found["sibling_corr"] == dict.fromkeys(OBJECTIVES, {}), "four prompts are too few"
     results = figures.parse(Results, found)
     assert [row.label for row in results.variants] == ["value.layers 1"] * 3
     for row in results.variants:
@@ -571,6 +571,45 @@ def test_gains_are_over_the_mean_of_the_base_answers_that_tell_the_limit(tmp_pat
     expected = np.array(answer.reward["brief"]) - base_PN.mean(axis=1)
     assert found.points[0].strengths[1].gain["brief"].mean == pytest.approx(expected.mean())
     assert found.points[0].strengths[1].divergence == pytest.approx(np.mean(answer.divergence))
+
+
+def test_siblings_are_the_base_answers_to_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every answer on its own, up to the token that is compared; shorter ones with their end."""
+    finish_run(tmp_path, "study", ("brief",))
+    config, source = make_config(tmp_path), np.random.default_rng(3)
+    store, tokenizer = Store(config.storage, config.run), load_tokenizer(config.base.model)
+    model = evaluated_model(store, "brief", "0", "")
+    words = ["one", "two", "three", "four", "a", "b"]
+    texts = [[" ".join(source.choice(words, size=n)) for n in (1, 2, 3, 6, 12)] for _ in range(9)]
+    prompts = [tuple(source.integers(5, 50, size=4).tolist()) for _ in range(9)]
+    rewards_PN = source.normal(size=(9, 5))
+    found = sibling_answers.measure(config, store, model, BaseAnswers(prompts, texts, {"brief": rewards_PN}))
+
+    loaded, _ = value.load(model.folder)
+    for num_tokens in (1, 4):
+        products = np.zeros(3)
+        for prompt, row, rewards in zip(prompts, texts, rewards_PN, strict=True):
+            values = []
+            for text in row:
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"][:8]
+                ids = ids if len(ids) == 8 else [*ids, tokenizer.eos_token_id]
+                values.append(float(loaded(input_ids=torch.tensor([[*prompt, *ids[:num_tokens]]]))[0, -1, 0]))
+            v, y = np.array(values) - np.mean(values), rewards - rewards.mean()
+            products += [v @ y, v @ v, y @ y]
+        test = found[num_tokens]
+        assert test.slope.value == pytest.approx(products[0] / products[1], rel=1e-3)
+        assert test.correlation.value == pytest.approx(products[0] / np.sqrt(products[1] * products[2]), rel=1e-3)
+        assert test.correlation.low < test.correlation.value < test.correlation.high
+    monkeypatch.setattr(value, "load", lambda *_: pytest.fail("nothing is left to measure"))
+    assert sibling_answers.measure(config, store, model, BaseAnswers(prompts, texts, {"brief": rewards_PN})) == found
+
+
+def test_unknown_variants_are_refused_by_name() -> None:
+    assert [variant.name for variant in variants.chosen(["8-layers", "one-epoch"])] == ["one-epoch", "8-layers"]
+    assert variants.chosen(()) == []
+    assert variants.chosen(None) == list(VARIANTS)
+    with pytest.raises(UserError, match=r"there is no 'tow-epochs'; there are separate, "):
+        variants.chosen(["tow-epochs"])
 
 
 def test_iterations_have_rows_with_the_decision_of_the_gate(tmp_path: Path) -> None:
@@ -673,7 +712,7 @@ def test_the_tables_hold_the_figures_with_their_intervals() -> None:
     assert point_table(made_up()).splitlines()[2:] == [
         "| brief | 2.00 | 0.60 [0.20, 1.00] | 1.50 | +0.90 [+0.20, +1.50] |"
     ]
-    assert variant_table(made_up()).splitlines()[2:] == [
+    assert value_table(made_up()).splitlines()[2:] == [
         "| brief | as configured | 0.60 [0.20, 1.00] | +0.90 [+0.20, +1.50] | – | 0.12 of 0.50 | 0.10 [−0.10, 0.30] "
         "| 0.40 [0.20, 0.60] | 1.20 [0.30, 2.10] |",
         "| brief | train.targets node | – | +0.90 [+0.20, +1.50] | −0.30 [−0.60, −0.10] | – | – | – | – |",
