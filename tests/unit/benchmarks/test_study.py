@@ -539,13 +539,14 @@ def test_the_whole_command_on_finished_runs(tmp_path: Path, monkeypatch: pytest.
         assert share["low"] <= share["value"] <= share["high"]
     assert found["r2"] == dict.fromkeys(OBJECTIVES, 0.25)
     assert found["r2_ceiling"] == dict.fromkeys(OBJECTIVES, 0.5)
-    assert found["sibling_slope"] == found["sibling_corr"] == dict.fromkeys(OBJECTIVES, {}), "four prompts are too few"
+    assert found["sibling_slope"] == found["sibling_corr"] == {name: {} for name in OBJECTIVES}, "too few prompts"
     results = figures.parse(Results, found)
     assert [row.label for row in results.variants] == ["value.layers 1"] * 3
     for row in results.variants:
         difference = row.gain_over[measure.REFERENCE].estimate
         assert difference is not None
-        assert [difference.mean, difference.low, difference.high] == pytest.approx([0.0] * 3)
+        # Estimated divergences differ by rounding where other rows run beside.
+        assert [difference.mean, difference.low, difference.high] == pytest.approx([0.0] * 3, abs=1e-6)
     assert results.iterations == []
     assert "## Iterations" not in (tmp_path / "page.md").read_text()
     assert "](values.svg)" in (tmp_path / "page.md").read_text()
