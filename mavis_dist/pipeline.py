@@ -118,9 +118,11 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
 def fit(state: RunState, iteration: int) -> None:
     """Train one value model per objective, as many at a time as fit, or at first one for all of them."""
     stage = f"train i{iteration}"
-    names = [
-        name for name in state.config.objectives if not finished(state, layout.value_folder(name, iteration), stage)
-    ]
+    # The folder of the weights, so that a shared model that lost a file is trained again.
+    folders = {
+        name: values.model_folder(state.store, layout.value_folder(name, iteration)) for name in state.config.objectives
+    }
+    names = [name for name, folder in folders.items() if not finished(state, folder, stage)]
     if not names:
         return
     groups = [tuple(names)] if state.config.value.kind == "shared" and iteration == 0 else [(name,) for name in names]

@@ -67,6 +67,12 @@ def test_objectives_of_one_model_steer_by_their_own_heads(config_file: Path, ray
     points = {point["name"]: point for point in store.read_json("eval/sweep/sweep.json")["points"]}
     assert points["vowels"]["divergence"] != points["brief"]["divergence"]
 
+    weights = Path(store.root) / "shared/brief-vowels/i0/model.safetensors"
+    trained = weights.read_bytes()
+    weights.unlink()
+    finish(start(config_file, ray_address, f"storage={tmp_path}", "run=shared", *settings))
+    assert weights.read_bytes() == trained
+
 
 def test_value_models_of_another_base_are_refused(
     undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
