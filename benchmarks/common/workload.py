@@ -111,9 +111,9 @@ def load(run: Path) -> Workload:
     models = {}
     for copy in ("", "_again"):
         for name in objectives:
-            model, card = value.load(values.fetch(store, name, published[name]), getattr(torch, DTYPE))
+            folder = values.fetch(store, name, published[name])
+            models[name + copy], card = value.load_objective(folder, name, getattr(torch, DTYPE))
             card.check(base.fingerprint, base.tokenizer_fingerprint)
-            models[name + copy] = model.only(card.objectives.index(name))
     return Workload(config, base, objectives, models, _evaluation_prompts(config, base), _students(store, objectives))
 
 

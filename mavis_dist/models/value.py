@@ -176,6 +176,14 @@ def parse_card(content: bytes, file: str) -> Card:
         raise ValueModelError(f"{file} cannot be read ({error}): train this value model again") from None
 
 
+def load_objective(
+    folder: Path, objective: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[ValueModel, Card]:
+    """As `load`, without the heads of all other objectives."""
+    model, card = load(folder, dtype, device)
+    return model.only(card.objectives.index(objective)), card.only(objective)
+
+
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[ValueModel, Card]:
     """A value model ready for use; raises ValueModelError if any file or tensor is missing or damaged."""
     from transformers import AutoConfig, AutoModel

@@ -203,11 +203,10 @@ def end_epoch(
     engine.eval()
     figures = dict(zip(objectives, validate(engine, validation, device), strict=True))
     engine.train()
-    if len(validation[0]):
+    r2 = mean_r2(figures)
+    if r2 is not None:
         record({"step": state.step, "epoch": epoch, FIGURES: figures}, state, journal)
-        score = mean_r2(figures)
-    else:
-        score = float(epoch)  # the last epoch counts as best
+    score = float(epoch) if r2 is None else r2  # without validation the last epoch counts as best
     if state.best_score is None or score > state.best_score:
         weights = trained_state(engine)
         state.best_score, state.best_epoch, state.best_figures = score, epoch, figures
@@ -219,9 +218,10 @@ def stops_early(state: State, epochs_so_far: int, patience: int | None) -> bool:
     return patience is not None and epochs_so_far - state.best_epoch > patience
 
 
-def mean_r2(figures: Mapping[str, Mapping[str, float]]) -> float:
-    """The mean over objectives."""
-    return float(np.mean([figures_[R2_KEY] for figures_ in figures.values()]))
+def mean_r2(figures: Mapping[str, Mapping[str, float]]) -> float | None:
+    """The mean over objectives; None without validation."""
+    found = [of_objective[R2_KEY] for of_objective in figures.values() if of_objective]
+    return float(np.mean(found)) if found else None
 
 
 def record(entry: Metrics, state: State, journal: Journal | None) -> None:
@@ -239,20 +239,19 @@ def store_best(fit: Fit, config: Config, store: Store, state: State) -> None:
     model = trainable_model(fit, config, store)
     unknown = model.load_state_dict(state.best, strict=False).unexpected_keys
     assert not unknown, unknown
-    r2 = mean_r2(state.best_figures) if fit.validation_ids else None
-    with tempfile.TemporaryDirectory() as local:
-        folder, about = Path(local), {"steps": state.step, "epoch": state.best_epoch}
-        shared = layout.shared_folder(fit.name, fit.iteration) if len(fit.objectives) > 1 else None
-        save(merge_adapters(model), make_card(fit, config, r2), folder)
-        if shared:
-            store.upload(folder, shared, {})
-            for file in folder.iterdir():
-                file.unlink()
+    about: dict[str, Any] = {"steps": state.step, "epoch": state.best_epoch}
+    with tempfile.TemporaryDirectory() as folder:
+        save(merge_adapters(model), make_card(fit, config, mean_r2(state.best_figures)), Path(folder))
+        if len(fit.objectives) > 1:
+            about[values.SHARED_KEY] = layout.shared_folder(fit.name, fit.iteration)
+            store.upload(Path(folder), about[values.SHARED_KEY], {})
         for objective in fit.objectives:
-            (folder / layout.METRICS_FILE).write_text(json_lines(metrics_of(objective, state.metrics)))
-            metadata = {
-                **about,
-                **({values.SHARED_KEY: shared} if shared else {}),
-                **state.best_figures.get(objective, {}),
-            }
-            store.upload(folder, layout.value_folder(objective, fit.iteration), metadata)
+            target = layout.value_folder(objective, fit.iteration)
+            store.write_bytes(
+                f"{target}/{layout.METRICS_FILE}", json_lines(metrics_of(objective, state.metrics)).encode()
+            )
+            metadata = {**about, **state.best_figures[objective]}
+            if values.SHARED_KEY in about:
+                store.finish(target, metadata)
+            else:
+                store.upload(Path(folder), target, metadata)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mavis_dist.config import Config
 from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
-from mavis_dist.models.value import Card, ValueModel, from_base, load
+from mavis_dist.models.value import Card, ValueModel, from_base, load_objective
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit
@@ -35,8 +35,8 @@ def _start(fit: Fit, config: Config, store: Store) -> ValueModel:
     """The value model behind the policy, or the truncated base model with a head of zeros."""
     if fit.parent is not None:
         [objective] = fit.objectives
-        model, card = load(values.fetch(store, objective, fit.parent))
-        return model.only(card.objectives.index(objective)).requires_grad_(True)
+        model, _ = load_objective(values.fetch(store, objective, fit.parent), objective)
+        return model.requires_grad_(True)
     backbone = config.base.model if config.value.backbone == "base" else config.value.backbone
     return from_base(fetch(backbone), config.value.layers, len(fit.objectives))
 

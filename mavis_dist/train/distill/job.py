@@ -131,7 +131,7 @@ def labels_of(job: DistillJob, trees: Sequence[Tree], group: WorkerGroup) -> lis
     config, device = job.config, job.config.base.device
     rollout = config.rollout
     base = load_base(config.base.model, config.base.dtype, device)
-    teachers = [(load_teacher(job.store, teacher, device), 0) for teacher in job.teachers]
+    teachers = [(load_teacher(job.store, teacher, device)[0], 0) for teacher in job.teachers]
     sampling = Sampling(STATES, CANDIDATES, rollout.top_k, rollout.top_p, rollout.min_p)
     labels = []
     for tree in trees:
@@ -141,15 +141,9 @@ def labels_of(job: DistillJob, trees: Sequence[Tree], group: WorkerGroup) -> lis
     return labels
 
 
-def load_teacher(store: Store, teacher: Teacher, device: str) -> ValueModel:
-    """The teacher's value model with its own head only."""
-    model, card = value.load(values.fetch(store, teacher.objective, teacher.iteration), device=device)
-    return model.only(card.objectives.index(teacher.objective))
-
-
-def teacher_card(store: Store, teacher: Teacher) -> Card:
-    """The card of the teacher's value model, as if it had no other objective."""
-    return value.load_card(values.fetch(store, teacher.objective, teacher.iteration)).only(teacher.objective)
+def load_teacher(store: Store, teacher: Teacher, device: str) -> tuple[ValueModel, Card]:
+    folder = values.fetch(store, teacher.objective, teacher.iteration)
+    return value.load_objective(folder, teacher.objective, device=device)
 
 
 def train(job: DistillJob, labels: Sequence[DistillLabels], group: WorkerGroup) -> Student:
@@ -188,7 +182,7 @@ def initial_student(job: DistillJob) -> Student:
     if config.distill.layers is not None:
         model = value.from_base(fetch(config.base.model), config.distill.layers, len(job.teachers))
     else:
-        model = average([load_teacher(store, teacher, "cpu") for teacher in job.teachers])
+        model = average([load_teacher(store, teacher, "cpu")[0] for teacher in job.teachers])
     torch.manual_seed(config.seed)
     return Student(model, QHead(model.heads.in_features, len(job.teachers), RANK))
 
@@ -218,8 +212,8 @@ def report(
     agreements = agreement(student, validation)
     figures = {}
     for m, teacher in enumerate(job.teachers):
-        model, scale = load_teacher(job.store, teacher, device), teacher_card(job.store, teacher).scales[0]
-        fit = Fit((teacher.objective,), teacher.iteration, None, (scale,), job.validation_ids)
+        model, card = load_teacher(job.store, teacher, device)
+        fit = Fit((teacher.objective,), teacher.iteration, None, card.scales, job.validation_ids)
         [trees] = data_of(fit, job.config, job.store)[1]
 
         def head(m: int = m, **inputs: torch.Tensor | bool) -> torch.Tensor:
@@ -240,7 +234,8 @@ def _r2(model: ValueFunction, trees: TreeSet, device: str) -> float | None:
 def store_student(job: DistillJob, student: Student, figures: dict[str, dict[str, float | None]]) -> None:
     """Store the student with its card; the marker holds the report."""
     store = job.store
-    cards = [teacher_card(store, teacher) for teacher in job.teachers]
+    folders = {t.objective: values.fetch(store, t.objective, t.iteration) for t in job.teachers}
+    cards = [value.load_card(folder).only(name) for name, folder in folders.items()]
     explained = [f["student_explained_variance"] for f in figures.values()]
     known = [e for e in explained if e is not None]
     extended = job.config.distill.extends

@@ -157,6 +157,11 @@ def test_the_order_in_which_objectives_arrive_changes_no_bit(kind):
     assert found[0] == found[1] == found[2]
 
 
+def test_one_of_several_heads_must_be_named():
+    with pytest.raises(ValueError, match=r"value model of 'kind' has 2 heads: give \(model, index\)"):
+        LocalGuide({"kind": tiny_value(3, num_objectives=2)})
+
+
 def test_heads_added_one_by_one_share_their_model():
     guide = LocalGuide({"a@d5": MODELS["a@d5"]})
     guide.add({"b@d5": MODELS["b@d5"], "b@i0": MODELS["b@i0"]})
