@@ -33,7 +33,8 @@ def describe(config: Config, betas: Sequence[float]) -> dict[str, str]:
 
 def _backbone(config: Config) -> str:
     layers = "all layers" if config.value.layers is None else f"the first {config.value.layers} layers"
-    return f"{layers} of {'the base model' if config.value.backbone == 'base' else config.value.backbone}"
+    trunk = f"{layers} of {'the base model' if config.value.backbone == 'base' else config.value.backbone}"
+    return f"{trunk}, {'shared by all objectives' if config.value.kind == 'shared' else 'once per objective'}"
 
 
 def _shape(shape: TreeShape) -> str:

@@ -95,7 +95,7 @@ class StrengthResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """Figures of the held-out trees that the training stored; of an objective alone."""
+    """R² and its ceiling on the held-out trees, and the sibling test on the unseen prompts; of an objective alone."""
 
     r2: float | None = None
     ceiling: float | None = None

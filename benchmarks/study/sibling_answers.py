@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,43 +41,39 @@ def measure(config: Config, store: Store, model: EvaluatedModel, answers: BaseAn
     """The test of a value model's objective after each number of tokens, without those that cannot be told.
 
     Answers are tokenised again from their text, with an end token where they are shorter than `rollout.max_tokens`.
+    A model of several objectives is measured once for all of them.
     """
-    inputs = {"value_model": model.fingerprint, "objective": model.objective, "texts": list(answers.texts)}
-    path = result_path("siblings", model.name, inputs)
+    path = result_path("siblings", model.fingerprint[:16], {"model": model.fingerprint, "texts": list(answers.texts)})
     if not store.exists(path):
         torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
-        sums_JP4 = _measure(config, model, answers)
-        store.write_json(path, sums_JP4.tolist())
+        store.write_json(path, _measure(config, model, answers))
         print(f"{'siblings':<24} {model.name}", file=sys.stderr, flush=True)
-    tests = {n: siblings.sibling_test(np.array(part)) for n, part in zip(AFTER, store.read_json(path), strict=True)}
+    sums_JP4 = np.array(store.read_json(path)[model.objective])
+    tests = {n: siblings.sibling_test(sums_P4) for n, sums_P4 in zip(AFTER, sums_JP4, strict=True)}
     return {n: test for n, test in tests.items() if test is not None}
 
 
-def _measure(config: Config, model: EvaluatedModel, answers: BaseAnswers) -> np.ndarray:
+def _measure(config: Config, model: EvaluatedModel, answers: BaseAnswers) -> dict[str, list[Any]]:
+    """By objective the sums [J, P, 4] of siblings.state_sums."""
     loaded, card = value.load(model.folder, getattr(torch, config.base.dtype), config.base.device)
-    loaded = loaded.only(card.objectives.index(model.objective))
-    tokenizer = load_tokenizer(config.base.model)
-    sums_JP4 = np.zeros((len(AFTER), len(answers.prompts), 4))
+    tokenizer, longest = load_tokenizer(config.base.model), config.rollout.max_tokens
+    sums_MJP4 = np.zeros((len(card.objectives), len(AFTER), len(answers.prompts), 4))
     for p, (prompt, texts) in enumerate(zip(answers.prompts, answers.texts, strict=True)):
-        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"][: config.rollout.max_tokens] for text in texts]
-        ended = [ids if len(ids) == config.rollout.max_tokens else [*ids, tokenizer.eos_token_id] for ids in tokens]
-        values_NJ = values_after(loaded, prompt, ended)
-        sums_JP4[:, p] = [sums(values_NJ[:, j], answers.base_PN[model.objective][p]) for j in range(len(AFTER))]
-    return sums_JP4
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in texts]
+        ended = [ids if len(ids) == longest else [*ids, tokenizer.eos_token_id] for ids in tokens]
+        values_MJN = values_after(loaded, prompt, ended)
+        for m, j in np.ndindex(values_MJN.shape[:2]):
+            reward_N = answers.base_PN[card.objectives[m]][p]
+            sums_MJP4[m, j, p] = siblings.state_sums(values_MJN[m, j], reward_N)
+    return dict(zip(card.objectives, sums_MJP4.tolist(), strict=True))
 
 
 @torch.inference_mode()
 def values_after(model: ValueModel, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> np.ndarray:
-    """Values [N, J] of one objective after the first tokens of answers to a prompt; of shorter ones at their end."""
+    """Values [M, J, N] after the first tokens of answers to a prompt; of shorter ones at their end."""
     length = max(map(len, answers))
     # Padding on the right: no token attends to it.
     ids_NL = torch.tensor([[*prompt, *answer, *[0] * (length - len(answer))] for answer in answers])
-    values_NL = model(input_ids=ids_NL.to(model.heads.weight.device), use_cache=False)[..., 0].double().cpu().numpy()
+    values_NLM = model(input_ids=ids_NL.to(model.heads.weight.device), use_cache=False).double().cpu().numpy()
     last_NJ = np.array([[len(prompt) + min(n, len(answer)) - 1 for n in AFTER] for answer in answers])
-    return np.take_along_axis(values_NL, last_NJ, axis=1)
-
-
-def sums(value_N: np.ndarray, reward_N: np.ndarray) -> list[float]:
-    """As siblings.sibling_sums, of one state."""
-    v, y = value_N - value_N.mean(), reward_N - reward_N.mean()
-    return [float(v @ y), float(v @ v), float(y @ y), 1.0]
+    return np.take_along_axis(values_NLM, last_NJ[..., None], axis=1).transpose(2, 1, 0)

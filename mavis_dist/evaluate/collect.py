@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mavis_dist.config import Config
@@ -54,14 +54,14 @@ def model_metadata(store: Store, config: Config, objective: str, iteration: int)
         reward,
         verdict,
         metadata.get(siblings.CEILING_KEY),
-        slopes=sibling_figures(metadata, siblings.SLOPE_KEY, SHOWN_TOKENS),
-        correlations=sibling_figures(metadata, siblings.CORRELATION_KEY, SHOWN_TOKENS),
+        slopes=_sibling_figures(metadata, siblings.SLOPE_KEY),
+        correlations=_sibling_figures(metadata, siblings.CORRELATION_KEY),
     )
 
 
-def sibling_figures(metadata: Mapping[str, Any], name: str, after: Iterable[int]) -> dict[int, Estimate]:
+def _sibling_figures(metadata: Mapping[str, Any], name: str) -> dict[int, Estimate]:
     """One figure of the sibling test by number of tokens; without those that were not measured."""
-    keys = {num_tokens: siblings.interval_keys(name, num_tokens) for num_tokens in after}
+    keys = {num_tokens: siblings.interval_keys(name, num_tokens) for num_tokens in SHOWN_TOKENS}
     return {n: Estimate(*(metadata[key] for key in triple)) for n, triple in keys.items() if triple[0] in metadata}
 
 
