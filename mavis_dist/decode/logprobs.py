@@ -28,7 +28,13 @@ def token_logprobs(
     temperature_B1 = temperature_B[:, None]
     is_known_BK = scores.delta_BK > float("-inf")
     distribution = estimate_distribution(
-        drafts.logprobs_BK, drafts.phi_BK, scores.delta_BK, is_known_BK, temperature_B, drafts.is_eos_BK
+        drafts.logprobs_BK,
+        drafts.phi_BK,
+        scores.delta_BK,
+        is_known_BK,
+        temperature_B,
+        drafts.is_eos_BK,
+        drafts.predicted_BK,
     )
     gain_BK = scores.delta_BK / temperature_B1 - distribution.log_partition_B[:, None]
     log_p_BK = torch.log_softmax(drafts.logprobs_BK / temperature_B1, -1)

@@ -2,8 +2,9 @@
 
 `full` evaluates all of C, as published. `lazy` evaluates the few that are most likely to win, and then those that can
 still win: the ones that would reach the best so far with the maximum tilt that the cap allows. This chooses the same
-token as `full` with the same cap, for a fraction of the work. `qhead` scores all of C with a guide that predicts: a
-gather, no forward pass. Rows of all kinds share the calls of the guide, at most two per step.
+token as `full` with the same cap, for a fraction of the work. `predicted` is `lazy` with a cap for each candidate, not
+far above what a student predicts of it. `qhead` scores all of C with a guide that predicts: a gather, no forward pass.
+Rows of all kinds share the calls of the guide, at most two per step.
 
 The first call either asks for exactly the candidates that the scorers name, which the host has to read, or for the same
 number of every row, whose superfluous ones are ignored: then shapes never change, and nothing waits for the device.
@@ -14,18 +15,25 @@ Shapes: B rows, K candidates in evaluation order, N candidates of all rows, conc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 
-from mavis_dist.core.tilt import capped, estimate_distribution, uncapped_tilt
+from mavis_dist.core.tilt import capped, estimate_distribution, evaluation_order, uncapped_tilt
 from mavis_dist.decode.guide import Guide
 from mavis_dist.models.replay import tree
 
-# Candidates of a row in a step's first call, besides the end-of-answer tokens: few where reading the results is free,
-# more where it costs as much as evaluating them.
-FIRST_CHUNK, FIRST_CHUNK_UNREAD = 3, 16
+# Candidates of a row in a step's first call, besides the end-of-answer tokens: few where reading the results is free
+# (fewer where they are predicted), more where it costs as much as evaluating them.
+FIRST_CHUNK, FIRST_CHUNK_PREDICTED, FIRST_CHUNK_UNREAD = 3, 1, 16
+
+
+def first_chunk(is_predicted: bool, is_read: bool) -> int:
+    """Candidates of a lazy row in a step's first call, besides the end-of-answer tokens."""
+    if not is_read:
+        return FIRST_CHUNK_UNREAD
+    return FIRST_CHUNK_PREDICTED if is_predicted else FIRST_CHUNK
 
 
 def width_unread(num_candidates: int, num_eos: int, are_all_lazy: bool) -> int:
@@ -44,6 +52,13 @@ class Drafts:
     is_eos_BK: torch.Tensor
     temperature_B: torch.Tensor
     preference_logratio_BK: torch.Tensor | None = None  # log p'_T - log p_T (T = 0 as T = 1), with preferences
+    # Where rows are predicted:
+    cap_BK: torch.Tensor | None = None  # of the tilt, the end-of-answer tokens excepted
+    predicted_BK: torch.Tensor | None = None  # the tilt; -inf where it is not predicted
+
+    def reordered(self, order_BK: torch.Tensor) -> Drafts:
+        columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_BK")}
+        return replace(self, **{name: x.gather(-1, order_BK) for name, x in columns.items() if x is not None})
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,13 @@ class Steering:
     """The steering of all rows."""
 
     is_guided_B: torch.Tensor  # the others have no tilt
-    is_lazy_B: torch.Tensor  # guided or not; not where the tilt has no cap, since no candidate can be omitted then
+    num_first_B: torch.Tensor  # candidates of the first call, besides the end-of-answer tokens
     weights_BM: torch.Tensor
     baseline_BM: torch.Tensor  # V_m(s)
     beta_B: torch.Tensor
     cap_B: torch.Tensor
+    is_predicted_B: torch.Tensor  # a student predicts the candidates' tilt
+    residual_cap_B: torch.Tensor  # of the part of the tilt that it does not predict
 
 
 @tree
@@ -95,10 +112,26 @@ class State:
     soundness_B: torch.Tensor
 
 
+def with_predictions(drafts: Drafts, steering: Steering, deltas_BKM: torch.Tensor) -> Drafts:
+    """The drafts with the caps that follow from predictions of V_m(s∘a) - V_m(s), and in the order of these.
+
+    With the predicted tilt d' and the residual r = d - d', the tilt is min(U, d' + min(r, U_r)): that of `lazy` with a
+    cap of min(U, d' + U_r) for each candidate.
+    """
+    cap_B1, residual_cap_B1 = steering.cap_B[:, None], steering.residual_cap_B[:, None]
+    is_predicted_B = steering.is_predicted_B & steering.is_guided_B
+    is_predicted_BK = is_predicted_B[:, None] & (drafts.logprobs_BK > float("-inf"))
+    tilt_BK = uncapped_tilt(deltas_BKM, torch.zeros_like(steering.baseline_BM), steering.weights_BM, steering.beta_B)
+    cap_BK = torch.where(is_predicted_BK, torch.minimum(tilt_BK + residual_cap_B1, cap_B1), cap_B1)
+    predicted_BK = torch.where(is_predicted_BK, torch.minimum(tilt_BK, cap_B1), float("-inf"))
+    order_BK = evaluation_order(drafts.logprobs_BK, drafts.phi_BK + cap_BK, drafts.is_eos_BK)
+    return replace(drafts, cap_BK=cap_BK, predicted_BK=predicted_BK).reordered(order_BK)
+
+
 def search(drafts: Drafts, steering: Steering, guide: Guide, numbers: Sequence[int]) -> State:
     """The whole search, in at most two calls of the guide; `numbers` are the guide's numbers of the rows."""
     state = _start(drafts, steering)
-    is_first_BK = _first_chunk(drafts, steering, state, FIRST_CHUNK)
+    is_first_BK = _first_chunk(drafts, steering, state)
     query = _exactly(is_first_BK, numbers)
     if query.numbers:
         state = _received(state, query.index_N, ask(drafts, guide, query))
@@ -111,7 +144,7 @@ def search(drafts: Drafts, steering: Steering, guide: Guide, numbers: Sequence[i
 def after_static_call(drafts: Drafts, steering: Steering, index_N: torch.Tensor, values_NM: torch.Tensor) -> State:
     """The search after a first call of the same shape in every step; candidates may be open. Never waits."""
     state = _received(_start(drafts, steering), index_N, values_NM)
-    is_first_BK = _first_chunk(drafts, steering, state, FIRST_CHUNK_UNREAD)
+    is_first_BK = _first_chunk(drafts, steering, state)
     return _excluded(drafts, steering, _tilted(drafts, steering, state, is_first_BK))
 
 
@@ -169,19 +202,22 @@ def _start(drafts: Drafts, steering: Steering) -> State:
     is_guided_B1 = steering.is_guided_B[:, None]
     is_open_BK = (drafts.logprobs_BK > float("-inf")) & is_guided_B1
     shape = (*drafts.ids_BK.shape, steering.weights_BM.shape[1])
+    soundness_B = torch.zeros_like(steering.beta_B)
+    if drafts.predicted_BK is not None:
+        is_used_BK = is_open_BK & steering.is_predicted_B[:, None]
+        soundness_B = torch.where(is_used_BK, drafts.predicted_BK, 0.0).sum(-1)
     return State(
         is_open_BK,
         torch.zeros_like(is_open_BK),
         torch.zeros_like(drafts.phi_BK).masked_fill(is_guided_B1, float("-inf")),
         torch.full(shape, float("nan"), device=drafts.phi_BK.device),
-        torch.zeros_like(steering.beta_B),
+        soundness_B,
     )
 
 
-def _first_chunk(drafts: Drafts, steering: Steering, state: State, size: int) -> torch.Tensor:
-    """End-of-answer tokens, whose tilt is unbounded, and `size` others; all where the scorer is `full`."""
-    num_eos_B = (state.is_open_BK & drafts.is_eos_BK).sum(-1)
-    num_first_B = torch.where(steering.is_lazy_B, num_eos_B + size, state.is_open_BK.shape[1])
+def _first_chunk(drafts: Drafts, steering: Steering, state: State) -> torch.Tensor:
+    """End-of-answer tokens, whose tilt is unbounded, and a number of others."""
+    num_first_B = (state.is_open_BK & drafts.is_eos_BK).sum(-1) + steering.num_first_B
     return state.is_open_BK & (_column_K(drafts) < num_first_B[:, None])
 
 
@@ -206,7 +242,7 @@ def _received(state: State, index_N: torch.Tensor, values_NM: torch.Tensor) -> S
 def _tilted(drafts: Drafts, steering: Steering, state: State, is_queried_BK: torch.Tensor) -> State:
     """Tilt the candidates whose values are known now."""
     gain_BK = uncapped_tilt(state.values_BKM, steering.baseline_BM, steering.weights_BM, steering.beta_B)
-    tilt_BK = capped(gain_BK, steering.cap_B, drafts.is_eos_BK)
+    tilt_BK = capped(gain_BK, _cap(drafts, steering), drafts.is_eos_BK)
     return replace(
         state,
         soundness_B=state.soundness_B + torch.where(is_queried_BK, gain_BK, 0.0).sum(-1),
@@ -219,8 +255,13 @@ def _excluded(drafts: Drafts, steering: Steering, state: State) -> State:
     """Exclude the candidates that cannot win any more."""
     best_B1 = (drafts.phi_BK + state.delta_BK).amax(-1, keepdim=True)
     # Including equality: among equal scores the smaller token id wins, which may be theirs.
-    can_win_BK = drafts.phi_BK + steering.cap_B[:, None] >= best_B1
+    can_win_BK = drafts.phi_BK + _cap(drafts, steering) >= best_B1
     return replace(state, is_open_BK=state.is_open_BK & can_win_BK & ~state.is_evaluated_BK)
+
+
+def _cap(drafts: Drafts, steering: Steering) -> torch.Tensor:
+    """[B, K] or [B, 1]."""
+    return steering.cap_B[:, None] if drafts.cap_BK is None else drafts.cap_BK
 
 
 class _Reported(NamedTuple):
@@ -233,7 +274,13 @@ def _reported(drafts: Drafts, delta_BK: torch.Tensor, is_known_BK: torch.Tensor)
     """What follows from the tilts that are known."""
     is_drawn_B, preference_BK = drafts.temperature_B > 0, drafts.preference_logratio_BK
     distribution = estimate_distribution(
-        drafts.logprobs_BK, drafts.phi_BK, delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
+        drafts.logprobs_BK,
+        drafts.phi_BK,
+        delta_BK,
+        is_known_BK,
+        drafts.temperature_B,
+        drafts.is_eos_BK,
+        drafts.predicted_BK,
     )
     divisor_B = torch.where(is_drawn_B, drafts.temperature_B, float("inf"))
     logratio_BK = delta_BK / divisor_B[:, None] - distribution.log_partition_B[:, None]
