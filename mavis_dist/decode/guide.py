@@ -358,7 +358,7 @@ class _CheckedStudent(_Student):
         super().close(rows)
 
     def remember(self, rows: Sequence[int], counts: Sequence[int], out_NO: torch.Tensor) -> None:
-        """The outputs of candidates, of which one per row may be kept."""
+        """The outputs of candidates, of which one per row may be kept; heads are not recorded, so they stay valid."""
         self._scored.append((self.slots.layout(rows, counts), out_NO))
 
     @torch.inference_mode()
