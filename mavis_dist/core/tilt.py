@@ -12,7 +12,6 @@ token id. Rows with fewer than K are filled up with entries of log p = -inf.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -199,7 +198,7 @@ def evaluation_order(logprobs_BK: torch.Tensor, bound_BK: torch.Tensor, uncapped
 class Distribution(NamedTuple):
     """The tilted distribution of one step, or an estimate of it."""
 
-    pi_BK: torch.Tensor  # 0 where nothing is known of the tilt
+    pi_BK: torch.Tensor  # 0 outside the sample
     divergence_B: torch.Tensor  # KL(pi || p_T), nats; nan where T = 0
     log_partition_B: torch.Tensor  # log Z of pi = p_T exp(delta / T) / Z; 0 where T = 0
 
@@ -211,7 +210,6 @@ def estimate_distribution(
     sample_BK: torch.Tensor,
     temperature_B: torch.Tensor,
     uncapped_BK: torch.Tensor,
-    predicted_BK: torch.Tensor | None = None,
 ) -> Distribution:
     """Estimate pi from the tilts of a sample of candidates.
 
@@ -219,21 +217,12 @@ def estimate_distribution(
     sample without replacement. Its weights are p / q with q = 1 - exp(-p exp(-kappa)) and kappa the next phi
     (Gumbel-top-k, arXiv 1903.06059), self-normalised. Exact where the sample is all of C; the divergence is biased low
     for small samples.
-
-    Where `predicted_BK` is not -inf it stands for the tilts outside the sample, any sample, and all weights are p. Of
-    the predictions' errors only the size r is known, the root of the mean square over the sample: each tilt outside
-    counts one half as r above its prediction and one half as r below. Without r log Z and divergence would be too low,
-    since exp is convex. They stay unbiased to second order in r where errors are symmetric; an upper bound on errors
-    makes the divergence a few per cent too high.
     """
     temperature_B1 = temperature_B.double()[:, None]
     is_drawn_B1 = temperature_B1 > 0
     divisor_B1 = torch.where(is_drawn_B1, temperature_B1, 1.0)
     log_p_BK = torch.log_softmax(logprobs_BK / divisor_B1, -1)
-    scaled_BK, within_BK = torch.where(sample_BK, delta_BK, 0.0) / divisor_B1, None
-    if predicted_BK is not None:
-        scaled_BK, within_BK = _completed(scaled_BK, predicted_BK / divisor_B1, sample_BK, uncapped_BK)
-        sample_BK = sample_BK | (predicted_BK > float("-inf"))
+    scaled_BK = torch.where(sample_BK, delta_BK, 0.0) / divisor_B1
     # phi / T = log p / T + G, whose log p / T differs from log p_T by the normaliser.
     shift_B1 = (log_p_BK - logprobs_BK / divisor_B1)[:, :1]
     kappa_B1 = phi_BK.masked_fill(sample_BK, float("-inf")).amax(-1, keepdim=True) / divisor_B1 + shift_B1
@@ -244,25 +233,7 @@ def estimate_distribution(
     log_tilted_BK = log_w_BK + scaled_BK
     log_z_B = torch.logsumexp(log_tilted_BK, -1) - torch.logsumexp(log_w_BK, -1)
     pi_BK = torch.softmax(log_tilted_BK, -1)
-    divergence_B = torch.where(pi_BK > 0, pi_BK * scaled_BK, 0.0).sum(-1) - log_z_B
-    if within_BK is not None:
-        divergence_B = divergence_B + (pi_BK * within_BK).sum(-1)
+    mean_tilt_B = torch.where(pi_BK > 0, pi_BK * scaled_BK, 0.0).sum(-1)
     is_drawn_B = is_drawn_B1[:, 0]
-    divergence_B = torch.where(is_drawn_B, divergence_B, float("nan"))
+    divergence_B = torch.where(is_drawn_B, mean_tilt_B - log_z_B, float("nan"))
     return Distribution(pi_BK, divergence_B, torch.where(is_drawn_B, log_z_B, 0.0))
-
-
-def _completed(
-    scaled_BK: torch.Tensor, predicted_BK: torch.Tensor, sample_BK: torch.Tensor, uncapped_BK: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tilts [B, K] with those that are predicted, as the two halves of such a candidate have them together; and the
-    divergence between these halves [B, K].
-    """
-    is_predicted_BK = predicted_BK > float("-inf")
-    is_compared_BK = sample_BK & is_predicted_BK & ~uncapped_BK
-    square_BK = torch.where(is_compared_BK, scaled_BK - predicted_BK, 0.0).square()
-    r_B1 = (square_BK.sum(-1, keepdim=True) / is_compared_BK.sum(-1, keepdim=True).clamp(min=1)).sqrt()
-    gain_B1 = torch.logaddexp(r_B1, -r_B1) - math.log(2)  # of the halves' mean over that of their predictions
-    is_used_BK = is_predicted_BK & ~sample_BK
-    within_BK = torch.where(is_used_BK, r_B1 * r_B1.tanh() - gain_B1, 0.0)
-    return torch.where(is_used_BK, predicted_BK + gain_B1, scaled_BK), within_BK

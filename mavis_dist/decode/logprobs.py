@@ -20,7 +20,7 @@ def token_logprobs(
     """By row, for those in `counts`: the chosen token and that many of the most likely ones.
 
     Exact where all candidates were evaluated; otherwise the normaliser of pi is an estimate, and candidates that were
-    not evaluated are omitted. Rows at temperature 0 report the distribution of temperature 1.
+    not evaluated are omitted, or listed as predicted. Rows at temperature 0 report the distribution of temperature 1.
     """
     if not counts:
         return {}
@@ -28,13 +28,7 @@ def token_logprobs(
     temperature_B1 = temperature_B[:, None]
     is_known_BK = scores.delta_BK > float("-inf")
     distribution = estimate_distribution(
-        drafts.logprobs_BK,
-        drafts.phi_BK,
-        scores.delta_BK,
-        is_known_BK,
-        temperature_B,
-        drafts.is_eos_BK,
-        drafts.predicted_BK,
+        drafts.logprobs_BK, drafts.phi_BK, scores.delta_BK, is_known_BK, temperature_B, drafts.is_eos_BK
     )
     gain_BK = scores.delta_BK / temperature_B1 - distribution.log_partition_B[:, None]
     log_p_BK = torch.log_softmax(drafts.logprobs_BK / temperature_B1, -1)

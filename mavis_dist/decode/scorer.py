@@ -24,16 +24,17 @@ from mavis_dist.core.tilt import capped, estimate_distribution, evaluation_order
 from mavis_dist.decode.guide import Guide
 from mavis_dist.models.replay import tree
 
-# Candidates of a row in a step's first call, besides the end-of-answer tokens: few where reading the results is free
-# (fewer where they are predicted), more where it costs as much as evaluating them.
-FIRST_CHUNK, FIRST_CHUNK_PREDICTED, FIRST_CHUNK_UNREAD = 3, 1, 16
+# Candidates of a row in a step's first call, besides the end-of-answer tokens: few where reading the results is free,
+# more where it costs as much as evaluating them.
+FIRST_CHUNK, FIRST_CHUNK_UNREAD = 3, 16
+# Of predicted rows, where reading is free, only those that can win even if the best of them is so many nats below its
+# prediction: about one candidate more, for a second call in hardly any step.
+SLACK = 0.5
 
 
 def first_chunk(is_predicted: bool, is_read: bool) -> int:
-    """Candidates of a lazy row in a step's first call, besides the end-of-answer tokens."""
-    if not is_read:
-        return FIRST_CHUNK_UNREAD
-    return FIRST_CHUNK_PREDICTED if is_predicted else FIRST_CHUNK
+    """Candidates of a lazy row in a step's first call, besides the end-of-answer tokens; at most, where predicted."""
+    return FIRST_CHUNK if is_read and not is_predicted else FIRST_CHUNK_UNREAD
 
 
 def width_unread(num_candidates: int, num_eos: int, are_all_lazy: bool) -> int:
@@ -90,7 +91,7 @@ class Steering:
 class Scores:
     """The tilt of all rows, and the values it was computed from."""
 
-    delta_BK: torch.Tensor  # -inf where not evaluated: such a candidate cannot win
+    delta_BK: torch.Tensor  # where not evaluated as predicted, or -inf: such a candidate cannot win
     values_BKM: torch.Tensor  # nan where not evaluated
     num_evaluated_B: torch.Tensor
     soundness_B: torch.Tensor  # finite where all evaluated values were
@@ -132,6 +133,8 @@ def search(drafts: Drafts, steering: Steering, guide: Guide, numbers: Sequence[i
     """The whole search, in at most two calls of the guide; `numbers` are the guide's numbers of the rows."""
     state = _start(drafts, steering)
     is_first_BK = _first_chunk(drafts, steering, state)
+    if drafts.predicted_BK is not None:
+        is_first_BK = is_first_BK & _promising(drafts, drafts.predicted_BK, steering)
     query = _exactly(is_first_BK, numbers)
     if query.numbers:
         state = _received(state, query.index_N, ask(drafts, guide, query))
@@ -175,14 +178,19 @@ def ask(drafts: Drafts, guide: Guide, query: Query) -> torch.Tensor:
 
 def scores_of(drafts: Drafts, steering: Steering, state: State) -> Scores:
     # Without guidance the tilt is known to be 0 for all.
-    is_known_BK = state.is_evaluated_BK | ~steering.is_guided_B[:, None]
+    delta_BK, is_known_BK = state.delta_BK, state.is_evaluated_BK | ~steering.is_guided_B[:, None]
+    if drafts.predicted_BK is not None:
+        # Predictions complete the distribution. Their errors put its divergence a few per cent off: too low where every
+        # candidate has its own, too high where all share one. No prediction exceeds its cap, so that none of them wins.
+        delta_BK = torch.where(is_known_BK, delta_BK, drafts.predicted_BK)
+        is_known_BK = is_known_BK | (drafts.predicted_BK > float("-inf"))
     return Scores(
-        state.delta_BK,
+        delta_BK,
         state.values_BKM,
         state.is_evaluated_BK.sum(-1),
         state.soundness_B,
         state.is_open_BK.any(-1),
-        *_reported(drafts, state.delta_BK, is_known_BK),
+        *_reported(drafts, delta_BK, is_known_BK),
     )
 
 
@@ -219,6 +227,12 @@ def _first_chunk(drafts: Drafts, steering: Steering, state: State) -> torch.Tens
     """End-of-answer tokens, whose tilt is unbounded, and a number of others."""
     num_first_B = (state.is_open_BK & drafts.is_eos_BK).sum(-1) + steering.num_first_B
     return state.is_open_BK & (_column_K(drafts) < num_first_B[:, None])
+
+
+def _promising(drafts: Drafts, predicted_BK: torch.Tensor, steering: Steering) -> torch.Tensor:
+    """All where nothing is predicted."""
+    expected_B1 = (drafts.phi_BK + predicted_BK).amax(-1, keepdim=True)
+    return drafts.is_eos_BK | (drafts.phi_BK + _cap(drafts, steering) >= expected_B1 - SLACK)
 
 
 def _column_K(drafts: Drafts) -> torch.Tensor:
@@ -274,13 +288,7 @@ def _reported(drafts: Drafts, delta_BK: torch.Tensor, is_known_BK: torch.Tensor)
     """What follows from the tilts that are known."""
     is_drawn_B, preference_BK = drafts.temperature_B > 0, drafts.preference_logratio_BK
     distribution = estimate_distribution(
-        drafts.logprobs_BK,
-        drafts.phi_BK,
-        delta_BK,
-        is_known_BK,
-        drafts.temperature_B,
-        drafts.is_eos_BK,
-        drafts.predicted_BK,
+        drafts.logprobs_BK, drafts.phi_BK, delta_BK, is_known_BK, drafts.temperature_B, drafts.is_eos_BK
     )
     divisor_B = torch.where(is_drawn_B, drafts.temperature_B, float("inf"))
     logratio_BK = delta_BK / divisor_B[:, None] - distribution.log_partition_B[:, None]

@@ -65,7 +65,8 @@ def test_the_replay_of_a_student_has_the_distribution_of_the_engine() -> None:
 
 def test_the_replay_of_checked_predictions_has_the_distribution_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """log pi(a) - log pi_ref(a) of every token generated with both caps, from all candidates."""
-    monkeypatch.setattr(scorer, "FIRST_CHUNK_PREDICTED", 40)
+    monkeypatch.setattr(scorer, "FIRST_CHUNK_UNREAD", 40)
+    monkeypatch.setattr(scorer, "SLACK", float("inf"))
     student = tiny_student(3, num_objectives=2)
     students = {"a": (student, 1), "b": (student, 0)}
     own = {name: residual_cap.one_head(*pair) for name, pair in students.items()}

@@ -181,7 +181,7 @@ def test_the_shapes_of_a_step_depend_on_the_bucket_only(kind):
 def test_answers_are_those_of_exact_shapes(kind, chunk, monkeypatch):
     """Rows end and start meanwhile; the same first chunk, since estimates depend on what was evaluated."""
     monkeypatch.setattr(scorer, "FIRST_CHUNK", chunk)
-    monkeypatch.setattr(scorer, "FIRST_CHUNK_PREDICTED", chunk)
+    monkeypatch.setattr(scorer, "SLACK", float("inf"))
     monkeypatch.setattr(scorer, "FIRST_CHUNK_UNREAD", chunk)
     exact, static = (
         [choice for [choice] in engine_of(shapes, max_rows=5).generate(only(kind, 11))] for shapes in (False, True)
@@ -199,7 +199,7 @@ def test_answers_are_those_of_exact_shapes(kind, chunk, monkeypatch):
 def test_recorded_answers_are_those_of_exact_shapes(kind, tapes, monkeypatch):
     """Also where rows end, move and start between replays, the cache grows, and a second call is needed."""
     monkeypatch.setattr(scorer, "FIRST_CHUNK", 4)
-    monkeypatch.setattr(scorer, "FIRST_CHUNK_PREDICTED", 4)
+    monkeypatch.setattr(scorer, "SLACK", float("inf"))
     monkeypatch.setattr(scorer, "FIRST_CHUNK_UNREAD", 4)
     exact = [choice for [choice] in engine_of(False, max_rows=5).generate(only(kind, 11))]
     engine = engine_of(True, max_rows=5)

@@ -76,7 +76,9 @@ def values_and_predictions(num_rows: int, seed: int, grid: float = 0.0) -> tuple
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.6])
 @pytest.mark.parametrize("cap", [0.5, 2.5, INF])
 @pytest.mark.parametrize("residual_cap", [0.25, 1.0, INF])
-def test_it_draws_the_token_of_all_candidates(grid: float, temperature: float, cap: float, residual_cap: float) -> None:
+def test_it_draws_the_token_of_all_candidates(
+    grid: float, temperature: float, cap: float, residual_cap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """2,000 rows a case, of which a third are lazy and a third full; numbers on a grid tie exactly, also at bounds."""
     num_rows = 2000
     scorers = [[Scorer.PREDICTED, Scorer.LAZY, Scorer.FULL][b % 3] for b in range(num_rows)]
@@ -87,13 +89,14 @@ def test_it_draws_the_token_of_all_candidates(grid: float, temperature: float, c
     is_predicted_B = torch.tensor([scorer is Scorer.PREDICTED for scorer in scorers])
     expected = tokens(drafted, torch.where(is_predicted_B[:, None], delta_BK, capped_BK))
     present_B = (drafted.logprobs_BK > -INF).sum(-1)
-    for num_first in (1, 4, NUM_CANDIDATES):
+    for num_first, slack in ((1, INF), (16, 0.0), (16, 0.5), (NUM_CANDIDATES, INF)):
+        monkeypatch.setattr(scoring, "SLACK", slack)
         steering = steering_of(scorers, cap, residual_cap, num_first, BETA)
         ordered, scores = scored(drafted, values_BV, predicted_BV, steering)
         assert torch.equal(tokens(ordered, scores.delta_BK), expected)
         assert (scores.num_evaluated_B <= present_B).all()
         assert torch.equal(scores.num_evaluated_B[2::3], present_B[2::3])
-        if num_first == 1 and residual_cap < 1:
+        if num_first < NUM_CANDIDATES and residual_cap < 1:
             assert scores.num_evaluated_B[::3].sum() < 0.35 * present_B[::3].sum()
         # What is evaluated comes first, so that an index among the candidates is one among the evaluated ones.
         is_evaluated_BK = scores.values_BKM[..., 0].isfinite()
@@ -141,40 +144,40 @@ def test_draws_follow_the_distribution(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
-@pytest.mark.parametrize("cap", [1.0, INF])
-def test_predictions_complete_the_estimates(temperature: float, cap: float) -> None:
-    """Two candidates evaluated, predictions that explain half: the pooled divergence is within 5 %, log Z within 10 %.
-
-    Predictions in place of the tilts, without the size of their errors, would make the divergence 20 to 30 % too low.
+def test_predictions_complete_the_estimates(temperature: float) -> None:
+    """Tilts as those of a distilled model, in nats: predictions of sd 0.25, errors of 0.24 that all candidates of a
+    state share, and of 0.19 that they do not. The pooled divergence is within 8 %, log Z within 0.01.
     """
-    num_rows, beta = 2000, 0.8
+    num_rows = 2000
     temperature_B = torch.full((num_rows,), temperature, dtype=torch.float64)
     drafted = drafts(num_rows, 3, temperature_B, 0.0)
-    values_BV, predicted_BV = values_and_predictions(num_rows, 4)
-    steering = steering_of([Scorer.PREDICTED] * num_rows, 3.0, cap, 1, beta)
+    generator = torch.Generator().manual_seed(4)
+    predicted_BV, own_BV = torch.randn(2, num_rows, 60, generator=generator, dtype=torch.float64)
+    shared_B1 = torch.randn(num_rows, 1, generator=generator, dtype=torch.float64)
+    predicted_BV = (0.25 * predicted_BV).float().double()
+    values_BV = (predicted_BV + 0.24 * shared_B1 + 0.19 * own_BV).float().double()
+    steering = steering_of([Scorer.PREDICTED] * num_rows, 3.0, 1.0, 16, 1.0)
     ordered, scores = scored(drafted, values_BV, predicted_BV, steering)
-    delta_BK = tilt(ordered, values_BV, predicted_BV, 3.0, cap, beta)
+    delta_BK = tilt(ordered, values_BV, predicted_BV, 3.0, 1.0, 1.0)
     exact_B, log_z_B = (f(ordered.logprobs_BK, delta_BK, temperature_B) for f in (divergence, log_partition))
-    assert float(scores.divergence_B.sum() / exact_B.sum()) == pytest.approx(1.0, abs=0.05)
+    assert float(scores.divergence_B.sum() / exact_B.sum()) == pytest.approx(1.0, abs=0.08)
     estimated_B = (delta_BK / temperature - scores.logratio_BK)[:, 0]  # the first candidate is always evaluated
-    assert float((estimated_B - log_z_B).mean()) == pytest.approx(0.0, abs=0.1 * float(exact_B.mean()))
-    if cap == 1.0:
-        assert scores.num_evaluated_B.double().mean() < 2.2
+    assert float((estimated_B - log_z_B).mean()) == pytest.approx(0.0, abs=0.01)
+    assert scores.num_evaluated_B.double().mean() < 3
 
 
-def test_estimates_are_exact_where_all_is_evaluated_and_zero_without_a_tilt() -> None:
+def test_estimates_are_exact_where_all_is_evaluated_and_zero_without_a_tilt(monkeypatch: pytest.MonkeyPatch) -> None:
     drafted = drafts(200, 3, torch.ones(200, dtype=torch.float64), 0.0)
     values_BV, predicted_BV = values_and_predictions(200, 4)
     steering = steering_of([Scorer.PREDICTED] * 200, 3.0, 1.0, NUM_CANDIDATES, BETA)
+    _, scores = scored(drafted, 0 * values_BV, 0 * predicted_BV, steering)
+    assert (scores.divergence_B == 0).all()
+    assert (scores.logratio_BK[:, 0] == 0).all()
+    monkeypatch.setattr(scoring, "SLACK", INF)
     ordered, scores = scored(drafted, values_BV, predicted_BV, steering)
     delta_BK = tilt(ordered, values_BV, predicted_BV, 3.0, 1.0, BETA)
     exact_B = divergence(ordered.logprobs_BK, delta_BK, ordered.temperature_B)
     torch.testing.assert_close(scores.divergence_B, exact_B, atol=1e-10, rtol=0)
-    _, scores = scored(
-        drafted, 0 * values_BV, 0 * predicted_BV, replace(steering, num_first_B=0 * steering.num_first_B + 1)
-    )
-    assert (scores.divergence_B == 0).all()
-    assert (scores.logratio_BK[:, 0] == 0).all()
 
 
 def requests(scorer: Scorer, **fields: Any) -> list[Request]:
@@ -208,7 +211,8 @@ def test_the_engine_generates_the_answers_of_all_candidates(
     mixed = [replace(request, scorer=scorer, id=f"{request.id} {scorer}") for request in asked for scorer in Scorer]
     neighbours = dict(zip([r.id for r in mixed], answers(mixed, max_rows=4), strict=True))
     assert [neighbours[f"{r.id} {Scorer.PREDICTED}"] for r in asked] == lazy
-    monkeypatch.setattr(scoring, "FIRST_CHUNK_PREDICTED", VOCAB)
+    monkeypatch.setattr(scoring, "FIRST_CHUNK_UNREAD", VOCAB)
+    monkeypatch.setattr(scoring, "SLACK", INF)
     full = answers(asked)
     assert [tokens for tokens, _ in lazy] == [tokens for tokens, _ in full]
     num_lazy, num_full = (sum(sum(num_scored) for _, num_scored in found) for found in (lazy, full))
