@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from mavis_dist.types import NEUTRAL_SYSTEM, TILT_CAP
+from mavis_dist.types import NEUTRAL_SYSTEM, RESIDUAL_CAP, TILT_CAP
 
 # Upper limits of a request; the settings of a service may be lower.
 MAX_N = 128
@@ -135,6 +135,10 @@ class Steer(Section):
     beta: NonNegative = Field(8.0, description="strength: nats of tilt per standard deviation of reward")
     tilt_cap: Annotated[float, Field(gt=0)] | None = Field(
         TILT_CAP, description="upper bound of the tilt of one token, in nats; null: unbounded, as published"
+    )
+    residual_cap: Annotated[float, Field(gt=0)] | None = Field(
+        RESIDUAL_CAP,
+        description="the same of the part of the tilt that a student does not predict, for the scorer predicted",
     )
 
 

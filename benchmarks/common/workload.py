@@ -54,6 +54,7 @@ class Workload:
         max_tokens: int,
         scorer: Scorer = Scorer.FULL,
         cap: float | None = None,
+        residual_cap: float | None = None,
     ) -> list[Request]:
         """One request per prompt, each with its own seed; `weights` are used cyclically."""
         return [
@@ -65,6 +66,7 @@ class Workload:
                 tilt_cap=cap,
                 params=SamplingParams(max_tokens, seed=i),
                 scorer=scorer,
+                residual_cap=residual_cap,
             )
             for i, prompt in enumerate(self.prompts[:count])
         ]

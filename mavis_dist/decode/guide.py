@@ -3,23 +3,33 @@
 A guide holds key-value caches for the engine's rows, but no other state: the engine owns the token ids, and can send
 them again to a guide that lost its caches.
 
-Shapes: B rows, N candidates of all rows, concatenated, M objectives in the order of `Guide.objectives`.
+Shapes: B rows, K candidates of a row, N candidates of all rows, concatenated, M objectives in the order of
+`Guide.objectives`, O outputs of a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from enum import Enum
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from mavis_dist.models.decoder import student_decoder, value_decoder
-from mavis_dist.models.kv import SlotModel, branch_all
+from mavis_dist.models.kv import Layout, SlotModel, branch_all
 from mavis_dist.models.qhead import Student, predicted
 from mavis_dist.models.value import ValueModel
 
 ABSENT = -1  # the number of no row
+
+
+class Valuation(Enum):
+    """How the candidates of a row get their values."""
+
+    EVALUATED = "evaluated"  # by value models, in a forward pass over each
+    PREDICTED = "predicted"  # by a student, from the state; tokens are extended, never kept
+    CHECKED = "checked"  # evaluated like that by a student's own value model; the student predicts them on request
 
 
 @dataclass(frozen=True)
@@ -31,17 +41,18 @@ class GuideRow:
     objectives: frozenset[str]  # those with a positive weight; the others cost nothing
     source: int | None = None  # a row whose first `shared` tokens are the same
     shared: int = 0
-    by_student: bool = False  # candidates are predicted, not evaluated; tokens are extended, never kept
+    valuation: Valuation = Valuation.EVALUATED
 
 
 class Guide(Protocol):
-    """Calls come in the order open, extend*, (score+, keep or extend, extend*)*, close; rows are the engine's numbers.
+    """Calls come in the order open, extend*, (predict?, score+, keep or extend, extend*)*, close; rows are the engine's
+    numbers.
 
     Values of objectives that a row does not use are undefined. Objectives may be added, removed and reordered between
     two steps of the engine; rows that use a removed objective have no values any more.
 
     With `static_shapes`, `score` and `keep` may be called with rows whose number is `ABSENT`, so that the shapes of
-    calls do not depend on the rows: their values are undefined.
+    calls do not depend on the rows: their values are undefined. `predict` may be called so always.
     """
 
     @property
@@ -52,7 +63,7 @@ class Guide(Protocol):
 
     @property
     def predicted(self) -> tuple[str, ...]:
-        """The objectives that a student predicts: the only ones that rows with `by_student` may use."""
+        """The objectives that a student predicts: the only ones of rows that are PREDICTED or CHECKED."""
         ...
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
@@ -61,6 +72,10 @@ class Guide(Protocol):
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append tokens that were not scored; V_m(s) at the last ones [B, M]."""
+        ...
+
+    def predict(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
+        """V_m(s∘a) - V_m(s) of alternative next tokens [B, K, M], as a student predicts it; only of CHECKED rows."""
         ...
 
     def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
@@ -135,9 +150,10 @@ class LocalGuide:
         if self._device is None:
             self._device = next((model.heads.weight.device for model, _ in heads.values()), None)
         for model, used in _by_owner(heads):
-            self._trunk_of(model).heads.update(used)
+            self._trunk_of(_Trunk, model).heads.update(used)
         for student, used in _by_owner(students):
-            self._trunk_of(student).heads.update(used)
+            for kind in (_Student, _CheckedStudent):
+                self._trunk_of(kind, student).heads.update(used)
         self._arrange((*self._objectives, *heads), (*self._predicted, *students))
 
     def remove(self, objectives: Collection[str]) -> None:
@@ -157,13 +173,12 @@ class LocalGuide:
             trunk.arrange(objectives)
         self._objectives, self._predicted = objectives, predicted  # replaced, not changed: other threads read them
 
-    def _trunk_of(self, owner: ValueModel | Student) -> _Trunk:
+    def _trunk_of(self, kind: Callable[[Any, bool], _Trunk], owner: ValueModel | Student) -> _Trunk:
         """The trunk of a model; created if there is none."""
         for trunk in self._trunks:
-            if trunk.owner is owner:
+            if type(trunk) is kind and trunk.owner is owner:
                 return trunk
-        shapes = self.static_shapes
-        self._trunks.append(_Student(owner, shapes) if isinstance(owner, Student) else _Trunk(owner, shapes))
+        self._trunks.append(kind(owner, self.static_shapes))
         return self._trunks[-1]
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
@@ -172,7 +187,7 @@ class LocalGuide:
             used = [
                 b
                 for b, row in enumerate(rows)
-                if trunk.predicts == row.by_student and trunk.heads.keys() & row.objectives
+                if trunk.valuation is row.valuation and trunk.heads.keys() & row.objectives
             ]
             if not used:
                 continue
@@ -190,16 +205,26 @@ class LocalGuide:
             trunk.fill(values_BM, used, trunk.extend([rows[b] for b in used], [tokens[b] for b in used]))
         return values_BM
 
+    def predict(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
+        deltas_NM, counts = self._unknown(candidates_BK.numel()), [candidates_BK.shape[1]] * len(rows)
+        for trunk, _ in self._users(rows):
+            if isinstance(trunk, _CheckedStudent):
+                trunk.fill_known(deltas_NM, rows, counts, trunk.deltas(rows, candidates_BK).flatten(0, 1))
+        return deltas_NM.unflatten(0, candidates_BK.shape)
+
     def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
         values_NM = self._unknown(len(candidates_N))
         trunks = [trunk for trunk, _ in self._users(rows)]
-        evaluating = [trunk for trunk in trunks if not trunk.predicts]
+        evaluating = [trunk for trunk in trunks if trunk.valuation is not Valuation.PREDICTED]
         if evaluating:
             outputs = branch_all([trunk.slots for trunk in evaluating], rows, counts, candidates_N)
             for trunk, out_NO in zip(evaluating, outputs, strict=True):
                 trunk.fill_known(values_NM, rows, counts, out_NO)
+                if isinstance(trunk, _CheckedStudent):
+                    trunk.remember(rows, counts, out_NO)
         for trunk in trunks:
-            if isinstance(trunk, _Student):
+            if trunk.valuation is Valuation.PREDICTED:
+                assert isinstance(trunk, _Student)
                 trunk.fill_known(values_NM, rows, counts, trunk.predicted(rows, counts, candidates_N))
         return values_NM
 
@@ -240,7 +265,7 @@ def _by_owner(heads: Mapping[str, tuple[T, int]]) -> list[tuple[T, dict[str, int
 class _Trunk:
     """One value model with the rows that it follows."""
 
-    predicts = False
+    valuation = Valuation.EVALUATED
 
     def __init__(self, model: ValueModel, static_shapes: bool):
         self.owner: ValueModel | Student = model
@@ -281,7 +306,7 @@ class _Trunk:
 class _Student(_Trunk):
     """One student with the rows that it follows: V(s∘a) = V(s) + predicted delta, without a forward pass."""
 
-    predicts = True
+    valuation = Valuation.PREDICTED
 
     def __init__(self, student: Student, static_shapes: bool):
         super().__init__(student.model, static_shapes)
@@ -306,10 +331,58 @@ class _Student(_Trunk):
     @torch.inference_mode()
     def predicted(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
         """All objectives' predicted values, [N, O]; undefined for rows that it does not follow."""
-        unknown_O = torch.zeros_like(next(iter(self.known.values())))
-        known_BO = torch.stack([self.known.get(row, unknown_O) for row in rows])
-        counts_B = torch.tensor(counts, device=known_BO.device)
-        row_N = torch.arange(len(rows), device=known_BO.device).repeat_interleave(counts_B, output_size=sum(counts))
-        values_BO, queries_BOR = self._student.split(known_BO)
-        factors_NR = self._student.token_factors(candidates_N.to(known_BO.device))
+        values_BO, queries_BOR = self._state(rows)
+        counts_B = torch.tensor(counts, device=values_BO.device)
+        row_N = torch.arange(len(rows), device=values_BO.device).repeat_interleave(counts_B, output_size=sum(counts))
+        factors_NR = self._student.token_factors(candidates_N.to(values_BO.device))
         return values_BO[row_N] + predicted(queries_BOR[row_N], factors_NR)
+
+    def _state(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """V(s) [B, O] and q(s) [B, O, R] of all objectives; 0 for rows that it does not follow."""
+        unknown_O = torch.zeros_like(next(iter(self.known.values())))
+        return self._student.split(torch.stack([self.known.get(row, unknown_O) for row in rows]))
+
+
+class _CheckedStudent(_Student):
+    """One student with the rows that it follows, whose own value model evaluates candidates; they may be kept.
+
+    The forward pass over a candidate yields its predictions as well, so that a token costs no other one.
+    """
+
+    valuation = Valuation.CHECKED
+
+    def __init__(self, student: Student, static_shapes: bool):
+        super().__init__(student, static_shapes)
+        self._scored: list[tuple[Layout, torch.Tensor]] = []  # calls since a token was kept, with their outputs
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        self._scored = []
+        return super().extend(rows, tokens)
+
+    def close(self, rows: Sequence[int]) -> None:
+        self._scored = []
+        super().close(rows)
+
+    def remember(self, rows: Sequence[int], counts: Sequence[int], out_NO: torch.Tensor) -> None:
+        """The outputs of candidates, of which one per row may be kept; heads are not recorded, so they stay valid."""
+        self._scored.append((self.slots.layout(rows, counts), out_NO))
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
+        self.slots.keep(rows, index_B)
+        kept = self.slots.layout(rows, [1] * len(rows))
+        left_X = kept.spread(index_B.to(kept.slot_N.device))  # how many of a row's candidates come before the kept one
+        place_X, start = torch.zeros_like(left_X), 0
+        for layout, out_NO in self._scored:
+            place_X = torch.where(left_X < 0, place_X, start + layout.start_Z[kept.slot_N] + left_X)
+            left_X = left_X - layout.count_Z[kept.slot_N]
+            start += len(out_NO)
+        out_BO = torch.cat([out_NO for _, out_NO in self._scored])[place_X[kept.read_C]]
+        self.known.update((row, out_O) for row, out_O in zip(rows, out_BO.unbind(), strict=True) if row in self.known)
+        self._scored = []
+
+    @torch.inference_mode()
+    def deltas(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
+        """All objectives' predicted V(s∘a) - V(s), [B, K, O]; 0 for rows that it does not follow."""
+        _, queries_BOR = self._state(rows)
+        return predicted(queries_BOR[:, None], self._student.token_factors(candidates_BK.to(queries_BOR.device)))

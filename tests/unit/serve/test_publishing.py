@@ -334,7 +334,7 @@ def publish_distilled(store: Store, folder: Path, name: str) -> None:
         values.publish_distilled(store, objective, 0, name)
 
 
-@pytest.mark.parametrize("scorer", [Scorer.LAZY, Scorer.QHEAD])
+@pytest.mark.parametrize("scorer", [Scorer.LAZY, Scorer.QHEAD, Scorer.PREDICTED])
 def test_objectives_of_a_distilled_model_share_it(folder, store, base, scorer):
     bases = Bases(folder, store, base, "colocated")
     publish_distilled(store, folder, "5fa0")
@@ -347,8 +347,8 @@ def test_objectives_of_a_distilled_model_share_it(folder, store, base, scorer):
     assert tokens == choice.tokens
     assert len(first) > 0
     guide = bases.running[0][1]._guide
-    kinds = [(trunk.predicts, set(trunk.heads)) for trunk in guide._trunks]
-    assert kinds.count((False, set(versions.values()))) == kinds.count((True, set(versions.values()))) == 1
+    kinds = [trunk.valuation for trunk in guide._trunks if set(trunk.heads) == set(versions.values())]
+    assert sorted(kind.value for kind in kinds) == ["checked", "evaluated", "predicted"]
     bases.end()
 
 
