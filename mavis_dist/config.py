@@ -43,7 +43,7 @@ class Config(Section):
     run: str = Field(description="name of the run: a folder below storage", pattern=r"^[A-Za-z0-9][\w.-]*$")
     storage: str = Field("runs", description="shared folder or fsspec URI (file, s3, gs, hdfs) for all results")
     seed: int = Field(0, ge=0, description="seed of prompts, trees and training")
-    iterations: Count = Field(2, description="rounds of rollouts and training, including the one on the base model")
+    iterations: Count = Field(1, description="rounds of rollouts and training, including the one on the base model")
     objectives: dict[str, Objective] = Field(description="what to steer towards: name -> reward", min_length=1)
     base: Base = Field(Base(), description="the language model")
     prompts: Prompts = Field(Prompts(), description="training and evaluation prompts")

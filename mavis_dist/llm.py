@@ -56,7 +56,8 @@ class Options(TypedDict, total=False):
     preference_params: PreferenceParams | None
     beta: float | None  # nats of tilt per standard deviation of reward
     tilt_cap: float | None  # nats
-    scorer: Scorer | Literal["full", "lazy", "qhead"] | None
+    scorer: Scorer | Literal["full", "lazy", "predicted", "qhead"] | None
+    residual_cap: float | None  # nats, for the scorer "predicted"
     system: str | None  # system text, for conversations without one
     seed: int | None  # default: random; Answer.seed has it
     max_tokens: int | None
@@ -102,6 +103,7 @@ class LLM:
         system: str = NEUTRAL_SYSTEM,
         beta: float = STEER.beta,
         tilt_cap: float | None = STEER.tilt_cap,
+        residual_cap: float | None = STEER.residual_cap,
         max_tokens: int = SERVE.max_tokens,
         max_rows: int = SERVE.rows,
         trained_tokens: Mapping[str, int] = MappingProxyType({}),
@@ -114,7 +116,7 @@ class LLM:
         """
         self._engine = Engine(base, guide, max_rows)
         self._system, self._max_tokens = system, max_tokens
-        self._steering = {"beta": beta, "tilt_cap": tilt_cap}
+        self._steering = {"beta": beta, "tilt_cap": tilt_cap, "residual_cap": residual_cap}
         self._ids = map(str, itertools.count())
         self.trained_tokens = dict(trained_tokens)
 
@@ -151,6 +153,7 @@ class LLM:
             system=config.base.system,
             beta=config.steer.beta,
             tilt_cap=config.steer.tilt_cap,
+            residual_cap=config.steer.residual_cap,
             max_tokens=config.serve.max_tokens,
             max_rows=max_rows or config.serve.rows,
             trained_tokens={name: card.max_tokens for name, card in cards.items()},
@@ -202,7 +205,8 @@ class LLM:
             self._engine.tokenizer, question, _weighted(given.pop("preferences", ())), given.pop("system", self._system)
         )
         steering: dict[str, Any] = {**self._steering, "scorer": Scorer(given.pop("scorer", Scorer.LAZY))}
-        steering |= {name: given.pop(name) for name in ("beta", "tilt_cap", "preference_params") if name in given}
+        names = (*self._steering, "preference_params")
+        steering |= {name: given.pop(name) for name in names if name in given}
         params = SamplingParams(
             **{"max_tokens": longest_answer(prompt, preferences, self._engine.max_context, self._max_tokens)}
             | given

@@ -6,7 +6,7 @@ the marker exists: a run that was killed resumes where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from mavis_dist import cluster
@@ -116,44 +116,66 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
 
 
 def fit(state: RunState, iteration: int) -> None:
-    """Train one value model per objective, as many at a time as fit."""
+    """Train one value model per objective, as many at a time as fit, or at first one for all of them."""
     stage = f"train i{iteration}"
+    # The folder of the weights, so that a shared model that lost a file is trained again.
+    folders = {
+        name: values.model_folder(state.store, layout.value_folder(name, iteration)) for name in state.config.objectives
+    }
+    names = [name for name, folder in folders.items() if not finished(state, folder, stage)]
+    if not names:
+        return
+    groups = [tuple(names)] if state.config.value.kind == "shared" and iteration == 0 else [(name,) for name in names]
     fits = [
         Fit(
-            name,
+            group,
             iteration,
-            current(state, name, iteration) if iteration > 0 else None,
-            scale_of(state, name),
+            current(state, group[0], iteration) if iteration > 0 else None,
+            tuple(scale_of(state, name) for name in group),
             state.validation_ids,
         )
-        for name in state.config.objectives
-        if not finished(state, layout.value_folder(name, iteration), stage)
+        for group in groups
     ]
-    if not fits:
-        return
     state.release_workers()
-    with timed(state, stage, f"{len(fits)} value models, {state.plan.fits_at_once} at a time"):
+    with timed(state, stage, f"{len(fits)} value models, {min(len(fits), state.plan.fits_at_once)} at a time"):
         fit_all(fits, state.config, state.plan.fits_at_once, state.progress)
 
 
 def compare(state: RunState, iteration: int) -> None:
-    """Estimate every new policy's soft value on the validation prompts, and accept or refuse it."""
-    stage, config = f"gate i{iteration}", state.config
-    names = [name for name in config.objectives if not finished(state, layout.gate_folder(name, iteration), stage)]
+    """Accept every first policy, and later ones by their soft value on the validation prompts."""
+    stage, store = f"gate i{iteration}", state.store
+    names = [
+        name for name in state.config.objectives if not finished(state, layout.gate_folder(name, iteration), stage)
+    ]
+    found: dict[str, list[float]] = {}
+    if iteration > 0:
+        # What a first policy is worth is not known before there is another one to compare it with.
+        unknown = gate.without_soft_values(store, {name: current(state, name, iteration) for name in names})
+        for name, values_of_current in soft_values(state, stage, unknown).items():
+            gate.add_soft_values(store, name, unknown[name], values_of_current)
+        found = soft_values(state, stage, dict.fromkeys(names, iteration))
+    for name in names:
+        decision = gate.decide(store, name, iteration, found.get(name, []), state.config.gate.margin)
+        say(stage, f"{name} iteration {iteration} {decision.verdict()}")
+
+
+def soft_values(state: RunState, stage: str, iterations: Mapping[str, int]) -> dict[str, list[float]]:
+    """By objective, the soft value of an iteration's policy on every validation prompt."""
+    config, steer = state.config, state.config.steer
     prompts = held_out(config.prompts, state.train)
     params = answer_params(config, config.gate.samples)
-    steer = config.steer
     groups = [
-        [Ask(*asked) for asked in gate.requests(name, prompts, steer.beta, steer.tilt_cap, params)] for name in names
+        [Ask(*asked) for asked in gate.requests(name, prompts, steer.beta, steer.tilt_cap, params)]
+        for name in iterations
     ]
-    with timed(state, stage, f"{len(names) * len(prompts) * params.n} answers", bool(names)):
-        answers = ask(state, stage, groups, dict.fromkeys(names, iteration))
-    for name in names:
+    with timed(state, stage, f"{len(groups) * len(prompts) * params.n} answers", bool(groups)):
+        answers = ask(state, stage, groups, iterations)
+    found = {}
+    for name in iterations:
         rows = [answers[gate.request_id(name, prompt)] for prompt in prompts]
         scale, (scores,) = scale_of(state, name), score_all(config, [name], prompts, rows).values()
-        soft_values = gate.soft_values(rows, scores, scale, config.steer.beta)
-        decision = gate.decide(state.store, name, iteration, soft_values, config.gate.margin)
-        say(stage, f"{name} iteration {iteration} {decision.verdict()}")
+        found[name] = gate.soft_values(rows, scores, scale, steer.beta)
+    return found
 
 
 def evaluate(state: RunState) -> Sweep:

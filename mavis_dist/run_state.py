@@ -96,7 +96,7 @@ def check_value(value: Value, base: Path) -> None:
     from transformers import AutoConfig
 
     if value.kind == "states":
-        state_layer(AutoConfig.from_pretrained(base), value.state_layer)
+        state_layer(AutoConfig.from_pretrained(base), value.layers)
 
 
 def check_same_run(store: Store, config: Config) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from mavis_dist.types import NEUTRAL_SYSTEM, TILT_CAP
+from mavis_dist.types import NEUTRAL_SYSTEM, RESIDUAL_CAP, TILT_CAP
 
 # Upper limits of a request; the settings of a service may be lower.
 MAX_N = 128
@@ -136,27 +136,39 @@ class Steer(Section):
     tilt_cap: Annotated[float, Field(gt=0)] | None = Field(
         TILT_CAP, description="upper bound of the tilt of one token, in nats; null: unbounded, as published"
     )
+    residual_cap: Annotated[float, Field(gt=0)] | None = Field(
+        RESIDUAL_CAP,
+        description="the same of the part of the tilt that a student does not predict, for the scorer predicted",
+    )
 
 
 class Value(Section):
     """What predicts one objective's reward from an unfinished answer."""
 
-    kind: Literal["model", "states"] = Field(
-        "model", description="a small model of its own (model), or a linear head on the base model's states (states)"
-    )
-    state_layer: Count | None = Field(
-        None, description="layer of the base model whose states the heads read; null: two thirds of its depth"
+    kind: Literal["model", "shared", "states"] = Field(
+        "model",
+        description="model: one of each objective; shared: one with a head per objective, as cheap as a single "
+        "objective's, whose later iterations train a model each; states: a linear head per objective on the base "
+        "model's own states",
     )
     backbone: str = Field("base", description="base: the first layers of the base model; else a hub id or directory")
-    layers: Count | None = Field(8, description="number of backbone layers to keep; null keeps all")
+    layers: Count | None = Field(
+        8,
+        description="number of backbone layers to keep; null keeps all. With kind=states, layers behind the states: "
+        "null, and the default, is two thirds of them",
+    )
     lora_rank: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains the whole backbone")
     lora_alpha: Count = Field(256, description="scale of the low-rank adapters")
     lora_dropout: float = Field(0.2, ge=0, lt=1, description="dropout of the low-rank adapters, a probability")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_the_kind(cls, settings: Any) -> Any:
+        is_on_states = isinstance(settings, dict) and settings.get("kind") == "states"
+        return {"layers": None, **settings} if is_on_states else settings
+
     @model_validator(mode="after")
     def _settings_of_the_kind(self) -> Value:
-        if self.kind == "model" and self.state_layer is not None:
-            raise ValueError(f"state_layer ({self.state_layer}) needs kind=states: set value.kind, or leave it out")
         if self.kind == "states" and self.backbone != "base":
             raise ValueError(f"kind=states reads the base model, not backbone ({self.backbone}): leave backbone out")
         if self.kind == "states" and self.lora_rank > 0:
@@ -325,7 +337,7 @@ class MainSettings(Access, Limits):
     threads: Count | None = Field(
         None,
         description="threads that a base replica computes with; null: the CPU cores that it reserves, or, if that is "
-        "less than one, those of its machine, at most 8",
+        "less than one, half of its machine's, at most 8",
     )
     cache_tokens: Count | None = Field(
         None,

@@ -12,6 +12,8 @@ NEUTRAL_SYSTEM = "You are a helpful assistant."  # for conversations without a s
 # Upper bound of one token's tilt, in nats. At 3 the next-token distribution differs from the unbounded one by less than
 # 0.01 in total variation, for every objective measured, and most candidates need not be evaluated.
 TILT_CAP = 3.0
+# The same of the part of the tilt that a student does not predict, for the scorer `predicted`.
+RESIDUAL_CAP = 1.0
 MAX_COUNT = 2**31 - 1  # largest top_k and guide_every: far beyond use, and safe in any integer tensor
 
 

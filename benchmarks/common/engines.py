@@ -28,9 +28,14 @@ def load_engine(config: Config, models: Sequence[EvaluatedModel]) -> tuple[BaseM
     """
     torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
     base = load_base(config.base.model, config.base.dtype, config.base.device)
-    guides = {}
-    for model in models:
-        dtype = getattr(torch, config.base.dtype)
-        guides[model.name], card = value.load(model.folder, dtype, config.base.device, base)
+    loaded = {
+        folder: value.load(folder, getattr(torch, config.base.dtype), config.base.device, base)
+        for folder in dict.fromkeys(model.folder for model in models)
+    }
+    for _, card in loaded.values():
         card.check(base.fingerprint, base.tokenizer_fingerprint)
+    guides = {
+        model.name: (loaded[model.folder][0], loaded[model.folder][1].objectives.index(model.objective))
+        for model in models
+    }
     return base, Engine(base, LocalGuide(guides) if guides else None, config.rollout.rows)

@@ -33,7 +33,7 @@ class EvaluatedModel:
 
     @property
     def scale(self) -> RewardScale:
-        return load_card(self.folder).scales[0]
+        return load_card(self.folder).only(self.objective).scales[0]
 
 
 def evaluated_model(store: Store, objective: str, name: str, label: str, iteration: int = 0) -> EvaluatedModel:

@@ -54,6 +54,7 @@ class Workload:
         max_tokens: int,
         scorer: Scorer = Scorer.FULL,
         cap: float | None = None,
+        residual_cap: float | None = None,
     ) -> list[Request]:
         """One request per prompt, each with its own seed; `weights` are used cyclically."""
         return [
@@ -65,6 +66,7 @@ class Workload:
                 tilt_cap=cap,
                 params=SamplingParams(max_tokens, seed=i),
                 scorer=scorer,
+                residual_cap=residual_cap,
             )
             for i, prompt in enumerate(self.prompts[:count])
         ]
@@ -95,9 +97,9 @@ def without_distilled(run: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mavis-") as folder:
         copy = Path(folder) / run.name
         for name in _first_two(config, published):
-            shutil.copytree(
-                run / layout.value_folder(name, published[name]), copy / layout.value_folder(name, published[name])
-            )
+            own = layout.value_folder(name, published[name])
+            for path in {own, values.model_folder(store, own)}:
+                shutil.copytree(run / path, copy / path, dirs_exist_ok=True)
             values.publish(Store(folder, run.name), name, published[name])
         yield copy
 
@@ -111,9 +113,9 @@ def load(run: Path) -> Workload:
     models = {}
     for copy in ("", "_again"):
         for name in objectives:
-            model, card = value.load(values.fetch(store, name, published[name]), getattr(torch, DTYPE), base=base)
+            folder = values.fetch(store, name, published[name])
+            models[name + copy], card = value.load_objective(folder, name, getattr(torch, DTYPE), base=base)
             card.check(base.fingerprint, base.tokenizer_fingerprint)
-            models[name + copy] = model
     students = _students(store, objectives, base)
     return Workload(config, base, objectives, models, _evaluation_prompts(config, base), students)
 

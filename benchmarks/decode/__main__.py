@@ -39,13 +39,14 @@ class Scale:
     lengths: tuple[int, ...]  # tokens per answer, for speed
     steps: int  # of the engine, for their parts
     caps: tuple[float, ...]  # nats, for quality
+    residual_caps: tuple[float, ...]  # nats, for quality
     prompts: int  # for quality
     soak: tuple[int, int]  # requests before the first and the last memory sample
     answers: int  # together and alone
 
 
-FULL = Scale((1, 4, 16, 32), 2, (64, 24), 24, (1.5, 2.0, 2.5, 3.0, 4.0), 16, (1000, 10000), 1000)
-QUICK = Scale((1, 16), 1, (8,), 8, (3.0,), 4, (100, 1000), 16)
+FULL = Scale((1, 4, 16, 32), 2, (64, 24), 24, (1.5, 2.0, 2.5, 3.0, 4.0), (0.5, 1.0, 2.0), 16, (1000, 10000), 1000)
+QUICK = Scale((1, 16), 1, (8,), 8, (3.0,), (1.0,), 4, (100, 1000), 16)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +65,16 @@ def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any
     import torch
 
     from benchmarks.common import workload
-    from benchmarks.decode import memory, neighbours, preference_cost, qhead_quality, speed, step_time, tilt_cap
+    from benchmarks.decode import (
+        memory,
+        neighbours,
+        preference_cost,
+        qhead_quality,
+        residual_cap,
+        speed,
+        step_time,
+        tilt_cap,
+    )
     from mavis_dist.types import TILT_CAP
 
     pythons = peers.interpreters(peers_folder)
@@ -82,8 +92,9 @@ def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any
     qualities = tilt_cap.measure(work, scale.caps, scale.prompts)
     say(quality_table(qualities))
     predictions = qhead_quality.measure(work, TILT_CAP, scale.prompts)
+    checked = residual_cap.measure(work, TILT_CAP, scale.residual_caps, scale.prompts)
     independence = neighbours.measure(work, scale.answers)
-    say(students_table(predictions))
+    say(students_table(predictions, checked))
     headline = {
         **speed.headlines(speeds, scale.sizes),
         **quality_headlines([q for q in qualities if q["weights"] in work.objectives]),
@@ -100,6 +111,7 @@ def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any
         "rows_with_sentences_step_ms": preference_step_ms,
         "quality": qualities,
         "students": predictions,
+        "checked_predictions": checked,
         "neighbours": independence,
         "soak": rss_mb,
     }
@@ -161,12 +173,17 @@ def quality_table(qualities: list[dict[str, Any]]) -> str:
     return _weights_table("lazy scorer, weights", columns, qualities)
 
 
-def students_table(predictions: list[dict[str, Any]]) -> str:
+def students_table(predictions: list[dict[str, Any]], checked: list[dict[str, Any]]) -> str:
     if not predictions:
-        return "qhead is left out: this run has published no distilled model (python -m jobs.distill makes one)"
+        return "predicted and qhead are left out: this run has published no distilled model (python -m jobs.distill)"
     columns = {"tv": "TV", "tv_eos": "TV of end", "correlation": "correlation", "divergence_ratio": "KL / exact"}
     columns |= {"soft_value_ratio": "soft value / exact", "steps": "steps"}
-    return _weights_table("qhead scorer, weights", columns, predictions)
+    checked_columns = {"residual_cap": "residual cap", "candidates_per_token": "candidates/token"}
+    checked_columns |= {"lazy_candidates_per_token": "of lazy", "tv": "TV", "divergence_ratio": "KL / exact"}
+    return (
+        f"{_weights_table('qhead scorer, weights', columns, predictions)}\n"
+        f"{_weights_table('predicted scorer, weights', checked_columns, checked)}"
+    )
 
 
 def _weights_table(name: str, columns: dict[str, str], entries: list[dict[str, Any]]) -> str:

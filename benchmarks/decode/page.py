@@ -15,6 +15,7 @@ LABELS = {  # of variants; the others are named as in the file of figures
     "lazy_2_heads": "`lazy`, 2 objectives as heads of one model",
     "lazy_4": "`lazy`, 4 objectives",
     "full_2": "`full`, 2 objectives",
+    "predicted_2": "`predicted`, 2 objectives (a distilled model and its student)",
     "qhead_2": "`qhead`, 2 objectives (a distilled model and its student)",
     "hf": "Hugging Face `generate`",
     **peers.LABELS,

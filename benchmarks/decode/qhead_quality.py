@@ -21,16 +21,19 @@ from mavis_dist.models.qhead import Student, predicted
 
 def measure(workload: Workload, cap: float, num_prompts: int) -> list[dict[str, Any]]:
     """One entry per setting of the weights (each objective alone, and both equally); empty without a student."""
-    names = [name for name in workload.objectives if name in workload.students]
-    settings = {name: {name: 1.0} for name in names}
-    if len(names) > 1:
-        settings[" + ".join(names)] = dict.fromkeys(names, 1 / len(names))
     engine = Engine(workload.base, LocalGuide(workload.models, workload.students), max_rows=num_prompts)
     return [
         {"weights": name, "cap": cap}
         | _measure(workload, engine, cap, workload.requests(num_prompts, [weights], MAX_TOKENS, Scorer.QHEAD, cap))
-        for name, weights in settings.items()
+        for name, weights in student_settings(workload).items()
     ]
+
+
+def student_settings(workload: Workload) -> dict[str, dict[str, float]]:
+    """Settings of the weights for which there is a student: each objective alone, and all equally."""
+    names = [name for name in workload.objectives if name in workload.students]
+    settings = {name: {name: 1.0} for name in names}
+    return settings | ({" + ".join(names): dict.fromkeys(names, 1 / len(names))} if len(names) > 1 else {})
 
 
 def _measure(workload: Workload, engine: Engine, cap: float, requests: Sequence[Request]) -> dict[str, float]:
@@ -67,7 +70,12 @@ def predict(
     return replace(steps, values_TKM=(values_TM[:, None] + deltas_TKM)[..., places], baseline_TM=values_TM[:, places])
 
 
-def _delta(steps: Steps, cap: float = float("inf")) -> torch.Tensor:
+def uncapped(steps: Steps) -> torch.Tensor:
+    """The tilt [T, K] without a cap."""
+    return _delta(steps, float("inf"))
+
+
+def _delta(steps: Steps, cap: float) -> torch.Tensor:
     num_steps = len(steps.ids_TK)
     beta_T, cap_T = torch.full((num_steps,), steps.beta), torch.full((num_steps,), cap)
     weights_TM = steps.weights_M.expand(num_steps, -1)
@@ -82,7 +90,7 @@ def _soft_value(steps: Steps, probs_TK: torch.Tensor, cap: float) -> float:
 
 def _correlation(pairs: Sequence[tuple[Steps, Steps]]) -> float:
     """Correlation of the uncapped tilts over all candidates of all steps, weighted by the base model's probability."""
-    exact_N, ours_N = (torch.cat([_delta(pair[i]).flatten() for pair in pairs]) for i in (0, 1))
+    exact_N, ours_N = (torch.cat([uncapped(pair[i]).flatten() for pair in pairs]) for i in (0, 1))
     weight_N = torch.cat([steps.logprobs_TK.exp().flatten() for steps, _ in pairs])
     covariance = torch.cov(torch.stack([exact_N, ours_N]), aweights=weight_N)
     return float(covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt())

@@ -82,7 +82,9 @@ def _ratios(speeds: Speeds, sizes: Sequence[int]) -> dict[str, float]:
     pairs |= {f"engine_vs_best_peer_b{size}": ("unguided", peer, size) for size, peer in _best_peers(speeds, sizes)}
     for size in (1, 16):
         pairs |= {f"lazy_vs_unguided_b{size}": ("lazy_2", "unguided", size)}
-        pairs |= {f"qhead_vs_unguided_b{size}": (name, "unguided", size) for name in speeds if name.startswith("qhead")}
+        for scorer in ("predicted", "qhead"):
+            variants = [name for name in speeds if name.startswith(scorer)]
+            pairs |= {f"{scorer}_vs_unguided_b{size}": (name, "unguided", size) for name in variants}
     pairs |= {
         "lazy_heads_vs_unguided_b16": ("lazy_2_heads", "unguided", 16),
         "full_vs_unguided_b16": ("full_2", "unguided", 16),

@@ -8,7 +8,7 @@ Shapes: T steps of an answer, K candidates, N = T * K, M objectives, S tokens be
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from benchmarks.common.workload import Workload
 from mavis_dist.core.tilt import candidates, tilt
 from mavis_dist.decode import Engine, LocalGuide, Request, Scorer
 from mavis_dist.models.load import BaseModel
-from mavis_dist.models.value import ValueModel
 
 NOTABLE_EOS = 1e-4  # end-of-answer tokens are compared where the base model's probability exceeds this
 MAX_TOKENS = 48  # per answer
@@ -52,14 +51,20 @@ class Steps:
 
     def divergence(self, cap: float) -> float:
         """KL from the candidates' base distribution, summed over all steps; nats."""
-        probs_TK = self.distribution(cap)
-        cross_TK = torch.where(probs_TK > 0, probs_TK * self.logprobs_TK, 0.0)
-        return float((torch.special.xlogy(probs_TK, probs_TK) - cross_TK).sum())
+        return divergence(self.distribution(cap), self.logprobs_TK)
+
+
+def divergence(probs_TK: torch.Tensor, logprobs_TK: torch.Tensor) -> float:
+    """KL from the candidates' base distribution, summed over all steps; nats."""
+    cross_TK = torch.where(probs_TK > 0, probs_TK * logprobs_TK, 0.0)
+    return float((torch.special.xlogy(probs_TK, probs_TK) - cross_TK).sum())
 
 
 @torch.inference_mode()
-def replay(base: BaseModel, models: Mapping[str, ValueModel], request: Request, tokens: Sequence[int]) -> Steps:
-    """Recompute the steps of an answer; the weights of the request must sum to 1."""
+def replay(
+    base: BaseModel, models: Mapping[str, Callable[..., torch.Tensor]], request: Request, tokens: Sequence[int]
+) -> Steps:
+    """Recompute the steps of an answer with value models of one head; the weights of the request must sum to 1."""
     ids_TK, logprobs_TK = _candidates(base, request, tokens)
     valued = [_values(models[name], request.prompt, ids_TK, tokens) for name in request.weights]
     return Steps(
@@ -83,7 +88,7 @@ def _candidates(base: BaseModel, request: Request, tokens: Sequence[int]) -> tup
 
 
 def _values(
-    model: ValueModel, prompt: Sequence[int], ids_TK: torch.Tensor, tokens: Sequence[int]
+    model: Callable[..., torch.Tensor], prompt: Sequence[int], ids_TK: torch.Tensor, tokens: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """V(s∘a) of all candidates [T, K] and V(s) [T]: one forward pass over the answer, then one over all candidates, in
     which each attends to the tokens before its step and to itself.

@@ -14,7 +14,7 @@ from benchmarks.rollout.naive import PlainGrower
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Shape, Tree
 from mavis_dist.decode import Engine, LocalGuide
-from mavis_dist.models import value
+from mavis_dist.decode.load_guide import load_models
 from mavis_dist.models.load import BaseModel
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
@@ -67,8 +67,8 @@ def make_variants(
 
 def make_guide(config: Config, store: Store, objective: str, base: BaseModel) -> LocalGuide:
     """The value model that tilts an objective's trees in iteration 1."""
-    model, _ = value.load(values.fetch(store, objective, 0), getattr(torch, config.base.dtype), base=base)
-    return LocalGuide({objective: model})
+    folders = {objective: values.fetch(store, objective, 0)}
+    return LocalGuide(load_models(folders, getattr(torch, config.base.dtype), base=base))
 
 
 def _on_engine(engine: Engine, config: Config, policy: Policy) -> Callable[[Shape, Sequence[Question]], list[Tree]]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,14 +83,16 @@ class Measured:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command.make_parser("serving", "Measure the service.", "three minutes instead of twelve")
     peers.add_option(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="serve.threads (default: the service's own)")
     arguments = parser.parse_args(argv)
     scale = QUICK if arguments.quick else FULL
-    command.record("serving", arguments, lambda: measure(arguments.run, scale, arguments.peers), argv)
-    if arguments.peers and not arguments.quick:
+    found = partial(measure, arguments.run, scale, arguments.peers, arguments.threads)
+    command.record("serving", arguments, found, argv)
+    if arguments.peers and not arguments.quick and arguments.threads is None:
         write_page(read(command.file_of("serving", arguments))["servers"])
 
 
-def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any]:
+def measure(run: Path, scale: Scale, peers_folder: Path | None, threads: int | None = None) -> dict[str, Any]:
     import torch
 
     from benchmarks.common.workload import open_run, without_distilled
@@ -97,11 +100,12 @@ def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any
     config, _ = open_run(run)
     vllm = peers.interpreters(peers_folder).get(peers.VLLM)
     torch.set_num_threads(ENGINE_THREADS)
-    conditions = {"model": config.base.model, "load_before": os.getloadavg()[0], "rows": ROWS, **asdict(scale)}
+    settings = {**SETTINGS, "threads": threads}
+    conditions = {"model": config.base.model, "load_before": os.getloadavg()[0], **settings, **asdict(scale)}
     command.say_conditions(conditions)
     with without_distilled(run) as copy:
-        measured, overloads = _measure(config, copy, scale)
-        servers = _against_vllm(config, copy, scale, vllm) if vllm else {}
+        measured, overloads = _measure(config, copy, scale, settings)
+        servers = _against_vllm(config, copy, scale, vllm, settings) if vllm else {}
     say(closed_table(measured))
     say(overload_table(overloads))
     if servers:
@@ -112,17 +116,19 @@ def measure(run: Path, scale: Scale, peers_folder: Path | None) -> dict[str, Any
     return {**headline, "conditions": conditions, **details, "overload": overloads, "servers": servers}
 
 
-def _measure(config: Config, run: Path, scale: Scale) -> tuple[dict[str, Measured], dict[str, dict[str, Any]]]:
+def _measure(
+    config: Config, run: Path, scale: Scale, settings: dict[str, Any]
+) -> tuple[dict[str, Measured], dict[str, dict[str, Any]]]:
     """Both placements against the engine, and overload with value models in their own replicas."""
     from benchmarks.common.http_load import client_process
     from benchmarks.common.service import service, service_config
 
     bodies = {count: make_bodies(config, count * scale.rounds, scale.tokens) for count in {ROWS, *scale.clients}}
-    engine = bare_engine(service_config(config, run, **SETTINGS, placement="colocated"), bodies[ROWS])
+    engine = bare_engine(service_config(config, run, **settings, placement="colocated"), bodies[ROWS])
     measured: dict[str, Measured] = {}
     with client_process() as process:
         for placement in PLACEMENTS:
-            with service(service_config(config, run, **SETTINGS, placement=placement)) as url:
+            with service(service_config(config, run, **settings, placement=placement)) as url:
                 measured[placement] = _against_engine(process, url, bodies[ROWS], engine, scale.repetitions)
                 for count in scale.clients:
                     measured[placement].closed[count] = _closed(process, url, bodies[count], count)
@@ -132,13 +138,15 @@ def _measure(config: Config, run: Path, scale: Scale) -> tuple[dict[str, Measure
     return measured, overloads
 
 
-def _against_vllm(config: Config, run: Path, scale: Scale, python: Path) -> dict[str, list[dict[str, Any]]]:
+def _against_vllm(
+    config: Config, run: Path, scale: Scale, python: Path, settings: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
     """Unguided requests to the service and to vLLM's server, as it comes and with all cores."""
     from benchmarks.common.http_load import client_process
     from benchmarks.common.service import service_config
     from benchmarks.serving.vllm_server import compare
 
-    served = service_config(config, run, **SETTINGS, placement="colocated")
+    served = service_config(config, run, **settings, placement="colocated")
     bodies = [unguided(body, config.base.system) for body in make_bodies(config, ROWS * scale.rounds, scale.tokens)]
     with client_process() as process:
         return compare(process, served, python, ENGINE_THREADS, bodies, ROWS, scale.peer_repetitions)
@@ -182,7 +190,8 @@ def bare_engine(config: Config, bodies: Sequence[Body]) -> Callable[[int], float
 
     args = main_args(config)
     base = load_base(args.base, args.dtype, args.device)
-    guide = load_guide(fetch_published(Store(args.storage, args.run)), getattr(torch, args.dtype), args.device)
+    folders = fetch_published(Store(args.storage, args.run))
+    guide = load_guide(folders, getattr(torch, args.dtype), args.device, base)
     engine = Engine(base, guide, args.rows)
     requests = [
         Request(

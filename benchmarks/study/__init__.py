@@ -1,1 +1,1 @@
-"""`python -m benchmarks.study`: iterations and variants of the training."""
+"""`python -m benchmarks.study`: the share of the limit of steering, of a run and variants of its training."""

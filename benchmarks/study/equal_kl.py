@@ -24,7 +24,7 @@ class Curve:
     """KL and gain of one value model at every strength."""
 
     kl_SP: np.ndarray  # nats of the answer to each prompt
-    gain_SP: np.ndarray  # reward above that of the base model's answer to the same prompt, sd
+    gain_SP: np.ndarray  # reward above the base model's mean for the same prompt, sd
 
 
 @dataclass(frozen=True)

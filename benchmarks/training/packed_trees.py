@@ -65,7 +65,7 @@ def trees_of_paper(config: Config, count: int) -> TreeSet:
 def make_model(config: Config, store: Store) -> ValueModel:
     """The first objective's value model as the start of iteration 1."""
     objective = next(iter(config.objectives))
-    return trainable_model(Fit(objective, 1, 0, RewardScale(0.0, 1.0), frozenset()), config, store)
+    return trainable_model(Fit((objective,), 1, 0, (RewardScale(0.0, 1.0),), frozenset()), config, store)
 
 
 @torch.no_grad()

@@ -85,6 +85,23 @@ def gain_at(rewards_PN: np.ndarray, divergence: float) -> float:
     return float(_tilt(rewards_PN, strength)[0].mean())
 
 
+def limits_at(rewards_PN: np.ndarray, divergence_R: np.ndarray, weights_RP: np.ndarray) -> np.ndarray:
+    """The limit [R] in resamples of the prompts, each at a mean divergence of its own; for bootstraps.
+
+    It is read off the curve of the resample, which is almost a line over the square root of the divergence. The caller
+    keeps to `largest_divergence`: a few resamples may lie beyond it.
+
+    Args:
+        weights_RP: weights of the prompts in every resample; rows sum to 1.
+    """
+    spread = _spread(rewards_PN)
+    if spread == 0.0:
+        return np.zeros(len(weights_RP))
+    gain_BP, divergence_BP = curve(rewards_PN, _SCALED_STRENGTHS_B / spread)
+    rows = zip(divergence_R, weights_RP @ divergence_BP.T, weights_RP @ gain_BP.T, strict=True)
+    return np.array([np.interp(np.sqrt(nats), np.sqrt(divergence_B), gain_B) for nats, divergence_B, gain_B in rows])
+
+
 def share(gain_P: np.ndarray, divergence_P: np.ndarray, rewards_PN: np.ndarray) -> Share | None:
     """A policy's gain over the limit at the divergence that it spends.
 
@@ -130,16 +147,7 @@ def _interval(gain_P: np.ndarray, divergence_P: np.ndarray, rewards_PN: np.ndarr
     if num_prompts < MIN_PROMPTS:
         return -math.inf, math.inf
     weights_RP = resamples(num_prompts, NUM_RESAMPLES) / num_prompts
-    gain_BP, divergence_BP = curve(rewards_PN, _SCALED_STRENGTHS_B / _spread(rewards_PN))
-    # One resample's limit is read off its own curve, which is almost a line over the square root of the divergence.
-    limit_R = np.array(
-        [
-            np.interp(np.sqrt(divergence), np.sqrt(divergence_B), gain_B)
-            for divergence, divergence_B, gain_B in zip(
-                weights_RP @ divergence_P, weights_RP @ divergence_BP.T, weights_RP @ gain_BP.T, strict=True
-            )
-        ]
-    )
+    limit_R = limits_at(rewards_PN, weights_RP @ divergence_P, weights_RP)
     if not (limit_R > 0.0).all():
         return -math.inf, math.inf
     low, high = np.quantile((weights_RP @ gain_P) / limit_R, [0.025, 0.975])

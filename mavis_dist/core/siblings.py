@@ -102,9 +102,14 @@ def sibling_sums(tree: Tree, targets: Targets, pred_X: np.ndarray, num_tokens: i
         x = target_A[tokens]
         x = x[x >= 0]
         if len(x) > 1:
-            v, y = pred_X[x] - pred_X[x].mean(), targets.value_X[x] - targets.value_X[x].mean(dtype=np.float64)
-            sums_4 += [v @ y, v @ v, y @ y, 1]
+            sums_4 += state_sums(pred_X[x], targets.value_X[x])
     return sums_4
+
+
+def state_sums(value_N: np.ndarray, target_N: np.ndarray) -> np.ndarray:
+    """The sums of one state, from the value of each of its children and what it is compared with."""
+    v, y = value_N - value_N.mean(), target_N - target_N.mean(dtype=np.float64)
+    return np.array([v @ y, v @ v, y @ y, 1.0])
 
 
 def sibling_test(sums_T4: np.ndarray) -> SiblingTest | None:

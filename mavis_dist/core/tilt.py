@@ -147,7 +147,7 @@ def tilt(
     `values_BKM` holds V_m(s∘a) and `baseline_BM` holds V_m(s), both in standard deviations of the reward; entries of
     objectives with weight 0 are ignored (they may be nan). `uncapped_BK` marks end-of-answer tokens.
     """
-    return capped(uncapped_tilt(values_BKM, baseline_BM, weights_BM, beta_B), cap_B, uncapped_BK)
+    return capped(uncapped_tilt(values_BKM, baseline_BM, weights_BM, beta_B), cap_B[:, None], uncapped_BK)
 
 
 def uncapped_tilt(
@@ -160,8 +160,9 @@ def uncapped_tilt(
     return beta_B.double()[:, None] * gain_BK
 
 
-def capped(delta_BK: torch.Tensor, cap_B: torch.Tensor, uncapped_BK: torch.Tensor) -> torch.Tensor:
-    return torch.where(uncapped_BK, delta_BK, torch.minimum(delta_BK, cap_B.double()[:, None]))
+def capped(delta_BK: torch.Tensor, cap_BK: torch.Tensor, uncapped_BK: torch.Tensor) -> torch.Tensor:
+    """`cap_BK` may have one column for all candidates."""
+    return torch.where(uncapped_BK, delta_BK, torch.minimum(delta_BK, cap_BK.double()))
 
 
 def choose(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
@@ -184,12 +185,14 @@ def ranking(phi_BK: torch.Tensor, delta_BK: torch.Tensor, ids_BK: torch.Tensor) 
     return by_id_BK.gather(-1, total_BK.argsort(dim=-1, descending=True, stable=True))
 
 
-def evaluation_order(logprobs_BK: torch.Tensor, phi_BK: torch.Tensor, uncapped_BK: torch.Tensor) -> torch.Tensor:
+def evaluation_order(logprobs_BK: torch.Tensor, bound_BK: torch.Tensor, uncapped_BK: torch.Tensor) -> torch.Tensor:
     """Indices [B, K] of the candidates, most promising first while no tilt is known: end-of-answer tokens, whose tilt
-    is unbounded, then by phi = log p + T * G.
+    is unbounded, then by the bound on phi + delta (by phi = log p + T * G, where one cap holds for all); the candidates
+    that a row does not have are last.
     """
-    first_BK = uncapped_BK & (logprobs_BK > float("-inf"))
-    return torch.where(first_BK, float("inf"), phi_BK).argsort(dim=-1, descending=True, stable=True)
+    is_present_BK = logprobs_BK > float("-inf")
+    key_BK = torch.where(uncapped_BK, float("inf"), bound_BK)
+    return torch.where(is_present_BK, key_BK, float("-inf")).argsort(dim=-1, descending=True, stable=True)
 
 
 class Distribution(NamedTuple):

@@ -16,7 +16,7 @@ from mavis_dist.core.tilt import Filters
 from mavis_dist.decode.guide import ABSENT
 from mavis_dist.decode.request import Scorer
 from mavis_dist.decode.scheduler import Row, variants_of
-from mavis_dist.decode.scorer import Query, Steering, width_unread
+from mavis_dist.decode.scorer import Query, Steering, first_chunk, width_unread
 from mavis_dist.models.kv import bucket
 
 Values = dict[str, float]  # objective -> V of a row's last token
@@ -66,8 +66,17 @@ class Batch:
         self.is_guided = [r.is_guided for r in requests]
         # A weight without a column would steer a request by less than it asks for.
         self.missing = [next((m for m in r.weights if r.is_guided and m not in objectives), None) for r in requests]
-        caps = [math.inf if r.tilt_cap is None else r.tilt_cap for r in requests]
-        self._is_lazy = [r.scorer is Scorer.LAZY and cap < math.inf for r, cap in zip(requests, caps, strict=True)]
+        self._is_predicted = [r.is_guided and r.scorer is Scorer.PREDICTED for r in requests]
+        caps = [_cap(r.tilt_cap) for r in requests]
+        residual_caps = [_cap(r.residual_cap) if r.scorer is Scorer.PREDICTED else math.inf for r in requests]
+        # Without a cap no candidate can be omitted.
+        is_capped = [min(both) < math.inf for both in zip(caps, residual_caps, strict=True)]
+        lazy = (Scorer.LAZY, Scorer.PREDICTED)
+        self._is_lazy = [r.scorer in lazy and capped for r, capped in zip(requests, is_capped, strict=True)]
+        num_first = [
+            first_chunk(is_predicted, not static_calls) if is_lazy else self.filters.num_candidates
+            for is_predicted, is_lazy in zip(self._is_predicted, self._is_lazy, strict=True)
+        ]
         # The guide evaluates candidates in order, and log-probabilities that are equal are listed in it.
         self.is_ordered = any(self.is_guided) or bool(self.top_logprobs)
         self._ever_guided = [b for b, is_guided in enumerate(self.is_guided) if is_guided]
@@ -79,11 +88,13 @@ class Batch:
         unused = [0.0 for _ in objectives]
         self._steering = Steering(
             self._column(self.is_guided, False, torch.bool),
-            self._column(self._is_lazy, True, torch.bool),
+            self._column(num_first, 0, torch.int64),
             self._column(weights, unused, torch.float64),
             self._column(baseline, unused, torch.float32),
             self._column([r.beta for r in requests], 1.0, torch.float64),
             self._column(caps, 1.0, torch.float64),
+            self._column(self._is_predicted, False, torch.bool),
+            self._column(residual_caps, 1.0, torch.float64),
         )
 
     @property
@@ -117,6 +128,13 @@ class Batch:
             return self._steering
         is_turn_B = self.positions_B % self._guide_every_B == 0
         return replace(self._steering, is_guided_B=self._steering.is_guided_B & is_turn_B)
+
+    def predicted(self, guided: Sequence[int]) -> list[int] | None:
+        """The numbers of all rows, those that are not predicted as absent; None if none is."""
+        predicted = {b for b in guided if self._is_predicted[b]}
+        if not predicted:
+            return None
+        return self._padded([number if b in predicted else ABSENT for b, number in enumerate(self.numbers)], ABSENT)
 
     def followed(self, rows: Sequence[int], index_B: torch.Tensor) -> tuple[list[int], torch.Tensor]:
         """The numbers of some rows, and their part of a column, for a call of the guide."""
@@ -158,6 +176,10 @@ class Batch:
 
     def _column(self, column: Sequence[T], filling: T, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(self._padded(column, filling), dtype=dtype, device=self._device)
+
+
+def _cap(cap: float | None) -> float:
+    return math.inf if cap is None else cap
 
 
 def named(objectives: Sequence[str], values_BM: torch.Tensor) -> list[Values]:

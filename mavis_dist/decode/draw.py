@@ -31,6 +31,7 @@ from mavis_dist.decode.scorer import (
     scores_of,
     search,
     unsearched,
+    with_predictions,
 )
 from mavis_dist.models.replay import Replays, tree
 from mavis_dist.native import build
@@ -59,14 +60,15 @@ tree(Filters)
 
 
 class DrawReplays(NamedTuple):
-    """Recordings of the two halves of a draw: before the guide's call, and after it."""
+    """Recordings of the parts of a draw: before the guide's calls, after its predictions, and after its values."""
 
     drafts: Replays
+    predictions: Replays
     outcome: Replays
 
     @classmethod
     def on(cls, device: torch.device) -> DrawReplays:
-        return cls(Replays(device), Replays(device))
+        return cls(Replays(device), Replays(device), Replays(device))
 
 
 @tree
@@ -96,6 +98,10 @@ def draw(
         preference_step: where rows have preferences, the step that merged them into the logits.
     """
     drafts = _drafts_of(batch, logits_BV, replays, preference_step)
+    if (predicted := batch.predicted(guided)) is not None:
+        assert guide is not None
+        deltas_BKM = guide.predict(predicted, drafts.ids_BK)
+        drafts = replays.predictions(_key(batch), with_predictions, drafts, batch.steering(), deltas_BKM)
     outcome, read = _outcome_of(batch, guided, drafts, guide, replays)
     if guided:
         batch.baseline_BM = outcome.baseline_BM.clone()  # the next step's outcome may take its place
@@ -214,12 +220,8 @@ def _drafts(
     temperature_B = filters.temperature_B
     phi_BK = logprobs_BK + temperature_B[:, None] * noise.gumbel(stream_B, positions_B, ids_BK)
     is_eos_BK = (ids_BK[:, :, None] == eos).any(-1)
-    if is_ordered:
-        order_BK = evaluation_order(logprobs_BK, phi_BK, is_eos_BK)
-        ids_BK, logprobs_BK, phi_BK, is_eos_BK = (
-            x.gather(-1, order_BK) for x in (ids_BK, logprobs_BK, phi_BK, is_eos_BK)
-        )
-    return Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, temperature_B)
+    drafts = Drafts(ids_BK, logprobs_BK, phi_BK, is_eos_BK, temperature_B)
+    return drafts.reordered(evaluation_order(logprobs_BK, phi_BK, is_eos_BK)) if is_ordered else drafts
 
 
 def _with_preferences(drafts: Drafts, batch: Batch, preference_step: PreferenceStep) -> Drafts:

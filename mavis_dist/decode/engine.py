@@ -17,7 +17,7 @@ import torch
 
 from mavis_dist.decode.batch import Batch, Values, named
 from mavis_dist.decode.draw import Drawn, DrawReplays, draw
-from mavis_dist.decode.guide import Guide, GuideRow
+from mavis_dist.decode.guide import Guide, GuideRow, Valuation
 from mavis_dist.decode.preference_step import PreferenceStep
 from mavis_dist.decode.request import Choice, FinishReason, Request, Scorer, Update
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
@@ -29,6 +29,7 @@ from mavis_dist.models.load import BaseModel
 
 # Tokens of new prompts that a step encodes: few enough not to delay running answers noticeably.
 PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}
+VALUATIONS = {Scorer.QHEAD: Valuation.PREDICTED, Scorer.PREDICTED: Valuation.CHECKED}  # EVALUATED by the others
 
 
 class Engine:
@@ -231,8 +232,8 @@ class Engine:
             row, end = piece.row, piece.end + piece.is_last
             if piece.is_first:
                 source, used = piece.source.number if piece.source else None, frozenset(row.request.weights)
-                by_student = row.request.scorer is Scorer.QHEAD
-                opening.append(GuideRow(row.number, tuple(row.tokens[:end]), used, source, piece.start, by_student))
+                valuation = VALUATIONS.get(row.request.scorer, Valuation.EVALUATED)
+                opening.append(GuideRow(row.number, tuple(row.tokens[:end]), used, source, piece.start, valuation))
             else:
                 rows.append(row.number)
                 tokens.append(row.tokens[piece.start : end])

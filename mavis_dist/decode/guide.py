@@ -3,19 +3,21 @@
 A guide holds key-value caches for the engine's rows, but no other state: the engine owns the token ids, and can send
 them again to a guide that lost its caches.
 
-Shapes: B rows, N candidates of all rows, concatenated, M objectives in the order of `Guide.objectives`.
+Shapes: B rows, K candidates of a row, N candidates of all rows, concatenated, M objectives in the order of
+`Guide.objectives`, O outputs of a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
 
 from mavis_dist.models.decoder import states_reader, student_decoder, update_values, value_decoder
-from mavis_dist.models.kv import SlotModel, branch_all
+from mavis_dist.models.kv import Layout, SlotModel, branch_all
 from mavis_dist.models.qhead import Student, predicted
 from mavis_dist.models.value import ValueModel, joined
 
@@ -23,6 +25,14 @@ ABSENT = -1  # the number of no row
 
 # From now on return the states behind so many layers as well, None: no more; False: that is not possible.
 ReadStates = Callable[[int | None], bool]
+
+
+class Valuation(Enum):
+    """How the candidates of a row get their values."""
+
+    EVALUATED = "evaluated"  # by value models, in a forward pass over each
+    PREDICTED = "predicted"  # by a student, from the state; tokens are extended, never kept
+    CHECKED = "checked"  # evaluated like that by a student's own value model; the student predicts them on request
 
 
 @dataclass(frozen=True)
@@ -34,17 +44,18 @@ class GuideRow:
     objectives: frozenset[str]  # those with a positive weight; the others cost nothing
     source: int | None = None  # a row whose first `shared` tokens are the same
     shared: int = 0
-    by_student: bool = False  # candidates are predicted, not evaluated; tokens are extended, never kept
+    valuation: Valuation = Valuation.EVALUATED
 
 
 class Guide(Protocol):
-    """Calls come in the order open, extend*, (score+, keep or extend, extend*)*, close; rows are the engine's numbers.
+    """Calls come in the order open, extend*, (predict?, score+, keep or extend, extend*)*, close; rows are the engine's
+    numbers.
 
     Values of objectives that a row does not use are undefined. Objectives may be added, removed and reordered between
     two steps of the engine; rows that use a removed objective have no values any more.
 
     With `static_shapes`, `score` and `keep` may be called with rows whose number is `ABSENT`, so that the shapes of
-    calls do not depend on the rows: their values are undefined.
+    calls do not depend on the rows: their values are undefined. `predict` may be called so always.
     """
 
     @property
@@ -55,7 +66,7 @@ class Guide(Protocol):
 
     @property
     def predicted(self) -> tuple[str, ...]:
-        """The objectives that a student predicts: the only ones that rows with `by_student` may use."""
+        """The objectives that a student predicts: the only ones of rows that are PREDICTED or CHECKED."""
         ...
 
     def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
@@ -64,6 +75,10 @@ class Guide(Protocol):
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append tokens that were not scored; V_m(s) at the last ones [B, M]."""
+        ...
+
+    def predict(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
+        """V_m(s∘a) - V_m(s) of alternative next tokens [B, K, M], as a student predicts it; only of CHECKED rows."""
         ...
 
     def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
@@ -93,7 +108,7 @@ class LocalGuide:
     ):
         """
         Args:
-            models: of each objective its value model, or one of several heads of a value model.
+            models: of each objective its value model, or one of several heads of a value model, by index.
             students: of some of them one of the objectives of a student.
             static_shapes: the shapes of forward passes depend on buckets only. None: on all devices but CPUs.
         """
@@ -133,16 +148,17 @@ class LocalGuide:
 
         Heads of a model that is already in use share it.
         """
-        heads = {name: model if isinstance(model, tuple) else (model, 0) for name, model in models.items()}
+        heads = {name: model if isinstance(model, tuple) else _only_head(name, model) for name, model in models.items()}
         students = students or {}
         assert not heads.keys() & set(self._objectives)
         assert heads.keys() >= students.keys()
         if self._device is None:
             self._device = next((model.heads.weight.device for model, _ in heads.values()), None)
-        for name, owned in heads.items():
-            self._trunk_of(owned[0]).heads[name] = owned
-        for name, by_student in students.items():
-            self._trunk_of(by_student[0]).heads[name] = by_student
+        for name, (model, head) in heads.items():
+            self._trunk_of(_Trunk, model).heads[name] = model, head
+        for name, (student, head) in students.items():
+            for kind in (self._predicting(student), _CheckedStudent):
+                self._trunk_of(kind, student).heads[name] = student, head
         self._arrange((*self._objectives, *heads), (*self._predicted, *students))
 
     def remove(self, objectives: Collection[str]) -> None:
@@ -165,33 +181,34 @@ class LocalGuide:
             trunk.arrange(objectives)
         self._objectives, self._predicted = objectives, predicted  # replaced, not changed: other threads read them
 
-    def _trunk_of(self, owner: ValueModel | Student) -> _Trunk:
-        """The trunk of a model; created if there is none."""
+    def _trunk_of(self, kind: type[_Trunk], owner: ValueModel | Student) -> _Trunk:
+        """The trunk of this kind for a model; created if there is none."""
         for trunk in self._trunks:
-            if trunk.serves(owner):
+            if type(trunk) is kind and trunk.serves(owner):
                 return trunk
-        shapes, kind = self.static_shapes, _Student if isinstance(owner, Student) else _Trunk
-        if isinstance(owner, Student) and self._provides(owner.state_layer):
-            kind = _StatesStudent
-        self._trunks.append(kind(owner, shapes))
+        self._trunks.append(kind(owner, self.static_shapes))
         return self._trunks[-1]
 
-    def _provides(self, layer: int | None) -> bool:
-        """Whether the engine's base model returns the states of a layer: of one layer at a time."""
+    def _predicting(self, student: Student) -> type[_Student]:
+        """How a student predicts: from the states of the engine's base model, if that returns them; it can return those
+        of one layer.
+        """
+        layer = student.state_layer
         if layer is None or self._read_states is None or self._state_layer not in (None, layer):
-            return False
+            return _Student
         self._state_layer = layer if self._read_states(layer) else None
-        return self._state_layer is not None
+        return _Student if self._state_layer is None else _StatesStudent
 
     def accept_states(self, read_states: ReadStates) -> None:
         """Let the students that read states of the base model have them from the engine's steps, where that is
         possible; for an engine without rows. Each `score` then comes after `observe`.
         """
         self._read_states, self._state_layer = read_states, None
-        for trunk in [trunk for trunk in self._trunks if trunk.state_layer is not None]:
-            self._trunks.remove(trunk)
-            for name, (owner, head) in trunk.heads.items():
-                self._trunk_of(owner).heads[name] = owner, head
+        for trunk in [trunk for trunk in self._trunks if trunk.valuation is Valuation.PREDICTED]:
+            for name, (student, head) in [*trunk.heads.items()]:
+                del trunk.heads[name]
+                self._trunk_of(self._predicting(student), student).heads[name] = student, head
+        self._trunks = [trunk for trunk in self._trunks if trunk.heads]
         self._arrange(self._objectives, self._predicted)
 
     @property
@@ -213,7 +230,7 @@ class LocalGuide:
             used = [
                 b
                 for b, row in enumerate(rows)
-                if trunk.predicts == row.by_student and trunk.heads.keys() & row.objectives
+                if trunk.valuation is row.valuation and trunk.heads.keys() & row.objectives
             ]
             if used:
                 trunk.fill(values_BM, used, trunk.open([rows[b] for b in used]))
@@ -225,16 +242,26 @@ class LocalGuide:
             trunk.fill(values_BM, used, trunk.extend([rows[b] for b in used], [tokens[b] for b in used]))
         return values_BM
 
+    def predict(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
+        deltas_NM, counts = self._unknown(candidates_BK.numel()), [candidates_BK.shape[1]] * len(rows)
+        for trunk, _ in self._users(rows):
+            if isinstance(trunk, _CheckedStudent):
+                trunk.fill_known(deltas_NM, rows, counts, trunk.deltas(rows, candidates_BK).flatten(0, 1))
+        return deltas_NM.unflatten(0, candidates_BK.shape)
+
     def score(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
         values_NM = self._unknown(len(candidates_N))
         trunks = [trunk for trunk, _ in self._users(rows)]
-        evaluating = [trunk for trunk in trunks if not trunk.predicts]
+        evaluating = [trunk for trunk in trunks if trunk.valuation is not Valuation.PREDICTED]
         if evaluating:
             outputs = branch_all([trunk.slots for trunk in evaluating], rows, counts, candidates_N)
             for trunk, out_NO in zip(evaluating, outputs, strict=True):
                 trunk.fill_known(values_NM, rows, counts, out_NO)
+                if isinstance(trunk, _CheckedStudent):
+                    trunk.remember(rows, counts, out_NO)
         for trunk in trunks:
-            if isinstance(trunk, _Student):
+            if trunk.valuation is Valuation.PREDICTED:
+                assert isinstance(trunk, _Student)
                 trunk.fill_known(values_NM, rows, counts, trunk.predicted(rows, counts, candidates_N))
         return values_NM
 
@@ -257,11 +284,16 @@ class LocalGuide:
         return torch.full((count, len(self._objectives)), float("nan"), device=self._device)
 
 
+def _only_head(name: str, model: ValueModel) -> tuple[ValueModel, int]:
+    if model.heads.out_features != 1:
+        raise ValueError(f"the value model of {name!r} has {model.heads.out_features} heads: give (model, index)")
+    return model, 0
+
+
 class _Trunk:
     """The value models on one backbone, which share its forward passes, with the rows that they follow."""
 
-    predicts = False
-    state_layer: int | None = None  # of a student that reads the base model's states
+    valuation = Valuation.EVALUATED
 
     def __init__(self, owner: ValueModel | Student, static_shapes: bool):
         self.heads: dict[str, tuple[Any, int]] = {}  # objective of the guide -> a model on this trunk, one of its heads
@@ -343,11 +375,10 @@ class _Trunk:
 class _Student(_Trunk):
     """One student with the rows that it follows: V(s∘a) = V(s) + predicted delta, without a forward pass."""
 
-    predicts = True
+    valuation = Valuation.PREDICTED
 
     def _start(self, owner: Any, static_shapes: bool) -> None:
         self._student: Student = owner
-        self.state_layer = owner.state_layer
         self.known: dict[int, torch.Tensor] = {}  # outputs [O] at each row's last token
         self.slots = SlotModel(student_decoder(owner), static_shapes)
 
@@ -373,13 +404,16 @@ class _Student(_Trunk):
     @torch.inference_mode()
     def predicted(self, rows: Sequence[int], counts: Sequence[int], candidates_N: torch.Tensor) -> torch.Tensor:
         """All objectives' predicted values, [N, O]; undefined for rows that it does not follow."""
-        unknown_O = torch.zeros_like(next(iter(self.known.values())))
-        known_BO = torch.stack([self.known.get(row, unknown_O) for row in rows])
-        counts_B = torch.tensor(counts, device=known_BO.device)
-        row_N = torch.arange(len(rows), device=known_BO.device).repeat_interleave(counts_B, output_size=sum(counts))
-        values_BO, queries_BOR = self._student.split(known_BO)
-        factors_NR = self._student.token_factors(candidates_N.to(known_BO.device))
+        values_BO, queries_BOR = self._state(rows)
+        counts_B = torch.tensor(counts, device=values_BO.device)
+        row_N = torch.arange(len(rows), device=values_BO.device).repeat_interleave(counts_B, output_size=sum(counts))
+        factors_NR = self._student.token_factors(candidates_N.to(values_BO.device))
         return values_BO[row_N] + predicted(queries_BOR[row_N], factors_NR)
+
+    def _state(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """V(s) [B, O] and q(s) [B, O, R] of all objectives; 0 for rows that it does not follow."""
+        unknown_O = torch.zeros_like(next(iter(self.known.values())))
+        return self._student.split(torch.stack([self.known.get(row, unknown_O) for row in rows]))
 
 
 class _StatesStudent(_Student):
@@ -388,8 +422,7 @@ class _StatesStudent(_Student):
     is_batch_invariant = True  # as far as the states are
 
     def _start(self, owner: Any, static_shapes: bool) -> None:
-        self._student, self.state_layer = owner, owner.state_layer
-        self.known = {}
+        self._student, self.known = owner, {}
         self._read, self._rows = states_reader(owner), set[int]()
 
     def __contains__(self, row: int) -> bool:
@@ -412,3 +445,48 @@ class _StatesStudent(_Student):
     def _is_known(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor | None:
         known = [row in self._rows for row, count in zip(rows, counts, strict=True) for _ in range(count)]
         return None if all(known) else torch.tensor(known, device=self._student.device)
+
+
+class _CheckedStudent(_Student):
+    """One student with the rows that it follows, whose own value model evaluates candidates; they may be kept.
+
+    The forward pass over a candidate yields its predictions as well, so that a token costs no other one.
+    """
+
+    valuation = Valuation.CHECKED
+
+    def _start(self, owner: Any, static_shapes: bool) -> None:
+        super()._start(owner, static_shapes)
+        self._scored: list[tuple[Layout, torch.Tensor]] = []  # calls since a token was kept, with their outputs
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        self._scored = []
+        return super().extend(rows, tokens)
+
+    def close(self, rows: Sequence[int]) -> None:
+        self._scored = []
+        super().close(rows)
+
+    def remember(self, rows: Sequence[int], counts: Sequence[int], out_NO: torch.Tensor) -> None:
+        """The outputs of candidates, of which one per row may be kept; heads are not recorded, so they stay valid."""
+        self._scored.append((self.slots.layout(rows, counts), out_NO))
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
+        self.slots.keep(rows, index_B)
+        kept = self.slots.layout(rows, [1] * len(rows))
+        left_X = kept.spread(index_B.to(kept.slot_N.device))  # how many of a row's candidates come before the kept one
+        place_X, start = torch.zeros_like(left_X), 0
+        for layout, out_NO in self._scored:
+            place_X = torch.where(left_X < 0, place_X, start + layout.start_Z[kept.slot_N] + left_X)
+            left_X = left_X - layout.count_Z[kept.slot_N]
+            start += len(out_NO)
+        out_BO = torch.cat([out_NO for _, out_NO in self._scored])[place_X[kept.read_C]]
+        self.known.update((row, out_O) for row, out_O in zip(rows, out_BO.unbind(), strict=True) if row in self.known)
+        self._scored = []
+
+    @torch.inference_mode()
+    def deltas(self, rows: Sequence[int], candidates_BK: torch.Tensor) -> torch.Tensor:
+        """All objectives' predicted V(s∘a) - V(s), [B, K, O]; 0 for rows that it does not follow."""
+        _, queries_BOR = self._state(rows)
+        return predicted(queries_BOR[:, None], self._student.token_factors(candidates_BK.to(queries_BOR.device)))

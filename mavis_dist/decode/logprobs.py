@@ -20,7 +20,7 @@ def token_logprobs(
     """By row, for those in `counts`: the chosen token and that many of the most likely ones.
 
     Exact where all candidates were evaluated; otherwise the normaliser of pi is an estimate, and candidates that were
-    not evaluated are omitted. Rows at temperature 0 report the distribution of temperature 1.
+    not evaluated are omitted, or listed as predicted. Rows at temperature 0 report the distribution of temperature 1.
     """
     if not counts:
         return {}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mavis_dist.core import noise
 from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams
-from mavis_dist.types import TILT_CAP, UserError
+from mavis_dist.types import RESIDUAL_CAP, TILT_CAP, UserError
 
 
 class RequestError(UserError):
@@ -37,6 +37,7 @@ class Scorer(str, Enum):
 
     FULL = "full"  # all of them, as published
     LAZY = "lazy"  # only as many as determine the draw; without a tilt_cap all of them
+    PREDICTED = "predicted"  # as lazy, with caps around what a student predicts
     QHEAD = "qhead"  # none: a student predicts from the state what each of them adds to the value
 
 
@@ -67,6 +68,7 @@ class Request:
     answer: tuple[int, ...] = ()  # tokens so far, when an answer is continued
     stream: int | None = None  # noise stream; None: derived from the seed and the choice index
     scorer: Scorer = Scorer.LAZY
+    residual_cap: float | None = RESIDUAL_CAP  # of PREDICTED: nats of tilt beyond the prediction; None: unbounded
     guide_every: int = 1  # tilt every n-th token; the others are the base model's
     draws: int | None = None  # generate one token, and report this many distinct draws of it in Choice.alternatives
     top_logprobs: int | None = None  # report every token's distribution with this many most likely tokens; None: no

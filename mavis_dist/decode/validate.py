@@ -119,7 +119,10 @@ def _check_sampling(params: SamplingParams) -> None:
 def _check_steering(request: Request, bounds: Bounds) -> None:
     for name, is_fine, remedy in (
         ("beta", 0 <= request.beta <= MAX_BETA, f"use a number from 0 to {MAX_BETA:g}"),
-        ("tilt_cap", request.tilt_cap is None or request.tilt_cap > 0, "use a number > 0, or none"),
+        *(
+            (name, (cap := getattr(request, name)) is None or cap > 0, "use a number > 0, or none")
+            for name in ("tilt_cap", "residual_cap")
+        ),
         ("top_logprobs", (request.top_logprobs or 0) >= 0, "use an integer >= 0, or none"),
         ("guide_every", 1 <= request.guide_every <= MAX_COUNT, f"use an integer from 1 to {MAX_COUNT}"),
         (
@@ -129,11 +132,12 @@ def _check_steering(request: Request, bounds: Bounds) -> None:
         ),
     ):
         _require(is_fine, name, getattr(request, name), remedy)
-    if request.scorer is Scorer.QHEAD:
+    if request.scorer in (Scorer.QHEAD, Scorer.PREDICTED):
         missing = sorted(request.weights.keys() - set(bounds.predicted)) or ["any objective"] * (not bounds.predicted)
         if missing:
             raise RequestError(
-                "scorer", f"is 'qhead'; there is no student for {', '.join(missing)}: use 'lazy' or 'full'"
+                "scorer",
+                f"is {request.scorer.value!r}; there is no student for {', '.join(missing)}: use 'lazy' or 'full'",
             )
     _check_preference_params(request.preference_params)
 

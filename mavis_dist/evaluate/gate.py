@@ -7,14 +7,15 @@ the same prompts and seeds, and a new iteration is refused if it may be worse by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from mavis_dist.decode import Choice, Request, SamplingParams, Scorer
 from mavis_dist.evaluate import sweep
-from mavis_dist.evaluate.sweep import Point, bootstrap
+from mavis_dist.evaluate.sweep import Estimate, Point, bootstrap
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
 from mavis_dist.types import Prompt, RewardScale
@@ -28,10 +29,11 @@ class Decision:
     iteration: int
     accepted: bool
     current: int | None  # the iteration that it was compared with
-    soft_values: list[float]  # by validation prompt
+    soft_values: list[float]  # by validation prompt; of the first iteration, empty until a second is compared with it
     difference: float | None = None  # in soft value, sd; the new one less the current
     low: float | None = None  # 95 % bootstrap interval over prompts
     high: float | None = None
+    prompts_needed: int | None = None  # about as many would tell a difference of the margin; None: these could
 
     def verdict(self) -> str:
         """The decision as text: accepted or refused, and the difference."""
@@ -39,7 +41,11 @@ class Decision:
             return "accepted, there is none to compare with"
         decided = "accepted" if self.accepted else f"refused, iteration {self.current} stays"
         interval = f"{self.difference:+.2f} [{self.low:+.2f}, {self.high:+.2f}] sd"
-        return f"{decided}: soft value {interval} against iteration {self.current}"
+        needed = f"; too few prompts to tell: use about prompts.validation={self.prompts_needed}"
+        return (
+            f"{decided}: soft value {interval} against iteration {self.current}"
+            f"{needed if self.prompts_needed and not self.accepted else ''}"
+        )
 
 
 def request_id(objective: str, prompt: Prompt) -> str:
@@ -77,10 +83,31 @@ def decide(store: Store, objective: str, iteration: int, soft_values: list[float
     else:
         metadata = store.metadata(layout.gate_folder(objective, before)) or {}
         gain = bootstrap(np.array(soft_values) - np.array(metadata["soft_values"]))
-        accepted = gain.low > -margin
-        decision = Decision(objective, iteration, accepted, before, soft_values, gain.mean, gain.low, gain.high)
+        accepted, needed = gain.low > -margin, prompts_needed(gain, len(soft_values), margin)
+        decision = Decision(objective, iteration, accepted, before, soft_values, gain.mean, gain.low, gain.high, needed)
     store.finish(layout.gate_folder(objective, iteration), asdict(decision))
     return decision
+
+
+def prompts_needed(gain: Estimate, num_prompts: int, margin: float) -> int | None:
+    """Prompts with which half the interval would be as wide as the margin; None: it is not wider, or 0 is in none."""
+    width = (gain.high - gain.low) / 2
+    is_told = width <= margin or gain.low > 0 or gain.high < -margin
+    return (
+        None if is_told or margin == 0 or not math.isfinite(width) else math.ceil(num_prompts * (width / margin) ** 2)
+    )
+
+
+def without_soft_values(store: Store, iterations: Mapping[str, int]) -> dict[str, int]:
+    """Those of some accepted iterations, by objective, whose soft values were never needed."""
+    known = {name: store.metadata(layout.gate_folder(name, i)) or {} for name, i in iterations.items()}
+    return {name: i for name, i in iterations.items() if not known[name].get("soft_values")}
+
+
+def add_soft_values(store: Store, objective: str, iteration: int, soft_values: list[float]) -> None:
+    """Store the soft values of an iteration that is accepted already."""
+    folder = layout.gate_folder(objective, iteration)
+    store.finish(folder, {**(store.metadata(folder) or {}), "soft_values": soft_values})
 
 
 def current(store: Store, objective: str, before: int) -> int | None:

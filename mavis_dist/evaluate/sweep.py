@@ -178,7 +178,7 @@ def summarise(
         {"prompt": prompt.text, "answers": {point.name: answers[point.name][index][0][1] for point in points}}
         for index, prompt in enumerate(prompts)
     ]
-    limits = {name: _limit(rewards_PN) for name, rewards_PN in base_rewards_PN.items()}
+    limits = {name: limit_curve(rewards_PN) for name, rewards_PN in base_rewards_PN.items()}
     num_base_answers = max((rewards_PN.shape[1] for rewards_PN in base_rewards_PN.values()), default=0)
     return Sweep(results, _hypervolume(results), len(prompts), beta, examples, limits, num_base_answers)
 
@@ -196,7 +196,7 @@ def _share(
     return Estimate(*share) if share else None
 
 
-def _limit(rewards_PN: np.ndarray) -> Limit:
+def limit_curve(rewards_PN: np.ndarray) -> Limit:
     """The limit as a curve, with more points where it is steep."""
     largest = limit.largest_divergence(rewards_PN.shape[1])
     divergence = [float(root**2) for root in np.linspace(0.0, math.sqrt(largest), LIMIT_POINTS)]

@@ -45,6 +45,7 @@ class Layout:
                 and on whether they are the first slots, also where it could be simpler.
         """
         self.slots, self.widths, self.is_static = slots, widths, is_static
+        self._rows, self._counts = rows, counts
         slot_B, width_B, caller_B, count_A = (np.array(x, np.int64) for x in (slots, widths, rows, counts))
         row_N = np.repeat(np.arange(len(slot_B)), width_B)
         column_N = np.arange(len(row_N)) - np.repeat(width_B.cumsum() - width_B, width_B)
@@ -90,6 +91,14 @@ class Layout:
     def outputs(self, out_RO: torch.Tensor) -> torch.Tensor:
         """[R, O], read at `read_R` -> [C, O]; undefined where the caller's row is not here."""
         return out_RO if self._output_C is None else out_RO[self._output_C]
+
+    @cached_property
+    def start_Z(self) -> torch.Tensor:
+        """The first token of the caller, by slot; 0 where it does not ask."""
+        count_A, start_Z = np.array(self._counts, np.int64), np.zeros(len(self.count_Z), np.int64)
+        is_asked_B = np.array(self._rows) >= 0
+        start_Z[np.array(self.slots)[is_asked_B]] = (count_A.cumsum() - count_A)[np.array(self._rows)[is_asked_B]]
+        return torch.from_numpy(start_Z).to(self.count_Z.device)
 
     @cached_property
     def is_rectangular(self) -> bool:

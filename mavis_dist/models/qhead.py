@@ -112,9 +112,9 @@ class Student(nn.Module):
 
 
 def predicted(queries_NMR: torch.Tensor, factors_NR: torch.Tensor) -> torch.Tensor:
-    """delta_m(s, a) [N, M] of candidates, each with its state's queries."""
+    """delta_m(s, a) [N, M] of candidates, each with its state's queries; any dimensions may take the place of N."""
     # A sum of products, not a matrix product: a candidate's result does not depend on the number of candidates.
-    return (queries_NMR * factors_NR[:, None]).sum(-1)
+    return (queries_NMR * factors_NR.unsqueeze(-2)).sum(-1)
 
 
 def deltas(qhead: QHead, state_CH: torch.Tensor, embedding_CH: torch.Tensor) -> torch.Tensor:

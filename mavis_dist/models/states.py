@@ -31,11 +31,11 @@ class StateLayerError(UserError):
 
 
 def state_layer(config: Any, chosen: int | None) -> int:
-    """The number of layers behind the states that heads read, given `value.state_layer`; raises StateLayerError."""
+    """The number of layers behind the states that heads read, given `value.layers`; raises StateLayerError."""
     available = config.get_text_config().num_hidden_layers
     if chosen is not None and chosen > available:
         raise StateLayerError(
-            f"value.state_layer is {chosen} but the base model has {available} layers: use at most {available}, or null"
+            f"value.layers is {chosen} but the base model has {available} layers: use at most {available}, or null"
         )
     return max(1, round(DEPTH * available)) if chosen is None else chosen
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,11 @@ class Card:
     teachers: tuple[Teacher, ...] = ()  # by objective, where the model was distilled from others
     state_layer: int | None = None  # layer of the base model whose states the heads read; None: a backbone of its own
 
+    def only(self, objective: str) -> Card:
+        """The card without all other objectives."""
+        m = self.objectives.index(objective)
+        return replace(self, objectives=(objective,), scales=(self.scales[m],), rewards=(self.rewards[m],))
+
     def check(self, base_fingerprint: str, tokenizer_fingerprint: str) -> None:
         """Raises ValueModelError unless the model was trained for this base model and tokenizer."""
         name = ", ".join(self.objectives)
@@ -103,6 +108,15 @@ class ValueModel(nn.Module):
         self.heads = Heads(old.in_features, old.out_features + 1, dtype=torch.float32, device=old.weight.device)
         with torch.no_grad():
             self.heads.weight[:-1], self.heads.bias[:-1] = old.weight, old.bias
+
+    def only(self, objective: int) -> ValueModel:
+        """Drop the heads of all other objectives."""
+        old = self.heads
+        self.heads = Heads(old.in_features, 1, dtype=torch.float32, device=old.weight.device)
+        with torch.no_grad():
+            self.heads.weight[:], self.heads.bias[:] = old.weight[objective], old.bias[objective]
+        self.heads.requires_grad_(old.weight.requires_grad)
+        return self
 
     def to_precision(self, dtype: torch.dtype) -> ValueModel:
         """Cast the backbone; the heads stay in float32."""
@@ -198,6 +212,18 @@ def parse_card(content: bytes, file: str) -> Card:
         return Card(objectives=objectives, rewards=rewards, scales=scales, teachers=teachers, r2=r2, **raw)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueModelError(f"{file} cannot be read ({error}): train this value model again") from None
+
+
+def load_objective(
+    folder: Path,
+    objective: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    base: BaseModel | None = None,
+) -> tuple[ValueModel, Card]:
+    """As `load`, without the heads of all other objectives."""
+    model, card = load(folder, dtype, device, base)
+    return model.only(card.objectives.index(objective)), card.only(objective)
 
 
 def load(

@@ -13,9 +13,10 @@ from mavis_dist.actors import Turn
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Shape, Tree
 from mavis_dist.decode import Choice, Engine, LocalGuide, Request
+from mavis_dist.decode.load_guide import load_models
 from mavis_dist.decode.request import Update
 from mavis_dist.models.load import load_base
-from mavis_dist.models.value import ValueModel, load
+from mavis_dist.models.value import ValueModel, load_card
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
@@ -94,7 +95,7 @@ class Worker:
         self._base = load_base(config.base.model, config.base.dtype, config.base.device)
         self._growers: dict[Policy, TreeGrower] = {}
         self._answers: dict[str, list[Answer | None]] = {}  # by request id, until all n are there
-        self._guides: dict[str, ValueModel] = {}
+        self._guides: dict[str, tuple[ValueModel, int]] = {}
         self._value_iterations: dict[str, int] = {}
         self._unfinished: dict[int, set[Hashable]] = {}  # keys of missing results, by batch
         self._load({})
@@ -123,12 +124,11 @@ class Worker:
     def _load(self, value_iterations: Mapping[str, int]) -> None:
         """An empty engine with these value models around the same base model."""
         if self._value_iterations != value_iterations:
-            store, self._guides = Store(self._config.storage, self._config.run), {}
-            for objective, iteration in value_iterations.items():
-                folder = values.fetch(store, objective, iteration)
-                dtype, device = getattr(torch, self._config.base.dtype), self._config.base.device
-                self._guides[objective], card = load(folder, dtype, device, self._base)
-                card.check(self._base.fingerprint, self._base.tokenizer_fingerprint)
+            store, base = Store(self._config.storage, self._config.run), self._config.base
+            folders = {name: values.fetch(store, name, iteration) for name, iteration in value_iterations.items()}
+            for folder in set(folders.values()):
+                load_card(folder).check(self._base.fingerprint, self._base.tokenizer_fingerprint)
+            self._guides = load_models(folders, getattr(torch, base.dtype), base.device, self._base)
             self._value_iterations = dict(value_iterations)
         guide = LocalGuide(self._guides) if self._guides else None
         self._engine = Engine(self._base, guide, self._config.rollout.rows)

@@ -32,8 +32,13 @@ def label_folder(policy: Policy, objective: str) -> str:
 
 
 def value_folder(objective: str, iteration: int) -> str:
-    """A finished value model."""
+    """A finished value model, or what one with several objectives has about this one."""
     return f"{VALUES}/{objective}/i{iteration}"
+
+
+def shared_folder(fit: str, iteration: int) -> str:
+    """A finished value model with a head for each of several objectives."""
+    return f"shared/{fit}/i{iteration}"
 
 
 def published_file(objective: str) -> str:

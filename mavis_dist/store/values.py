@@ -18,6 +18,9 @@ from mavis_dist.store.layout import VALUES, distilled_folder, published_file, va
 _VERSION = re.compile(r"(?P<objective>\w+)@(?:i(?P<iteration>\d+)|d(?P<distilled>\w+))", re.ASCII)
 
 
+SHARED_KEY = "shared"  # in the marker of an objective's folder: the folder of the model that it shares
+
+
 @dataclass(frozen=True)
 class Served:
     """The model that is served for an objective."""
@@ -90,8 +93,8 @@ def published(store: Store) -> dict[str, int]:
 
 
 def published_folders(store: Store) -> dict[str, str]:
-    """objective -> folder of the model that is served for it, its own or a distilled one, sorted by name."""
-    return {name: model.folder for name, model in served(store).items()}
+    """objective -> folder of the model that is served for it, its own or a shared one, sorted by name."""
+    return {name: model_folder(store, model.folder) for name, model in served(store).items()}
 
 
 def fetch(store: Store, objective: str, iteration: int) -> Path:
@@ -100,10 +103,17 @@ def fetch(store: Store, objective: str, iteration: int) -> Path:
 
 
 def fetch_folder(store: Store, path: str) -> Path:
-    """A local folder with a finished value model, distilled or not."""
-    if store.metadata(path) is None:
+    """A local folder with the finished value model of a folder of an objective or of a distilled model."""
+    folder = model_folder(store, path)
+    if store.metadata(folder) is None:
         raise StoreError(f"there is no finished value model {path!r} in {store.root}")
-    return store.download(path)
+    return store.download(folder)
+
+
+def model_folder(store: Store, path: str) -> str:
+    """The folder of the weights: another one where several objectives share a value model."""
+    folder: str = (store.metadata(path) or {}).get(SHARED_KEY, path)
+    return folder
 
 
 def _check_finished(store: Store, objective: str, iteration: int) -> None:

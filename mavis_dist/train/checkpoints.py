@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mavis_dist.store.files import Store
+from mavis_dist.train.journal import Metrics
 from mavis_dist.train.worker_group import WorkerGroup
 
 KEPT = 2  # the newest may be unreadable
@@ -29,9 +30,9 @@ class State:
     step: int = 0
     best_score: float | None = None
     best_epoch: int = -1
-    best_figures: dict[str, float] = field(default_factory=dict)
+    best_figures: dict[str, dict[str, float]] = field(default_factory=dict)  # by objective
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # trained parameters of the best epoch; on worker 0
-    metrics: list[dict[str, float]] = field(default_factory=list)
+    metrics: list[Metrics] = field(default_factory=list)
 
 
 class Checkpoints:

@@ -35,17 +35,24 @@ def load_trees(store: Store, policy: Policy, objective: str) -> list[tuple[Tree,
 
 @dataclass(frozen=True)
 class Fit:
-    """One value model to be trained."""
+    """One value model to be trained, with a head for each of its objectives."""
 
-    objective: str
+    objectives: tuple[str, ...]  # several only in iteration 0, where they share the base model's trees
     iteration: int  # of the policy whose trees it learns from
     parent: int | None  # iteration of the value model behind that policy, where training starts; None: the base model
-    scale: RewardScale
+    scales: tuple[RewardScale, ...]  # by objective
     validation_ids: frozenset[str]  # prompts whose trees validate and do not train
 
     @property
+    def name(self) -> str:
+        return "-".join(self.objectives)
+
+    @property
     def policy(self) -> Policy:
-        return Policy() if self.iteration == 0 else Policy(self.objective, self.iteration)
+        if self.iteration == 0:
+            return Policy()
+        [objective] = self.objectives
+        return Policy(objective, self.iteration)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,17 +139,24 @@ def zeta(config: Config, iteration: int) -> float:
     return 1.0 / config.steer.beta if iteration > 0 and config.steer.beta > 0 else 0.0
 
 
-def data_of(fit: Fit, config: Config, store: Store) -> tuple[TreeSet, TreeSet]:
-    """Training and validation trees of a fit."""
+def data_of(fit: Fit, config: Config, store: Store) -> tuple[list[TreeSet], list[TreeSet]]:
+    """Training and validation trees of a fit, with the targets of each of its objectives."""
+    training, validation = zip(
+        *(_data_of(fit, *pair, config, store) for pair in zip(fit.objectives, fit.scales, strict=True)), strict=True
+    )
+    return list(training), list(validation)
+
+
+def _data_of(fit: Fit, objective: str, scale: RewardScale, config: Config, store: Store) -> tuple[TreeSet, TreeSet]:
     shape = config.rollout.first if fit.iteration == 0 else config.rollout.later
-    pairs = load_trees(store, fit.policy, fit.objective)
+    pairs = load_trees(store, fit.policy, objective)
     parts = []
     for validation in (False, True):
         chosen = [pair for pair in pairs if (pair[0].prompt_id in fit.validation_ids) == validation]
         parts.append(
             tree_set(
                 chosen,
-                fit.scale,
+                scale,
                 zeta(config, fit.iteration),
                 shape.layers,
                 every_token=config.train.targets == "token",

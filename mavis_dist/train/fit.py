@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +12,15 @@ import torch
 from mavis_dist.config import Config
 from mavis_dist.core import noise
 from mavis_dist.core.packing import PackedBatch
-from mavis_dist.models.value import save
 from mavis_dist.sections import Train
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
 from mavis_dist.train.checkpoints import Checkpoints, State
 from mavis_dist.train.data import Fit, TreeSet, data_of, passes, steps
 from mavis_dist.train.engine import make_engine, trained_state
-from mavis_dist.train.journal import Journal, json_lines
+from mavis_dist.train.journal import FIGURES, Journal, Metrics
 from mavis_dist.train.metrics import Predictions, ceilings, sibling_tests, summary
-from mavis_dist.train.model import make_card, merge_adapters, trainable_model
+from mavis_dist.train.model import make_card, merge_adapters, store_model, trainable_model
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import R2_KEY
 
@@ -34,14 +31,15 @@ ValueFunction = Callable[..., torch.Tensor]  # a value model, or a DeepSpeed eng
 
 
 def target_values(model: ValueFunction, batch: PackedBatch, device: str) -> torch.Tensor:
-    """The model's values at all targets of packed trees, [B, X]."""
+    """The model's values at all targets of packed trees, [B, X, M]."""
     values_BSM = model(
         input_ids=batch.tokens_BS.to(device),
         position_ids=batch.positions_BS.to(device),
         attention_mask=batch.mask_B1SS.to(device),
         use_cache=False,
     )
-    return values_BSM[..., 0].gather(1, batch.index_BX.to(device))
+    index_BX = batch.index_BX.to(device)
+    return values_BSM.gather(1, index_BX[..., None].expand(-1, -1, values_BSM.shape[-1]))
 
 
 def squared_error(
@@ -51,61 +49,71 @@ def squared_error(
 
     `one_batch` calls the model once, as ZeRO 3 needs: all workers must gather parameters at the same time.
     """
-    return errors(model, trees, indices, device, one_batch).squared
+    return errors(model, [trees], indices, device, one_batch).squared
 
 
 class Errors(NamedTuple):
-    """Sums over the targets of some trees; scalars."""
+    """Sums over the targets of some trees, means over the objectives; scalars."""
 
     squared: torch.Tensor  # weight * (V - target)^2
     sibling: torch.Tensor  # squared error of the differences to the mean of siblings, where there are any
 
 
-def errors(model: ValueFunction, trees: TreeSet, indices: list[int], device: str, one_batch: bool = False) -> Errors:
-    """The errors that the loss consists of; `one_batch` as in `squared_error`."""
+def errors(
+    model: ValueFunction, trees: Sequence[TreeSet], indices: list[int], device: str, one_batch: bool = False
+) -> Errors:
+    """The errors that the loss consists of; `one_batch` as in `squared_error`.
+
+    Args:
+        trees: the same trees for every head of the model, with the targets of its objective.
+    """
     squared = torch.zeros((), device=device)
     compared = []
-    for batch in [trees.batch(indices)] if one_batch else trees.batches(indices):
-        values_BX, target_BX = target_values(model, batch, device), batch.value_BX.to(device)
-        squared = squared + (batch.weight_BX.to(device) * (values_BX - target_BX) ** 2).sum()
-        compared.append(((values_BX - target_BX).flatten(), batch.siblings_BX.to(device).flatten()))
-    error_X, siblings_X = (torch.cat(column) for column in zip(*compared, strict=True))
-    return Errors(squared, sibling_error(error_X, siblings_X))
+    for batches in zip(*([t.batch(indices)] if one_batch else t.batches(indices) for t in trees), strict=True):
+        batch, target_BXM = batches[0], torch.stack([batch.value_BX for batch in batches], -1).to(device)
+        error_BXM = target_values(model, batch, device) - target_BXM
+        squared = squared + (batch.weight_BX.to(device)[..., None] * error_BXM**2).sum() / len(trees)
+        compared.append((error_BXM.flatten(0, 1), batch.siblings_BX.to(device).flatten()))
+    error_XM, siblings_X = (torch.cat(column) for column in zip(*compared, strict=True))
+    return Errors(squared, sibling_error(error_XM, siblings_X) / len(trees))
 
 
-def sibling_error(error_X: torch.Tensor, siblings_X: torch.Tensor) -> torch.Tensor:
+def sibling_error(error_XM: torch.Tensor, siblings_X: torch.Tensor) -> torch.Tensor:
     """Sum of the squared distances between errors V - target and their mean over siblings: the squared error of
     differences, which are all that steering uses. An error that siblings share costs nothing.
     """
     is_compared_X = siblings_X >= 0
-    return (centred(error_X[is_compared_X, None], siblings_X[is_compared_X]) ** 2).sum()
+    return (centred(error_XM[is_compared_X], siblings_X[is_compared_X]) ** 2).sum()
 
 
 def centred(x_YC: torch.Tensor, siblings_Y: torch.Tensor) -> torch.Tensor:
     """Differences to the mean over siblings, [Y, C]."""
     _, group_Y, count_G = siblings_Y.unique(return_inverse=True, return_counts=True)
-    mean_GC = x_YC.new_zeros(len(count_G), x_YC.shape[1]).index_add(0, group_Y, x_YC) / count_G[:, None]
-    return x_YC - mean_GC[group_Y]
+    sum_GC = x_YC.new_zeros(len(count_G), x_YC.shape[1]).index_add(0, group_Y, x_YC)
+    return x_YC - (sum_GC / count_G[:, None])[group_Y]
 
 
 @torch.no_grad()
-def predict(model: ValueFunction, trees: TreeSet, device: str) -> Predictions:
-    """The model's values at the targets of all trees, one tree at a time."""
+def predict(model: ValueFunction, trees: Sequence[TreeSet], device: str) -> list[Predictions]:
+    """The values of every head at the targets of all trees, one tree at a time; `trees` as in `errors`."""
     parts = []
-    for i in range(len(trees)):
-        batch = trees.batch([i])
-        pred_1X = target_values(model, batch, device)
-        columns = (pred_1X, batch.value_BX, batch.weight_BX)
-        parts.append([*(x[0].double().cpu().numpy() for x in columns), trees.targets[i].depth_X])
-    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    for i in range(len(trees[0])):
+        batches = [one.batch([i]) for one in trees]
+        pred_XM = target_values(model, batches[0], device)[0].double().cpu().numpy()
+        target_XM = np.stack([batch.value_BX[0].double().numpy() for batch in batches], -1)
+        parts.append((pred_XM, target_XM, batches[0].weight_BX[0].double().numpy(), trees[0].targets[i].depth_X))
+    pred_XM, target_XM, weight_X, depth_X = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return [Predictions(pred_XM[:, m], target_XM[:, m], weight_X, depth_X) for m in range(len(trees))]
 
 
-def validate(model: ValueFunction, trees: TreeSet, device: str) -> dict[str, float]:
-    """All figures of a value model on some trees: R², its ceiling, calibration, sibling tests; none without trees."""
-    if len(trees) == 0:
-        return {}
-    p = predict(model, trees, device)
-    return {**summary(p), **ceilings(p, trees.noise), **sibling_tests(p, trees.trees, trees.targets)}
+def validate(model: ValueFunction, trees: Sequence[TreeSet], device: str) -> list[dict[str, float]]:
+    """All figures of every head on some trees: R², its ceiling, calibration, sibling tests; none without trees."""
+    if len(trees[0]) == 0:
+        return [{} for _ in trees]
+    return [
+        {**summary(p), **ceilings(p, one.noise), **sibling_tests(p, one.trees, one.targets)}
+        for p, one in zip(predict(model, trees, device), trees, strict=True)
+    ]
 
 
 def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
@@ -119,19 +127,17 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
     schedule = [
         (epoch, indices)
         for epoch in range(settings.epochs)
-        for indices in steps(training.lengths, settings.trees_per_step, epoch, config.seed)
+        for indices in steps(training[0].lengths, settings.trees_per_step, epoch, config.seed)
     ]
     torch.manual_seed(config.seed)  # adapters start at random
     model = trainable_model(fit, config, store).to(device)
     trees_per_pass = settings.trees_per_step // (group.size * settings.accumulation)
     engine = make_engine(model, settings, len(schedule), trees_per_pass)
     sharding = {"workers": group.size, "zero_stage": settings.zero_stage, "offload": settings.offload}
-    checkpoints = Checkpoints(store, layout.checkpoint_folder(fit.objective, fit.iteration), group, sharding)
+    checkpoints = Checkpoints(store, layout.checkpoint_folder(fit.name, fit.iteration), group, sharding)
     state = checkpoints.load(engine)
     journal = (
-        Journal(store.uri(layout.tensorboard_folder(fit.objective, fit.iteration)), state.step)
-        if group.rank == 0
-        else None
+        Journal(store.uri(layout.tensorboard_folder(fit.name, fit.iteration)), state.step) if group.rank == 0 else None
     )
 
     engine.train()
@@ -142,17 +148,17 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
         loss = take_step(engine, training, indices, group, settings, device)
         state.step += 1
         record({"step": state.step, "epoch": epoch, "loss": loss, "learning_rate": engine.get_lr()[0]}, state, journal)
-        group.progress(fit.objective, state.step, len(schedule), f"loss {loss:.3f}")
+        group.progress(fit.name, state.step, len(schedule), f"loss {loss:.3f}")
         ends_epoch = state.step % (len(schedule) // settings.epochs) == 0
         if ends_epoch:
-            end_epoch(engine, validation, epoch, state, journal, device, group)
+            end_epoch(engine, fit.objectives, validation, epoch, state, journal, device, group)
         is_stopping, is_due = group.broadcast((group.wants_stop(), time.monotonic() - saved_at > CHECKPOINT_EVERY_S))
         if is_stopping or is_due or ends_epoch:
             checkpoints.save(engine, state)
             saved_at = time.monotonic()
         if is_stopping:
             return False
-    group.progress(fit.objective, len(schedule), len(schedule), "done")
+    group.progress(fit.name, len(schedule), len(schedule), "done")
     if group.rank == 0:
         store_best(fit, config, store, state)
         checkpoints.delete()
@@ -162,7 +168,7 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
 
 def take_step(
     engine: Any,
-    training: TreeSet,
+    training: Sequence[TreeSet],
     indices: list[int],
     group: WorkerGroup,
     settings: Train,
@@ -170,7 +176,8 @@ def take_step(
 ) -> float:
     """One optimiser step on some trees; returns the loss over all workers."""
     accumulation, one_batch = settings.accumulation, settings.zero_stage == 3
-    total_weight, num_siblings, mine = training.total_weight(indices), max(1, training.num_siblings(indices)), 0.0
+    total_weight, num_siblings = training[0].total_weight(indices), max(1, training[0].num_siblings(indices))
+    mine = 0.0
     for part in passes(indices, group.rank, group.size, accumulation):
         # Workers make the same number of passes: one without a tree adds a zero of the right shape.
         found = errors(engine, training, part or indices[:1], device, one_batch)
@@ -185,7 +192,8 @@ def take_step(
 
 def end_epoch(
     engine: Any,
-    validation: TreeSet,
+    objectives: Sequence[str],
+    validation: Sequence[TreeSet],
     epoch: int,
     state: State,
     journal: Journal | None,
@@ -194,11 +202,12 @@ def end_epoch(
 ) -> None:
     """Evaluate on the validation trees, and keep the parameters if they are the best so far."""
     engine.eval()
-    figures = validate(engine, validation, device)
+    figures = dict(zip(objectives, validate(engine, validation, device), strict=True))
     engine.train()
-    if figures:
-        record({"step": state.step, "epoch": epoch, **figures}, state, journal)
-    score = figures.get(R2_KEY, float(epoch))  # without validation the last epoch counts as best
+    r2 = mean_r2(figures)
+    if r2 is not None:
+        record({"step": state.step, "epoch": epoch, FIGURES: figures}, state, journal)
+    score = float(epoch) if r2 is None else r2  # without validation the last epoch counts as best
     if state.best_score is None or score > state.best_score:
         weights = trained_state(engine)
         state.best_score, state.best_epoch, state.best_figures = score, epoch, figures
@@ -210,21 +219,24 @@ def stops_early(state: State, epochs_so_far: int, patience: int | None) -> bool:
     return patience is not None and epochs_so_far - state.best_epoch > patience
 
 
-def record(entry: dict[str, float], state: State, journal: Journal | None) -> None:
+def mean_r2(figures: Mapping[str, Mapping[str, float]]) -> float | None:
+    """The mean over objectives; None without validation."""
+    found = [of_objective[R2_KEY] for of_objective in figures.values() if of_objective]
+    return float(np.mean(found)) if found else None
+
+
+def record(entry: Metrics, state: State, journal: Journal | None) -> None:
     state.metrics.append(entry)
     if journal is not None:
         journal.write(entry)
 
 
 def store_best(fit: Fit, config: Config, store: Store, state: State) -> None:
-    """Write the value model of the best epoch with its card and all figures."""
+    """Write the value model of the best epoch, and all figures."""
     # A fresh copy: under ZeRO 3 the parameters of the trained one are sharded.
     model = trainable_model(fit, config, store)
     unknown = model.load_state_dict(state.best, strict=False).unexpected_keys
     assert not unknown, unknown
-    r2 = state.best_figures.get(R2_KEY)
-    with tempfile.TemporaryDirectory() as local:
-        save(merge_adapters(model), make_card(fit, config, r2), Path(local))
-        (Path(local) / layout.METRICS_FILE).write_text(json_lines(state.metrics))
-        metadata = {"steps": state.step, "epoch": state.best_epoch, **state.best_figures}
-        store.upload(Path(local), layout.value_folder(fit.objective, fit.iteration), metadata)
+    card = make_card(fit, config, mean_r2(state.best_figures))
+    about = {"steps": state.step, "epoch": state.best_epoch}
+    store_model(fit, store, merge_adapters(model), card, state.metrics, state.best_figures, about)

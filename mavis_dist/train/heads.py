@@ -10,12 +10,10 @@ Shapes: X targets, Y of them that are compared with siblings, H hidden size, J =
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,15 +22,14 @@ import torch.nn.functional as F
 from mavis_dist.config import Config
 from mavis_dist.models.load import load_base
 from mavis_dist.models.states import first_layers, state_layer
-from mavis_dist.models.value import ValueModel, load, save
+from mavis_dist.models.value import ValueModel, load_objective
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit, TreeSet, data_of
-from mavis_dist.train.fit import centred, validate
-from mavis_dist.train.journal import Journal, json_lines
-from mavis_dist.train.model import make_card
+from mavis_dist.train.fit import centred, mean_r2, validate
+from mavis_dist.train.journal import FIGURES, Journal, Metrics
+from mavis_dist.train.model import make_card, store_model
 from mavis_dist.train.worker_group import WorkerGroup
-from mavis_dist.types import R2_KEY
 
 FOLDS = 8  # of the training trees
 RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -9, -1))  # per variance of a channel; strongest first
@@ -106,15 +103,24 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> None:
 
     It cannot resume: it takes as long as one epoch's forward passes. Raises Stopped if asked to stop.
     """
-    training, validation = data_of(fit, config, store)
+    [objective] = fit.objectives
+    [training], validation = data_of(fit, config, store)
     model, layer = initial_model(fit, config, store)
-    folds = fold_errors(model, training, group, fit.objective)
+    folds = fold_errors(model, training, group, objective)
     if group.rank == 0:
         head_J, metrics = best_head(folds, head_of(model), config.train.sibling_weight)
         set_head(model, head_J)
-        store_model(fit, config, store, model, layer, metrics, validate(model, validation, config.base.device))
+        figures = dict(zip(fit.objectives, validate(model, validation, config.base.device), strict=True))
+        r2 = mean_r2(figures)
+        if r2 is not None:
+            metrics.append({"step": len(metrics), "epoch": 0, FIGURES: figures})
+        journal = Journal(store.uri(layout.tensorboard_folder(fit.name, fit.iteration)), 0)
+        for entry in metrics:
+            journal.write(entry)
+        about = {"steps": len(RIDGES), "epoch": 0}
+        store_model(fit, store, model, make_card(fit, config, r2, layer), metrics, figures, about)
     num_passes = len(passes_over(len(training)))
-    group.progress(fit.objective, num_passes, num_passes, "done")
+    group.progress(objective, num_passes, num_passes, "done")
     group.barrier()
 
 
@@ -122,10 +128,11 @@ def initial_model(fit: Fit, config: Config, store: Store) -> tuple[ValueModel, i
     """The value model behind the policy, or a head of zeros, and the layer that it reads."""
     base = load_base(config.base.model, config.base.dtype, config.base.device)
     if fit.parent is not None:
-        model, card = load(values.fetch(store, fit.objective, fit.parent), base=base)
+        [objective] = fit.objectives
+        model, card = load_objective(values.fetch(store, objective, fit.parent), objective, base=base)
         assert card.state_layer is not None  # of the same run
         return model, card.state_layer
-    layer = state_layer(base.model.config, config.value.state_layer)
+    layer = state_layer(base.model.config, config.value.layers)
     model = ValueModel(first_layers(base.model, layer), 1).requires_grad_(False).eval()
     model.heads.to(base.model.device)
     return model, layer
@@ -175,9 +182,9 @@ def passes_over(num_trees: int) -> list[tuple[int, list[int]]]:
 
 def best_head(
     folds: Sequence[Errors], start_J: torch.Tensor, sibling_weight: float
-) -> tuple[torch.Tensor, list[dict[str, float]]]:
+) -> tuple[torch.Tensor, list[Metrics]]:
     """The head with the penalty that has the smallest loss on held-out folds, and the losses of all penalties."""
-    everything, metrics, heads = reduce(add, folds), [], []
+    everything, metrics, heads = reduce(add, folds), list[Metrics](), []
     splits = [(reduce(add, [*folds[:k], *folds[k + 1 :]]), fold) for k, fold in enumerate(folds) if len(folds) > 1]
     for step, ridge in enumerate(RIDGES, 1):
         held_out = [
@@ -212,27 +219,3 @@ def head_of(model: ValueModel) -> torch.Tensor:
 def set_head(model: ValueModel, head_J: torch.Tensor) -> None:
     model.heads.weight.copy_(head_J[None, :-1])
     model.heads.bias.copy_(head_J[-1:])
-
-
-def store_model(
-    fit: Fit,
-    config: Config,
-    store: Store,
-    model: ValueModel,
-    layer: int,
-    metrics: list[dict[str, float]],
-    figures: dict[str, float],
-) -> None:
-    """Write the value model with its card and all figures, also for TensorBoard."""
-    metrics = [*metrics, {"step": len(metrics), "epoch": 0, **figures}] if figures else metrics
-    journal = Journal(store.uri(layout.tensorboard_folder(fit.objective, fit.iteration)), 0)
-    for entry in metrics:
-        journal.write(entry)
-    with tempfile.TemporaryDirectory() as local:
-        save(model, make_card(fit, config, figures.get(R2_KEY), layer), Path(local))
-        (Path(local) / layout.METRICS_FILE).write_text(json_lines(metrics))
-        store.upload(
-            Path(local),
-            layout.value_folder(fit.objective, fit.iteration),
-            {"steps": len(RIDGES), "epoch": 0, **figures},
-        )

@@ -44,7 +44,7 @@ def fit_all(fits: Sequence[Fit], config: Config, at_once: int, progress: Progres
     """Train every value model, `at_once` at a time; raises the first failure once all have ended."""
     stage = f"train i{fits[0].iteration}"
     run_all(
-        [Launch(f"{stage} {fit.objective}", stage, partial(_fit, fit, config), config, progress) for fit in fits],
+        [Launch(f"{stage} {fit.name}", stage, partial(_fit, fit, config), config, progress) for fit in fits],
         at_once,
     )
 

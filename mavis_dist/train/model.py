@@ -1,13 +1,19 @@
-"""The value model that a fit starts from, and the card stored with it."""
+"""The value model that a fit starts from, and what is stored of the fitted one."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 from mavis_dist.config import Config
 from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
-from mavis_dist.models.value import Card, ValueModel, from_base, load
+from mavis_dist.models.value import Card, ValueModel, from_base, load_objective, save
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit
+from mavis_dist.train.journal import Metrics, json_lines, metrics_of
 
 
 def trainable_model(fit: Fit, config: Config, store: Store) -> ValueModel:
@@ -34,10 +40,11 @@ def trainable_model(fit: Fit, config: Config, store: Store) -> ValueModel:
 def _start(fit: Fit, config: Config, store: Store) -> ValueModel:
     """The value model behind the policy, or the truncated base model with a head of zeros."""
     if fit.parent is not None:
-        model, _ = load(values.fetch(store, fit.objective, fit.parent))
+        [objective] = fit.objectives
+        model, _ = load_objective(values.fetch(store, objective, fit.parent), objective)
         return model.requires_grad_(True)
     backbone = config.base.model if config.value.backbone == "base" else config.value.backbone
-    return from_base(fetch(backbone), config.value.layers)
+    return from_base(fetch(backbone), config.value.layers, len(fit.objectives))
 
 
 def merge_adapters(model: ValueModel) -> ValueModel:
@@ -50,11 +57,11 @@ def merge_adapters(model: ValueModel) -> ValueModel:
 
 def make_card(fit: Fit, config: Config, r2: float | None, state_layer: int | None = None) -> Card:
     return Card(
-        objectives=(fit.objective,),
-        scales=(fit.scale,),
-        rewards=(config.objectives[fit.objective].model_dump(mode="json"),),
+        objectives=fit.objectives,
+        scales=fit.scales,
+        rewards=tuple(config.objectives[name].model_dump(mode="json") for name in fit.objectives),
         iteration=fit.iteration,
-        parent=None if fit.parent is None else layout.value_folder(fit.objective, fit.parent),
+        parent=None if fit.parent is None else layout.value_folder(fit.objectives[0], fit.parent),
         base_fingerprint=fingerprint_model(fetch(config.base.model)),
         tokenizer_fingerprint=fingerprint_tokenizer(load_tokenizer(config.base.model)),
         max_tokens=config.rollout.max_tokens,
@@ -62,3 +69,33 @@ def make_card(fit: Fit, config: Config, r2: float | None, state_layer: int | Non
         r2=r2,
         state_layer=state_layer,
     )
+
+
+def store_model(
+    fit: Fit,
+    store: Store,
+    model: ValueModel,
+    card: Card,
+    metrics: Sequence[Metrics],
+    figures: Mapping[str, Mapping[str, float]],
+    about: Mapping[str, Any],
+) -> None:
+    """Write a value model with its card, and all metrics of each of its objectives; the marker holds `about` and the
+    objective's figures.
+
+    With several objectives the model has a folder of its own, to which theirs point.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, card, Path(folder))
+        shared = {}
+        if len(fit.objectives) > 1:
+            shared[values.SHARED_KEY] = layout.shared_folder(fit.name, fit.iteration)
+            store.upload(Path(folder), shared[values.SHARED_KEY], {})
+        for objective in fit.objectives:
+            target = layout.value_folder(objective, fit.iteration)
+            store.write_bytes(f"{target}/{layout.METRICS_FILE}", json_lines(metrics_of(objective, metrics)).encode())
+            metadata = {**about, **shared, **figures[objective]}
+            if shared:
+                store.finish(target, metadata)
+            else:
+                store.upload(Path(folder), target, metadata)

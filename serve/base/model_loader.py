@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
@@ -40,6 +41,7 @@ class ModelLoader(ABC):
     ):
         """`idle_s`: seconds that a model which is no longer published stays after its last use."""
         self._store, self._base, self._guide, self._loop = store, base, guide, loop
+        self._keys: dict[str, str] = {}  # by version
         self.cache: ModelCache[Names] = ModelCache(self._load, self._published, self._drop, idle_s)
 
     @abstractmethod
@@ -53,7 +55,7 @@ class ModelLoader(ABC):
     async def stream(self, request: Request, messages: AsyncGenerator[Message, None]) -> AsyncGenerator[Message, None]:
         """`messages` of a request, begun when its models are loaded; an empty list means: still loading."""
         try:
-            keys = {self._key(version) for version in request.weights}
+            keys = {await self._known_key(version) for version in request.weights}
             with self.cache.hold(keys) as loads:
                 while not await loaded(loads, HEARTBEAT_S):
                     yield []
@@ -65,9 +67,14 @@ class ModelLoader(ABC):
         except Unavailable as error:  # its reason may name folders, which clients should not see
             yield _failure(request, f"the value model {error.name} cannot be loaded; the service's log says why")
 
+    async def _known_key(self, version: str) -> str:
+        if version not in self._keys:
+            self._keys[version] = await asyncio.to_thread(self._key, version)
+        return self._keys[version]
+
     @abstractmethod
     def _key(self, version: str) -> str:
-        """The key of what to load for a version; raises StoreError if it is no version."""
+        """The key of what to load for a version, which never changes; raises StoreError if it is no version."""
 
     @abstractmethod
     def _load(self, key: str) -> Names: ...
@@ -88,7 +95,7 @@ class ModelLoader(ABC):
 
 
 class LocalModelLoader(ModelLoader):
-    """Value models in this process, loaded by folder: the objectives of a distilled model share one."""
+    """Value models in this process, loaded by folder: several objectives may share one."""
 
     _guide: LocalGuide
 
@@ -99,7 +106,7 @@ class LocalModelLoader(ModelLoader):
             raise failures[0]  # type: ignore[misc]
 
     def _key(self, version: str) -> str:
-        return values.folder_of(version)
+        return values.model_folder(self._store, values.folder_of(version))
 
     def _load(self, key: str) -> Names:
         path, card = self._check(key)

@@ -26,10 +26,14 @@ MOST_SHARED_THREADS = 8  # the threads of a small model spend more time waiting 
 
 
 def num_threads(args: MainArgs) -> int:
-    """Threads of a base replica on this machine. Ray's own rule gives a replica that reserves a fraction only one."""
+    """Threads of a base replica on this machine. Ray's own rule gives a replica that reserves a fraction only one.
+
+    Half of the cores are left to gateway, proxy and value replicas: a thread whose core another process takes delays
+    all threads of its step.
+    """
     if args.threads is not None:
         return args.threads
-    cores = args.cpus if args.cpus >= 1 else min(cluster.cores_here(), MOST_SHARED_THREADS)
+    cores = args.cpus if args.cpus >= 1 else min(cluster.cores_here() / 2, MOST_SHARED_THREADS)
     return max(1, int(cores))
 
 

@@ -21,7 +21,7 @@ REPORT_EVERY_S = 1.0
 class TimedGuide:
     """A guide that sums the time its callers have waited for it."""
 
-    CALLS = frozenset({"open", "extend", "observe", "score", "keep", "close"})
+    CALLS = frozenset({"open", "extend", "observe", "predict", "score", "keep", "close"})
 
     def __init__(self, guide: Guide):
         self._guide = guide

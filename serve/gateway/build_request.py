@@ -183,6 +183,7 @@ class Completions:
             preference_params=_preference_params(body),
             params=params,
             scorer=Scorer(body.scorer or "lazy"),
+            residual_cap=settings.residual_cap if body.residual_cap is None else body.residual_cap,
             guide_every=body.guide_every or 1,
             top_logprobs=body.num_logprobs,
         )

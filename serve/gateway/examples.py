@@ -55,7 +55,13 @@ TEXT_BODIES: dict[str, Any] = {
     }
 }
 
-_STEERING = {"objective_weights": {"positive": 0.7, "brief": 0.3}, "beta": 6.0, "tilt_cap": 3.0, "guide_every": 1}
+_STEERING = {
+    "objective_weights": {"positive": 0.7, "brief": 0.3},
+    "beta": 6.0,
+    "tilt_cap": 3.0,
+    "residual_cap": 1.0,
+    "guide_every": 1,
+}
 _REPORT = {"divergence": 9.4, "values": {"positive": 1.2, "brief": 0.4}, "candidates_per_token": 5.1}
 _HEAD = {"created": 1795323600, "model": MODEL}
 

@@ -161,8 +161,11 @@ class GenerationRequest(Body):
         None, description="objectives given as sentences"
     )
     preference_params: PreferenceParams | None = Field(None, description="how the preferences steer")
-    scorer: Literal["full", "lazy", "qhead"] | None = Field(
+    scorer: Literal["full", "lazy", "predicted", "qhead"] | None = Field(
         None, description="which candidates value models score; full and lazy generate the same tokens"
+    )
+    residual_cap: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="most nats by which a token can gain more than predicted, with the scorer predicted"
     )
     guide_every: Count | None = Field(
         None, description="tilt every so many tokens; the others come from the base model"

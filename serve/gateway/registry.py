@@ -81,7 +81,7 @@ class Registry:
         return self._served
 
     def _describe(self, model: Served) -> Json:
-        file = f"{model.folder}/{value.CARD_FILE}"
+        file = f"{values.model_folder(self._store, model.folder)}/{value.CARD_FILE}"
         card = value.parse_card(self._store.read_bytes(file), file)
         place = card.objectives.index(model.objective)
         scale = card.scales[place]

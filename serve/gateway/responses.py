@@ -68,6 +68,7 @@ class AppliedSteering(ResponseBody):
     objective_weights: dict[str, float] = Field(description="normalised to a sum of 1")
     beta: float
     tilt_cap: float | None = Field(description="nats; null: unbounded")
+    residual_cap: float | None = Field(description="nats, for the scorer predicted; null: unbounded")
     guide_every: int
     seed: int
     preferences: list[AppliedPreference] = Field([], description="absent without preferences, as the next two")

@@ -164,6 +164,7 @@ class Completion:
             "objective_weights": dict(request.weights),
             "beta": request.beta,
             "tilt_cap": request.tilt_cap,
+            "residual_cap": request.residual_cap,
             "guide_every": request.guide_every,
             "seed": request.params.seed,
         }

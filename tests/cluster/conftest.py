@@ -23,6 +23,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "run": "undisturbed",
         "storage": str(folder / "runs"),
+        "iterations": 2,
         "objectives": {
             "vowels": {"reward": "function", "path": "tests.tiny:count_vowels"},
             "brief": {"reward": "brevity"},

@@ -56,6 +56,24 @@ def test_another_grid_does_not_sample_the_base_model_again(
     assert {path for path in before if after[path] != before[path]} == {"eval/sweep/sweep.json"}
 
 
+def test_objectives_of_one_model_steer_by_their_own_heads(config_file: Path, ray_address: str, tmp_path: Path) -> None:
+    settings = ["value.kind=shared", "iterations=1", "train.epochs=4", "train.learning_rate=0.01", "steer.beta=20"]
+    out, _ = finish(start(config_file, ray_address, f"storage={tmp_path}", "run=shared", *settings))
+    assert "hypervolume" in out
+    store = Store(str(tmp_path), "shared")
+    assert values.published_folders(store) == dict.fromkeys(("brief", "vowels"), "shared/brief-vowels/i0")
+    for name in ("brief", "vowels"):
+        assert sorted(store.list(f"values/{name}/i0")) == ["_COMPLETE.json", "metrics.jsonl"]
+    points = {point["name"]: point for point in store.read_json("eval/sweep/sweep.json")["points"]}
+    assert points["vowels"]["divergence"] != points["brief"]["divergence"]
+
+    weights = Path(store.root) / "shared/brief-vowels/i0/model.safetensors"
+    trained = weights.read_bytes()
+    weights.unlink()
+    finish(start(config_file, ray_address, f"storage={tmp_path}", "run=shared", *settings))
+    assert weights.read_bytes() == trained
+
+
 def test_value_models_of_another_base_are_refused(
     undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from mavis_dist.train.fit import train
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import RewardScale
 
-FIT = Fit("vowels", 0, None, RewardScale(3.0, 2.0), frozenset({"p0"}))
+FIT = Fit(("vowels",), 0, None, (RewardScale(3.0, 2.0),), frozenset({"p0"}))
 
 
 def main(config_file: str, output: str, rank: int, size: int, port: int) -> None:

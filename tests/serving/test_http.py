@@ -16,7 +16,7 @@ from mavis_dist.decode import Engine, Request, SamplingParams
 from mavis_dist.decode.load_guide import fetch_published, load_guide
 from mavis_dist.models.load import chat_ids, load_base, load_tokenizer
 from mavis_dist.store.files import Store
-from mavis_dist.types import TILT_CAP
+from mavis_dist.types import RESIDUAL_CAP, TILT_CAP
 from serve.base.replica import Base
 from serve.gateway.build_request import Completions
 from serve.gateway.protocol import ApiError, ChatRequest
@@ -72,6 +72,7 @@ def test_an_answer_reports_its_steering(http, url, body):
         "objective_weights": {"positive": 0.25, "brief": 0.75},
         "beta": 1.0,
         "tilt_cap": TILT_CAP,
+        "residual_cap": RESIDUAL_CAP,
         "guide_every": 1,
         "seed": 7,
     }

@@ -38,7 +38,6 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ({"prompts": {"train": 4, "validation": 4}}, ["validation (4)", "train (4)"]),
         ({"train": {"trees_per_step": 3, "workers": 2}}, ["trees_per_step (3)", "workers (2)"]),
         ({"value": {"kind": "heads"}}, ["'value.kind'", "'heads'", "'states'"]),
-        ({"value": {"state_layer": 3}}, ["state_layer (3)", "kind=states"]),
         ({"value": {"kind": "states", "backbone": "gpt2"}}, ["backbone (gpt2)", "leave backbone out"]),
         ({"value": {"kind": "states", "lora_rank": 8}}, ["lora_rank (8)", "must be 0"]),
         ({"serve": {"base_replicas": 0}}, ["'serve.base_replicas'", "0", "greater than or equal to 1"]),
@@ -91,12 +90,21 @@ def test_help_documents_every_key_once() -> None:
             assert text.count(f"  {key} (") == 1, key
 
 
+def test_the_layer_of_states_has_a_default_of_its_own() -> None:
+    """It survives being stored with the run; layers that are named are kept."""
+    config = parse({**MINIMAL, "value": {"kind": "states"}})
+    assert config.value.layers is None
+    assert parse(config.model_dump(mode="json")) == config
+    assert parse({**MINIMAL, "value": {"kind": "states", "layers": 8}}).value.layers == 8
+    assert parse({**MINIMAL, "value": {"kind": "model"}}).value.layers == parse(MINIMAL).value.layers == 8
+
+
 def test_the_number_of_keys_stays_small() -> None:
     """Those of `serve` apart: they change nothing that a run produces, and only who operates a service reads them."""
     keys = set(config_module._known_keys())
     of_serve = {key for key in keys if key.startswith("serve.")}
     assert len(keys - of_serve) < 75
-    assert len(of_serve) <= 25
+    assert len(of_serve) <= 26
 
 
 def test_settings_that_would_mix_two_runs_are_refused() -> None:

@@ -18,7 +18,7 @@ from benchmarks.common.workload import Workload, weight_settings
 from benchmarks.decode import naive
 from benchmarks.decode.contenders import lines
 from mavis_dist.decode import Engine, LocalGuide, Scorer
-from mavis_dist.types import TILT_CAP
+from mavis_dist.types import RESIDUAL_CAP, TILT_CAP
 
 
 def load(options: dict[str, Any]) -> dict[str, lines.Decode]:
@@ -39,7 +39,8 @@ def make_variants(work: Workload, max_rows: int) -> dict[str, lines.Decode]:
         "full_2": ([*work.models][:2], Scorer.FULL),
     }
     if work.students:
-        guided[f"qhead_{len(work.students)}"] = ([*work.students], Scorer.QHEAD)
+        for scorer in (Scorer.PREDICTED, Scorer.QHEAD):
+            guided[f"{scorer.value}_{len(work.students)}"] = ([*work.students], scorer)
     variants = {name: _guided(work, engine, objectives, scorer) for name, (objectives, scorer) in guided.items()}
     return {**variants, "reference": reference}
 
@@ -49,7 +50,7 @@ def _guided(work: Workload, engine: Engine, objectives: Sequence[str], scorer: S
 
     def decode(prompts: list[list[int]], tokens: int, seed: int) -> int:
         asked = replace(work, prompts=[tuple(prompt) for prompt in prompts])
-        requests = asked.requests(len(prompts), weight_settings(objectives), tokens, scorer, cap)
+        requests = asked.requests(len(prompts), weight_settings(objectives), tokens, scorer, cap, RESIDUAL_CAP)
         return sum(len(choice.tokens) for choices in engine.generate(requests) for choice in choices)
 
     return decode

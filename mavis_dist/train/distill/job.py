@@ -151,7 +151,7 @@ def labels_of(job: DistillJob, base: BaseModel, trees: Sequence[Tree], group: Wo
 
 def load_teacher(store: Store, teacher: Teacher, base: BaseModel) -> tuple[ValueModel, Card]:
     folder = values.fetch(store, teacher.objective, teacher.iteration)
-    return value.load(folder, device=str(base.model.device), base=base)
+    return value.load_objective(folder, teacher.objective, device=str(base.model.device), base=base)
 
 
 def train(
@@ -242,8 +242,8 @@ def report(
     figures = {}
     for m, teacher in enumerate(job.teachers):
         model, card = load_teacher(job.store, teacher, base)
-        fit = Fit(teacher.objective, teacher.iteration, None, card.scales[0], job.validation_ids)
-        trees = data_of(fit, job.config, job.store)[1]
+        fit = Fit((teacher.objective,), teacher.iteration, None, card.scales, job.validation_ids)
+        [trees] = data_of(fit, job.config, job.store)[1]
 
         def head(m: int = m, **inputs: torch.Tensor | bool) -> torch.Tensor:
             return student.model(**inputs)[..., m : m + 1]
@@ -257,7 +257,7 @@ def report(
 
 
 def _r2(model: ValueFunction, trees: TreeSet, device: str) -> float | None:
-    return predict(model, trees, device).r2 if len(trees) else None
+    return predict(model, [trees], device)[0].r2 if len(trees) else None
 
 
 def store_student(
@@ -265,7 +265,8 @@ def store_student(
 ) -> None:
     """Store the student with its card; the marker holds the report."""
     store = job.store
-    cards = [value.load_card(values.fetch(store, t.objective, t.iteration)) for t in job.teachers]
+    folders = {t.objective: values.fetch(store, t.objective, t.iteration) for t in job.teachers}
+    cards = [value.load_card(folder).only(name) for name, folder in folders.items()]
     explained = [f["student_explained_variance"] for f in figures.values()]
     known = [e for e in explained if e is not None]
     extended = job.config.distill.extends

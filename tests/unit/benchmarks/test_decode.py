@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks.decode import __main__ as decode
-from benchmarks.decode import naive, qhead_quality, step_time, tilt_cap
+from benchmarks.decode import naive, qhead_quality, residual_cap, step_time, tilt_cap
 from benchmarks.decode.step_time import Stopwatch
 from benchmarks.rollout import __main__ as rollout
 from benchmarks.training import __main__ as training
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer, scorer
 from tests.fakes import tiny_base, tiny_student, tiny_value
 
 BASE = tiny_base(seed=1, eos_boost=1.0)  # some answers end, some are cut
@@ -60,6 +60,24 @@ def test_the_replay_of_a_student_has_the_distribution_of_the_engine() -> None:
         steps = qhead_quality.predict(students, request, choice.tokens, exact)
         is_chosen_TK = steps.ids_TK == torch.tensor(choice.tokens)[:, None]
         logratios = (steps.distribution(0.5).log() - steps.logprobs_TK)[is_chosen_TK]
+        assert logratios.tolist() == pytest.approx(choice.logratios, abs=1e-4)
+
+
+def test_the_replay_of_checked_predictions_has_the_distribution_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """log pi(a) - log pi_ref(a) of every token generated with both caps, from all candidates."""
+    monkeypatch.setattr(scorer, "FIRST_CHUNK_UNREAD", 40)
+    monkeypatch.setattr(scorer, "SLACK", float("inf"))
+    student = tiny_student(3, num_objectives=2)
+    students = {"a": (student, 1), "b": (student, 0)}
+    own = {name: residual_cap.one_head(*pair) for name, pair in students.items()}
+    tilted = [replace(r, scorer=Scorer.PREDICTED, residual_cap=0.3) for r in requests(1.0, 0.5)]
+    answers = Engine(BASE, LocalGuide(MODELS, students)).generate(tilted)
+    for request, [choice] in zip(tilted, answers, strict=True):
+        exact = tilt_cap.replay(BASE, own, request, choice.tokens)
+        steps = qhead_quality.predict(students, request, choice.tokens, exact)
+        is_chosen_TK = steps.ids_TK == torch.tensor(choice.tokens)[:, None]
+        probs_TK = residual_cap.distribution(exact, qhead_quality.uncapped(steps), 0.5, 0.3)
+        logratios = (probs_TK.log() - steps.logprobs_TK)[is_chosen_TK]
         assert logratios.tolist() == pytest.approx(choice.logratios, abs=1e-4)
 
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_dist.core.limit import MIN_DIVERGENCE, MIN_PROMPTS, curve, gain_at, largest_divergence, share
+from mavis_dist.core.limit import MIN_DIVERGENCE, MIN_PROMPTS, curve, gain_at, largest_divergence, limits_at, share
+from mavis_dist.core.resample import resamples
 
 SEEDS = st.integers(0, 2**32 - 1)
 STRENGTHS_B = np.array([0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 20.0])
@@ -156,6 +157,17 @@ def test_the_interval_measures_the_limit_as_the_share_does() -> None:
         assert found is not None
         assert found.mean == pytest.approx(0.4 / gain_at(base_PN, divergence))
         assert (found.low, found.high) == pytest.approx((found.mean, found.mean), rel=1e-3)
+
+
+def test_limits_of_resamples_are_those_of_the_repeated_prompts() -> None:
+    base_PN = rewards(2, num_prompts=12, num_answers=64)
+    counts_RP = resamples(12, 20)
+    divergence_R = np.linspace(0.05, largest_divergence(64), 20)
+    limit_R = limits_at(base_PN, divergence_R, counts_RP / 12)
+    for counts_P, divergence, limit in zip(counts_RP, divergence_R, limit_R, strict=True):
+        drawn_PN = np.repeat(base_PN, counts_P, axis=0)
+        assert limit == pytest.approx(gain_at(drawn_PN, divergence), rel=2e-3)
+    assert limits_at(np.ones((12, 4)), divergence_R, counts_RP / 12).tolist() == [0.0] * 20
 
 
 def test_a_prompt_with_much_divergence_widens_the_interval() -> None:

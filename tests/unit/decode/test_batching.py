@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from mavis_dist.decode import Choice, Engine, FinishReason, LocalGuide, Request, SamplingParams, Scorer, Update
+from mavis_dist.decode.guide import _Student
 from mavis_dist.decode.request import stream_of
 from mavis_dist.models import kv
 from mavis_dist.models.load import BaseModel
@@ -53,7 +54,7 @@ def world(head_size: int, dtype: torch.dtype) -> World:
 SINGLE, HALF = world(8, torch.float32), world(64, torch.bfloat16)
 BASE = SINGLE.base
 SCORERS = [(Scorer.FULL, None), (Scorer.FULL, 0.8), (Scorer.LAZY, 0.8), (Scorer.LAZY, 2.5)]
-SCORERS += [(Scorer.QHEAD, None), (Scorer.QHEAD, 0.8)]
+SCORERS += [(Scorer.QHEAD, None), (Scorer.QHEAD, 0.8), (Scorer.PREDICTED, None), (Scorer.PREDICTED, 0.8)]
 STEM = tuple(range(10, 60))  # what prompts share
 STEPS_TO_IDLE = 1000  # more than any of these queues needs
 
@@ -72,6 +73,7 @@ def any_request(chance: random.Random) -> Request:
         beta=pick([0.0, 3.0, 8.0]),
         tilt_cap=tilt_cap,
         scorer=scorer,
+        residual_cap=pick([0.5, 1.0, None]),
         guide_every=pick([1, 1, 2, 3]),
         params=SamplingParams(
             max_tokens=pick([1, 4, 7, 12]),
@@ -121,7 +123,7 @@ def assert_holds_nothing(engine: Engine, guide: LocalGuide) -> None:
     scheduler = engine._scheduler
     assert not any((scheduler.running, scheduler._waiting, scheduler._opening, scheduler._finished))
     assert not any((engine._opened, engine._unseen, engine._batch))
-    assert not any(trunk.known for trunk in guide._trunks if trunk.predicts)
+    assert not any(trunk.known for trunk in guide._trunks if isinstance(trunk, _Student))
     for slots in (engine._base, *(trunk.slots for trunk in guide._trunks)):
         assert not any((slots._slot_of, slots._rows, slots._lengths, slots._branched))
         assert (slots._num_slots, slots._num_cells) == (0, 0)

@@ -27,7 +27,7 @@ ENDLESS.model.lm_head.weight[EOS] = 0.0  # a logit of 0 is never among the large
 STUDENT = tiny_student(3, num_objectives=2)
 STUDENTS = {"kind": (STUDENT, 0), "brief": (STUDENT, 1)}
 MAX_READS, MAX_COPIES = 1, 3
-MAX_STARTED = {"unguided": 60, "lazy": 200, "full": 200, "half guided": 200, "mixed": 200}
+MAX_STARTED = {"unguided": 60, "lazy": 200, "full": 200, "half guided": 200, "mixed": 200, "predicted": 200}
 
 # Operations whose result, or its shape, the host has to wait for.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
@@ -112,7 +112,7 @@ def only(kind: str, count: int) -> list[Request]:
     return [replace(request, scorer=Scorer(kind)) for request in chosen]
 
 
-KINDS = ["unguided", "lazy", "full", "half guided", "mixed"]
+KINDS = ["unguided", "lazy", "full", "half guided", "mixed", "predicted"]
 
 
 def engine_of(static_shapes: bool, max_rows: int = 16, base=BASE) -> Engine:
@@ -181,6 +181,7 @@ def test_the_shapes_of_a_step_depend_on_the_bucket_only(kind):
 def test_answers_are_those_of_exact_shapes(kind, chunk, monkeypatch):
     """Rows end and start meanwhile; the same first chunk, since estimates depend on what was evaluated."""
     monkeypatch.setattr(scorer, "FIRST_CHUNK", chunk)
+    monkeypatch.setattr(scorer, "SLACK", float("inf"))
     monkeypatch.setattr(scorer, "FIRST_CHUNK_UNREAD", chunk)
     exact, static = (
         [choice for [choice] in engine_of(shapes, max_rows=5).generate(only(kind, 11))] for shapes in (False, True)
@@ -198,6 +199,7 @@ def test_answers_are_those_of_exact_shapes(kind, chunk, monkeypatch):
 def test_recorded_answers_are_those_of_exact_shapes(kind, tapes, monkeypatch):
     """Also where rows end, move and start between replays, the cache grows, and a second call is needed."""
     monkeypatch.setattr(scorer, "FIRST_CHUNK", 4)
+    monkeypatch.setattr(scorer, "SLACK", float("inf"))
     monkeypatch.setattr(scorer, "FIRST_CHUNK_UNREAD", 4)
     exact = [choice for [choice] in engine_of(False, max_rows=5).generate(only(kind, 11))]
     engine = engine_of(True, max_rows=5)

@@ -12,7 +12,7 @@ from mavis_dist.core import noise
 from mavis_dist.core.tilt import choose, estimate_distribution, evaluation_order
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 from mavis_dist.decode.request import Scorer
-from mavis_dist.decode.scorer import Drafts, Scores, Steering, scores_of, search
+from mavis_dist.decode.scorer import FIRST_CHUNK, Drafts, Scores, Steering, scores_of, search
 from tests.exact import divergence, log_partition
 from tests.fakes import EOS, tiny_base, tiny_value
 
@@ -54,11 +54,13 @@ def scored(drafted: Drafts, values_BV: torch.Tensor, cap_B: torch.Tensor, beta: 
     num_rows = len(values_BV)
     steering = Steering(
         is_guided_B=torch.ones(num_rows, dtype=torch.bool),
-        is_lazy_B=torch.full((num_rows,), lazy),
+        num_first_B=torch.full((num_rows,), FIRST_CHUNK if lazy else NUM_CANDIDATES),
         weights_BM=torch.ones(num_rows, 1),
         baseline_BM=torch.zeros(num_rows, 1),
         beta_B=torch.full((num_rows,), beta, dtype=torch.float64),
         cap_B=cap_B,
+        is_predicted_B=torch.zeros(num_rows, dtype=torch.bool),
+        residual_cap_B=torch.full((num_rows,), float("inf"), dtype=torch.float64),
     )
     guide: Any = Table(values_BV)
     return scores_of(drafted, steering, search(drafted, steering, guide, range(num_rows)))

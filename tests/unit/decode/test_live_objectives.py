@@ -42,8 +42,10 @@ def some_requests(scorers: tuple[Scorer, ...]) -> list[Request]:
         )
         for i in range(24)
     ]
-    is_student = [r.scorer is Scorer.QHEAD and not set(r.weights) <= set(STUDENTS) for r in requests]
-    return [replace(r, scorer=Scorer.FULL) if other else r for r, other in zip(requests, is_student, strict=True)]
+    needs_student = [r.scorer in (Scorer.QHEAD, Scorer.PREDICTED) for r in requests]
+    has_student = [set() < set(r.weights) <= set(STUDENTS) for r in requests]
+    triples = zip(requests, needs_student, has_student, strict=True)
+    return [replace(r, scorer=Scorer.FULL) if needs and not has else r for r, needs, has in triples]
 
 
 class InProcess:
@@ -120,7 +122,7 @@ def assert_same(choice: Choice, other: Choice) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["local", "remote"])
 def test_answers_match_those_of_an_engine_with_fixed_objectives(kind, seed):
-    scorers = (Scorer.FULL, Scorer.LAZY) + ((Scorer.QHEAD,) if kind == "local" else ())
+    scorers = (Scorer.FULL, Scorer.LAZY) + ((Scorer.QHEAD, Scorer.PREDICTED) if kind == "local" else ())
     requests = some_requests(scorers)
     random.Random(seed).shuffle(requests)
     guide = LocalGuide({}) if kind == "local" else RemoteGuide((), InProcess(), num_sessions=2)
@@ -157,6 +159,11 @@ def test_the_order_in_which_objectives_arrive_changes_no_bit(kind):
     assert found[0] == found[1] == found[2]
 
 
+def test_one_of_several_heads_must_be_named():
+    with pytest.raises(ValueError, match=r"value model of 'kind' has 2 heads: give \(model, index\)"):
+        LocalGuide({"kind": tiny_value(3, num_objectives=2)})
+
+
 def test_heads_added_one_by_one_share_their_model():
     guide = LocalGuide({"a@d5": MODELS["a@d5"]})
     guide.add({"b@d5": MODELS["b@d5"], "b@i0": MODELS["b@i0"]})
@@ -167,7 +174,7 @@ def test_heads_added_one_by_one_share_their_model():
     assert (guide.objectives, len(guide._trunks)) == (("b@i0",), 1)
 
 
-@pytest.mark.parametrize("scorer", [Scorer.LAZY, Scorer.QHEAD])
+@pytest.mark.parametrize("scorer", [Scorer.LAZY, Scorer.QHEAD, Scorer.PREDICTED])
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_removing_an_objective_in_use_ends_only_its_answers(scorer, steps):
     """Steering by the remaining objectives alone would not be what was requested."""

@@ -44,7 +44,13 @@ def test_a_setting_out_of_range_is_rejected_with_its_name_and_value(field, value
 
 
 @pytest.mark.parametrize(
-    ("field", "values"), [("beta", [-1.0, NAN, INF]), ("tilt_cap", [0.0, -1.0, NAN]), ("guide_every", [0, -2])]
+    ("field", "values"),
+    [
+        ("beta", [-1.0, NAN, INF]),
+        ("tilt_cap", [0.0, -1.0, NAN]),
+        ("residual_cap", [0.0, -1.0, NAN]),
+        ("guide_every", [0, -2]),
+    ],
 )
 def test_steering_out_of_range_is_rejected_with_its_name_and_value(field, values):
     for value in values:

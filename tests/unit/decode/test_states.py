@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mavis_dist.decode import Choice, Engine, GuideRow, LocalGuide, Request, SamplingParams, Scorer
+from mavis_dist.decode.guide import _StatesStudent
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
@@ -170,12 +171,24 @@ def test_a_student_on_states_costs_no_keys_values_or_passes() -> None:
     models, by_student = students(base, {"a": 3})
     guide = LocalGuide(models, by_student)
     engine = Engine(base, guide)
-    predicting = [trunk for trunk in guide._trunks if trunk.predicts]
-    assert [hasattr(trunk, "slots") for trunk in predicting] == [False]
+    [predicting] = [trunk for trunk in guide._trunks if isinstance(trunk, _StatesStudent)]
+    assert not hasattr(predicting, "slots")
     engine.generate(requests(Scorer.QHEAD, {"a": 1.0}))
-    [evaluating] = [trunk for trunk in guide._trunks if not trunk.predicts]
-    assert evaluating.slots.num_tokens == 0
-    assert not predicting[0].known
+    assert [trunk.slots.num_tokens for trunk in guide._trunks if trunk is not predicting] == [0, 0]
+    assert not predicting.known
+
+
+@pytest.mark.parametrize("head_size", [8, 64], ids=["fused", "native"])
+def test_a_student_on_states_checks_its_predictions(head_size: int) -> None:
+    """Without a cap of what the student does not predict, the predicted scorer draws the tokens of the lazy one."""
+    base = tiny_base(eos_boost=1.0, head_size=head_size)
+    models, by_student = students(base, {"a": 3, "b": 4})
+    engine, weights = Engine(base, LocalGuide(models, by_student)), {"a": 0.4, "b": 0.6}
+    lazy = engine.generate(requests(Scorer.LAZY, weights))
+    predicted = [replace(r, residual_cap=None) for r in requests(Scorer.PREDICTED, weights)]
+    assert tokens(engine.generate(predicted)) == tokens(lazy)
+    capped = [replace(r, residual_cap=0.01) for r in predicted]
+    assert tokens(engine.generate(capped)) != tokens(lazy)
 
 
 def test_all_scorers_and_kinds_of_students_share_a_batch() -> None:

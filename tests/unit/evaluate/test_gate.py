@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mavis_dist.decode import Choice, SamplingParams, Scorer
-from mavis_dist.evaluate import gate
+from mavis_dist.evaluate import gate, sweep
 from mavis_dist.store.files import Store
 from mavis_dist.types import Prompt, RewardScale
 
@@ -88,3 +88,35 @@ def test_iterations_are_compared_on_the_same_prompts_seeds_and_exact_divergences
         assert request.weights == {"brief": 1.0}
         assert (request.beta, request.tilt_cap) == (6.0, 3.0)
         assert (request.params.max_tokens, request.params.top_k, request.params.n) == (8, 7, 3)
+
+
+def test_soft_values_of_a_first_iteration_can_follow_when_they_are_needed(store):
+    gate.decide(store, "brief", 0, [], margin=0.05)
+    gate.decide(store, "kind", 0, FIRST, margin=0.05)
+    assert gate.without_soft_values(store, {"brief": 0, "kind": 0}) == {"brief": 0}
+    gate.add_soft_values(store, "brief", 0, FIRST)
+    assert gate.without_soft_values(store, {"brief": 0, "kind": 0}) == {}
+    assert gate.current(store, "brief", 1) == 0
+    decision = gate.decide(store, "brief", 1, shifted(0.2), margin=0.05)
+    assert (decision.current, decision.accepted) == (0, True)
+
+
+def test_too_few_prompts_to_tell_are_said_with_the_number_needed(store):
+    gate.decide(store, "brief", 0, FIRST, margin=0.05)
+    uncertain = gate.decide(store, "brief", 1, shifted(0.0, noise=0.5), margin=0.05)
+    assert not uncertain.accepted
+    # 40 prompts whose differences have an sd of .5 tell .15 sd: a third of that takes nine times as many.
+    assert 200 < uncertain.prompts_needed < 700
+    assert f"use about prompts.validation={uncertain.prompts_needed}" in uncertain.verdict()
+    worse = gate.decide(store, "brief", 1, shifted(-1.0, noise=0.5), margin=0.05)
+    assert not worse.accepted
+    assert worse.prompts_needed is None
+    assert "too few" not in worse.verdict()
+
+
+def test_as_many_prompts_as_needed_are_enough():
+    estimate = sweep.Estimate(0.0, -0.1, 0.1)
+    needed = gate.prompts_needed(estimate, 50, margin=0.05)
+    assert needed == 200
+    assert gate.prompts_needed(sweep.Estimate(0.0, -0.05, 0.05), needed, margin=0.05) is None
+    assert gate.prompts_needed(estimate, 50, margin=0.0) is None

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mavis_dist.decode import Engine, GuideRow, LocalGuide, Request, RequestError, SamplingParams, Scorer
+from mavis_dist.decode.guide import ABSENT, Valuation
 from mavis_dist.models import qhead
 from mavis_dist.models.qhead import QHEAD_FILE, Student, deltas
 from mavis_dist.models.value import ValueModelError
@@ -45,8 +46,8 @@ def direct(tokens: tuple[int, ...], candidates: list[int]) -> tuple[np.ndarray, 
 def test_scores_match_predictions_from_the_whole_sequence() -> None:
     """Opened with a shared prefix, extended, scored twice: always as with a forward pass over all tokens."""
     followed = guide()
-    first = GuideRow(0, PROMPT, frozenset(MODELS), by_student=True)
-    second = GuideRow(1, (*PROMPT, 9), frozenset(MODELS), source=0, shared=4, by_student=True)
+    first = GuideRow(0, PROMPT, frozenset(MODELS), valuation=Valuation.PREDICTED)
+    second = GuideRow(1, (*PROMPT, 9), frozenset(MODELS), 0, 4, Valuation.PREDICTED)
     np.testing.assert_allclose(followed.open([first])[0], direct(PROMPT, [3])[0], atol=1e-5)
     followed.open([second])
     values_NM = followed.score([1, 0], [2, 1], torch.tensor([20, 21, 22]))
@@ -58,6 +59,39 @@ def test_scores_match_predictions_from_the_whole_sequence() -> None:
         followed.score([0], [1], torch.tensor([EOS])), direct((*PROMPT, 30, 31), [EOS])[1], atol=1e-5
     )
     followed.close([0, 1])
+    assert all(not trunk.slots._slot_of for trunk in followed._trunks)
+
+
+def test_a_checked_row_is_evaluated_and_predicted() -> None:
+    """The values are the student's own, the predictions those of the token that was kept, from either call."""
+    followed = guide()
+    rows = [
+        GuideRow(0, PROMPT, frozenset(MODELS), valuation=Valuation.CHECKED),
+        GuideRow(1, (*PROMPT, 9), frozenset(MODELS), 0, 4, Valuation.CHECKED),
+        GuideRow(2, (*PROMPT, 8), frozenset(MODELS)),
+    ]
+    followed.open(rows)
+    texts = [list(row.tokens) for row in rows]
+    for step in range(3):
+        candidates = torch.tensor([[30 + step, 31, 32], [33, 34 + step, 35]])
+        predictions_BKM = followed.predict([ABSENT, 1, 0], torch.cat([candidates[:1], candidates.flip(0)]))
+        for deltas_KM, text, ids in zip(predictions_BKM[1:], texts[1::-1], candidates.tolist()[::-1], strict=True):
+            value_M, after_KM = direct(tuple(text), ids)
+            np.testing.assert_allclose(deltas_KM, after_KM - value_M, atol=1e-5)
+        first_NM = followed.score([2, 1, 0], [1, 2, 1], torch.tensor([20, 33, 34 + step, 30 + step]))
+        second_NM = followed.score([0, 2], [2, 1], torch.tensor([31, 32, 21]))
+        expected = [
+            direct((*texts[1], 33), [3]),
+            direct((*texts[1], 34 + step), [3]),
+            direct((*texts[0], 30 + step), [3]),
+        ]
+        np.testing.assert_allclose(first_NM[1:], [value_M for value_M, _ in expected], atol=1e-5)
+        np.testing.assert_allclose(second_NM[1], direct((*texts[0], 32), [3])[0], atol=1e-5)
+        followed.keep([0, 1, 2], torch.tensor([2, 1, 1]))
+        for text, token in zip(texts, (32, 34 + step, 21), strict=True):
+            text.append(token)
+    np.testing.assert_allclose(followed.extend([0], [[40]])[0], direct((*texts[0], 40), [3])[0], atol=1e-5)
+    followed.close([0, 1, 2])
     assert all(not trunk.slots._slot_of for trunk in followed._trunks)
 
 
@@ -75,7 +109,7 @@ def test_reported_values_are_the_state_value_plus_the_prediction() -> None:
 def test_a_token_costs_one_forward_pass_for_all_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt, then every token except the last; unused value models are not run."""
     followed, seen = guide(), []
-    value_trunk, student_trunk = followed._trunks
+    value_trunk, student_trunk, _ = followed._trunks
     monkeypatch.setattr(value_trunk.slots, "extend", None)
     monkeypatch.setattr(value_trunk.slots, "branch", None)
     extend = student_trunk.slots.extend
@@ -108,11 +142,12 @@ def test_log_ratios_follow_the_predicted_deltas() -> None:
         so_far.append(token)
 
 
+@pytest.mark.parametrize("scorer", [Scorer.QHEAD, Scorer.PREDICTED])
 @pytest.mark.parametrize("guide_every", [1, 3])
 @pytest.mark.parametrize("cut", [1, 4])
-def test_a_resubmitted_answer_continues_identically(cut: int, guide_every: int) -> None:
+def test_a_resubmitted_answer_continues_identically(cut: int, guide_every: int, scorer: Scorer) -> None:
     """Also with a cap, under which the distribution depends on V(s): it is the heads' in both cases."""
-    asked = request(tilt_cap=0.4, guide_every=guide_every)
+    asked = request(scorer, tilt_cap=0.4, guide_every=guide_every)
     [[whole]] = Engine(BASE, guide()).generate([asked])
     assert len(whole.tokens) > cut
     [[rest]] = Engine(BASE, guide()).generate([replace(asked, answer=tuple(whole.tokens[:cut]))])
@@ -120,12 +155,13 @@ def test_a_resubmitted_answer_continues_identically(cut: int, guide_every: int) 
     np.testing.assert_allclose(rest.values["kind"], whole.values["kind"][cut:], atol=1e-4)
 
 
-def test_a_student_that_is_not_finite_fails_only_its_own_rows() -> None:
+@pytest.mark.parametrize("scorer", [Scorer.QHEAD, Scorer.PREDICTED])
+def test_a_student_that_is_not_finite_fails_only_its_own_rows(scorer: Scorer) -> None:
     broken = tiny_student(5, num_objectives=2)
     broken.qhead.queries[0].weight.fill_(float("nan"))
     models = {"brief": (STUDENT.model, 0), "kind": (STUDENT.model, 1)}
     engine = Engine(BASE, LocalGuide(models, {"brief": (broken, 0), "kind": (STUDENT, 1)}))
-    bad, good = request(weights={"brief": 1.0}), request(id="2", weights={"kind": 1.0})
+    bad, good = request(scorer, weights={"brief": 1.0}), request(scorer, id="2", weights={"kind": 1.0})
     [[failed], [fine]] = engine.generate([bad, good])
     assert "value model" in str(failed.error)
     [[alone]] = Engine(BASE, guide()).generate([good])
@@ -136,13 +172,14 @@ def test_a_student_that_is_not_finite_fails_only_its_own_rows() -> None:
     ("students", "weights", "named"),
     [({}, {"kind": 1.0}, "kind"), ({"brief": (STUDENT, 0)}, {"kind": 1.0, "brief": 1.0}, "kind"), ({}, {}, "any")],
 )
-def test_without_a_student_the_request_is_rejected(students, weights, named) -> None:
+@pytest.mark.parametrize("scorer", [Scorer.QHEAD, Scorer.PREDICTED])
+def test_without_a_student_the_request_is_rejected(students, weights, named, scorer) -> None:
     engine = Engine(BASE, LocalGuide(MODELS, students))
-    with pytest.raises(RequestError, match=f"scorer: .*no student for {named}.*lazy") as refused:
-        engine.submit(request(weights=weights))
+    with pytest.raises(RequestError, match=f"scorer: is '{scorer.value}'.*no student for {named}.*lazy") as refused:
+        engine.submit(request(scorer, weights=weights))
     assert refused.value.field == "scorer"
     with pytest.raises(RequestError, match="no student"):
-        Engine(BASE).submit(request(weights={}))
+        Engine(BASE).submit(request(scorer, weights={}))
 
 
 def test_adding_an_objective_does_not_change_the_others(tmp_path: Path) -> None:

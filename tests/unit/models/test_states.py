@@ -143,7 +143,7 @@ def test_the_layer_is_two_thirds_of_the_depth_and_never_beyond_it() -> None:
     assert state_layer(config, None) == 20
     assert state_layer(config, 30) == 30
     assert state_layer(LlamaConfig(num_hidden_layers=1), None) == 1
-    with pytest.raises(StateLayerError, match=r"value.state_layer is 31 but the base model has 30 layers"):
+    with pytest.raises(StateLayerError, match=r"value.layers is 31 but the base model has 30 layers"):
         state_layer(config, 31)
 
 

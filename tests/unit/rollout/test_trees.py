@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -452,7 +454,7 @@ class LocalSums(WorkerGroup):
 
 def gradients(training, num_workers, accumulation):
     """Gradients of every step of two epochs, averaged over the workers as DeepSpeed does; and the losses."""
-    chosen = [indices for epoch in range(2) for indices in steps(training.lengths, 4, epoch, seed=0)]
+    chosen = [indices for epoch in range(2) for indices in steps(training[0].lengths, 4, epoch, seed=0)]
     engines, losses = [], np.zeros(len(chosen))
     for rank in range(num_workers):
         engine, group = RecordingEngine(tiny_value(6).requires_grad_(True), accumulation), LocalSums(rank, num_workers)
@@ -464,7 +466,7 @@ def gradients(training, num_workers, accumulation):
 
 def test_gradient_and_loss_do_not_depend_on_how_workers_and_passes_share_the_trees():
     """1, 2 and 4 workers, 1 to 4 passes, trees of different sizes, a last step with fewer trees than workers."""
-    training = tree_set(labelled(list(grow().values())[:9]), RewardScale(0.0, 1.0), zeta=0.0, layers=SHAPE.layers)
+    training = [tree_set(labelled(list(grow().values())[:9]), RewardScale(0.0, 1.0), zeta=0.0, layers=SHAPE.layers)]
     alone, losses = gradients(training, 1, 1)
     assert len(alone) == 6
     for num_workers, accumulation in ((1, 4), (2, 1), (2, 2), (4, 1)):
@@ -499,8 +501,8 @@ def test_large_trees_are_split_at_the_prompt_without_changing_the_loss(monkeypat
             len(t.index_X) for t in training.targets
         )
         assert float(fit.squared_error(model, training, indices, "cpu")) == pytest.approx(whole, rel=1e-5)
-        compared = fit.errors(model, training, indices, "cpu").sibling
-        torch.testing.assert_close(compared, fit.errors(model, training, indices, "cpu", one_batch=True).sibling)
+        compared = fit.errors(model, [training], indices, "cpu").sibling
+        torch.testing.assert_close(compared, fit.errors(model, [training], indices, "cpu", one_batch=True).sibling)
 
 
 def test_siblings_are_compared_after_as_many_tokens():
@@ -528,11 +530,26 @@ def test_siblings_are_compared_after_as_many_tokens():
 
 def test_an_error_that_siblings_share_costs_nothing():
     siblings_X = torch.tensor([4, -1, 4, 9, 9, 9, -1, 30, 30])
-    error_X = torch.tensor([1.0, 50.0, 3.0, 0.0, 3.0, 6.0, -7.0, 2.0, 2.0])
+    error_X = torch.tensor([1.0, 50.0, 3.0, 0.0, 3.0, 6.0, -7.0, 2.0, 2.0])[:, None]
     assert float(fit.sibling_error(error_X, siblings_X)) == pytest.approx(2.0 + 18.0 + 0.0)
-    shifted_X = error_X + torch.tensor([5.0, 0, 5.0, -8, -8, -8, 3.0, 1.0, 1.0])
+    shifted_X = error_X + torch.tensor([5.0, 0, 5.0, -8, -8, -8, 3.0, 1.0, 1.0])[:, None]
     torch.testing.assert_close(fit.sibling_error(shifted_X, siblings_X), fit.sibling_error(error_X, siblings_X))
     assert float(fit.sibling_error(error_X, torch.full_like(siblings_X, -1))) == 0.0
+
+
+def test_the_errors_of_a_shared_model_are_the_means_over_its_objectives():
+    pairs = labelled(list(grow().values())[:6])
+    swapped = [(tree, replace(labels, score=labels.score[::-1].copy())) for tree, labels in pairs]
+    sets = [tree_set(found, RewardScale(0.0, 1.0), 0.5, SHAPE.layers) for found in (pairs, swapped)]
+    shared, indices = tiny_value(6, num_objectives=2), [0, 1, 2, 3, 4, 5]
+    found = fit.errors(shared, sets, indices, "cpu")
+    alone = [fit.errors(deepcopy(shared).only(m), [one], indices, "cpu") for m, one in enumerate(sets)]
+    torch.testing.assert_close(found.squared, (alone[0].squared + alone[1].squared) / 2)
+    torch.testing.assert_close(found.sibling, (alone[0].sibling + alone[1].sibling) / 2)
+    assert float(alone[0].squared) != pytest.approx(float(alone[1].squared), rel=1e-3)
+    for m, (one, figures) in enumerate(zip(sets, fit.validate(shared, sets, "cpu"), strict=True)):
+        [own] = fit.validate(deepcopy(shared).only(m), [one], "cpu")
+        assert figures == pytest.approx(own, rel=1e-4, abs=1e-6)
 
 
 def test_the_loss_of_a_step_is_the_weighted_mean_over_all_its_targets():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mavis_dist.config import Config
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.decode.load_guide import fetch_published, load_guide, load_models
 from mavis_dist.models import qhead, value
@@ -21,6 +22,9 @@ from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.sections import Limits
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
+from mavis_dist.train.data import Fit
+from mavis_dist.train.model import trainable_model
+from mavis_dist.types import RewardScale
 from serve.base import model_loader, remote_guide
 from serve.base.engine_loop import EngineLoop, stream
 from serve.base.model_loader import LocalModelLoader, ModelLoader, RemoteModelLoader
@@ -330,7 +334,7 @@ def publish_distilled(store: Store, folder: Path, name: str) -> None:
         values.publish_distilled(store, objective, 0, name)
 
 
-@pytest.mark.parametrize("scorer", [Scorer.LAZY, Scorer.QHEAD])
+@pytest.mark.parametrize("scorer", [Scorer.LAZY, Scorer.QHEAD, Scorer.PREDICTED])
 def test_objectives_of_a_distilled_model_share_it(folder, store, base, scorer):
     bases = Bases(folder, store, base, "colocated")
     publish_distilled(store, folder, "5fa0")
@@ -343,9 +347,52 @@ def test_objectives_of_a_distilled_model_share_it(folder, store, base, scorer):
     assert tokens == choice.tokens
     assert len(first) > 0
     guide = bases.running[0][1]._guide
-    kinds = [(trunk.predicts, set(trunk.heads)) for trunk in guide._trunks]
-    assert kinds.count((False, set(versions.values()))) == kinds.count((True, set(versions.values()))) == 1
+    kinds = [trunk.valuation for trunk in guide._trunks if set(trunk.heads) == set(versions.values())]
+    assert sorted(kind.value for kind in kinds) == ["checked", "evaluated", "predicted"]
     bases.end()
+
+
+def publish_shared(store: Store, folder: Path) -> None:
+    """Iteration 0 of both objectives as heads of one model."""
+    model, card = value.load(values.fetch(store, "positive", 0))
+    model.add_objective()
+    torch.manual_seed(12)
+    torch.nn.init.normal_(model.heads.weight, std=0.3)
+    names = ("positive", "brief")
+    value.save(
+        model, replace(card, objectives=names, scales=card.scales * 2, rewards=card.rewards * 2), folder / "shared"
+    )
+    target = layout.shared_folder("-".join(names), 0)
+    store.upload(folder / "shared", target, {})
+    (folder / "figures").mkdir()
+    for name in names:
+        own = layout.value_folder(name, 0)
+        store.delete(own)
+        (folder / "figures" / layout.METRICS_FILE).write_text("")
+        store.upload(folder / "figures", own, {values.SHARED_KEY: target})
+        values.publish(store, name, 0)
+
+
+def test_objectives_of_a_shared_model_are_served_under_their_own_names(bases, folder, store, base):
+    publish_shared(store, folder)
+    bases.begin()  # a replica that starts later
+    tokens = asyncio.run(bases.answer(make_request(), OLD))
+    [[choice]] = Engine(base, load_guide(fetch_published(store))).generate([make_request()])
+    assert tokens == choice.tokens
+    assert [entry["version"] for entry in asyncio.run(Registry(store).describe())] == sorted(OLD.values())
+    guide = bases.running[-1][1]._guide
+    if isinstance(guide, LocalGuide):
+        assert [set(trunk.heads) for trunk in guide._trunks].count(set(OLD.values())) == 1
+
+
+def test_a_later_iteration_starts_from_its_own_head_of_a_shared_model(folder, store):
+    publish_shared(store, folder)
+    shared, _ = value.load(values.fetch(store, "brief", 0))
+    fit = Fit(("brief",), 1, 0, (RewardScale(0.0, 1.0),), frozenset())
+    own = trainable_model(fit, Config(run=RUN, objectives={"brief": {"reward": "brevity"}}), store)
+    torch.testing.assert_close(own.heads.weight, shared.heads.weight[1:])
+    torch.testing.assert_close(own.heads.bias, shared.heads.bias[1:])
+    assert all(p.requires_grad for p in own.heads.parameters())
 
 
 def test_value_replicas_serve_distilled_models_too(folder, store, base):

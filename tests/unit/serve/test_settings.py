@@ -93,7 +93,7 @@ OTHER_SETTINGS = {
 }
 ELSEWHERE = {"host", "port"}  # of Serve itself: http_options in a file
 # What the arguments take from other sections of the config.
-OTHERS = {"storage", "run", "dtype", "device", "base", "system", "beta", "tilt_cap", "objective"}
+OTHERS = {"storage", "run", "dtype", "device", "base", "system", "beta", "tilt_cap", "residual_cap", "objective"}
 
 
 def changed(args: MainArgs | ValueArgs, others: MainArgs | ValueArgs) -> set[str]:
@@ -182,6 +182,6 @@ def test_relative_storage_is_below_the_checkout():
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
 def test_steering_that_json_cannot_express_is_refused(number):
-    for name in ("beta", "tilt_cap"):
+    for name in ("beta", "tilt_cap", "residual_cap"):
         with pytest.raises(ValidationError, match=name):
             MainArgs(run="r", **{name: number})

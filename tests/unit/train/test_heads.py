@@ -37,7 +37,7 @@ def loss(model: ValueModel, trees: TreeSet, sibling_weight: float) -> float:
     """As a step of the other fit has it."""
     indices = list(range(len(trees)))
     with torch.no_grad():
-        found = fit.errors(model, trees, indices, "cpu")
+        found = fit.errors(model, [trees], indices, "cpu")
     return float(
         found.squared / trees.total_weight(indices) + sibling_weight * found.sibling / trees.num_siblings(indices)
     )
@@ -81,7 +81,7 @@ def taught(count: int, noise: float, seed: int = 0) -> tuple[TreeSet, ValueModel
     """Trees whose targets are the values of a hidden head, with noise."""
     trees, teacher = trees_of(count), tiny_states(BASE, 17)
     rng = np.random.default_rng(seed)
-    found = fit.predict(teacher, trees, "cpu").pred_X
+    found = fit.predict(teacher, [trees], "cpu")[0].pred_X
     parts = np.split(found, np.cumsum([len(t.index_X) for t in trees.targets])[:-1])
     targets = [
         replace(t, value_X=(part + noise * rng.normal(size=len(part))).astype(np.float32))
@@ -99,7 +99,7 @@ def test_a_head_is_found_again_and_noise_asks_for_a_stronger_penalty() -> None:
         head_J, metrics = best_head(folds, head_of(model), 0.5)
         chosen.append(min(metrics, key=lambda entry: entry["held_out_loss"])["ridge"])
         set_head(model, head_J)
-        r2 = fit.validate(model, taught(20, 0.0)[0], "cpu")["explained_variance"]
+        r2 = fit.validate(model, [taught(20, 0.0)[0]], "cpu")[0]["explained_variance"]
         assert r2 > (0.99 if noise == 0 else 0.3)
     assert chosen[0] < chosen[1]
 
@@ -138,7 +138,7 @@ def test_a_stored_model_has_its_figures_and_a_later_iteration_starts_from_it(tmp
             "objectives": {"kind": {"reward": "sentiment"}},
             "base": {"model": base.name, "dtype": "float32"},
             "rollout": {"first": {"root": 2, "layers": 2}, "later": {"root": 2, "layers": 2}, "max_tokens": 12},
-            "value": {"kind": "states", "state_layer": 1},
+            "value": {"kind": "states", "layers": 1},
         }
     )
     store = Store(config.storage, "run")
@@ -152,7 +152,7 @@ def test_a_stored_model_has_its_figures_and_a_later_iteration_starts_from_it(tmp
 
     weights = []
     for iteration, parent in ((0, None), (1, 0)):
-        heads.train(Fit("kind", iteration, parent, RewardScale(0.0, 1.0), held_out), config, store, WorkerGroup())
+        heads.train(Fit(("kind",), iteration, parent, (RewardScale(0.0, 1.0),), held_out), config, store, WorkerGroup())
         folder = values.fetch(store, "kind", iteration)
         model, card = value.load(folder, base=base)
         assert (card.state_layer, card.iteration) == (1, iteration)

@@ -13,6 +13,7 @@ from mavis_dist.store.shards import Labels
 from mavis_dist.train import fit
 from mavis_dist.train.checkpoints import State
 from mavis_dist.train.data import TreeSet, tree_set
+from mavis_dist.train.journal import Metrics, metrics_of
 from mavis_dist.train.metrics import Predictions, calibration, ceilings, sibling_tests, squared_error, summary
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import RewardScale
@@ -151,9 +152,9 @@ class Recorder:
     """Keeps what a journal would write."""
 
     def __init__(self) -> None:
-        self.entries: list[dict[str, float]] = []
+        self.entries: list[Metrics] = []
 
-    def write(self, entry: dict[str, float]) -> None:
+    def write(self, entry: Metrics) -> None:
         self.entries.append(entry)
 
 
@@ -161,12 +162,16 @@ def test_every_epoch_records_all_figures_and_keeps_those_of_the_best() -> None:
     """The ceiling belongs to the trees: it is the same for every model."""
     trees, state, recorder = trees_of(MIN_TREES), State(), Recorder()
     for epoch in range(2):
-        fit.end_epoch(IdleEngine(tiny_value(epoch)), trees, epoch, state, recorder, "cpu", WorkerGroup())  # type: ignore[arg-type]
-    first, second = recorder.entries
+        fit.end_epoch(IdleEngine(tiny_value(epoch)), ["brief"], [trees], epoch, state, recorder, "cpu", WorkerGroup())  # type: ignore[arg-type]
+    entries = [entry["figures"]["brief"] for entry in recorder.entries]
+    first, second = entries
     names = {f"{name}/tokens_{n}{end}" for name in ("sibling_slope", "sibling_corr") for n in (1, 2) for end in ENDS}
     assert names | {"explained_variance", "r2_ceiling", "r2_ceiling/depth_0"} <= first.keys() == second.keys()
     assert first["r2_ceiling"] == second["r2_ceiling"]
     assert first["sibling_slope/tokens_1"] != second["sibling_slope/tokens_1"]
-    best = max(recorder.entries, key=lambda entry: entry["explained_variance"])
-    assert state.best_figures.items() <= best.items()
+    best = max(entries, key=lambda entry: entry["explained_variance"])
+    assert state.best_figures == {"brief": best}
     assert state.metrics == recorder.entries
+    lines = metrics_of("brief", [{"step": 1, "loss": 0.5}, *recorder.entries])
+    assert lines == [{"step": 1, "loss": 0.5}, *({"step": 0, "epoch": e, **found} for e, found in enumerate(entries))]
+    assert metrics_of("other", recorder.entries) == [{"step": 0, "epoch": 0}, {"step": 0, "epoch": 1}]

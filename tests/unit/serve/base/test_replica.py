@@ -17,13 +17,13 @@ def args(**settings):
 @pytest.mark.parametrize(
     ("settings", "threads"),
     [
-        ({}, 6),  # a quarter of a core is reserved: no measure of what it needs
-        ({"cpus": 0}, 6),
+        ({}, 3),  # a quarter of a core is reserved: no measure of what it needs
+        ({"cpus": 0}, 3),
         ({"cpus": 1}, 1),
         ({"cpus": 2.5}, 2),
         ({"cpus": 12}, 12),
-        ({"threads": 3}, 3),
-        ({"cpus": 2, "threads": 3}, 3),
+        ({"threads": 5}, 5),
+        ({"cpus": 2, "threads": 5}, 5),
     ],
 )
 def test_threads_are_those_given_or_reserved_or_of_the_machine(monkeypatch, settings, threads):
@@ -31,7 +31,7 @@ def test_threads_are_those_given_or_reserved_or_of_the_machine(monkeypatch, sett
     assert replica.num_threads(args(**settings)) == threads
 
 
-@pytest.mark.parametrize(("cores", "threads"), [(0.0, 1), (0.5, 1), (64.0, 8)])
+@pytest.mark.parametrize(("cores", "threads"), [(0.0, 1), (1.0, 1), (2.0, 1), (64.0, 8)])
 def test_the_machine_bounds_them(monkeypatch, cores, threads):
     monkeypatch.setattr(replica.cluster, "cores_here", lambda: cores)
     assert replica.num_threads(args()) == threads

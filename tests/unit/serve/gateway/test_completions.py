@@ -171,6 +171,7 @@ def test_the_response_repeats_the_applied_steering(service):
         "objective_weights": {"a": 0.5, "b": 0.5},
         "beta": 2.0,
         "tilt_cap": 3.0,
+        "residual_cap": 1.0,
         "guide_every": 2,
         "seed": 3,
     }

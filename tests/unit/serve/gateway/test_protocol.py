@@ -116,6 +116,7 @@ def test_errors_can_be_sent_whatever_the_client_sent():
         ({"objective_weights": ["positive"]}, "objective_weights"),
         ({"beta": -1.0}, "beta"),
         ({"tilt_cap": 0.0}, "tilt_cap"),
+        ({"residual_cap": 0.0}, "residual_cap"),
         ({"scorer": "fastest"}, "scorer"),
         ({"guide_every": 0}, "guide_every"),
         ({"guide_every": 1.5}, "guide_every"),
