@@ -64,6 +64,11 @@ class Config(Section):
                 raise ValueError(f"the name {name!r} must consist of letters, digits and underscores")
         return objectives
 
+    @property
+    def learns_prefixes(self) -> bool:
+        """Whether value models are trained to predict rewards of unfinished answers as well."""
+        return self.train.targets == "prefix" and self.value.kind != "states"
+
 
 # Keys that change where or how fast something runs but not what it produces.
 FREE_KEYS = frozenset(

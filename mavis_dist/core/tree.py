@@ -12,7 +12,7 @@ Shapes: N nodes, T tokens of all segments, X targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -94,6 +94,18 @@ class Tree:
     def leaves(self) -> np.ndarray:
         """Nodes that end an answer, int64."""
         return np.flatnonzero(self.node_finish != Finish.OPEN)
+
+    def prefixes(self, every: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Unfinished answers: after every so many tokens and at the ends of inner segments, the last token of each, an
+        index into `tokens`, and all its tokens.
+        """
+        for node in range(self.num_nodes):
+            answer, length = self.answer(node), self.length(node)
+            before, start = len(answer) - length, int(self.node_start[node])
+            for place in range(1, length + 1):
+                is_inside = place < length and (before + place) % every == 0
+                if is_inside or (place == length and self.node_finish[node] == Finish.OPEN):
+                    yield start + place - 1, answer[: before + place]
 
     def answer(self, node: int) -> np.ndarray:
         """All answer tokens from the prompt to the end of this node, int32."""

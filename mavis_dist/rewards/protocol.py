@@ -13,7 +13,7 @@ class RewardError(UserError):
 
 
 class Reward(Protocol):
-    """Scores finished answers for one objective; higher is better."""
+    """Scores answers for one objective, with `train.targets: prefix` unfinished ones as well; higher is better."""
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """One finite score per pair of prompt and answer, both of length N, plain text without a chat template."""

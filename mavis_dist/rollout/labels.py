@@ -1,17 +1,19 @@
-"""Labels: one objective's reward of every leaf of stored trees. No Ray.
+"""Labels: one objective's reward of every leaf of stored trees, and of unfinished answers. No Ray.
 
 A separate stage, so that a new objective can score trees that are already stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from mavis_dist.config import Config
+from mavis_dist.core.tree import Tree
 from mavis_dist.models.load import load_tokenizer
-from mavis_dist.rewards import build
+from mavis_dist.rewards import Reward, build
 from mavis_dist.store.files import Store
 from mavis_dist.store.shards import Labels, read_labels, read_trees, write_labels
 from mavis_dist.types import Prompt, RewardScale, UserError
@@ -21,30 +23,50 @@ class LabelError(UserError):
     """Rewards that are all equal, so that nothing can be learnt."""
 
 
+PREFIX_TOKENS = 8  # between the unfinished answers that are scored
+
+
 def label_shards(config: Config, objective: str, prompts: Sequence[Prompt], shards: Sequence[tuple[str, str]]) -> int:
     """Score the leaves of tree shards, `shards` being (trees, labels) paths; returns the number of leaves.
 
-    The reward is called once per shard, with prompts and answers as text without special tokens.
+    With `train.targets: prefix` their unfinished answers are scored as well.
     """
     store = Store(config.storage, config.run)
-    reward = build(config.objectives[objective])
-    tokenizer = load_tokenizer(config.base.model)
+    reward, tokenizer = build(config.objectives[objective]), load_tokenizer(config.base.model)
     text_of = {prompt.id: prompt.text for prompt in prompts}
+    prefix_tokens = PREFIX_TOKENS if config.learns_prefixes else None
     num_leaves = 0
     for source, target in shards:
-        trees = read_trees(store, source)
-        leaves = [(tree, node) for tree in trees for node in tree.leaves().tolist()]
-        answers = tokenizer.batch_decode(
-            [tree.answer(node).tolist() for tree, node in leaves], skip_special_tokens=True
-        )
-        scores = iter(reward.score([text_of[tree.prompt_id] for tree, _ in leaves], answers))
-        labels = []
-        for tree in trees:
-            nodes = tree.leaves()
-            labels.append(Labels(tree.prompt_id, nodes, np.array([next(scores) for _ in nodes])))
+        labels = score(read_trees(store, source), text_of, reward, tokenizer, prefix_tokens)
         write_labels(store, target, labels)
-        num_leaves += len(leaves)
+        num_leaves += sum(len(item.node) for item in labels)
     return num_leaves
+
+
+def score(
+    trees: Sequence[Tree], text_of: Mapping[str, str], reward: Reward, tokenizer: Any, prefix_tokens: int | None
+) -> list[Labels]:
+    """The rewards of all leaves of some trees, and of unfinished answers after every `prefix_tokens` tokens and at the
+    ends of segments, None: of none.
+
+    The reward is called once, with prompts (by the id of their tree) and answers as text without special tokens.
+    """
+    leaves = [tree.leaves() for tree in trees]
+    prefixes = [[] if prefix_tokens is None else [*tree.prefixes(prefix_tokens)] for tree in trees]
+    prompts, answers, ends = list[str](), list[list[int]](), list[int]()
+    for tree, nodes, unfinished in zip(trees, leaves, prefixes, strict=True):
+        found = [*map(tree.answer, nodes.tolist()), *(answer for _, answer in unfinished)]
+        answers += [answer.tolist() for answer in found]
+        prompts += [text_of[tree.prompt_id]] * len(found)
+        ends += [len(answers) - len(unfinished), len(answers)]
+    scores = np.array(reward.score(prompts, tokenizer.batch_decode(answers, skip_special_tokens=True)))
+    parts = np.split(scores, ends)
+    return [
+        Labels(tree.prompt_id, nodes, of_leaves, np.array([token for token, _ in unfinished], np.int32), of_prefixes)
+        for tree, nodes, unfinished, of_leaves, of_prefixes in zip(
+            trees, leaves, prefixes, parts[0:-1:2], parts[1:-1:2], strict=True
+        )
+    ]
 
 
 def reward_scale(store: Store, objective: str, paths: Sequence[str], training: Collection[str]) -> RewardScale:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,16 +28,26 @@ TREE_SCHEMA = pa.schema(
         "token_logratio": pa.list_(pa.float32()),
     }
 )
-LABEL_SCHEMA = pa.schema({"prompt_id": pa.string(), "node": pa.list_(pa.int32()), "score": pa.list_(pa.float64())})
+LABEL_SCHEMA = pa.schema(
+    {
+        "prompt_id": pa.string(),
+        "node": pa.list_(pa.int32()),
+        "score": pa.list_(pa.float64()),
+        "token": pa.list_(pa.int32()),
+        "prefix_score": pa.list_(pa.float64()),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Raw rewards of one tree's leaves."""
+    """Raw rewards of one tree's leaves, and of its unfinished answers where they were scored as well."""
 
     prompt_id: str
     node: np.ndarray  # int32
     score: np.ndarray  # float64, in the reward's own unit
+    token: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # the last of each unfinished answer
+    prefix_score: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64, of the answer up to it
 
 
 def shard_names(store: Store, folder: str) -> list[str]:
@@ -46,42 +56,39 @@ def shard_names(store: Store, folder: str) -> list[str]:
 
 
 def write_trees(store: Store, path: str, trees: Sequence[Tree]) -> None:
-    rows = [{f.name: getattr(tree, f.name) for f in fields(Tree)} for tree in trees]
-    _write(store, path, pa.Table.from_pylist(rows, schema=TREE_SCHEMA))
+    _write_rows(store, path, trees, TREE_SCHEMA)
 
 
 def read_trees(store: Store, path: str) -> list[Tree]:
-    return [_tree(row) for row in _read(store, path, TREE_SCHEMA).to_pylist()]
-
-
-def _tree(row: dict[str, Any]) -> Tree:
-    for field in TREE_SCHEMA:
-        if pa.types.is_list(field.type):
-            row[field.name] = np.array(row[field.name], dtype=field.type.value_type.to_pandas_dtype())
-    return Tree(**row)
+    return [Tree(**row) for row in _read(store, path, TREE_SCHEMA)]
 
 
 def write_labels(store: Store, path: str, labels: Sequence[Labels]) -> None:
-    rows = [{"prompt_id": item.prompt_id, "node": item.node, "score": item.score} for item in labels]
-    _write(store, path, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
+    _write_rows(store, path, labels, LABEL_SCHEMA)
 
 
 def read_labels(store: Store, path: str) -> list[Labels]:
-    return [
-        Labels(row["prompt_id"], np.array(row["node"], dtype=np.int32), np.array(row["score"], dtype=np.float64))
-        for row in _read(store, path, LABEL_SCHEMA).to_pylist()
-    ]
+    return [Labels(**row) for row in _read(store, path, LABEL_SCHEMA, optional=("token", "prefix_score"))]
 
 
-def _write(store: Store, path: str, table: pa.Table) -> None:
+def _write_rows(store: Store, path: str, items: Sequence[Tree] | Sequence[Labels], schema: pa.Schema) -> None:
+    rows = [{name: getattr(item, name) for name in schema.names} for item in items]
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
     store.write_bytes(path, buffer.getvalue())
 
 
-def _read(store: Store, path: str, schema: pa.Schema) -> pa.Table:
+def _read(store: Store, path: str, schema: pa.Schema, optional: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a file, lists as arrays; without those optional columns that it lacks."""
     data = store.read_bytes(path)
     try:
-        return pq.read_table(io.BytesIO(data)).cast(schema)
+        table = pq.read_table(io.BytesIO(data))
+        found = [column for column in schema if column.name not in optional or column.name in table.column_names]
+        rows = table.cast(pa.schema(found)).to_pylist()
     except (pa.ArrowException, ValueError, KeyError) as error:
         raise StoreError(f"{store.root}/{path} is damaged ({error}): delete it and run again") from None
+    types = {column.name: column.type.value_type for column in found if pa.types.is_list(column.type)}
+    return [
+        {name: np.array(x, dtype=types[name].to_pandas_dtype()) if name in types else x for name, x in row.items()}
+        for row in rows
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -134,39 +135,61 @@ def tree_set(
     return TreeSet(trees, all_targets, weights, zeta)
 
 
+def prefix_set(pairs: Sequence[tuple[Tree, Labels]]) -> TreeSet:
+    """The rewards of all answers, finished or not, as targets of their last tokens, in standard deviations of all."""
+    scores = np.concatenate([np.concatenate([labels.score, labels.prefix_score]) for _, labels in pairs])
+    mean, sd = scores.mean(), scores.std()
+    all_targets = []
+    for tree, labels in pairs:
+        token_X = np.concatenate([tree.node_start[labels.node + 1] - 1, labels.token])
+        value_X = (np.concatenate([labels.score, labels.prefix_score]) - mean) / sd
+        zero_X = np.zeros(len(token_X), dtype=np.int32)
+        index_X = len(tree.prompt_tokens) + token_X.astype(np.int64)
+        all_targets.append(Targets(index_X, value_X.astype(np.float32), zero_X, zero_X - 1))
+    return TreeSet([tree for tree, _ in pairs], all_targets, np.ones(1))
+
+
 def zeta(config: Config, iteration: int) -> float:
     """Price of one nat of divergence in standard deviations of reward: 1 / beta, and 0 for the untilted policy."""
     return 1.0 / config.steer.beta if iteration > 0 and config.steer.beta > 0 else 0.0
 
 
-def data_of(fit: Fit, config: Config, store: Store) -> tuple[list[TreeSet], list[TreeSet]]:
-    """Training and validation trees of a fit, with the targets of each of its objectives."""
-    training, validation = zip(
-        *(_data_of(fit, *pair, config, store) for pair in zip(fit.objectives, fit.scales, strict=True)), strict=True
-    )
-    return list(training), list(validation)
+class Data(NamedTuple):
+    """The trees of a fit with the targets of each of its objectives."""
+
+    training: list[TreeSet]
+    prefixes: list[TreeSet]  # the training trees with the rewards of answers, finished or not; may be empty
+    validation: list[TreeSet]
 
 
-def _data_of(fit: Fit, objective: str, scale: RewardScale, config: Config, store: Store) -> tuple[TreeSet, TreeSet]:
+def data_of(fit: Fit, config: Config, store: Store) -> Data:
+    parts = [_data_of(fit, *pair, config, store) for pair in zip(fit.objectives, fit.scales, strict=True)]
+    training, prefixes, validation = zip(*parts, strict=True)
+    return Data(list(training), [one for one in prefixes if one is not None], list(validation))
+
+
+def _data_of(
+    fit: Fit, objective: str, scale: RewardScale, config: Config, store: Store
+) -> tuple[TreeSet, TreeSet | None, TreeSet]:
     shape = config.rollout.first if fit.iteration == 0 else config.rollout.later
     pairs = load_trees(store, fit.policy, objective)
-    parts = []
-    for validation in (False, True):
-        chosen = [pair for pair in pairs if (pair[0].prompt_id in fit.validation_ids) == validation]
-        parts.append(
-            tree_set(
-                chosen,
-                scale,
-                zeta(config, fit.iteration),
-                shape.layers,
-                every_token=config.train.targets == "token",
-                depth_balance=config.train.depth_balance,
-                average_split=config.train.split_backup == "paper",
-            )
-            if chosen
-            else TreeSet([], [], np.ones(shape.layers + 1))
+    training = [pair for pair in pairs if pair[0].prompt_id not in fit.validation_ids]
+    validation = [pair for pair in pairs if pair[0].prompt_id in fit.validation_ids]
+    with_values = [
+        tree_set(
+            chosen,
+            scale,
+            zeta(config, fit.iteration),
+            shape.layers,
+            every_token=config.train.targets != "node",
+            depth_balance=config.train.depth_balance,
+            average_split=config.train.split_backup == "paper",
         )
-    return parts[0], parts[1]
+        if chosen
+        else TreeSet([], [], np.ones(shape.layers + 1))
+        for chosen in (training, validation)
+    ]
+    return with_values[0], prefix_set(training) if config.learns_prefixes else None, with_values[1]
 
 
 def steps(lengths: Sequence[int], trees_per_step: int, epoch: int, seed: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from mavis_dist.sections import Train
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
 from mavis_dist.train.checkpoints import Checkpoints, State
-from mavis_dist.train.data import Fit, TreeSet, data_of, passes, steps
+from mavis_dist.train.data import Data, Fit, TreeSet, data_of, passes, steps
 from mavis_dist.train.engine import make_engine, trained_state
 from mavis_dist.train.journal import FIGURES, Journal, Metrics
 from mavis_dist.train.metrics import Predictions, ceilings, sibling_tests, summary
@@ -30,16 +30,26 @@ CHECKPOINT_EVERY_S = 60.0  # and at the end of every epoch
 ValueFunction = Callable[..., torch.Tensor]  # a value model, or a DeepSpeed engine around one
 
 
-def target_values(model: ValueFunction, batch: PackedBatch, device: str) -> torch.Tensor:
-    """The model's values at all targets of packed trees, [B, X, M]."""
-    values_BSM = model(
+def outputs(model: ValueFunction, batch: PackedBatch, device: str) -> torch.Tensor:
+    """What the model's heads say at all tokens of packed trees, [B, S, M]."""
+    return model(
         input_ids=batch.tokens_BS.to(device),
         position_ids=batch.positions_BS.to(device),
         attention_mask=batch.mask_B1SS.to(device),
         use_cache=False,
     )
-    index_BX = batch.index_BX.to(device)
-    return values_BSM.gather(1, index_BX[..., None].expand(-1, -1, values_BSM.shape[-1]))
+
+
+def at_targets(outputs_BSM: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Outputs at the targets of packed trees, [B, X, M]."""
+    index_BX = batch.index_BX.to(outputs_BSM.device)
+    return outputs_BSM.gather(1, index_BX[..., None].expand(-1, -1, outputs_BSM.shape[-1]))
+
+
+def target_errors(outputs_BSM: torch.Tensor, batches: Sequence[PackedBatch]) -> torch.Tensor:
+    """Output less target [B, X, M]; `batches` are the same trees with the targets of each head."""
+    target_BXM = torch.stack([batch.value_BX for batch in batches], -1)
+    return at_targets(outputs_BSM, batches[0]) - target_BXM.to(outputs_BSM.device)
 
 
 def squared_error(
@@ -57,25 +67,40 @@ class Errors(NamedTuple):
 
     squared: torch.Tensor  # weight * (V - target)^2
     sibling: torch.Tensor  # squared error of the differences to the mean of siblings, where there are any
+    prefix: torch.Tensor  # squared error of the rewards of answers, finished or not
 
 
 def errors(
-    model: ValueFunction, trees: Sequence[TreeSet], indices: list[int], device: str, one_batch: bool = False
+    model: ValueFunction,
+    trees: Sequence[TreeSet],
+    indices: list[int],
+    device: str,
+    one_batch: bool = False,
+    prefixes: Sequence[TreeSet] = (),
 ) -> Errors:
     """The errors that the loss consists of; `one_batch` as in `squared_error`.
 
     Args:
         trees: the same trees for every head of the model, with the targets of its objective.
+        prefixes: the same trees once more, for as many further heads that predict rewards of unfinished answers.
     """
-    squared = torch.zeros((), device=device)
-    compared = []
-    for batches in zip(*([t.batch(indices)] if one_batch else t.batches(indices) for t in trees), strict=True):
-        batch, target_BXM = batches[0], torch.stack([batch.value_BX for batch in batches], -1).to(device)
-        error_BXM = target_values(model, batch, device) - target_BXM
-        squared = squared + (batch.weight_BX.to(device)[..., None] * error_BXM**2).sum() / len(trees)
+    squared = prefix = torch.zeros((), device=device)
+    compared, num = [], len(trees)
+    sets = (*trees, *prefixes)
+    for batches in zip(*([t.batch(indices)] if one_batch else t.batches(indices) for t in sets), strict=True):
+        batch, outputs_BSM = batches[0], outputs(model, batches[0], device)
+        error_BXM = target_errors(outputs_BSM[..., :num], batches[:num])
+        squared = squared + weighted_square(error_BXM, batch)
         compared.append((error_BXM.flatten(0, 1), batch.siblings_BX.to(device).flatten()))
+        if prefixes:
+            prefix = prefix + weighted_square(target_errors(outputs_BSM[..., num:], batches[num:]), batches[num])
     error_XM, siblings_X = (torch.cat(column) for column in zip(*compared, strict=True))
-    return Errors(squared, sibling_error(error_XM, siblings_X) / len(trees))
+    return Errors(squared, sibling_error(error_XM, siblings_X) / num, prefix)
+
+
+def weighted_square(error_BXM: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Sum over targets of weight * error^2, the mean over heads."""
+    return (batch.weight_BX.to(error_BXM.device)[..., None] * error_BXM**2).sum() / error_BXM.shape[-1]
 
 
 def sibling_error(error_XM: torch.Tensor, siblings_X: torch.Tensor) -> torch.Tensor:
@@ -99,7 +124,7 @@ def predict(model: ValueFunction, trees: Sequence[TreeSet], device: str) -> list
     parts = []
     for i in range(len(trees[0])):
         batches = [one.batch([i]) for one in trees]
-        pred_XM = target_values(model, batches[0], device)[0].double().cpu().numpy()
+        pred_XM = at_targets(outputs(model, batches[0], device), batches[0])[0].double().cpu().numpy()
         target_XM = np.stack([batch.value_BX[0].double().numpy() for batch in batches], -1)
         parts.append((pred_XM, target_XM, batches[0].weight_BX[0].double().numpy(), trees[0].targets[i].depth_X))
     pred_XM, target_XM, weight_X, depth_X = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -123,14 +148,17 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
     The loss of a step is the mean over all targets of its trees, however they are spread over workers and passes.
     """
     device, settings = config.base.device, config.train
-    training, validation = data_of(fit, config, store)
+    data = data_of(fit, config, store)
     schedule = [
         (epoch, indices)
         for epoch in range(settings.epochs)
-        for indices in steps(training[0].lengths, settings.trees_per_step, epoch, config.seed)
+        for indices in steps(data.training[0].lengths, settings.trees_per_step, epoch, config.seed)
     ]
     torch.manual_seed(config.seed)  # adapters start at random
-    model = trainable_model(fit, config, store).to(device)
+    model = trainable_model(fit, config, store)
+    for _ in data.prefixes:
+        model.add_objective()
+    model.to(device)
     trees_per_pass = settings.trees_per_step // (group.size * settings.accumulation)
     engine = make_engine(model, settings, len(schedule), trees_per_pass)
     sharding = {"workers": group.size, "zero_stage": settings.zero_stage, "offload": settings.offload}
@@ -145,13 +173,13 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
     while state.step < len(schedule) and not stops_early(state, schedule[state.step][0], settings.patience):
         epoch, indices = schedule[state.step]
         torch.manual_seed(noise.stream(config.seed, state.step, group.rank))  # dropout
-        loss = take_step(engine, training, indices, group, settings, device)
+        loss = take_step(engine, data, indices, group, settings, device)
         state.step += 1
         record({"step": state.step, "epoch": epoch, "loss": loss, "learning_rate": engine.get_lr()[0]}, state, journal)
         group.progress(fit.name, state.step, len(schedule), f"loss {loss:.3f}")
         ends_epoch = state.step % (len(schedule) // settings.epochs) == 0
         if ends_epoch:
-            end_epoch(engine, fit.objectives, validation, epoch, state, journal, device, group)
+            end_epoch(engine, fit.objectives, data.validation, epoch, state, journal, device, group)
         is_stopping, is_due = group.broadcast((group.wants_stop(), time.monotonic() - saved_at > CHECKPOINT_EVERY_S))
         if is_stopping or is_due or ends_epoch:
             checkpoints.save(engine, state)
@@ -168,7 +196,7 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
 
 def take_step(
     engine: Any,
-    training: Sequence[TreeSet],
+    data: Data,
     indices: list[int],
     group: WorkerGroup,
     settings: Train,
@@ -176,12 +204,15 @@ def take_step(
 ) -> float:
     """One optimiser step on some trees; returns the loss over all workers."""
     accumulation, one_batch = settings.accumulation, settings.zero_stage == 3
+    training, prefixes = data.training, data.prefixes
     total_weight, num_siblings = training[0].total_weight(indices), max(1, training[0].num_siblings(indices))
+    num_prefixes = prefixes[0].total_weight(indices) if prefixes else 1.0
     mine = 0.0
     for part in passes(indices, group.rank, group.size, accumulation):
         # Workers make the same number of passes: one without a tree adds a zero of the right shape.
-        found = errors(engine, training, part or indices[:1], device, one_batch)
+        found = errors(engine, training, part or indices[:1], device, one_batch, prefixes)
         share = found.squared / total_weight + settings.sibling_weight * found.sibling / num_siblings
+        share = share + found.prefix / num_prefixes
         share = share * (1.0 if part else 0.0)
         # DeepSpeed averages over workers and passes.
         engine.backward(share * (group.size * accumulation))
@@ -235,7 +266,12 @@ def store_best(fit: Fit, config: Config, store: Store, state: State) -> None:
     """Write the value model of the best epoch, and all figures."""
     # A fresh copy: under ZeRO 3 the parameters of the trained one are sharded.
     model = trainable_model(fit, config, store)
-    unknown = model.load_state_dict(state.best, strict=False).unexpected_keys
+    # Without the heads of prefixes, which only training needs.
+    best = {
+        name: weights[: len(fit.objectives)] if name.startswith("heads.") else weights
+        for name, weights in state.best.items()
+    }
+    unknown = model.load_state_dict(best, strict=False).unexpected_keys
     assert not unknown, unknown
     card = make_card(fit, config, mean_r2(state.best_figures))
     about = {"steps": state.step, "epoch": state.best_epoch}

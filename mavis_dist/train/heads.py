@@ -104,7 +104,8 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> None:
     It cannot resume: it takes as long as one epoch's forward passes. Raises Stopped if asked to stop.
     """
     [objective] = fit.objectives
-    [training], validation = data_of(fit, config, store)
+    data = data_of(fit, config, store)
+    [training], validation = data.training, data.validation
     model, layer = initial_model(fit, config, store)
     folds = fold_errors(model, training, group, objective)
     if group.rank == 0:

@@ -243,7 +243,7 @@ def report(
     for m, teacher in enumerate(job.teachers):
         model, card = load_teacher(job.store, teacher, base)
         fit = Fit((teacher.objective,), teacher.iteration, None, card.scales, job.validation_ids)
-        [trees] = data_of(fit, job.config, job.store)[1]
+        [trees] = data_of(fit, job.config, job.store).validation
 
         def head(m: int = m, **inputs: torch.Tensor | bool) -> torch.Tensor:
             return student.model(**inputs)[..., m : m + 1]

@@ -14,11 +14,12 @@ import torch
 from mavis_dist.core import noise, packing, tree
 from mavis_dist.core.tree import ROOT, Finish, Shape, Tree, cut_point, depth_weights, segment_length
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
+from mavis_dist.rollout.labels import score
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.sections import Train
 from mavis_dist.store.shards import Labels
 from mavis_dist.train import data, fit
-from mavis_dist.train.data import steps, tree_set
+from mavis_dist.train.data import Data, prefix_set, steps, tree_set
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import Policy, Prompt, RewardScale
 from tests.fakes import EOS, tiny_base, tiny_value
@@ -417,12 +418,78 @@ def test_targets_point_at_their_tokens(trees):
         assert (batch.weight_BX[row, count:] == 0).all()
 
 
+# --- unfinished answers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 3, 8, 100])
+def test_unfinished_answers_are_those_of_a_walk_to_every_leaf(trees, every):
+    """Every so many tokens of an answer, and where others branch off the end of a segment; each one once."""
+    for one in trees.values():
+        expected = {}
+        for leaf in one.leaves():
+            path = path_of_tokens(one, leaf)[len(one.prompt_tokens) :] - len(one.prompt_tokens)
+            inner_ends = set((one.node_start[1:] - 1)[one.node_finish == Finish.OPEN].tolist())
+            for count, token in enumerate(path.tolist(), 1):
+                if token in inner_ends or (count % every == 0 and token not in leaf_ends(one)):
+                    expected[token] = one.tokens[path[:count]].tolist()
+        found = [*one.prefixes(every)]
+        assert {token: answer.tolist() for token, answer in found} == expected
+        assert len(found) == len(expected)
+
+
+def leaf_ends(one):
+    return set((one.node_start[1:] - 1)[one.node_finish != Finish.OPEN].tolist())
+
+
+class LastCharacter:
+    """A reward that counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def score(self, prompts, answers):
+        self.calls += 1
+        return [
+            ord(answer[-1]) + 1000 * ord(prompt) if answer else -1.0
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+
+class Characters:
+    def batch_decode(self, answers, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join(chr(65 + token) for token in answer if token != EOS) for answer in answers]
+
+
+def test_labels_score_leaves_and_unfinished_answers_in_one_call(trees):
+    chosen, reward = list(trees.values())[:5], LastCharacter()
+    text_of = {one.prompt_id: chr(48 + number) for number, one in enumerate(chosen)}
+    found = score(chosen, text_of, reward, Characters(), prefix_tokens=3)
+    plain = score(chosen, text_of, LastCharacter(), Characters(), prefix_tokens=None)
+    assert reward.calls == 1
+    for one, labels, without in zip(chosen, found, plain, strict=True):
+        unfinished = dict(one.prefixes(3))
+        assert labels.token.tolist() == list(unfinished)
+        for token, number in zip(labels.token, labels.prefix_score, strict=True):
+            assert [number] == LastCharacter().score(
+                [text_of[one.prompt_id]], Characters().batch_decode([unfinished[token]], True)
+            )
+        assert labels.node.tolist() == one.leaves().tolist()
+        assert labels.score.tolist() == without.score.tolist()
+        assert len(without.token) == len(without.prefix_score) == 0
+
+
 # --- one loss, however it is sharded ------------------------------------------------------------------------------
 
 
 def labelled(chosen):
     rng = np.random.default_rng(0)
-    return [(one, Labels(one.prompt_id, one.leaves(), rng.normal(size=len(one.leaves())))) for one in chosen]
+    return [(one, with_labels(one, rng)) for one in chosen]
+
+
+def with_labels(one, rng):
+    tokens = np.array([token for token, _ in one.prefixes(3)], np.int32)
+    return Labels(one.prompt_id, one.leaves(), rng.normal(size=len(one.leaves())), tokens, rng.normal(size=len(tokens)))
 
 
 class RecordingEngine:
@@ -452,25 +519,30 @@ class LocalSums(WorkerGroup):
         return number
 
 
-def gradients(training, num_workers, accumulation):
+def gradients(chosen_data, num_workers, accumulation):
     """Gradients of every step of two epochs, averaged over the workers as DeepSpeed does; and the losses."""
-    chosen = [indices for epoch in range(2) for indices in steps(training[0].lengths, 4, epoch, seed=0)]
+    chosen = [indices for epoch in range(2) for indices in steps(chosen_data.training[0].lengths, 4, epoch, seed=0)]
     engines, losses = [], np.zeros(len(chosen))
     for rank in range(num_workers):
-        engine, group = RecordingEngine(tiny_value(6).requires_grad_(True), accumulation), LocalSums(rank, num_workers)
+        engine, group = (
+            RecordingEngine(tiny_value(6, num_objectives=2).requires_grad_(True), accumulation),
+            LocalSums(rank, num_workers),
+        )
         settings = Train(accumulation=accumulation, sibling_weight=0.7)
-        losses += [fit.take_step(engine, training, indices, group, settings, "cpu") for indices in chosen]
+        losses += [fit.take_step(engine, chosen_data, indices, group, settings, "cpu") for indices in chosen]
         engines.append(engine)
     return [torch.stack(step).mean(0) for step in zip(*(engine.gradients for engine in engines), strict=True)], losses
 
 
 def test_gradient_and_loss_do_not_depend_on_how_workers_and_passes_share_the_trees():
     """1, 2 and 4 workers, 1 to 4 passes, trees of different sizes, a last step with fewer trees than workers."""
-    training = [tree_set(labelled(list(grow().values())[:9]), RewardScale(0.0, 1.0), zeta=0.0, layers=SHAPE.layers)]
-    alone, losses = gradients(training, 1, 1)
+    pairs = labelled(list(grow().values())[:9])
+    training = tree_set(pairs, RewardScale(0.0, 1.0), zeta=0.0, layers=SHAPE.layers)
+    chosen = Data([training], [prefix_set(pairs)], [])
+    alone, losses = gradients(chosen, 1, 1)
     assert len(alone) == 6
     for num_workers, accumulation in ((1, 4), (2, 1), (2, 2), (4, 1)):
-        several, their_losses = gradients(training, num_workers, accumulation)
+        several, their_losses = gradients(chosen, num_workers, accumulation)
         np.testing.assert_allclose(their_losses, losses, rtol=1e-5)
         for one, other in zip(alone, several, strict=True):
             torch.testing.assert_close(other, one, atol=1e-5 * float(one.abs().max()), rtol=1e-4)
@@ -490,7 +562,8 @@ def test_an_epoch_uses_every_tree_once_and_brings_similar_lengths_together():
 
 def test_large_trees_are_split_at_the_prompt_without_changing_the_loss(monkeypatch):
     trees = list(grow().values())[:6]
-    training, model = tree_set(labelled(trees), RewardScale(0.0, 1.0), 0.5, SHAPE.layers), tiny_value(6)
+    pairs, model = labelled(trees), tiny_value(6, num_objectives=2)
+    training, prefixes = tree_set(pairs, RewardScale(0.0, 1.0), 0.5, SHAPE.layers), prefix_set(pairs)
     indices = list(range(6))
     whole = float(fit.squared_error(model, training, indices, "cpu", one_batch=True))
     for limit in (0, sorted(training.lengths)[3]):
@@ -501,8 +574,29 @@ def test_large_trees_are_split_at_the_prompt_without_changing_the_loss(monkeypat
             len(t.index_X) for t in training.targets
         )
         assert float(fit.squared_error(model, training, indices, "cpu")) == pytest.approx(whole, rel=1e-5)
-        compared = fit.errors(model, [training], indices, "cpu").sibling
-        torch.testing.assert_close(compared, fit.errors(model, [training], indices, "cpu", one_batch=True).sibling)
+        split = fit.errors(model, [training], indices, "cpu", prefixes=[prefixes])
+        in_one = fit.errors(model, [training], indices, "cpu", one_batch=True, prefixes=[prefixes])
+        for name in ("sibling", "prefix"):
+            torch.testing.assert_close(getattr(split, name), getattr(in_one, name))
+
+
+def test_heads_of_prefixes_have_the_standardised_rewards_of_answers_as_targets():
+    """The loss written out: the second head's outputs at the ends of answers, finished or not."""
+    pairs, model = labelled(list(grow().values())[:6]), tiny_value(6, num_objectives=2)
+    training, prefixes = tree_set(pairs, RewardScale(0.0, 1.0), 0.5, SHAPE.layers), prefix_set(pairs)
+    scores = np.concatenate([[*labels.score, *labels.prefix_score] for _, labels in pairs])
+    expected = 0.0
+    for one, labels in pairs:
+        answers = [*map(one.answer, labels.node), *(answer for _, answer in one.prefixes(3))]
+        for answer, number in zip(answers, [*labels.score, *labels.prefix_score], strict=True):
+            ids = torch.tensor([[*one.prompt_tokens.tolist(), *answer.tolist()]])
+            expected += (float(model(input_ids=ids)[0, -1, 1]) - (number - scores.mean()) / scores.std()) ** 2
+    found = fit.errors(model, [training], list(range(6)), "cpu", prefixes=[prefixes])
+    assert float(found.prefix) == pytest.approx(expected, rel=1e-4)
+    without = fit.errors(model, [training], list(range(6)), "cpu")
+    assert float(without.prefix) == 0
+    assert float(without.squared) == float(found.squared)
+    assert prefixes.total_weight(list(range(6))) == len(scores)
 
 
 def test_siblings_are_compared_after_as_many_tokens():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from mavis_dist.core.tree import Finish, Tree, TreeBuilder
@@ -101,6 +103,30 @@ def test_trees_and_labels_survive_a_round_trip(store: Store) -> None:
     assert back.prompt_id == "p"
     assert np.array_equal(back.node, labels.node)
     assert np.array_equal(back.score, labels.score)
+    assert len(back.token) == len(back.prefix_score) == 0
+
+
+def test_labels_hold_the_scores_of_unfinished_answers_if_there_are_any(store: Store) -> None:
+    """Files that were written without them can be read."""
+    labels = Labels("p", np.array([1], np.int32), np.array([0.5]), np.array([7, 9], np.int32), np.array([0.1, 0.2]))
+    write_labels(store, "l.parquet", [labels])
+    [back] = read_labels(store, "l.parquet")
+    assert back.token.tolist() == [7, 9]
+    assert back.token.dtype == np.int32
+    assert back.prefix_score.tolist() == [0.1, 0.2]
+
+    older = pq.read_table(io.BytesIO(store.read_bytes("l.parquet"))).drop_columns(["token", "prefix_score"])
+    buffer = io.BytesIO()
+    pq.write_table(older, buffer)
+    store.write_bytes("older.parquet", buffer.getvalue())
+    [back] = read_labels(store, "older.parquet")
+    assert back.score.tolist() == [0.5]
+    assert len(back.token) == len(back.prefix_score) == 0
+
+    pq.write_table(older.drop_columns(["score"]), buffer := io.BytesIO())
+    store.write_bytes("damaged.parquet", buffer.getvalue())
+    with pytest.raises(StoreError, match="damaged"):
+        read_labels(store, "damaged.parquet")
 
 
 def test_only_finished_iterations_can_be_published(store: Store) -> None:
