@@ -180,7 +180,7 @@ class Train(Section):
     """DeepSpeed under Ray Train; one worker group per objective, all objectives at the same time."""
 
     epochs: Count = Field(3, description="passes over the training trees")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate of AdamW")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate of AdamW")
     weight_decay: NonNegative = Field(0.01, description="decoupled weight decay")
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps that warm up the learning rate")
     trees_per_step: Count = Field(4, description="whole trees per optimiser step, over all workers")

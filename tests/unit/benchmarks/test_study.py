@@ -313,7 +313,7 @@ def test_a_variant_changes_its_settings_and_the_name(tmp_path: Path) -> None:
 
 def test_variants_that_change_prompts_or_trees_sample_their_own(tmp_path: Path) -> None:
     config = make_config(tmp_path, value={"layers": 4}, train={"epochs": 2, "sibling_weight": 2})
-    assert [variant.name for variant in VARIANTS if variant.has_own_trees(config)] == ["large-trees"]
+    assert [variant.name for variant in VARIANTS if variant.has_own_trees(config)] == ["small-trees", "large-trees"]
 
 
 def test_a_variant_must_not_train_on_evaluation_prompts(tmp_path: Path) -> None:
