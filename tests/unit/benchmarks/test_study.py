@@ -294,10 +294,12 @@ def test_perplexity_is_that_of_a_plain_softmax_whatever_shares_its_batch(tmp_pat
 # Variants
 
 
-def test_a_variant_changes_its_settings_and_the_name(tmp_path: Path) -> None:
-    config = make_config(
-        tmp_path, iterations=3, value={"kind": "shared", "layers": 4}, train={"epochs": 2, "sibling_weight": 2}
-    )
+def delivered_config(*overrides: str) -> Config:
+    return config_module.load(str(Path(__file__).parents[3] / "jobs/configs/study.yaml"), overrides)
+
+
+def test_a_variant_changes_its_settings_and_the_name() -> None:
+    config = delivered_config("iterations=3")
     for variant in VARIANTS:
         old, new = config_module.flatten(config), config_module.flatten(variant.config(config))
         changed = {key for key in new if new[key] != old[key]}
@@ -311,8 +313,8 @@ def test_a_variant_changes_its_settings_and_the_name(tmp_path: Path) -> None:
     assert several.label == "train.epochs 7, rollout.first 3/2/1"
 
 
-def test_variants_that_change_prompts_or_trees_sample_their_own(tmp_path: Path) -> None:
-    config = make_config(tmp_path, value={"layers": 4}, train={"epochs": 2, "sibling_weight": 2})
+def test_variants_that_change_prompts_or_trees_sample_their_own() -> None:
+    config = delivered_config()
     assert [variant.name for variant in VARIANTS if variant.has_own_trees(config)] == ["small-trees", "large-trees"]
 
 
