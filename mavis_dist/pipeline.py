@@ -125,7 +125,7 @@ def fit(state: RunState, iteration: int) -> None:
     names = [name for name, folder in folders.items() if not finished(state, folder, stage)]
     if not names:
         return
-    groups = [tuple(names)] if state.config.value.kind == "shared" and iteration == 0 else [(name,) for name in names]
+    groups = [tuple(names)] if state.config.value.is_joint and iteration == 0 else [(name,) for name in names]
     fits = [
         Fit(
             group,

@@ -57,7 +57,7 @@ def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     if actors < rollout.actors:
         notes.append(f"rollout.actors is {rollout.actors} but {actors} fit: the others start when there is room")
     fits_at_once = min(workers // train.workers, len(config.objectives))
-    is_one_fit = config.value.kind == "shared" and config.iterations == 1
+    is_one_fit = config.value.is_joint and config.iterations == 1
     if fits_at_once < len(config.objectives) and not is_one_fit:
         notes.append(f"{fits_at_once} of {len(config.objectives)} objectives train at the same time, the others wait")
     return Plan(fits_at_once, tuple(notes))

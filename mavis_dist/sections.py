@@ -175,6 +175,11 @@ class Value(Section):
             raise ValueError(f"kind=states trains no backbone, so lora_rank ({self.lora_rank}) must be 0")
         return self
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether iteration 0 fits one model with a head per objective."""
+        return self.kind != "model"
+
 
 class Train(Section):
     """DeepSpeed under Ray Train; one worker group per objective, all objectives at the same time."""

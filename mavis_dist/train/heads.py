@@ -1,11 +1,13 @@
-"""Fits a value model of kind `states`: a linear head on the base model's hidden states, in closed form.
+"""Fits a value model of kind `states`: linear heads on the base model's hidden states, in closed form.
 
 The loss is that of other value models (`mavis_dist.train.fit`). It is quadratic in a linear head, so one pass over the
-trees gathers all that it depends on, and its minimum is the solution of linear equations: there are no steps and no
-learning rate. A head on many channels overfits few prompts, so its distance to where the training starts is penalised
-(ridge regression), as strongly as serves held-out trees best (cross-validation over the training trees).
+trees gathers all that it depends on, for all objectives, and its minimum is the solution of linear equations: there are
+no steps and no learning rate. A head on many channels overfits few prompts, so its distance to where the training
+starts is penalised (ridge regression), as strongly as serves held-out trees best (cross-validation over the training
+trees), for each objective on its own.
 
-Shapes: X targets, Y of them that are compared with siblings, H hidden size, J = H + 1: a state with a 1 appended.
+Shapes: X targets, Y of them that are compared with siblings, M objectives, H hidden size, J = H + 1: a state with a 1
+appended.
 """
 
 from __future__ import annotations
@@ -38,17 +40,20 @@ TREES_PER_PASS = 4
 
 @dataclass(frozen=True)
 class Squares:
-    """The sum of weighted squared errors of some targets as a function of the head w: w'Gw - 2w'm + c."""
+    """The sum of weighted squared errors of some targets as a function of an objective's head w: w'Gw - 2w'm + c.
+
+    States and weights are the same for all objectives, and so is G.
+    """
 
     gram_JJ: torch.Tensor
-    moment_J: torch.Tensor
-    constant: torch.Tensor
+    moment_JM: torch.Tensor
+    constant_M: torch.Tensor
     weight: torch.Tensor  # sum of the weights
 
     @classmethod
-    def of(cls, state_XJ: torch.Tensor, value_X: torch.Tensor, weight_X: torch.Tensor) -> Squares:
+    def of(cls, state_XJ: torch.Tensor, value_XM: torch.Tensor, weight_X: torch.Tensor) -> Squares:
         weighted_JX = (state_XJ * weight_X[:, None]).T
-        return cls(weighted_JX @ state_XJ, weighted_JX @ value_X, weight_X @ value_X**2, weight_X.sum())
+        return cls(weighted_JX @ state_XJ, weighted_JX @ value_XM, weight_X @ value_XM**2, weight_X.sum())
 
     def __add__(self, other: Squares) -> Squares:
         return Squares(*(mine + theirs for mine, theirs in zip(self._parts, other._parts, strict=True)))
@@ -63,12 +68,13 @@ class Squares:
     def cpu(self) -> Squares:
         return Squares(*(part.cpu() for part in self._parts))
 
-    def at(self, head_J: torch.Tensor) -> float:
-        return float(head_J @ self.gram_JJ @ head_J - 2 * head_J @ self.moment_J + self.constant)
+    def at(self, head_JM: torch.Tensor) -> torch.Tensor:
+        """The errors of every objective's head, [M]."""
+        return (head_JM * (self.gram_JJ @ head_JM - 2 * self.moment_JM)).sum(0) + self.constant_M
 
     @property
     def _parts(self) -> tuple[torch.Tensor, ...]:
-        return self.gram_JJ, self.moment_J, self.constant, self.weight
+        return self.gram_JJ, self.moment_JM, self.constant_M, self.weight
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,14 @@ class Errors:
 
     @classmethod
     def of(
-        cls, state_XH: torch.Tensor, value_X: torch.Tensor, weight_X: torch.Tensor, siblings_X: torch.Tensor
+        cls, state_XH: torch.Tensor, value_XM: torch.Tensor, weight_X: torch.Tensor, siblings_X: torch.Tensor
     ) -> Errors:
-        state_XJ, value_X, weight_X = F.pad(state_XH.double(), (0, 1), value=1.0), value_X.double(), weight_X.double()
-        is_compared_X = siblings_X >= 0
-        both_YK = centred(torch.cat([state_XJ, value_X[:, None]], -1)[is_compared_X], siblings_X[is_compared_X])
-        equal_Y = torch.ones_like(both_YK[:, -1])
-        return cls(Squares.of(state_XJ, value_X, weight_X), Squares.of(both_YK[:, :-1], both_YK[:, -1], equal_Y))
+        state_XJ, value_XM, weight_X = F.pad(state_XH.double(), (0, 1), value=1.0), value_XM.double(), weight_X.double()
+        is_compared_X, parts = siblings_X >= 0, (state_XJ.shape[1], value_XM.shape[1])
+        both_YK = centred(torch.cat([state_XJ, value_XM], -1)[is_compared_X], siblings_X[is_compared_X])
+        (difference_YJ, difference_YM), equal_Y = both_YK.split(parts, -1), both_YK.new_ones(len(both_YK))
+        plain = Squares.of(state_XJ, value_XM, weight_X)
+        return cls(plain, Squares.of(difference_YJ, difference_YM, equal_Y))
 
     def __add__(self, other: Errors) -> Errors:
         return Errors(self.plain + other.plain, self.sibling + other.sibling)
@@ -99,18 +106,16 @@ class Errors:
 
 
 def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> None:
-    """Fit and store the head, with the figures of the validation trees. Call it on all workers of a process group.
+    """Fit and store the heads, with the figures of the validation trees. Call it on all workers of a process group.
 
     It cannot resume: it takes as long as one epoch's forward passes. Raises Stopped if asked to stop.
     """
-    [objective] = fit.objectives
-    data = data_of(fit, config, store)
-    [training], validation = data.training, data.validation
+    training, _, validation = data_of(fit, config, store)
     model, layer = initial_model(fit, config, store)
-    folds = fold_errors(model, training, group, objective)
+    folds = fold_errors(model, training, group, fit.name)
     if group.rank == 0:
-        head_J, metrics = best_head(folds, head_of(model), config.train.sibling_weight)
-        set_head(model, head_J)
+        head_JM, metrics = best_heads(folds, heads_of(model), config.train.sibling_weight, fit.objectives)
+        set_heads(model, head_JM)
         figures = dict(zip(fit.objectives, validate(model, validation, config.base.device), strict=True))
         r2 = mean_r2(figures)
         if r2 is not None:
@@ -120,13 +125,13 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> None:
             journal.write(entry)
         about = {"steps": len(RIDGES), "epoch": 0}
         store_model(fit, store, model, make_card(fit, config, r2, layer), metrics, figures, about)
-    num_passes = len(passes_over(len(training)))
-    group.progress(objective, num_passes, num_passes, "done")
+    num_passes = len(passes_over(len(training[0])))
+    group.progress(fit.name, num_passes, num_passes, "done")
     group.barrier()
 
 
 def initial_model(fit: Fit, config: Config, store: Store) -> tuple[ValueModel, int]:
-    """The value model behind the policy, or a head of zeros, and the layer that it reads."""
+    """The value model behind the policy, or heads of zeros, and the layer that it reads."""
     base = load_base(config.base.model, config.base.dtype, config.base.device)
     if fit.parent is not None:
         [objective] = fit.objectives
@@ -134,16 +139,21 @@ def initial_model(fit: Fit, config: Config, store: Store) -> tuple[ValueModel, i
         assert card.state_layer is not None  # of the same run
         return model, card.state_layer
     layer = state_layer(base.model.config, config.value.layers)
-    model = ValueModel(first_layers(base.model, layer), 1).requires_grad_(False).eval()
+    model = ValueModel(first_layers(base.model, layer), len(fit.objectives)).requires_grad_(False).eval()
     model.heads.to(base.model.device)
     return model, layer
 
 
 @torch.no_grad()
-def errors(model: ValueModel, trees: TreeSet, indices: Sequence[int]) -> Errors:
-    """The errors of some trees as functions of a head on the model's backbone."""
+def errors(model: ValueModel, trees: Sequence[TreeSet], indices: Sequence[int]) -> Errors:
+    """The errors of some trees as functions of heads on the model's backbone.
+
+    Args:
+        trees: the same trees for every head of the model, with the targets of its objective.
+    """
     device, columns = model.heads.weight.device, []
-    for batch in trees.batches(list(indices)):
+    for batches in zip(*(one.batches(list(indices)) for one in trees), strict=True):
+        batch, value_BXM = batches[0], torch.stack([one.value_BX for one in batches], -1)
         hidden_BSH = model.backbone(
             input_ids=batch.tokens_BS.to(device),
             position_ids=batch.positions_BS.to(device),
@@ -152,20 +162,22 @@ def errors(model: ValueModel, trees: TreeSet, indices: Sequence[int]) -> Errors:
         ).last_hidden_state
         index_BX = batch.index_BX.to(device)
         state_BXH = hidden_BSH.gather(1, index_BX[..., None].expand(-1, -1, hidden_BSH.shape[-1]))
-        rest = (x.to(device) for x in (batch.value_BX, batch.weight_BX, batch.siblings_BX))
-        columns.append([state_BXH.flatten(0, 1).float(), *(x.flatten() for x in rest)])
+        rest = (x.to(device).flatten(0, 1) for x in (value_BXM, batch.weight_BX, batch.siblings_BX))
+        columns.append([state_BXH.flatten(0, 1).float(), *rest])
     return Errors.of(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
 
-def fold_errors(model: ValueModel, trees: TreeSet, group: WorkerGroup, objective: str) -> list[Errors]:
-    """The errors of every fold of the trees, the same on all workers, each of which computes a part."""
-    passes = passes_over(len(trees))
+def fold_errors(model: ValueModel, trees: Sequence[TreeSet], group: WorkerGroup, name: str) -> list[Errors]:
+    """The errors of every fold of the trees, the same on all workers, each of which computes a part; `name` is that of
+    the fit in the progress.
+    """
+    passes = passes_over(len(trees[0]))
     mine: dict[int, Errors] = {}
     for done, (fold, indices) in enumerate(passes[group.rank :: group.size], 1):
         found = errors(model, trees, indices).cpu()
         mine[fold] = mine[fold] + found if fold in mine else found
         group.check_stop()
-        group.progress(objective, min(done * group.size, len(passes)), len(passes), "")
+        group.progress(name, min(done * group.size, len(passes)), len(passes), "")
     parts = group.gather(mine)
     folds = sorted({fold for fold, _ in passes})
     return [reduce(add, (part[fold] for part in parts if fold in part)) for fold in folds]
@@ -181,42 +193,50 @@ def passes_over(num_trees: int) -> list[tuple[int, list[int]]]:
     ]
 
 
-def best_head(
-    folds: Sequence[Errors], start_J: torch.Tensor, sibling_weight: float
+def best_heads(
+    folds: Sequence[Errors], start_JM: torch.Tensor, sibling_weight: float, objectives: Sequence[str]
 ) -> tuple[torch.Tensor, list[Metrics]]:
-    """The head with the penalty that has the smallest loss on held-out folds, and the losses of all penalties."""
-    everything, metrics, heads = reduce(add, folds), list[Metrics](), []
+    """For every objective the head with the penalty that has its smallest loss on held-out folds, [J, M], and the
+    losses of all penalties.
+    """
+    everything, metrics, heads, scores = reduce(add, folds), list[Metrics](), [], []
     splits = [(reduce(add, [*folds[:k], *folds[k + 1 :]]), fold) for k, fold in enumerate(folds) if len(folds) > 1]
     for step, ridge in enumerate(RIDGES, 1):
+        heads.append(minimum(everything, start_JM, ridge, sibling_weight))
+        losses = {"loss": everything.loss(sibling_weight).at(heads[-1])}
         held_out = [
-            fold.loss(sibling_weight).at(minimum(others, start_J, ridge, sibling_weight)) for others, fold in splits
+            fold.loss(sibling_weight).at(minimum(others, start_JM, ridge, sibling_weight)) for others, fold in splits
         ]
-        heads.append(minimum(everything, start_J, ridge, sibling_weight))
-        loss = everything.loss(sibling_weight).at(heads[-1])
-        figures = {"held_out_loss": float(np.mean(held_out))} if held_out else {}
-        metrics.append({"step": step, "epoch": 0, "loss": loss, "ridge": ridge, **figures})
-    best = min(range(len(RIDGES)), key=lambda i: metrics[i].get("held_out_loss", 0.0))
-    return heads[best], metrics
+        if held_out:
+            losses["held_out_loss"] = torch.stack(held_out).mean(0)
+        scores.append(losses["held_out_loss"].numpy() if held_out else np.zeros(len(objectives)))
+        figures = {
+            objective: {name: float(loss_M[m]) for name, loss_M in losses.items()}
+            for m, objective in enumerate(objectives)
+        }
+        metrics.append({"step": step, "epoch": 0, "ridge": ridge, FIGURES: figures})
+    best_M = np.stack(scores).argmin(0)  # the first of equals: the strongest penalty
+    return torch.stack([heads[step][:, m] for m, step in enumerate(best_M)], -1), metrics
 
 
-def minimum(errors: Errors, start_J: torch.Tensor, ridge: float, sibling_weight: float) -> torch.Tensor:
-    """The head with the smallest loss plus `ridge` times its squared distance to `start_J`, in units of the channels'
-    standard deviations; the bias is free.
+def minimum(errors: Errors, start_JM: torch.Tensor, ridge: float, sibling_weight: float) -> torch.Tensor:
+    """The heads [J, M] with the smallest loss plus `ridge` times their squared distance to `start_JM`, in units of the
+    channels' standard deviations; the bias is free.
     """
     loss, plain = errors.loss(sibling_weight), errors.plain.mean()
     variance_J = plain.gram_JJ.diagonal() - plain.gram_JJ[-1] ** 2
     variance_J = variance_J.clamp_min(1e-6 * float(variance_J.mean()))  # a channel may be constant
     variance_J[-1] = 0.0
-    gram_JJ, residual_J = loss.gram_JJ + torch.diag(ridge * variance_J), loss.moment_J - loss.gram_JJ @ start_J
-    return start_J + torch.linalg.solve(gram_JJ, residual_J)
+    gram_JJ, residual_JM = loss.gram_JJ + torch.diag(ridge * variance_J), loss.moment_JM - loss.gram_JJ @ start_JM
+    return start_JM + torch.linalg.solve(gram_JJ, residual_JM)
 
 
-def head_of(model: ValueModel) -> torch.Tensor:
-    """Weight and bias of a model's head, float64 [J]."""
-    return torch.cat([model.heads.weight[0], model.heads.bias]).detach().double().cpu()
+def heads_of(model: ValueModel) -> torch.Tensor:
+    """Weights and biases of a model's heads, float64 [J, M]."""
+    return torch.cat([model.heads.weight.T, model.heads.bias[None]]).detach().double().cpu()
 
 
 @torch.no_grad()
-def set_head(model: ValueModel, head_J: torch.Tensor) -> None:
-    model.heads.weight.copy_(head_J[None, :-1])
-    model.heads.bias.copy_(head_J[-1:])
+def set_heads(model: ValueModel, head_JM: torch.Tensor) -> None:
+    model.heads.weight.copy_(head_JM[:-1].T)
+    model.heads.bias.copy_(head_JM[-1])

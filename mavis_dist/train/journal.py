@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FIGURES = "figures"  # of validation, by objective: an entry of metrics beside its plain numbers
+FIGURES = "figures"  # by objective: an entry of metrics beside its plain numbers
 Metrics = dict[str, Any]
 
 

@@ -32,8 +32,9 @@ def test_objectives_queue_when_there_is_no_room() -> None:
     assert "2 of 3 objectives" in plan.notes[0]
 
 
-def test_objectives_of_one_model_do_not_queue() -> None:
-    train, shared = {"workers": 2, "trees_per_step": 2}, {"kind": "shared"}
+@pytest.mark.parametrize("kind", ["shared", "states"])
+def test_objectives_of_one_model_do_not_queue(kind: str) -> None:
+    train, shared = {"workers": 2, "trees_per_step": 2}, {"kind": kind}
     assert make_plan(config(train=train, value=shared), [Node(2)]).notes == ()
     [note] = make_plan(config(train=train, value=shared, iterations=2), [Node(2)]).notes
     assert "1 of 3 objectives" in note  # later iterations train a model each
