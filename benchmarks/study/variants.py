@@ -143,4 +143,6 @@ def copy_stage(source: Store, target: Store, folder: str) -> None:
 
 
 def _text(value: Any) -> str:
-    return "/".join(map(str, value.values())) if isinstance(value, Mapping) else str(value)
+    if isinstance(value, Mapping):
+        return "/".join(map(str, value.values()))
+    return "null" if value is None else str(value)
