@@ -191,8 +191,8 @@ class Train(Section):
     trees_per_step: Count = Field(4, description="whole trees per optimiser step, over all workers")
     accumulation: Count = Field(1, description="forward passes per worker and optimiser step")
     patience: Count | None = Field(None, description="epochs without improvement before training stops; null: never")
-    targets: Literal["prefix", "token", "node"] = Field(
-        "prefix",
+    targets: Literal["token", "prefix", "node"] = Field(
+        "token",
         description="token: a value at every token; prefix: also the rewards of unfinished answers, about one in 8 "
         "tokens, which are predicted beside the values while training; node: values at segment ends only",
     )

@@ -8,6 +8,12 @@ from mavis_dist.config import Config
 from mavis_dist.core.limit import largest_divergence
 from mavis_dist.sections import TreeShape
 
+TARGETS = {
+    "token": "targets at every token",
+    "prefix": "targets at every token and the rewards of unfinished answers",
+    "node": "targets at the ends of segments",
+}
+
 
 def describe(config: Config, betas: Sequence[float]) -> dict[str, str]:
     """Topic -> one line of text."""
@@ -16,7 +22,7 @@ def describe(config: Config, betas: Sequence[float]) -> dict[str, str]:
     rewards = ", ".join(f"{name} ({spec.reward})" for name, spec in config.objectives.items())
     return {
         "base model": f"{config.base.model}, {config.base.dtype}",
-        "value models": f"{_trained(config)} on targets at every {config.train.targets}, weight "
+        "value models": f"{_trained(config)} on {TARGETS[config.train.targets]}, weight "
         f"{config.train.sibling_weight:g} of sibling differences",
         "objectives": rewards,
         "prompts": f"{prompts.source}: {prompts.train - prompts.validation} to train on, {prompts.validation} held out "
