@@ -132,7 +132,7 @@ class Rollout(Section):
 class Steer(Section):
     """The tilt of the base model's distribution."""
 
-    beta: NonNegative = Field(8.0, description="strength: nats of tilt per standard deviation of reward")
+    beta: NonNegative = Field(3.0, description="strength: nats of tilt per standard deviation of reward")
     tilt_cap: Annotated[float, Field(gt=0)] | None = Field(
         TILT_CAP, description="upper bound of the tilt of one token, in nats; null: unbounded, as published"
     )
