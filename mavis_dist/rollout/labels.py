@@ -18,12 +18,11 @@ from mavis_dist.store.files import Store
 from mavis_dist.store.shards import Labels, read_labels, read_trees, write_labels
 from mavis_dist.types import Prompt, RewardScale, UserError
 
+PREFIX_TOKENS = 8  # between the unfinished answers that are scored
+
 
 class LabelError(UserError):
     """Rewards that are all equal, so that nothing can be learnt."""
-
-
-PREFIX_TOKENS = 8  # between the unfinished answers that are scored
 
 
 def label_shards(config: Config, objective: str, prompts: Sequence[Prompt], shards: Sequence[tuple[str, str]]) -> int:

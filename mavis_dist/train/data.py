@@ -137,12 +137,13 @@ def tree_set(
 
 def prefix_set(pairs: Sequence[tuple[Tree, Labels]]) -> TreeSet:
     """The rewards of all answers, finished or not, as targets of their last tokens, in standard deviations of all."""
-    scores = np.concatenate([np.concatenate([labels.score, labels.prefix_score]) for _, labels in pairs])
-    mean, sd = scores.mean(), scores.std()
+    scores = [np.concatenate([labels.score, labels.prefix_score]) for _, labels in pairs]
+    everything = np.concatenate(scores)
+    mean, sd = everything.mean(), everything.std()
     all_targets = []
-    for tree, labels in pairs:
+    for (tree, labels), score_X in zip(pairs, scores, strict=True):
         token_X = np.concatenate([tree.node_start[labels.node + 1] - 1, labels.token])
-        value_X = (np.concatenate([labels.score, labels.prefix_score]) - mean) / sd
+        value_X = (score_X - mean) / sd
         zero_X = np.zeros(len(token_X), dtype=np.int32)
         index_X = len(tree.prompt_tokens) + token_X.astype(np.int64)
         all_targets.append(Targets(index_X, value_X.astype(np.float32), zero_X, zero_X - 1))

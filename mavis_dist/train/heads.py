@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from mavis_dist.models.value import ValueModel, load_objective
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit, TreeSet, data_of
-from mavis_dist.train.fit import centred, mean_r2, validate
+from mavis_dist.train.fit import at_targets, centred, mean_r2, outputs, validate
 from mavis_dist.train.journal import FIGURES, Journal, Metrics
 from mavis_dist.train.model import make_card, store_model
 from mavis_dist.train.worker_group import WorkerGroup
@@ -152,16 +153,14 @@ def errors(model: ValueModel, trees: Sequence[TreeSet], indices: Sequence[int]) 
         trees: the same trees for every head of the model, with the targets of its objective.
     """
     device, columns = model.heads.weight.device, []
+
+    def states(**inputs: Any) -> torch.Tensor:
+        hidden_BSH: torch.Tensor = model.backbone(**inputs).last_hidden_state
+        return hidden_BSH
+
     for batches in zip(*(one.batches(list(indices)) for one in trees), strict=True):
         batch, value_BXM = batches[0], torch.stack([one.value_BX for one in batches], -1)
-        hidden_BSH = model.backbone(
-            input_ids=batch.tokens_BS.to(device),
-            position_ids=batch.positions_BS.to(device),
-            attention_mask=batch.mask_B1SS.to(device),
-            use_cache=False,
-        ).last_hidden_state
-        index_BX = batch.index_BX.to(device)
-        state_BXH = hidden_BSH.gather(1, index_BX[..., None].expand(-1, -1, hidden_BSH.shape[-1]))
+        state_BXH = at_targets(outputs(states, batch, str(device)), batch)
         rest = (x.to(device).flatten(0, 1) for x in (value_BXM, batch.weight_BX, batch.siblings_BX))
         columns.append([state_BXH.flatten(0, 1).float(), *rest])
     return Errors.of(*(torch.cat(column) for column in zip(*columns, strict=True)))

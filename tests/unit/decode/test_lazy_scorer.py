@@ -137,20 +137,23 @@ def test_the_estimate_is_exact_for_a_full_sample_and_zero_without_a_tilt() -> No
     assert (nothing == 0).all()
 
 
-def requests(scorer: Scorer, cap: float | None) -> list[Request]:
+def mixed_requests(**fields: Any) -> list[Request]:
+    """Requests that differ in length, weights, temperature and seed, some of them unguided."""
     settings = [({"a": 1.0}, 1.0), ({"a": 0.4, "b": 0.6}, 0.0), ({}, 1.0), ({"b": 1.0}, 1.3), ({"a": 1.0}, 0.8)]
     return [
         Request(
             str(i),
             tuple(range(3, 9 + i)),
             weights=weights,
-            beta=1.5,
-            tilt_cap=cap,
-            scorer=scorer,
             params=SamplingParams(max_tokens=24, seed=i, temperature=temperature),
+            **fields,
         )
         for i, (weights, temperature) in enumerate(settings)
     ]
+
+
+def requests(scorer: Scorer, cap: float | None) -> list[Request]:
+    return mixed_requests(beta=1.5, tilt_cap=cap, scorer=scorer)
 
 
 @pytest.mark.parametrize("cap", [1.0, 2.5, None])

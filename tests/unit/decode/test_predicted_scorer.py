@@ -11,13 +11,13 @@ from scipy import stats
 
 from mavis_dist.core import noise
 from mavis_dist.core.tilt import choose, evaluation_order
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
+from mavis_dist.decode import Engine, LocalGuide, Request
 from mavis_dist.decode import scorer as scoring
 from mavis_dist.decode.request import Scorer
 from mavis_dist.decode.scorer import Drafts, Scores, Steering, scores_of, search, with_predictions
 from tests.exact import divergence, log_partition
 from tests.fakes import VOCAB, tiny_base, tiny_student, tiny_value
-from tests.unit.decode.test_lazy_scorer import EOS_ID, NUM_CANDIDATES, Table, drafts
+from tests.unit.decode.test_lazy_scorer import EOS_ID, NUM_CANDIDATES, Table, drafts, mixed_requests
 
 INF = float("inf")
 NUM_DRAWS = 40_000
@@ -181,17 +181,7 @@ def test_estimates_are_exact_where_all_is_evaluated_and_zero_without_a_tilt(monk
 
 
 def requests(scorer: Scorer, **fields: Any) -> list[Request]:
-    settings = [({"a": 1.0}, 1.0), ({"a": 0.4, "b": 0.6}, 0.0), ({}, 1.0), ({"b": 1.0}, 1.3), ({"a": 1.0}, 0.8)]
-    return [
-        Request(
-            str(i),
-            tuple(range(3, 9 + i)),
-            weights=weights,
-            **{"beta": 6.0, "tilt_cap": 2.5, "residual_cap": 0.5, "scorer": scorer, **fields},
-            params=SamplingParams(max_tokens=24, seed=i, temperature=temperature),
-        )
-        for i, (weights, temperature) in enumerate(settings)
-    ]
+    return mixed_requests(**{"beta": 6.0, "tilt_cap": 2.5, "residual_cap": 0.5, "scorer": scorer, **fields})
 
 
 def answers(asked: list[Request], models: Any = OWN, **limits: Any) -> list[tuple[list[int], list[int]]]:
