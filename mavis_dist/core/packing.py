@@ -7,6 +7,7 @@ Shapes: B trees, S tokens of the longest packed tree, X targets of the tree with
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,25 +75,24 @@ def pack(trees: list[Tree], targets: list[Targets], weight_by_depth: np.ndarray)
     )
 
 
-def subtrees(tree: Tree, targets: Targets) -> list[tuple[Tree, Targets]]:
-    """A tree split at the prompt: one tree per segment that starts there, with descendants and targets.
+def subtrees(tree: Tree, targets: Targets, max_tokens: int = 0) -> list[tuple[Tree, Targets]]:
+    """A tree split at the prompt: the segments that start there, with descendants and targets, in parts of about
+    `max_tokens` with the prompt, and of at least one such segment.
 
     Attention is quadratic in the sequence length, and most of a large tree's mask is empty: several parts that repeat
     the prompt cost less. The prompt's own target stays with the first part.
     """
-    top_N = np.arange(tree.num_nodes)
-    for node, parent in enumerate(tree.node_parent):
-        top_N[node] = node if parent == ROOT else top_N[parent]
     num_prompt = len(tree.prompt_tokens)
-    top_T = np.repeat(top_N, np.diff(tree.node_start))
+    part_N = _parts(tree, max_tokens - num_prompt)
+    part_T = np.repeat(part_N, np.diff(tree.node_start))
     # The part that each target belongs to, by the token that carries it.
-    top_X = np.where(targets.index_X < num_prompt, top_N[0], top_T[np.maximum(targets.index_X - num_prompt, 0)])
+    part_X = np.where(targets.index_X < num_prompt, part_N[0], part_T[np.maximum(targets.index_X - num_prompt, 0)])
     parts = []
-    for top in np.flatnonzero(tree.node_parent == ROOT):
-        nodes, is_inside_T, is_inside_X = np.flatnonzero(top_N == top), top_T == top, top_X == top
-        number_N = np.cumsum(top_N == top) - 1
+    for part in np.unique(part_N):
+        nodes, is_inside_T, is_inside_X = np.flatnonzero(part_N == part), part_T == part, part_X == part
+        number_N = np.cumsum(part_N == part) - 1
         parent_N = tree.node_parent[nodes]
-        part = replace(
+        inside = replace(
             tree,
             node_parent=np.where(parent_N == ROOT, ROOT, number_N[parent_N]).astype(np.int32),
             node_cut=tree.node_cut[nodes],
@@ -103,5 +103,19 @@ def subtrees(tree: Tree, targets: Targets) -> list[tuple[Tree, Targets]]:
         )
         place = np.concatenate([np.arange(num_prompt), num_prompt + np.cumsum(is_inside_T) - 1])
         columns = (x[is_inside_X] for x in (targets.value_X, targets.depth_X, targets.siblings_X))
-        parts.append((part, Targets(place[targets.index_X[is_inside_X]], *columns)))
+        parts.append((inside, Targets(place[targets.index_X[is_inside_X]], *columns)))
     return parts
+
+
+def _parts(tree: Tree, max_tokens: int) -> np.ndarray:
+    """The part of every node, int64 [N], for equal parts of about `max_tokens`; a segment at the prompt has all its
+    descendants in its own part.
+    """
+    top_N = np.arange(tree.num_nodes)
+    for node, parent in enumerate(tree.node_parent):
+        top_N[node] = node if parent == ROOT else top_N[parent]
+    size_N = np.bincount(top_N, np.diff(tree.node_start), tree.num_nodes)  # of all below it; 0 but at the prompt
+    num_tokens = len(tree.tokens)
+    equal = max(1.0, num_tokens / math.ceil(num_tokens / max(1, max_tokens)))
+    middle_N = np.cumsum(size_N) - size_N / 2
+    return (middle_N // equal).astype(np.int64)[top_N]

@@ -95,7 +95,7 @@ class TreeSet:
         rows = []
         for tree, targets_ in ((self.trees[i], self.targets[i]) for i in indices):
             is_large = len(tree.prompt_tokens) + len(tree.tokens) > WHOLE_TREE_TOKENS
-            rows += subtrees(tree, targets_) if is_large else [(tree, targets_)]
+            rows += subtrees(tree, targets_, WHOLE_TREE_TOKENS) if is_large else [(tree, targets_)]
         rows.sort(key=lambda row: len(row[0].tokens) + len(row[0].prompt_tokens))
         groups: list[list[tuple[Tree, Targets]]] = []
         for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from mavis_dist.core import noise, packing, tree
+from mavis_dist.core.packing import subtrees
 from mavis_dist.core.tree import ROOT, Finish, Shape, Tree, cut_point, depth_weights, segment_length
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.rollout.labels import score
@@ -578,6 +580,28 @@ def test_large_trees_are_split_at_the_prompt_without_changing_the_loss(monkeypat
         in_one = fit.errors(model, [training], indices, "cpu", one_batch=True, prefixes=[prefixes])
         for name in ("sibling", "prefix"):
             torch.testing.assert_close(getattr(split, name), getattr(in_one, name))
+
+
+def test_parts_of_a_large_tree_hold_as_many_of_its_branches_as_there_is_room_for():
+    pairs = labelled(list(grow().values())[:6])
+    training = tree_set(pairs, RewardScale(0.0, 1.0), 0.5, SHAPE.layers)
+    seen = set()
+    for one, targets in zip(training.trees, training.targets, strict=True):
+        roots, num_prompt, num_tokens = (
+            np.flatnonzero(one.node_parent == ROOT),
+            len(one.prompt_tokens),
+            len(one.tokens),
+        )
+        branch = np.diff([*one.node_start[roots], num_tokens])  # nodes are in the order of their paths
+        for room in (0, int(branch.max()), num_tokens // 2, num_tokens):
+            parts = [part for part, _ in subtrees(one, targets, num_prompt + room)]
+            assert np.concatenate([part.tokens for part in parts]).tolist() == one.tokens.tolist()
+            assert all(len(part.tokens) <= room + branch.max() for part in parts)
+            assert len(parts) <= min(len(roots), math.ceil(num_tokens / max(1, room)))
+            seen.add(len(parts) / len(roots))
+        assert len(subtrees(one, targets)) == len(roots)
+        assert len(subtrees(one, targets, num_prompt + num_tokens)) == 1
+    assert len(seen) > 2
 
 
 def test_heads_of_prefixes_have_the_standardised_rewards_of_answers_as_targets():
