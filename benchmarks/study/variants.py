@@ -64,16 +64,17 @@ VARIANTS = (
     Variant("no-prefix-rewards", {"train.targets": "token"}),
     Variant("node-targets", {"train.targets": "node"}),
     Variant("low-rate", {"train.learning_rate": 1e-4}),
+    Variant("4-layers", {"value.layers": 4}),
     Variant("8-layers", {"value.layers": 8}),
     Variant("states", {"value.kind": "states", "value.layers": None}),
     Variant("small-trees", {"rollout.first": {"root": 2, "children": 2, "layers": 2}}),
-    # About as many sampled tokens as 1,080 prompts with trees 4/2/2 have.
+    # About as many sampled tokens as 1,080 prompts with trees 8/2/2 have.
     Variant(
         "large-trees",
         {
             "prompts.train": 680,
             "prompts.validation": 80,
-            "rollout.first": {"root": 4, "children": 2, "layers": 3},
+            "rollout.first": {"root": 8, "children": 2, "layers": 3},
         },
     ),
 )
