@@ -5,7 +5,8 @@
 
 from mavis_dist.decode.chat import chat_prompts
 from mavis_dist.decode.engine import Engine
-from mavis_dist.decode.guide import Guide, GuideRow, LocalGuide
+from mavis_dist.decode.guide import Guide, GuideRow
+from mavis_dist.decode.local_guide import LocalGuide
 from mavis_dist.decode.preferences import PRESETS, Preference, PreferenceParams
 from mavis_dist.decode.processor import TiltProcessor
 from mavis_dist.decode.request import (

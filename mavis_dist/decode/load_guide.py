@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mavis_dist.decode.guide import LocalGuide
+from mavis_dist.decode.local_guide import LocalGuide
 from mavis_dist.models import qhead, value
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import Student

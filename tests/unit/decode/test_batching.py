@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from mavis_dist.decode import Choice, Engine, FinishReason, LocalGuide, Request, SamplingParams, Scorer, Update
-from mavis_dist.decode.guide import _Student
 from mavis_dist.decode.request import stream_of
+from mavis_dist.decode.trunks import Predictor
 from mavis_dist.models import kv
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import Student
@@ -123,7 +123,7 @@ def assert_holds_nothing(engine: Engine, guide: LocalGuide) -> None:
     scheduler = engine._scheduler
     assert not any((scheduler.running, scheduler._waiting, scheduler._opening, scheduler._finished))
     assert not any((engine._opened, engine._unseen, engine._batch))
-    assert not any(trunk.known for trunk in guide._trunks if isinstance(trunk, _Student))
+    assert not any(trunk.known for trunk in guide._trunks if isinstance(trunk, Predictor))
     for slots in (engine._base, *(trunk.slots for trunk in guide._trunks)):
         assert not any((slots._slot_of, slots._rows, slots._lengths, slots._branched))
         assert (slots._num_slots, slots._num_cells) == (0, 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mavis_dist.decode import Choice, Engine, GuideRow, LocalGuide, Request, SamplingParams, Scorer
-from mavis_dist.decode.guide import _StatesStudent
+from mavis_dist.decode.trunks import StatesPredictor
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import Student
 from mavis_dist.models.value import ValueModel
@@ -171,7 +171,7 @@ def test_a_student_on_states_costs_no_keys_values_or_passes() -> None:
     models, by_student = students(base, {"a": 3})
     guide = LocalGuide(models, by_student)
     engine = Engine(base, guide)
-    [predicting] = [trunk for trunk in guide._trunks if isinstance(trunk, _StatesStudent)]
+    [predicting] = [trunk for trunk in guide._trunks if isinstance(trunk, StatesPredictor)]
     assert not hasattr(predicting, "slots")
     engine.generate(requests(Scorer.QHEAD, {"a": 1.0}))
     assert [trunk.slots.num_tokens for trunk in guide._trunks if trunk is not predicting] == [0, 0]
