@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.common.answers import Answers
 from benchmarks.common.result_cache import EvaluatedModel
 from benchmarks.study.answers_by_beta import Setting
+from benchmarks.study.decode_speed import DecodeSpeed
 from benchmarks.study.equal_kl import AtKl, Curve, gains_at, resamples, summarise
 from benchmarks.study.text_quality import Spread, TextRatios
 from mavis_dist.core import limit
@@ -120,6 +121,14 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What value models cost in training and in decoding."""
+
+    fit_s: float | None  # seconds in which those of all objectives were trained; None: not recorded
+    speed: DecodeSpeed
+
+
+@dataclass(frozen=True)
 class Results:
     """All figures of the page."""
 
@@ -130,6 +139,7 @@ class Results:
     points: list[Row]  # the reference under all weights, every objective alone first
     variants: list[Row]  # of iteration 0, every objective alone
     iterations: list[Row]  # empty with one iteration
+    costs: dict[str, Cost]  # by label of the value models of all objectives
     text: dict[str, TextRatios]  # by name of the point, at the strength whose KL is nearest
     text_base: dict[str, Spread]  # by figure
 

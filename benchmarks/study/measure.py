@@ -8,10 +8,10 @@ from itertools import combinations
 import numpy as np
 
 from benchmarks.common.result_cache import EvaluatedModel, evaluated_model
-from benchmarks.study import answers_by_beta, sibling_answers, text_quality
+from benchmarks.study import answers_by_beta, decode_speed, sibling_answers, text_quality
 from benchmarks.study.answers_by_beta import BASE
 from benchmarks.study.conditions import describe
-from benchmarks.study.figures import Measured, Results, Row, Steered, Validation, nearest, row_of
+from benchmarks.study.figures import Cost, Measured, Results, Row, Steered, Validation, nearest, row_of
 from benchmarks.study.sibling_answers import BaseAnswers
 from benchmarks.study.text_quality import Spread, TextRatios
 from benchmarks.study.variants import Variant
@@ -19,6 +19,7 @@ from mavis_dist.config import Config
 from mavis_dist.core import siblings
 from mavis_dist.core.siblings import SiblingTest
 from mavis_dist.evaluate import base_answers
+from mavis_dist.evaluate.collect import stages_of
 from mavis_dist.evaluate.sweep import Estimate, grid, limit_curve
 from mavis_dist.models.load import chat_ids, load_tokenizer
 from mavis_dist.prompts import load_prompts
@@ -28,6 +29,7 @@ from mavis_dist.types import R2_KEY, UserError
 
 REFERENCE = "as configured"
 PAIR_STEPS = 5  # weights of a pair: 1, .75, .5, .25, 0
+FIT_STAGE = "train i0"
 TEXT_CORPORA = 8  # of the base model
 
 
@@ -74,6 +76,10 @@ def measure(config: Config, variants: Sequence[Variant], betas: Sequence[float],
         return validation(trained, one, iteration, sibling_answers.measure(config, store, one.models[0][0], base))
 
     rows = [row_of(measured, one, validation=told(one, store) if one.name in alone else None) for one in points]
+    costs = {REFERENCE: cost(config, store, REFERENCE, list(reference.values()), base.prompts)}
+    for variant in variants:
+        of_all = [model for one in changed if one.label == variant.label for model, _ in one.models]
+        costs[variant.label] = cost(config, stores[variant.label], variant.name, of_all, base.prompts)
     text, text_base = text_of(config, store, measured, points, rows)
     return Results(
         conditions=describe(config, betas),
@@ -83,6 +89,7 @@ def measure(config: Config, variants: Sequence[Variant], betas: Sequence[float],
         points=rows,
         variants=[row_of(measured, one, [alone[one.name]], told(one, stores[one.label])) for one in changed],
         iterations=[found for chain in chains for found in iteration_rows(store, measured, chain, told)],
+        costs=costs,
         text=text,
         text_base=text_base,
     )
@@ -133,6 +140,14 @@ def validation(store: Store, steered: Steered, iteration: int, tests: Mapping[in
         {n: Estimate(*test.slope) for n, test in tests.items()},
         {n: Estimate(*test.correlation) for n, test in tests.items()},
     )
+
+
+def cost(
+    config: Config, store: Store, name: str, models: Sequence[EvaluatedModel], prompts: Sequence[tuple[int, ...]]
+) -> Cost:
+    """Of the value models of all objectives of one run; `name` is in file names."""
+    seconds = {stage.name: stage.seconds for stage in stages_of(store)}
+    return Cost(seconds.get(FIT_STAGE), decode_speed.measure(config, store, name.replace(" ", "-"), models, prompts))
 
 
 def answers_of_base(config: Config, store: Store, measured: Measured) -> BaseAnswers:

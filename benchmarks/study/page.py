@@ -31,6 +31,9 @@ VARIANTS_NOTE = """\
 A variant changes the settings in its name, and learns from the same trees unless it changes prompts or trees.
 Differences are paired by prompt. They hold for these value models and exclude the variation between training seeds.
 Held-out trees differ for variants with trees of their own; those of `train.targets node` have other targets."""
+COSTS_NOTE = """\
+The training time is that of iteration 0 for all objectives. Speeds are those of 16 concurrent requests with answers of
+their own length, all objectives steering with equal weights at the beta of the training; lazy scoring."""
 ITERATIONS_NOTE = """\
 The gate is the run's own decision to publish, by the difference in soft value to the last accepted iteration; the next
 iteration builds on accepted ones only. R² compares value models within an iteration, not between iterations."""
@@ -58,6 +61,7 @@ def render(figures: Mapping[str, Any], image: str) -> str:
     parts += ["## Value models", value_table(results), VALUES_NOTE]
     if results.variants:
         parts += [VARIANTS_NOTE]
+    parts += ["## Costs", cost_table(results), COSTS_NOTE]
     if results.iterations:
         parts += ["## Iterations", iteration_table(results), ITERATIONS_NOTE]
     parts += ["## Text of the answers", text_table(results), TEXT_NOTE.format(kl=results.kl)]
@@ -100,6 +104,20 @@ def value_table(results: Results) -> str:
         for name in results.limits
         for row in [*results.points, *results.variants]
         if row.name == name
+    ]
+    return table(head, rows)
+
+
+def cost_table(results: Results) -> str:
+    head = ("value models", "training, s", "tokens/s", "over the base model alone")
+    rows = [
+        [
+            label,
+            NONE if cost.fit_s is None else f"{cost.fit_s:.0f}",
+            f"{cost.speed.tokens_per_s:.0f}",
+            f"{cost.speed.over_unguided:.2f}",
+        ]
+        for label, cost in results.costs.items()
     ]
     return table(head, rows)
 

@@ -25,6 +25,11 @@ def record_stage(store: Store, name: str, seconds: float, detail: str) -> None:
     store.write_json(layout.STAGES_FILE, [*stages, {"name": name, "seconds": seconds, "detail": detail}])
 
 
+def stages_of(store: Store) -> list[StageMetadata]:
+    """The stages of a run with their times, in the order in which they ran."""
+    return [StageMetadata(**entry) for entry in _stages(store)]
+
+
 def write_report(store: Store, config: Config, settings: dict[str, object], sweep: Sweep) -> str:
     """Write one HTML page about the run; returns its path."""
     models = [
@@ -32,8 +37,7 @@ def write_report(store: Store, config: Config, settings: dict[str, object], swee
         for name in config.objectives
         for iteration in range(config.iterations)
     ]
-    stages = [StageMetadata(**entry) for entry in _stages(store)]
-    page = render(config.run, sweep, models, stages, settings)
+    page = render(config.run, sweep, models, stages_of(store), settings)
     store.write_bytes(layout.REPORT_FILE, page.encode())
     return f"{store.root}/{layout.REPORT_FILE}"
 

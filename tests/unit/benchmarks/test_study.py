@@ -17,11 +17,20 @@ from benchmarks.common import figures
 from benchmarks.common.answers import Answers
 from benchmarks.common.result_cache import EvaluatedModel, evaluated_model, result_path
 from benchmarks.study import __main__ as study
-from benchmarks.study import answers_by_beta, measure, plot, sibling_answers, text_quality, variants
+from benchmarks.study import answers_by_beta, decode_speed, measure, plot, sibling_answers, text_quality, variants
 from benchmarks.study.answers_by_beta import BASE, Setting
+from benchmarks.study.decode_speed import DecodeSpeed
 from benchmarks.study.equal_kl import AtKl, Curve, gains_at, resamples, summarise
-from benchmarks.study.figures import Measured, Results, Row, Steered, StrengthResult, Validation, nearest, row_of
-from benchmarks.study.page import findings, iteration_table, point_table, render, strength_table, value_table
+from benchmarks.study.figures import Cost, Measured, Results, Row, Steered, StrengthResult, Validation, nearest, row_of
+from benchmarks.study.page import (
+    cost_table,
+    findings,
+    iteration_table,
+    point_table,
+    render,
+    strength_table,
+    value_table,
+)
 from benchmarks.study.sibling_answers import BaseAnswers
 from benchmarks.study.text_quality import Spread, TextRatios, distinct_2, perplexity, repetition
 from benchmarks.study.variants import VARIANTS, Variant, check_unseen, copy_stage, copy_trees
@@ -549,6 +558,10 @@ def test_the_whole_command_on_finished_runs(tmp_path: Path, monkeypatch: pytest.
         assert difference is not None
         # Estimated divergences differ by rounding where other rows run beside.
         assert [difference.mean, difference.low, difference.high] == pytest.approx([0.0] * 3, abs=1e-6)
+    assert list(results.costs) == [measure.REFERENCE, "value.layers 1"]
+    for cost in results.costs.values():
+        assert cost.speed.tokens_per_s > 0
+        assert cost.speed.over_unguided > 0
     assert results.iterations == []
     assert "## Iterations" not in (tmp_path / "page.md").read_text()
     assert "](values.svg)" in (tmp_path / "page.md").read_text()
@@ -556,6 +569,7 @@ def test_the_whole_command_on_finished_runs(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(answers_by_beta, "load_engine", lambda *_: pytest.fail("nothing is left to measure"))
     monkeypatch.setattr(text_quality, "load_base", lambda *_: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(decode_speed, "load_engine", lambda *_: pytest.fail("nothing is left to measure"))
     study.main(line)
     assert json.loads((tmp_path / "values.json").read_text()) == found
 
@@ -616,6 +630,27 @@ def put_on_states(store: Store, name: str, base: BaseModel, work: Path) -> None:
     card = replace(value.load_card(values.fetch(store, name, 0)), state_layer=1)
     value.save(tiny_states(base, 3), card, work)
     store.upload(work, layout.value_folder(name, 0), {})
+
+
+def test_speeds_are_those_of_answers_steered_by_all_objectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish_run(tmp_path, "study", ("brief", "positive"))
+    config, asked = make_config(tmp_path), []
+    store, prompts = Store(config.storage, config.run), [(5, 6, 7), (8, 9)]
+    models = [evaluated_model(store, name, "0", "") for name in ("brief", "positive")]
+    engine = decode_speed.load_engine(config, models)[1]
+    generate = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda requests: asked.append(requests) or generate(requests))
+    monkeypatch.setattr(decode_speed, "load_engine", lambda *_: (None, engine))
+    found = decode_speed.measure(config, store, "both", models, prompts)
+    assert found.tokens_per_s > 0
+    assert {tuple(request.weights.items()) for requests in asked for request in requests} == {
+        (),
+        (("brief@0", 0.5), ("positive@0", 0.5)),
+    }
+    seeds = [tuple(request.params.seed for request in requests) for requests in asked if not requests[0].weights]
+    assert len(set(seeds[1:])) == len(seeds[1:]) == decode_speed.REPETITIONS, "every repetition has its own answers"
+    assert decode_speed.measure(config, store, "both", models, prompts) == found
+    assert len(asked) == 2 + 2 * decode_speed.REPETITIONS, "a stored speed is read"
 
 
 def test_unknown_variants_are_refused_by_name() -> None:
@@ -709,6 +744,10 @@ def made_up() -> Results:
         points=[reference],
         variants=[variant],
         iterations=[first, second, third],
+        costs={
+            "as configured": Cost(431.4, DecodeSpeed(240.2, 0.512)),
+            "train.targets node": Cost(None, DecodeSpeed(99.6, 0.2)),
+        },
         text={"brief": TextRatios(2.0, 1.5, 1.02, None, 0.9)},
         text_base={
             "distinct_2": Spread(0.8, 0.04),
@@ -738,6 +777,10 @@ def test_the_tables_hold_the_figures_with_their_intervals() -> None:
         "| +0.40 [+0.10, +0.70] (90% of the resamples reach the KL) "
         "| +0.40 [+0.10, +0.70] (90% of the resamples reach the KL) | refused, −0.02 [−0.11, +0.07] |",
         "| brief | iteration 2 | 0.12 | 0.60 [0.20, 1.00] | KL not reached | KL not reached | KL not reached | – |",
+    ]
+    assert cost_table(made_up()).splitlines()[2:] == [
+        "| as configured | 431 | 240 | 0.51 |",
+        "| train.targets node | – | 100 | 0.20 |",
     ]
     strengths = strength_table(made_up()).splitlines()
     assert strengths[0] == "| weights | value models | beta 2 | beta 6 |"
@@ -779,7 +822,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
             widths[-1].add(line.count("|"))
         elif widths[-1]:
             widths.append(set())
-    assert [len(width) for width in widths] == [1] * 6 + [0]
+    assert [len(width) for width in widths] == [1] * 7 + [0]
 
 
 def test_the_findings_count_the_intervals() -> None:
