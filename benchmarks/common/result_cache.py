@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +11,7 @@ from typing import Any
 from mavis_dist.models.directory import fingerprint_model
 from mavis_dist.models.value import load_card
 from mavis_dist.store import values
-from mavis_dist.store.files import Store
+from mavis_dist.store.files import Store, digest
 from mavis_dist.types import RewardScale
 
 
@@ -43,5 +41,4 @@ def evaluated_model(store: Store, objective: str, name: str, label: str, iterati
 
 def result_path(kind: str, name: str, inputs: Mapping[str, Any]) -> str:
     """The file of one measurement; different inputs give different files."""
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    return f"study/{kind}/{name}-{digest[:16]}.json"
+    return f"study/{kind}/{name}-{digest(inputs)}.json"

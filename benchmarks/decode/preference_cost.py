@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.common.preferences import PREFERENCES
 from benchmarks.common.workload import Workload
+from mavis_dist.compare.preferences import PREFERENCES
 from mavis_dist.decode import Engine, Request, SamplingParams, chat_prompts
 from mavis_dist.prompts import load_prompts
 

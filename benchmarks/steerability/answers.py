@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks.common.answers import Answers, generate, score
 from benchmarks.common.engines import load_engine, template
-from benchmarks.common.preferences import PREFERENCES
 from benchmarks.common.result_cache import EvaluatedModel, result_path
 from benchmarks.steerability.first_person import first_person
+from mavis_dist.compare.preferences import PREFERENCES
 from mavis_dist.config import Config
 from mavis_dist.decode import PRESETS, PreferenceParams, Request, chat_prompts
 from mavis_dist.models.load import BaseModel

@@ -13,7 +13,6 @@ import moocore
 import numpy as np
 from scipy import stats
 
-from benchmarks.common.preferences import PREFERENCES
 from benchmarks.steerability.answers import (
     MATO,
     PARAMS,
@@ -25,6 +24,7 @@ from benchmarks.steerability.answers import (
     Measured,
     setting,
 )
+from mavis_dist.compare.preferences import PREFERENCES
 from mavis_dist.evaluate.sweep import Estimate, bootstrap
 
 

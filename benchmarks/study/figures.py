@@ -16,8 +16,8 @@ from benchmarks.common.answers import Answers
 from benchmarks.common.result_cache import EvaluatedModel
 from benchmarks.study.answers_by_beta import Setting
 from benchmarks.study.decode_speed import DecodeSpeed
-from benchmarks.study.equal_kl import AtKl, Curve, gains_at, resamples, summarise
 from benchmarks.study.text_quality import Spread, TextRatios
+from mavis_dist.compare.equal_kl import AtKl, Curve, gains_at, resamples, summarise
 from mavis_dist.core import limit
 from mavis_dist.evaluate.sweep import Estimate, Limit, bootstrap
 from mavis_dist.types import RewardScale

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.common.figures import machine_line, parse
 from benchmarks.common.markdown import listed, minus, signed, table
-from benchmarks.study.equal_kl import AtKl
 from benchmarks.study.figures import Results, Row, StrengthResult, Validation
+from mavis_dist.compare.equal_kl import AtKl
 from mavis_dist.evaluate.sweep import Estimate, share_text
 
 NONE = "–"

@@ -1,12 +1,7 @@
-"""Whether steered answers are still good text: variety, repetition, and how likely the base model finds them. No Ray.
-
-A corpus is one answer to every prompt. Distinct-2 falls with the length of a corpus, so only corpora of equally many
-answers are compared.
-"""
+"""The text of steered answers beside that of the base model's own. No Ray."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +10,11 @@ from statistics import fmean, pstdev
 import torch
 
 from benchmarks.common.result_cache import result_path
+from mavis_dist.compare.text_quality import distinct_2, perplexity, repetition
 from mavis_dist.config import Config
-from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.models.load import load_base
 from mavis_dist.store.files import Store
 from mavis_dist.types import Prompt
-
-REPEATED = 4  # words
-ROWS = 8  # of a forward pass; bounded by the memory of its logits
 
 
 @dataclass(frozen=True)
@@ -78,25 +71,6 @@ def measure(
     }
 
 
-def distinct_2(texts: Sequence[str]) -> float:
-    pairs = [pair for text in texts for pair in _sequences(text, 2)]
-    return len(set(pairs)) / max(1, len(pairs))
-
-
-def repetition(texts: Sequence[str]) -> float:
-    """0 for an answer without sequences of this length."""
-    found = [_sequences(text, REPEATED) for text in texts]
-    return fmean(1 - len(set(sequences)) / len(sequences) if sequences else 0.0 for sequences in found)
-
-
-def perplexity(base: BaseModel, prompts: Sequence[tuple[int, ...]], texts: Sequence[str]) -> float:
-    """exp of the mean surprise, in nats, of all tokens of the answers to these prompts (token ids)."""
-    answers = [base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[0]) + len(row[1]))
-    surprise = sum(_surprise(base, rows[start : start + ROWS]) for start in range(0, len(rows), ROWS))
-    return math.exp(surprise / max(1, sum(map(len, answers))))
-
-
 def ratios(beta: float, kl: float, steered: TextQuality, base: Mapping[str, Spread]) -> TextRatios:
     found = {
         name: figure / base[name].mean if base[name].mean > 0 else None for name, figure in asdict(steered).items()
@@ -108,24 +82,3 @@ def spreads(corpora: Sequence[TextQuality]) -> dict[str, Spread]:
     """Every figure over several corpora of the base model."""
     columns = {name: [asdict(corpus)[name] for corpus in corpora] for name in asdict(corpora[0])}
     return {name: Spread(fmean(column), pstdev(column)) for name, column in columns.items()}
-
-
-@torch.inference_mode()
-def _surprise(base: BaseModel, rows: Sequence[tuple[tuple[int, ...], list[int]]]) -> float:
-    """Sum of -log p over the tokens of the answers of some (prompt, answer), nats."""
-    length = max(len(prompt) + len(answer) for prompt, answer in rows)
-    # Padding on the right: no token attends to it.
-    ids = torch.tensor([[*prompt, *answer, *[0] * (length - len(prompt) - len(answer))] for prompt, answer in rows])
-    logits_BLV = base.model(input_ids=ids.to(base.model.device)).logits
-    surprise = 0.0
-    for b, (prompt, answer) in enumerate(rows):
-        logits_AV = logits_BLV[b, len(prompt) - 1 : len(prompt) + len(answer) - 1].float().cpu()
-        surprise += float(
-            torch.nn.functional.cross_entropy(logits_AV, torch.tensor(answer, dtype=torch.int64), reduction="sum")
-        )
-    return surprise
-
-
-def _sequences(text: str, length: int) -> list[tuple[str, ...]]:
-    words = text.lower().split()
-    return [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]

@@ -7,11 +7,13 @@ written last and holds metadata of the folder.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,11 @@ class Store:
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
+
+
+def digest(inputs: Mapping[str, Any]) -> str:
+    """A name of plain values, for files of what was computed from them: other values have another name."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:

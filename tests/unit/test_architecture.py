@@ -30,6 +30,7 @@ FLOORS = [
     {"rollout", "train", "evaluate"},
     {"run_state"},
     {"pipeline"},
+    {"compare"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 RAY = {"cluster.py", "actors.py", "rollout/worker.py", "train/launch.py"}

@@ -1,6 +1,6 @@
-"""Gains of several value models at the same divergence from the base model, with paired bootstrap intervals.
+"""Gains of several policies at the same divergence from the base model, with paired bootstrap intervals.
 
-A value model is measured at a few strengths, each with a KL and a gain in reward. Between them, and from the origin (no
+A policy is measured at a few strengths, each with a KL and a gain in reward. Between them, and from the origin (no
 tilt, no gain) to the first, the gain is interpolated linearly in the KL.
 
 Shapes: P prompts, S strengths in ascending order, R resamples.
@@ -21,7 +21,7 @@ BOUNDS = (0.025, 0.975)  # of a 95 % interval
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """KL and gain of one value model at every strength."""
+    """KL and gain of one policy at every strength."""
 
     kl_SP: np.ndarray  # nats of the answer to each prompt
     gain_SP: np.ndarray  # reward above the base model's mean for the same prompt, sd

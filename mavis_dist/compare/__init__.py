@@ -1,0 +1,1 @@
+"""Methods of steering side by side: answers, statistics and a report."""
