@@ -20,15 +20,24 @@ STOPPED = 128 + 15  # exit code of a process that SIGTERM ended
 
 def parse(job: str, purpose: str, argv: Sequence[str] | None = None) -> Config:
     """The checked config of a job; ends the process with one line and exit code 2 if it is invalid."""
-    parser = argparse.ArgumentParser(
+    return config_of(parser(job, purpose).parse_args(argv))
+
+
+def parser(job: str, purpose: str) -> argparse.ArgumentParser:
+    """The command line of a job that reads a config."""
+    made = argparse.ArgumentParser(
         prog=f"python -m jobs.{job}",
         description=purpose,
         epilog=f"config keys:\n{config_module.describe()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the keys below")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that override the file")
-    arguments = parser.parse_args(argv)
+    made.add_argument("--config", required=True, metavar="FILE", help="YAML file with the keys below")
+    made.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that override the file")
+    return made
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """The config of a parsed command line, checked as in `parse`."""
     return refusing(lambda: config_module.load(arguments.config, arguments.overrides))
 
 

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from mavis_dist.sections import (
     Base,
+    Compare,
     Count,
     Distill,
     Evaluate,
@@ -54,6 +55,7 @@ class Config(Section):
     gate: Gate = Field(Gate(), description="whether a new iteration replaces the current one")
     distill: Distill = Field(Distill(), description="one model for all objectives")
     evaluate: Evaluate = Field(Evaluate(), description="the sweep over weights")
+    compare: Compare = Field(Compare(), description="methods of steering side by side")
     serve: Serve = Field(Serve(), description="the HTTP endpoint")
 
     @field_validator("objectives")
@@ -127,10 +129,10 @@ def flatten(config: Config) -> dict[str, Any]:
 def conflicts(old: Config, new: Config) -> list[str]:
     """One sentence per key whose change would mix results of two different runs in one folder.
 
-    Objectives may be added; FREE_KEYS, `distill`, `evaluate` and `serve` may change.
+    Objectives may be added; FREE_KEYS, `distill`, `evaluate`, `compare` and `serve` may change.
     """
     before, after = flatten(old), flatten(new)
-    free_sections = ("distill.", "evaluate.", "serve.")
+    free_sections = ("distill.", "evaluate.", "compare.", "serve.")
     return [
         f"config key {key!r} is {after.get(key)!r} but this run was started with {before[key]!r}: "
         f"change it back, or choose another name with run=NAME"

@@ -16,6 +16,7 @@ MIN_LIMIT_ANSWERS = 4  # tell the limit of steering up to 0.4 nats; fewer tell n
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -263,6 +264,33 @@ class Evaluate(Section):
         if 0 < answers < MIN_LIMIT_ANSWERS:
             raise ValueError(f"use at least {MIN_LIMIT_ANSWERS} for a limit of steering, or 0 to leave it out")
         return answers
+
+
+class Compare(Section):
+    """Methods of steering side by side, on the unseen prompts (python -m jobs.evaluate)."""
+
+    methods: dict[Name, dict[str, Any]] = Field(
+        {},
+        description="names of methods, or name -> settings (docs/evaluation.md); the base model always is one of them; "
+        "empty: all that need nothing but a finished run",
+    )
+    weights: Annotated[int, Field(ge=2)] = Field(
+        5, description="weights per pair of objectives, including the corners; a triple adds those inside it"
+    )
+    seeds: Count = Field(2, description="answers per prompt, weights and strength, each with a seed of its own")
+    kl: Annotated[float, Field(gt=0)] = Field(2.0, description="nats per answer at which methods are compared")
+    preferences: dict[str, Annotated[str, Field(min_length=1)]] = Field(
+        {}, description="objective -> the sentence that asks for it; left out: that of its kind of reward, if known"
+    )
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _names_without_settings(cls, methods: Any) -> Any:
+        if isinstance(methods, (list, tuple)):
+            return {name: {} for name in methods}
+        if isinstance(methods, dict):
+            return {name: {} if settings is None else settings for name, settings in methods.items()}
+        return methods
 
 
 class Range(Section):

@@ -24,7 +24,7 @@ from mavis_dist.evaluate.words import number, signed
 CURVE_POINTS = 200
 NUM_SERIES = 6
 
-# Matplotlib needs fixed colours but the page has two themes: _svg replaces each of these by a CSS variable.
+# Matplotlib needs fixed colours but the page has two themes: themed_svg replaces each of these by a CSS variable.
 INK, MUTED, GRID, PAPER, MIX = (f"#0000{index:02x}" for index in range(1, 6))
 SERIES = tuple(f"#0001{index:02x}" for index in range(NUM_SERIES))
 THEME = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "card", MIX: "mix"} | {
@@ -85,7 +85,7 @@ def trade_offs(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
 
 def _front(sweep: Sweep, objectives: Sequence[str], first: str, second: str) -> Plot:
     """Mean reward of two objectives, one marker per point."""
-    figure, axes = _canvas(f"mean reward: {first}, sd", f"mean reward: {second}, sd")
+    figure, axes = canvas(f"mean reward: {first}, sd", f"mean reward: {second}, sd")
     axes.margins(0.16)
     between = [point for point in sweep.points if steered(point) and steered(point).keys() <= {first, second}]
     between.sort(key=lambda point: point.weights.get(second, 0.0))
@@ -121,13 +121,13 @@ def _front(sweep: Sweep, objectives: Sequence[str], first: str, second: str) -> 
         caption="Each marker is one setting of the weights; further right and further up is better. The diamond is the "
         "base model, with dotted lines through it; bars are 95 % intervals.",
         alt=f"Scatter plot of the mean reward of {first} and of {second}, in sd. {spots}.",
-        svg=_svg(figure, f"front-{objectives.index(first)}-{objectives.index(second)}"),
+        svg=themed_svg(figure, f"front-{objectives.index(first)}-{objectives.index(second)}"),
     )
 
 
 def _gain_bars(sweep: Sweep, name: str) -> Plot:
     """Gain of the only objective, one bar per point."""
-    figure, axes = _canvas(f"gain in {name}, sd", "")
+    figure, axes = canvas(f"gain in {name}, sd", "")
     axes.grid(False, axis="y")
     axes.axvline(0, color=MUTED, linewidth=1)
     for row, point in enumerate(sweep.points):
@@ -142,7 +142,7 @@ def _gain_bars(sweep: Sweep, name: str) -> Plot:
         caption="How much better the answers score than the base model's answers to the same prompts; "
         "lines are 95 % intervals.",
         alt=f"Bars of the gain in {name}, in sd. {bars}.",
-        svg=_svg(figure, "gain"),
+        svg=themed_svg(figure, "gain"),
     )
 
 
@@ -151,7 +151,7 @@ def gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
     points = [point for point in sweep.points if math.isfinite(point.divergence)]
     if not any(steered(point) for point in points):
         return []
-    figure, axes = _canvas("KL divergence from the base model, nats per answer", "gain, sd")
+    figure, axes = canvas("KL divergence from the base model, nats per answer", "gain, sd")
     axes.margins(0.12)
     axes.axhline(0, color=MUTED, linewidth=1)
     for index, name in enumerate(objectives):
@@ -197,7 +197,7 @@ def gain_per_nat(sweep: Sweep, objectives: Sequence[str]) -> list[Plot]:
             "Larger markers show greater weights of that objective."
             + (" Dashed lines are limits: no method gains more at that divergence." if sweep.limits else ""),
             alt=f"Scatter plot of the gain of each objective, in sd, against KL divergence, in nats. {spots}.{limits}",
-            svg=_svg(figure, "nats"),
+            svg=themed_svg(figure, "nats"),
         )
     ]
 
@@ -207,7 +207,7 @@ def learning(objective: str, colour: str, models: Sequence[ModelMetadata]) -> li
     trained = [model for model in models if model.objective == objective and model.losses]
     if not trained:
         return []
-    figure, axes = _canvas("optimiser step", "training loss, sd²")
+    figure, axes = canvas("optimiser step", "training loss, sd²")
     curves = []
     for order, model in enumerate(trained):
         steps, curve = smooth(model.losses)
@@ -228,7 +228,7 @@ def learning(objective: str, colour: str, models: Sequence[ModelMetadata]) -> li
             title=f"Training of {objective}",
             caption="Squared error of the value model's predictions during training; lower is better.",
             alt=f"Training loss of {objective} over the steps: {'; '.join(curves)}.",
-            svg=_svg(figure, f"loss-{THEME[colour]}-{objective}"),
+            svg=themed_svg(figure, f"loss-{THEME[colour]}-{objective}"),
         )
     ]
 
@@ -253,7 +253,8 @@ def series(index: int) -> str:
     return SERIES[index % NUM_SERIES]
 
 
-def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes; within `matplotlib.rc_context(RC)`."""
     # Narrow, so that text stays readable on a phone.
     figure = Figure(figsize=(5, 3.9), dpi=72, layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
@@ -310,7 +311,7 @@ def _place(note: Any, dx: float, dy: float) -> None:
     )
 
 
-def _svg(figure: Figure, name: str) -> Markup:
+def themed_svg(figure: Figure, name: str) -> Markup:
     """The figure as an SVG element in the colours of the theme; `name` makes its ids unique in the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

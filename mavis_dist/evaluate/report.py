@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+from markupsafe import Markup
 
 from mavis_dist.evaluate.metadata import ModelMetadata, StageMetadata
 from mavis_dist.evaluate.plots import NUM_SERIES, RC, alone, gain_per_nat, learning, series, smooth, steered, trade_offs
@@ -19,6 +20,19 @@ from mavis_dist.evaluate.sweep import Sweep, unknown_shares
 from mavis_dist.evaluate.words import bounds, duration, number, plain, share_words, signed, verdict
 
 NUM_EXAMPLES = 6
+
+
+STYLE = files(__package__).joinpath("page.css").read_text(encoding="utf-8")  # of this page and that of comparisons
+
+
+def environment() -> jinja2.Environment:
+    """Templates of pages, with the number formats as filters."""
+    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters.update(
+        signed=signed, number=number, bounds=bounds, verdict=verdict, duration=duration, plain=plain, share=share_words
+    )
+    made.globals["style"] = Markup(STYLE)
+    return made
 
 
 def render(
@@ -41,22 +55,10 @@ def render(
     with matplotlib.rc_context(RC):
         plots = [*trade_offs(sweep, objectives), *gain_per_nat(sweep, objectives)]
         losses = [plot for index, name in enumerate(objectives) for plot in learning(name, series(index), models)]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        signed=signed,
-        number=number,
-        bounds=bounds,
-        verdict=verdict,
-        duration=duration,
-        plain=plain,
-        share=share_words,
-    )
     colours = {name: f"var(--s{index % NUM_SERIES})" for index, name in enumerate(objectives)}
     corners = {name: point for point in sweep.points if (name := alone(point))}
     base = [(point.name, "var(--mix)") for point in sweep.points if not steered(point)]
-    template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+    template = environment().from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
         run=run,
         sweep=sweep,

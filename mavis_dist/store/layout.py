@@ -18,6 +18,9 @@ TRAINING = "train"  # files of unfinished training
 SWEEP_FOLDER = "eval/sweep"
 SWEEP_FILE = f"{SWEEP_FOLDER}/sweep.json"
 LIMIT_FOLDER = "eval/limit/answers"  # answers of the base model that tell the limit of steering
+COMPARISON = "comparison"  # of methods of steering: answers, figures, report
+COMPARISON_FILE = f"{COMPARISON}/comparison.json"
+COMPARISON_REPORT = f"{COMPARISON}/report.html"
 RAY_TRAIN_FOLDER = f"{TRAINING}/.ray"  # Ray Train's own bookkeeping
 
 
@@ -59,6 +62,16 @@ def gate_folder(objective: str, iteration: int) -> str:
 def limit_reward_folder(objective: str) -> str:
     """An objective's rewards of the answers in LIMIT_FOLDER."""
     return f"eval/limit/rewards/{objective}"
+
+
+def cell_file(name: str) -> str:
+    """All answers of one cell of the comparison."""
+    return f"{COMPARISON}/cells/{name}.parquet"
+
+
+def comparison_plot(name: str, kind: str) -> str:
+    """A plot of the comparison as a file of its own; `kind` is svg or png."""
+    return f"{COMPARISON}/plots/{name}.{kind}"
 
 
 def checkpoint_folder(objective: str, iteration: int) -> str:

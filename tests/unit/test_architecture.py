@@ -33,7 +33,7 @@ FLOORS = [
     {"compare"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-RAY = {"cluster.py", "actors.py", "rollout/worker.py", "train/launch.py"}
+RAY = {"cluster.py", "actors.py", "rollout/worker.py", "train/launch.py", "compare/worker.py"}
 PROCESSES = {"gateway", "base", "value"}  # folders of serve/, one per process
 SERVE_MAY_USE = {"environment", "sections", "models", "decode", "store", "config", "types", "plan", "cluster", "core"}
 
@@ -143,6 +143,7 @@ def test_the_service_does_not_train(path: Path) -> None:
     ("job", "shown"),
     [
         *((job, ["rollout.max_tokens", "in tokens"]) for job in ("distill", "pipeline", "quickstart", "serve")),
+        ("evaluate", ["--json", "compare.methods"]),
         ("ask", ["--compare", "MAVIS_API_KEY"]),
         ("keys", ["create a key"]),
     ],

@@ -43,6 +43,10 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ({"serve": {"base_replicas": 0}}, ["'serve.base_replicas'", "0", "greater than or equal to 1"]),
         ({"serve": {"value_replicas": {"min": 3, "max": 2}}}, ["'serve.value_replicas'", "max (2)", "min (3)"]),
         ({"serve": {"base_replicas": {"min": 1}}}, ["'serve.base_replicas.max'", "missing"]),
+        ({"compare": {"methods": {"../base": {}}}}, ["'compare.methods.../base", "match"]),
+        ({"compare": {"methods": {"mavis": 3}}}, ["'compare.methods.mavis'", "3", "dictionary"]),
+        ({"compare": {"weights": 1}}, ["'compare.weights'", "1", "greater than or equal to 2"]),
+        ({"compare": {"kl": 0}}, ["'compare.kl'", "0", "greater than 0"]),
         ({"run": "../elsewhere"}, ["'run'", "../elsewhere"]),
     ],
 )
@@ -99,12 +103,23 @@ def test_the_layer_of_states_has_a_default_of_its_own() -> None:
     assert parse({**MINIMAL, "value": {"kind": "model"}}).value.layers == parse(MINIMAL).value.layers == 8
 
 
+def test_methods_are_names_or_names_with_settings() -> None:
+    def methods(given: Any) -> dict[str, Any]:
+        return parse({**MINIMAL, "compare": {"methods": given}}).compare.methods
+
+    assert methods(["base", "mavis"]) == methods({"base": None, "mavis": {}}) == {"base": {}, "mavis": {}}
+    assert methods({"full": {"method": "mavis", "strengths": [1, 2]}})["full"]["strengths"] == [1, 2]
+
+
 def test_the_number_of_keys_stays_small() -> None:
-    """Those of `serve` apart: they change nothing that a run produces, and only who operates a service reads them."""
+    """Those of `serve` and `compare` apart: they change nothing that a run produces, and only who operates a service
+    or compares methods reads them.
+    """
     keys = set(config_module._known_keys())
-    of_serve = {key for key in keys if key.startswith("serve.")}
-    assert len(keys - of_serve) < 75
+    of_serve, of_compare = ({key for key in keys if key.startswith(part)} for part in ("serve.", "compare."))
+    assert len(keys - of_serve - of_compare) < 75
     assert len(of_serve) <= 26
+    assert len(of_compare) <= 5
 
 
 def test_settings_that_would_mix_two_runs_are_refused() -> None:
@@ -123,6 +138,7 @@ def test_machines_iterations_and_new_objectives_may_change() -> None:
         "serve": {"port": 1234},
         "evaluate": {"grid": 7},
         "distill": {"epochs": 7},
+        "compare": {"methods": ["base", "mavis"], "seeds": 3},
         "objectives": {**MINIMAL["objectives"], "b": {"reward": "brevity"}},
     }
     assert conflicts(parse(MINIMAL), parse({**MINIMAL, **free})) == []

@@ -1,0 +1,66 @@
+"""Value models as methods use them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mavis_dist.compare.method import Method
+from mavis_dist.evaluate.collect import stages_of
+from mavis_dist.models.directory import fingerprint_model
+from mavis_dist.store import values
+from mavis_dist.store.files import Store
+from mavis_dist.types import UserError
+
+TRAINING = ("rollouts ", "labels ", "train ", "gate ", "distill")  # how the names of these stages begin
+
+
+class ValueModels(Method):
+    """A method with the value models of a finished run.
+
+    Settings: `run`, another run of the same storage, base model and objectives; `distilled`, its distilled model
+    instead of the published iterations.
+    """
+
+    defaults = MappingProxyType({"run": None, "distilled": False})
+
+    @property
+    def store(self) -> Store:
+        config = self.workspace.config
+        return Store(config.storage, self.settings["run"] or config.run)
+
+    @property
+    def is_distilled(self) -> bool:
+        return bool(self.settings["distilled"])
+
+    def check(self) -> None:
+        found = values.served(self.store)
+        for name in self.workspace.config.objectives:
+            if name not in found:
+                raise UserError(f"run {self.store.run!r} has no published value model of {name!r}: finish it first")
+            if self.is_distilled and found[name].distilled is None:
+                raise UserError(f"run {self.store.run!r} serves no distilled model of {name!r}: run jobs.distill first")
+
+    def folders(self) -> dict[str, Path]:
+        """objective -> local folder of its value model."""
+        found = {name: values.served(self.store)[name] for name in self.workspace.config.objectives}
+        if self.is_distilled:
+            return {name: values.fetch_folder(self.store, model.folder) for name, model in found.items()}
+        return {name: values.fetch(self.store, name, model.iteration) for name, model in found.items()}
+
+    def inputs(self) -> Mapping[str, Any]:
+        folders = self.folders()
+        fingerprints = {folder: fingerprint_model(folder) for folder in set(folders.values())}
+        return {"value_models": {name: fingerprints[folder] for name, folder in folders.items()}}
+
+    def training_s(self) -> float:
+        stages = [stage for stage in stages_of(self.store) if stage.name.startswith(TRAINING)]
+        return math.fsum(stage.seconds or 0.0 for stage in stages)
+
+    def equal_weights(self) -> dict[str, float]:
+        """Of all objectives."""
+        names = self.workspace.config.objectives
+        return dict.fromkeys(names, 1 / len(names))

@@ -1,0 +1,94 @@
+"""Methods that steer by preferences, objectives given as sentences; nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mavis_dist.compare.method import Answer, Method
+from mavis_dist.decode import PRESETS, Preference, PreferenceParams, Request, chat_prompts
+from mavis_dist.decode.validate import MAX_STRENGTH
+from mavis_dist.types import Prompt, UserError
+
+EMPHASIS = "This matters more than anything else."
+# The policy of a prompt as a single preference of full strength: the engine then knows its divergence from the base.
+AS_PROMPTED = PreferenceParams(adapt=False, c=1.0, top_p=1.0)
+
+
+class ByPreference(Method):
+    """A method that knows every objective by its preference."""
+
+    def check(self) -> None:
+        for name in self.workspace.config.objectives:
+            self.workspace.preference(name)
+
+    def inputs(self) -> Mapping[str, Any]:
+        return {"preferences": {name: self.workspace.preference(name) for name in self.workspace.config.objectives}}
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        found = self.workspace.generate(requests, {})
+        return [
+            Answer(one.text, len(one.tokens), one.divergence, len(one.tokens), 0, found.seconds_of([one]))
+            for (one,) in found.choices
+        ]
+
+
+class OnePrompt(ByPreference):
+    """One prompt with all preferences and their importance; the strength is how insistent it is.
+
+    1: after the system text. 2: with emphasis. 3: after the question as well. 4: both. The divergence is exact. A
+    second row, of the plain prompt, measures it: without, these answers would take about half the time.
+    """
+
+    strengths = (1.0, 2.0, 3.0, 4.0)
+
+    def check(self) -> None:
+        super().check()
+        if not set(self.strengths) <= set(OnePrompt.strengths):
+            raise UserError(f"strengths has {[*self.strengths]}: use some of 1, 2, 3, 4")
+
+    def answer(
+        self, prompts: Sequence[Prompt], weights: Mapping[str, float], strength: float, seed: int
+    ) -> list[Answer]:
+        text = self.text(weights, has_emphasis=strength in (2.0, 4.0))
+        system = f"{self.workspace.config.base.system}\n{text}"
+        requests = []
+        for prompt, request in zip(prompts, self.workspace.requests(prompts, seed), strict=True):
+            question = f"{prompt.text}\n\n{text}" if strength >= 3 else prompt.text
+            preference = Preference(text, self.workspace.base.chat(question, system))
+            requests.append(replace(request, preferences=(preference,), preference_params=AS_PROMPTED))
+        return self.generate(requests)
+
+    def text(self, weights: Mapping[str, float], has_emphasis: bool) -> str:
+        """A line per objective, the most important first."""
+        order = sorted(weights, key=lambda name: -weights[name])
+        lines = [self.workspace.preference(name) for name in order]
+        if len(order) > 1:
+            lines = [
+                f"{line} (importance: {100 * weights[name]:.0f} %)" for name, line in zip(order, lines, strict=True)
+            ]
+        return "\n".join([*lines, *([EMPHASIS] if has_emphasis else [])])
+
+
+class Mato(ByPreference):
+    """MATO (docs/preferences.md); the strength is c. The divergence is exact."""
+
+    strengths = (1.0, 2.0, 3.0, 4.0, 6.0)
+
+    def check(self) -> None:
+        super().check()
+        if self.strengths[-1] > MAX_STRENGTH:
+            raise UserError(f"strengths has {self.strengths[-1]:g}: use numbers up to {MAX_STRENGTH:g}")
+
+    def answer(
+        self, prompts: Sequence[Prompt], weights: Mapping[str, float], strength: float, seed: int
+    ) -> list[Answer]:
+        weighted = [(self.workspace.preference(name), weight) for name, weight in weights.items()]
+        params = replace(PRESETS["mato"], c=strength)
+        tokenizer, system = self.workspace.base.tokenizer, self.workspace.config.base.system
+        requests = []
+        for prompt, request in zip(prompts, self.workspace.requests(prompts, seed), strict=True):
+            _, preferences = chat_prompts(tokenizer, prompt.text, weighted, system)
+            requests.append(replace(request, preferences=preferences, preference_params=params))
+        return self.generate(requests)

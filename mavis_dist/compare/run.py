@@ -1,0 +1,137 @@
+"""The comparison of methods of steering: computes the cells that are missing, then figures and a report from all.
+
+Needs a finished run. Without anything missing, it needs no cluster and loads no model.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+
+import numpy as np
+
+from mavis_dist import cluster
+from mavis_dist.actors import WorkerPool
+from mavis_dist.compare.cells import Cell, plan_cells, read
+from mavis_dist.compare.figures import summarise
+from mavis_dist.compare.measured import Measured
+from mavis_dist.compare.method import make_methods
+from mavis_dist.compare.report import examples_of, write_report
+from mavis_dist.compare.results import Comparison
+from mavis_dist.compare.worker import Finished, worker_factory
+from mavis_dist.compare.workspace import Workspace
+from mavis_dist.config import Config
+from mavis_dist.core.limit import largest_divergence
+from mavis_dist.evaluate import base_answers
+from mavis_dist.models.load import fetch, fingerprint_model
+from mavis_dist.pipeline import score_base
+from mavis_dist.progress import metered, say
+from mavis_dist.prompts import load_prompts
+from mavis_dist.run_state import check_same_run, open_run
+from mavis_dist.store import layout
+from mavis_dist.store.files import Store, StoreError
+from mavis_dist.types import UserError
+
+STAGE = "compare"
+PACKAGES = ("mavis-dist", "torch", "transformers", "ray", "moocore")
+
+
+def compare(config: Config) -> tuple[Comparison, str]:
+    """The figures of a comparison, and the path of its page.
+
+    Raises:
+        UserError: before anything is computed, naming what is missing or cannot be used.
+        Stopped: after SIGTERM or SIGINT; finished cells are saved.
+    """
+    if config.evaluate.limit_answers == 0:
+        raise UserError(
+            "config key 'evaluate.limit_answers' is 0: many answers of the base model are what gains and the limit of "
+            "steering are measured from; set it to 64"
+        )
+    workspace = Workspace(config)
+    check_same_run(workspace.store, config)
+    scales = workspace.scales  # of the run's value models: it is finished
+    methods = make_methods(config.compare, workspace)
+    _, prompts = load_prompts(config.prompts, config.seed)
+    cells = plan_cells(config, methods, prompts, fingerprint_model(fetch(config.base.model)))
+    missing = [cell for cell in cells if not workspace.store.exists(cell.path)]
+    say(STAGE, f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
+    if missing or not is_base_scored(config, workspace.store):
+        compute(config, missing)
+    measured = Measured(
+        cells={cell: read(workspace.store, cell, prompts) for cell in cells},
+        base_PN={
+            name: (base_rewards(config, workspace.store, name) - scale.mean) / scale.sd
+            for name, scale in scales.items()
+        },
+        scales=scales,
+        kl=config.compare.kl,
+    )
+    training_s = {name: method.training_s() for name, method in methods.items()}
+    comparison = summarise(measured, training_s, describe(config))
+    workspace.store.write_json(layout.COMPARISON_FILE, comparison.to_json())
+    return comparison, write_report(config, workspace.store, comparison, examples_of(measured, prompts))
+
+
+def is_base_scored(config: Config, store: Store) -> bool:
+    """Whether the answers of the base model that tell the limit of steering are there, with their rewards."""
+    folders = [layout.LIMIT_FOLDER, *(layout.limit_reward_folder(name) for name in config.objectives)]
+    return all(store.metadata(folder) == {"answers": config.evaluate.limit_answers} for folder in folders)
+
+
+def base_rewards(config: Config, store: Store, objective: str) -> np.ndarray:
+    """Raw rewards [P, N] of the base model's answers."""
+
+    def unfinished() -> list[list[float]]:
+        raise StoreError(f"{store.root}/{folder} is not finished")
+
+    folder = layout.limit_reward_folder(objective)
+    return np.array(base_answers.cached(store, folder, config.evaluate.limit_answers, unfinished))
+
+
+def compute(config: Config, missing: Sequence[Cell]) -> None:
+    """Answer the prompts of all missing cells on a cluster, after the answers of the base model."""
+    cluster.connect()
+    with cluster.stop_on_signals():
+        state = open_run(config)
+        try:
+            score_base(state)
+        finally:
+            state.release_workers()
+        lists = [list(cells) for _, cells in groupby(missing, key=lambda cell: (cell.method, cell.seed))]
+        pool: WorkerPool[None, list[Cell], Finished] = WorkerPool(worker_factory(config), config.rollout.actors)
+        try:
+            for _ in metered(pool.run(STAGE, None, lists), STAGE, "cells", len(missing)):
+                pass
+        finally:
+            pool.release()
+
+
+def describe(config: Config) -> dict[str, str]:
+    """Topic -> one line of text."""
+    compare, steer, rollout = config.compare, config.steer, config.rollout
+    return {
+        "base model": f"{config.base.model}, {config.base.dtype}; system prompt: {config.base.system!r}",
+        "objectives": ", ".join(f"{name} ({spec.reward})" for name, spec in config.objectives.items()),
+        "prompts": f"{config.prompts.evaluation} unseen, answers of at most {rollout.max_tokens} tokens, "
+        f"top-k {rollout.top_k}",
+        "weights": f"{compare.weights} per pair, corners included, and those inside triples",
+        "seeds": f"{compare.seeds}; every method answers a prompt with the same ones",
+        "steering": f"tilt of at most {steer.tilt_cap} nats per token, residual cap {steer.residual_cap}",
+        "limit": f"from {config.evaluate.limit_answers} answers of the base model to every prompt; known up to "
+        f"{largest_divergence(config.evaluate.limit_answers):.2f} nats",
+        "hypervolume": "of mean gains in standard deviations; reference point: the base model (0 in every objective)",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found

@@ -1,0 +1,100 @@
+"""Figures of a made-up comparison whose answers are known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mavis_dist.compare.figures import summarise
+from mavis_dist.compare.measured import Measured, nearest_answers
+from mavis_dist.compare.results import Comparison, MethodResult, table
+from tests.unit.compare.made_up import VECTORS, made_up
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    return made_up()
+
+
+@pytest.fixture(scope="module")
+def comparison(measured: Measured) -> Comparison:
+    return summarise(measured, dict.fromkeys(measured.methods, 60.0), {"base model": "a tiny one"})
+
+
+def row(comparison: Comparison, method: str) -> MethodResult:
+    return next(row for row in comparison.methods if row.method == method)
+
+
+def test_seeds_are_averaged_before_prompts_are_resampled(comparison: Comparison) -> None:
+    """Noise that cancels between the two seeds of a prompt leaves no interval."""
+    one = next(s for s in comparison.settings if (s.method, s.name) == ("mavis", "a"))
+    assert one.gain["a"] is not None
+    assert [one.gain["a"].mean, one.gain["a"].low, one.gain["a"].high] == pytest.approx([1.0] * 3)
+    assert one.strengths[2].gain["a"].mean == pytest.approx(2.0)
+    assert one.strengths[2].divergence == 4.0
+    assert one.spent == 2.0
+
+
+def test_hypervolumes_and_ratios_by_hand(comparison: Comparison) -> None:
+    """Fronts (1, 0), (1/2, 1/2), (0, 1): a box of 1/4; half the gains make a sixteenth."""
+    mavis, weak = row(comparison, "mavis"), row(comparison, "weak")
+    assert mavis.hypervolume is not None
+    assert mavis.hypervolume.mean == pytest.approx(0.25)
+    assert weak.hypervolume_ratio is not None
+    assert [weak.hypervolume_ratio.mean, weak.hypervolume_ratio.low] == pytest.approx([4.0, 4.0])
+    assert mavis.hypervolume_ratio is None
+    assert mavis.hypervolume_anywhere is not None
+    assert mavis.hypervolume_anywhere.mean == pytest.approx(1.0)  # at strength 4 gains are 2
+    assert row(comparison, "unknown").hypervolume_anywhere is not None
+    assert row(comparison, "base").hypervolume_ratio is None  # nothing to divide by
+
+
+def test_weighted_gains_differences_and_winners(comparison: Comparison) -> None:
+    """At the corners the weighted gain is 1, in the middle 1/4 + 1/4."""
+    mavis, weak = row(comparison, "mavis"), row(comparison, "weak")
+    assert mavis.weighted is not None
+    assert weak.behind is not None
+    assert mavis.weighted.mean == pytest.approx(2.5 / 3)
+    assert weak.behind.mean == pytest.approx(1.25 / 3)
+    assert comparison.reference == "mavis"
+    assert comparison.winners["weighted"] is None  # `short` gains as much
+    assert row(comparison, "unknown").weighted is None
+
+
+def test_a_method_that_spends_less_is_judged_by_the_limit_there(comparison: Comparison) -> None:
+    mavis, short = row(comparison, "mavis"), row(comparison, "short")
+    assert mavis.share is not None
+    assert short.share is not None
+    assert short.share.mean > 1.2 * mavis.share.mean
+    assert comparison.winners["share"] == "short"
+    assert row(comparison, "base").share is None
+
+
+def test_correlations_cost_and_text(comparison: Comparison) -> None:
+    mavis = row(comparison, "mavis")
+    assert mavis.spearman == pytest.approx(1.0)
+    assert (mavis.cost.generated, mavis.cost.reward_calls, mavis.cost.tokens_per_s) == (20, 3, 5)
+    assert mavis.cost.training_s == 60.0
+    assert mavis.text.perplexity == pytest.approx(np.e)
+    assert mavis.text.distinct_2 < row(comparison, "base").text.distinct_2
+
+
+def test_the_nearest_strength(measured: Measured) -> None:
+    for method, strength in (("mavis", 2.0), ("short", 4.0), ("unknown", 1.0)):
+        found = nearest_answers(measured, method, VECTORS[0])
+        assert found == measured.by_strength(method, VECTORS[0])[strength]
+
+
+def test_json_has_the_main_figures_first_and_no_infinities(comparison: Comparison) -> None:
+    found = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
+    assert list(found)[:3] == ["hypervolume_ratio", "share_of_limit", "cost"]
+    assert found["hypervolume_ratio"]["weak"]["mean"] == pytest.approx(4.0)
+    assert found["hypervolume_ratio"]["unknown"] is None
+
+
+def test_the_table_has_a_line_per_method(comparison: Comparison) -> None:
+    lines = table(comparison).splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == ["base", "mavis", "weak", "short", "unknown"]
+    assert "4.00 [4.00, 4.00]" in lines[4]
