@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from mavis_dist.config import Config
-from mavis_dist.models import value
+from mavis_dist.models import qhead, value
 from mavis_dist.models.load import load_base
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
@@ -95,6 +96,25 @@ def publish_next(folder: Path, run: str, objective: str, iteration: int, seed: i
     card = value.load_card(values.fetch_folder(store, known))
     work = folder / "work" / f"{objective}-{iteration}"
     _publish(store, work, objective, iteration, seed, config, card.base_fingerprint, card.tokenizer_fingerprint)
+
+
+def publish_distilled(folder: Path, run: str, names: tuple[str, str], name: str) -> None:
+    """Publish one model for both objectives of a run of `write_models`, with a student."""
+    store = Store(str(folder / "runs"), run)
+    model, card = value.load(values.fetch(store, names[0], 0))
+    model.add_objective()
+    torch.manual_seed(11)
+    torch.nn.init.normal_(model.heads.weight, std=0.3)
+    head = qhead.QHead(model.heads.in_features, 2, 4)
+    for query in head.queries:
+        torch.nn.init.normal_(query.weight, std=0.5)
+    teachers = tuple(value.Teacher(name, 0, "f") for name in names)
+    card = replace(card, objectives=names, teachers=teachers, scales=card.scales * 2, rewards=card.rewards * 2)
+    value.save(model, card, folder / "student")
+    qhead.save(head, folder / "student")
+    store.upload(folder / "student", layout.distilled_folder(name), {})
+    for objective in names:
+        values.publish_distilled(store, objective, 0, name)
 
 
 def count_vowels(prompts: list[str], answers: list[str]) -> list[float]:

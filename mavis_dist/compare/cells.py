@@ -26,6 +26,7 @@ from mavis_dist.store.files import Store, StoreError, digest
 from mavis_dist.types import Prompt
 
 Weights = tuple[tuple[str, float], ...]  # by objective, positive, in the order of the config; the sum is 1
+SURPRISE_PROMPTS = 32  # whose answers with the first seed tell the perplexity, which would take longer than decoding
 REWARD = "reward/"  # begins the names of columns with an objective's raw rewards
 SCHEMA = pa.schema(
     {
@@ -37,7 +38,7 @@ SCHEMA = pa.schema(
         "reward_calls": pa.int32(),
         "seconds": pa.float64(),
         "surprise": pa.float64(),  # nats under the base model
-        "surprise_tokens": pa.int32(),  # whose surprise it is
+        "surprise_tokens": pa.int32(),  # whose surprise it is; 0: not measured
     }
 )
 
@@ -130,7 +131,10 @@ def compute(cell: Cell, method: Method, prompts: Sequence[Prompt], workspace: Wo
     answers = method.answer(prompts, dict(cell.weights), cell.strength, cell.seed)
     texts = [answer.text for answer in answers]
     rewards = {name: workspace.score(name, prompts, texts) for name in workspace.config.objectives}
-    write(workspace.store, cell.path, prompts, answers, rewards, workspace.surprise(prompts, texts))
+    some = list(prompts[:SURPRISE_PROMPTS]) if cell.seed == 0 else []
+    surprises = workspace.surprise(some, texts[: len(some)])
+    surprises += [Surprise(0.0, 0)] * (len(prompts) - len(some))
+    write(workspace.store, cell.path, prompts, answers, rewards, surprises)
 
 
 def write(

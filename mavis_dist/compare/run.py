@@ -57,6 +57,10 @@ def compare(config: Config) -> tuple[Comparison, str]:
     _, prompts = load_prompts(config.prompts, config.seed)
     cells = plan_cells(config, methods, prompts, fingerprint_model(fetch(config.base.model)))
     missing = [cell for cell in cells if not workspace.store.exists(cell.path)]
+    largest = largest_divergence(config.evaluate.limit_answers)
+    if config.compare.kl > largest:
+        answers = f"evaluate.limit_answers={config.evaluate.limit_answers}"
+        say(STAGE, f"shares of the limit are not known at {config.compare.kl:g} nats: {answers} tell {largest:.2f}")
     say(STAGE, f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
     if missing or not is_base_scored(config, workspace.store):
         compute(config, missing)

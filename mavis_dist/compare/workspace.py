@@ -26,7 +26,7 @@ from mavis_dist.models.value import load_card
 from mavis_dist.rewards import Reward, build
 from mavis_dist.rollout.trees import RolloutError
 from mavis_dist.run_state import answer_params
-from mavis_dist.store import values
+from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
 from mavis_dist.types import Prompt, RewardScale, UserError
 
@@ -63,7 +63,10 @@ class Workspace:
 
     @cached_property
     def scales(self) -> dict[str, RewardScale]:
-        """The unit of every objective, as stored with its first value model; raises StoreError if there is none."""
+        """The unit of every objective, as stored with its first value model; raises UserError if there is none."""
+        for name in self.config.objectives:
+            if self.store.metadata(layout.value_folder(name, 0)) is None:
+                raise UserError(f"run {self.config.run!r} has no value model of {name!r}: run jobs.pipeline first")
         folders = {name: values.fetch(self.store, name, 0) for name in self.config.objectives}
         return {name: load_card(folder).only(name).scales[0] for name, folder in folders.items()}
 

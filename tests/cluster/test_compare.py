@@ -117,7 +117,7 @@ def test_lost_cells_and_new_ones_are_computed_and_no_others(finished: Config, co
         (["compare.methods=[mavs]"], ["'compare.methods.mavs'", "mavis"]),
         (["compare.preferences={}"], ["compare.methods.prompt", "'vowels' has no preference"]),
         (["evaluate.limit_answers=0"], ["'evaluate.limit_answers' is 0", "64"]),
-        (["run=elsewhere"], ["no finished value model"]),
+        (["run=elsewhere"], ["'elsewhere' has no value model of 'vowels'", "jobs.pipeline"]),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_computed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,27 @@ def test_scorers_differ_in_speed_only_and_a_vanishing_tilt_is_the_base_model(wor
     strong = full.answer(PROMPTS, HALVES, 4.0, 1)
     assert [a.text for a in lazy.answer(PROMPTS, HALVES, 4.0, 1)] == [a.text for a in strong] != [a.text for a in base]
     assert all(answer.divergence and answer.divergence > 0 for answer in strong)
+
+
+def test_a_distilled_model_steers_where_it_is_asked_for(tmp_path: Path, config: Config, workspace: Workspace) -> None:
+    """Students need it; other scorers keep the published iterations unless told otherwise."""
+    tiny.write_models(tmp_path, "run", NAMES)
+    tiny.publish_distilled(tmp_path, "run", NAMES, "5fa0")
+    distilled = Workspace(config.model_copy(update={"storage": str(tmp_path / "runs")}))
+    lazy, full, own = (
+        make(distilled, "mavis", distilled=True),
+        make(distilled, "mavis_full", distilled=True),
+        make(distilled, "mavis"),
+    )
+
+    def texts(method: Method) -> list[str]:
+        return [answer.text for answer in method.answer(PROMPTS, HALVES, 4.0, 1)]
+
+    assert texts(lazy) == texts(full) != texts(own) == texts(make(workspace, "mavis"))
+    assert lazy.inputs() != own.inputs()
+    for name in ("mavis_predicted", "mavis_qhead"):
+        assert make(distilled, name).inputs() == lazy.inputs()
+        assert texts(make(distilled, name)) != texts(own)
 
 
 def test_best_of_two_steered_answers_takes_the_better(workspace: Workspace) -> None:

@@ -17,7 +17,7 @@ import torch
 from mavis_dist.config import Config
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.decode.load_guide import fetch_published, load_guide, load_models
-from mavis_dist.models import qhead, value
+from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.sections import Limits
 from mavis_dist.store import layout, values
@@ -38,7 +38,7 @@ from serve.messages import Admission, AnswerFailed, BaseLost, Call, Reply
 from serve.model_cache import ModelCache, Unavailable, loaded
 from serve.settings import ValueArgs
 from serve.value.replica import Value
-from tests.tiny import MODEL, publish_next, write_models
+from tests.tiny import MODEL, publish_distilled, publish_next, write_models
 
 RUN = "run"
 LIMITS = Limits(stall_s=20, deadline_s=60)
@@ -314,30 +314,10 @@ def test_an_objective_published_later_is_served_at_once(bases, folder, store, ba
     assert tokens == expected(store, base, request, {"kind": 0, "brief": 0})
 
 
-def publish_distilled(store: Store, folder: Path, name: str) -> None:
-    """One model for both objectives, with a student."""
-    path = values.fetch(store, "positive", 0)
-    model, card = value.load(path)
-    model.add_objective()
-    torch.manual_seed(11)
-    torch.nn.init.normal_(model.heads.weight, std=0.3)
-    head = qhead.QHead(model.heads.in_features, 2, 4)
-    for query in head.queries:
-        torch.nn.init.normal_(query.weight, std=0.5)
-    names = ("positive", "brief")
-    pairs = {"scales": card.scales * 2, "rewards": card.rewards * 2}
-    card = replace(card, objectives=names, teachers=tuple(value.Teacher(n, 0, "f") for n in names), **pairs)
-    value.save(model, card, folder / "student")
-    qhead.save(head, folder / "student")
-    store.upload(folder / "student", layout.distilled_folder(name), {})
-    for objective in names:
-        values.publish_distilled(store, objective, 0, name)
-
-
 @pytest.mark.parametrize("scorer", [Scorer.LAZY, Scorer.QHEAD, Scorer.PREDICTED])
 def test_objectives_of_a_distilled_model_share_it(folder, store, base, scorer):
     bases = Bases(folder, store, base, "colocated")
-    publish_distilled(store, folder, "5fa0")
+    publish_distilled(folder, RUN, ("positive", "brief"), "5fa0")
     versions = asyncio.run(Registry(store).versions())
     assert versions == {"positive": "positive@d5fa0", "brief": "brief@d5fa0"}
     request = replace(make_request(), scorer=scorer)
@@ -397,7 +377,7 @@ def test_a_later_iteration_starts_from_its_own_head_of_a_shared_model(folder, st
 
 def test_value_replicas_serve_distilled_models_too(folder, store, base):
     bases = Bases(folder, store, base, "replicas")
-    publish_distilled(store, folder, "5fa0")
+    publish_distilled(folder, RUN, ("positive", "brief"), "5fa0")
     tokens = asyncio.run(bases.answer(make_request(), {name: f"{name}@d5fa0" for name in OLD}))
     [[choice]] = Engine(base, load_guide(fetch_published(store))).generate([make_request()])
     assert tokens == choice.tokens
