@@ -12,8 +12,6 @@ from mavis_dist.config import Config
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.store.files import Store, StoreError
 
-LEAST_KEPT = 0.9  # of the differences, when the merged weights are rounded
-
 
 def load_merged(
     config: Config, store: Store, weights: Mapping[str, float], strength: float = 1.0, dtype: str | None = None
@@ -23,20 +21,14 @@ def load_merged(
     Args:
         weights: of the policies, by name.
         strength: factor of all differences; 0 is the base model.
-        dtype: precision of the merged weights; None: that of the base model. Half precision drops differences that are
-            small beside the weights.
+        dtype: precision of the merged weights; None: that of the base model.
 
     Raises:
-        StoreError: a policy is not finished, or belongs to another base model; or rounding drops too much of the
-            differences.
+        StoreError: a policy is not finished, or belongs to another base model.
     """
     base = load_base(config.base.model, dtype or config.base.dtype, config.base.device)
     parts = [(read_deltas(folder_of(store, name, base)), strength * weight) for name, weight in weights.items()]
-    kept = add_deltas(base.model, weighted_sum(part for part in parts if part[1] != 0))
-    if kept < LEAST_KEPT:
-        raise StoreError(
-            f"{base.model.dtype} keeps only {kept:.0%} of what {', '.join(weights)} change: load them in float32"
-        )
+    add_deltas(base.model, weighted_sum(part for part in parts if part[1] != 0))
     name = " + ".join(f"{strength * weight:g} {policy}" for policy, weight in weights.items())
     return replace(base, name=f"{base.name} + {name}", fingerprint=f"{base.fingerprint} + {name}")
 

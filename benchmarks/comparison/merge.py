@@ -1,7 +1,7 @@
 """Low-rank adapters merged into the weights of the base model: one policy, or a weighted sum of several.
 
 Rewarded Soups (arXiv 2306.04488) interpolate the weights of fine-tuned models, base + sum_m w_m delta_m. Here the full
-differences delta_m = alpha / rank * B_m A_m are summed, in single precision, and rounded once. Interpolating A and B
+differences delta_m = alpha / rank * B_m A_m are summed in single precision and added once. Interpolating A and B
 themselves would add products of one policy's A and another one's B.
 """
 
@@ -45,17 +45,23 @@ def weighted_sum(parts: Iterable[tuple[Deltas, float]]) -> Deltas:
 
 
 @torch.no_grad()
-def add_deltas(model: nn.Module, deltas: Deltas) -> float:
-    """Change a model's weights in place; the share of the differences, by norm, that rounding to the model's precision
-    keeps, 1 in single precision.
+def add_deltas(model: nn.Module, deltas: Deltas) -> None:
+    """Change a model's weights in place.
+
+    Differences may be smaller than the steps of bfloat16, and rounding to the nearest would drop them. They are rounded
+    up or down at random, always in the same way: right on average, and exact where the difference is 0.
     """
     weights = dict(model.named_parameters())
-    wanted, kept = 0.0, 0.0
+    source = torch.Generator().manual_seed(0)
     for name, delta in deltas.items():
         weight = weights[name]
-        before, delta = weight.float(), delta.to(weight.device)
-        after = (before + delta).to(weight.dtype)
-        wanted += float((delta * delta).sum())
-        kept += float(((after.float() - before) * delta).sum())
-        weight.copy_(after)
-    return kept / wanted if wanted else 1.0
+        changed = weight.float() + delta.to(weight.device)
+        if weight.dtype == torch.bfloat16:
+            changed = _rounded_at_random(changed, source)
+        weight.copy_(changed)
+
+
+def _rounded_at_random(x: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+    """One of the two neighbours in bfloat16, which are the upper 16 bits of a float32, with the right mean."""
+    lower = torch.randint(1 << 16, x.shape, dtype=torch.int32, generator=source).to(x.device)
+    return ((x.view(torch.int32) + lower) & -(1 << 16)).view(torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
@@ -30,24 +30,28 @@ class PolicySpec:
         return f"{FOLDER}/{self.name}"
 
 
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a policy is trained; the budgets bound each policy."""
 
-    seconds: float = 720.0
-    tokens: int = 400_000  # sampled while training; RL only
-    rank: int = 16
-    alpha: int = 32
-    rl_learning_rate: float = 3e-4
-    dpo_learning_rate: float = 2e-4
-    prompts_per_step: int = 8  # RL
-    answers_per_prompt: int = 8  # RL
-    updates: int = 1  # passes of the optimiser over each batch of answers; RL only
-    pairs_per_prompt: int = 2  # DPO: best against worst, second best against second worst, ...
-    pairs_per_step: int = 16  # DPO
-    epochs: int = 1  # over the pairs; DPO only
-    rows_per_pass: int = 16  # answers in one forward pass, at most
-    save_steps: int = 5  # between checkpoints
+    seconds: float = _setting(720.0, "longest training of one policy")
+    tokens: int = _setting(400_000, "most tokens sampled to train one policy by RL")
+    rank: int = _setting(16, "rank of the low-rank adapters")
+    alpha: int = _setting(32, "scale of the low-rank adapters")
+    rl_learning_rate: float = _setting(3e-4, "learning rate of RL")
+    dpo_learning_rate: float = _setting(2e-4, "learning rate of DPO")
+    prompts_per_step: int = _setting(8, "prompts of a step of RL")
+    answers_per_prompt: int = _setting(8, "answers to each of them")
+    updates: int = _setting(1, "optimiser steps on the answers of a step of RL")
+    pairs_per_prompt: int = _setting(2, "pairs of DPO per tree: best and worst answer, second best and worst, ...")
+    pairs_per_step: int = _setting(16, "pairs of a step of DPO")
+    epochs: int = _setting(1, "passes of DPO over the pairs")
+    rows_per_pass: int = _setting(16, "most answers in one forward pass of training")
+    save_steps: int = _setting(5, "steps between checkpoints")
 
 
 def catalogue(
