@@ -47,7 +47,7 @@ class Settings:
     prompts_per_step: int = _setting(8, "prompts of a step of RL")
     answers_per_prompt: int = _setting(8, "answers to each of them")
     updates: int = _setting(1, "optimiser steps on the answers of a step of RL")
-    pairs_per_prompt: int = _setting(2, "pairs of DPO per tree: best and worst answer, second best and worst, ...")
+    pairs_per_prompt: int = _setting(1, "pairs of DPO per tree: best and worst answer, second best and worst, ...")
     pairs_per_step: int = _setting(16, "pairs of a step of DPO")
     epochs: int = _setting(1, "passes of DPO over the pairs")
     rows_per_pass: int = _setting(16, "most answers in one forward pass of training")

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
+import mavis_dist.environment  # noqa: F401  the same OpenMP waiting as in the actors
 from benchmarks.comparison.policies import PolicySpec, Settings, catalogue, chosen
 from jobs.arguments import refusing
 from mavis_dist import config as config_module

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +37,8 @@ from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.rewards import Reward
 from mavis_dist.types import RewardScale
 
-WARMUP_STEPS = 5
 ENDLESS = 1_000_000  # steps: the budget ends RL
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # of its warning about `rollout_func`
+warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
 logging.getLogger("trl").setLevel(logging.ERROR)
 
 
@@ -95,7 +94,7 @@ def rl_trainer(
 ) -> Any:
     """A trainer for the weighted, standardised rewards of a policy; checkpoints go to `folder`."""
     answers = settings.prompts_per_step * settings.answers_per_prompt
-    rows = min(settings.rows_per_pass, answers)
+    rows = _pass_size(answers, settings.rows_per_pass)
     arguments = GRPOConfig(
         **_common(config, settings, folder),
         learning_rate=settings.rl_learning_rate,
@@ -127,7 +126,7 @@ def dpo_trainer(
     spec: PolicySpec, settings: Settings, config: Config, pairs: Sequence[Pair], folder: Path, usage: Usage
 ) -> Any:
     """A trainer on preference pairs; checkpoints go to `folder`."""
-    rows = min(settings.pairs_per_step, max(1, settings.rows_per_pass // 2))
+    rows = _pass_size(settings.pairs_per_step, settings.rows_per_pass // 2)
     arguments = DPOConfig(
         **_common(config, settings, folder),
         learning_rate=settings.dpo_learning_rate,
@@ -153,12 +152,16 @@ def dpo_trainer(
     return _watched(trainer, Budget(spec.name, usage, settings))
 
 
+def _pass_size(total: int, most: int) -> int:
+    """The largest size of forward passes that split a step evenly."""
+    return max(size for size in range(1, max(most, 1) + 1) if total % size == 0)
+
+
 def _common(config: Config, settings: Settings, folder: Path) -> dict[str, Any]:
     """Arguments of both trainers."""
     return {
         "output_dir": str(folder),
-        "lr_scheduler_type": "constant_with_warmup",  # training may end at any step
-        "warmup_steps": WARMUP_STEPS,
+        "lr_scheduler_type": "constant",  # training may end at any step
         "seed": config.seed,
         "bf16": config.train.dtype == "bfloat16",
         "use_cpu": config.base.device == "cpu",

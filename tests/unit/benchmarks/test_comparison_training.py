@@ -126,8 +126,8 @@ def test_several_objectives_share_one_reward(run: tuple[Config, Store], monkeypa
     config, store = run
     monkeypatch.setattr(usage.Budget, "on_step_end", steps(1))
     spec = PolicySpec("morlhf", RL, {"vowels": 0.25, "loud": 0.75}, 0.1)
-    metadata = train_policy(spec, SETTINGS, config, store)
-    assert metadata["reward_calls"] == 2 * metadata["answers"] == 128
+    metadata = train_policy(spec, replace(SETTINGS, prompts_per_step=3, answers_per_prompt=6), config, store)
+    assert metadata["reward_calls"] == 2 * metadata["answers"] == 36
     [entry, *_] = store.read_bytes(f"{spec.folder}/metrics.jsonl").decode().splitlines()
     found = json.loads(entry)
     parts = {"vowels": 0.25, "loud": 0.75, "divergence": -0.1}
