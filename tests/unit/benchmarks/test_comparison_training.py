@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("trl")
@@ -19,9 +20,11 @@ from benchmarks.comparison import fit, train, usage
 from benchmarks.comparison.decode import MixtureDecoder
 from benchmarks.comparison.fit import scale_of, train_policy, training_prompts
 from benchmarks.comparison.load import load_merged
+from benchmarks.comparison.mixture import mix
 from benchmarks.comparison.policies import DPO, FOLDER, RL, TRAINING, PolicySpec, Settings
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
+from mavis_dist.core.tilt import Filters
 from mavis_dist.core.tree import Finish, TreeBuilder
 from mavis_dist.decode import Engine, Request, SamplingParams
 from mavis_dist.models.load import BaseModel, load_base
@@ -35,10 +38,11 @@ from tests.tiny import MODEL, count_capitals, count_vowels, write_base
 SETTINGS = Settings(
     seconds=40, tokens=100_000, rank=8, alpha=32, rl_learning_rate=5e-3, dpo_learning_rate=5e-3, save_steps=2
 )
+LAYER = {"root": 4, "children": 2, "layers": 1}
 VOWELS = PolicySpec("rl-vowels", RL, {"vowels": 1.0}, 0.01)
 
 
-def make_config(folder: Path) -> Config:
+def make_config(folder: Path, **rollout: int) -> Config:
     return config_module.parse(
         {
             "run": "run",
@@ -49,7 +53,7 @@ def make_config(folder: Path) -> Config:
             },
             "base": {"model": str(folder / MODEL), "dtype": "float32"},
             "prompts": {"train": 20, "validation": 4, "evaluation": 8},
-            "rollout": {"max_tokens": 12, "first": {"root": 4, "children": 2, "layers": 1}},
+            "rollout": {"max_tokens": 12, "first": LAYER, "later": LAYER, **rollout},
         }
     )
 
@@ -120,6 +124,32 @@ def test_rl_raises_its_reward(run: tuple[Config, Store], monkeypatch: pytest.Mon
     assert not store.list(f"{TRAINING}/{VOWELS.name}")
     history = [json.loads(line) for line in store.read_bytes(f"{VOWELS.folder}/metrics.jsonl").decode().splitlines()]
     assert [entry["step"] for entry in history][:20] == list(range(1, 21))
+
+
+def test_rl_converges_to_the_optimum_of_the_tilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of one token: pi is proportional to p exp(r / kl), r in standard deviations, on the base's candidates,
+    which are few enough for the tiny model to represent it.
+    """
+    base, config = load_base(str(write_base(tmp_path))), make_config(tmp_path, max_tokens=1, top_k=8)
+    store, spec = Store(config.storage, config.run), PolicySpec("rl", RL, {"loud": 1.0}, 1.0)
+    write_labelled_trees(config, store, base)
+    monkeypatch.setattr(usage.Budget, "on_step_end", steps(30))
+    train_policy(spec, replace(SETTINGS, prompts_per_step=16, rows_per_pass=128, save_steps=1000), config, store)
+    policy, scale = load_merged(config, store, {"rl": 1.0}), scale_of(config, store, "loud")
+    filters = Filters.of([8], [1.0], [0.0], [1.0], base.model.device)
+    before, after = [], []
+    for prompt in training_prompts(config):
+        ids = torch.tensor([base.chat(prompt.text, config.base.system)])
+        base_BV, policy_BV = (model.model(input_ids=ids).logits[:, -1] for model in (base, policy))
+        base_BV[:, list(base.eos_ids)] = -torch.inf
+        mixture = mix(base_BV, [policy_BV], [1.0], 1.0, filters)
+        texts = [base.tokenizer.decode(token) for token in mixture.ids_BK[0].tolist()]
+        reward_BK = torch.tensor([[scale.standardise(score) for score in count_capitals([], texts)]])
+        optimum_BK = (mixture.base_logprobs_BK + reward_BK / spec.kl).log_softmax(-1)
+        for found, logprobs_BK in ((before, mixture.base_logprobs_BK), (after, mixture.logprobs_BK)):
+            found.append(float((logprobs_BK.exp() * (logprobs_BK - optimum_BK)).sum()))
+    assert fmean(before) > 0.3
+    assert fmean(after) < 0.03
 
 
 def test_several_objectives_share_one_reward(run: tuple[Config, Store], monkeypatch: pytest.MonkeyPatch) -> None:
