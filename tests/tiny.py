@@ -122,6 +122,11 @@ def count_vowels(prompts: list[str], answers: list[str]) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in answer.lower())) for answer in answers]
 
 
+def count_capitals(prompts: list[str], answers: list[str]) -> list[float]:
+    """Another one."""
+    return [float(sum(letter.isupper() for letter in answer)) for answer in answers]
+
+
 def always_one(prompts: list[str], answers: list[str]) -> list[float]:
     """A reward that nothing can be learnt from."""
     return [1.0 for _ in answers]

@@ -27,7 +27,7 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=inde
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-COMMAND = re.compile(r"python -m (jobs|benchmarks)\.(\w+)([^`\n#]*)")
+COMMAND = re.compile(r"python -m (jobs|benchmarks)\.(\w+(?:\.\w+)?)([^`\n#]*)")
 PATH = re.compile(r"\.?[\w-]+(/[\w.-]+)+/?")
 SECTIONS = {
     name: field.annotation
@@ -204,8 +204,8 @@ def test_paths_exist(named: Named) -> None:
 
 @pytest.mark.parametrize("named", sorted(set(named_commands())), ids=str)
 def test_commands_exist(named: Named) -> None:
-    folder, name = named.name.split(".")
-    assert (ROOT / folder / f"{name}.py").is_file() or (ROOT / folder / name / "__main__.py").is_file()
+    path = named.name.replace(".", "/")
+    assert (ROOT / f"{path}.py").is_file() or (ROOT / path / "__main__.py").is_file()
 
 
 @pytest.mark.parametrize("named", sorted(set(named_targets())), ids=str)

@@ -1,0 +1,198 @@
+"""TRL's trainers on this project's prompts, rewards and answers. The only file that imports trl.
+
+RL is GRPO without its two normalisations (Dr. GRPO, arXiv 2503.20783), whose gradient is that of RLOO (arXiv
+2402.14740) times a constant; TRL's RLOO trainer accepts no other sampler and computes log-probabilities twice more.
+The reward of an answer is sum_m w_m r_m - kl * log(pi / p). Its mean, E r - kl * KL, is largest at the optimum of
+value-guided decoding with beta = 1 / kl.
+
+Answers are sampled as they are measured (`decode`): on the base model's truncated support, as is log(pi / p). The
+gradient of log pi is TRL's, over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model_state_dict
+from transformers import PrinterCallback
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
+from benchmarks.comparison.decode import MixtureDecoder
+from benchmarks.comparison.merge import add_deltas, deltas_of
+from benchmarks.comparison.pairs import Pair
+from benchmarks.comparison.policies import PolicySpec, Settings
+from benchmarks.comparison.usage import Budget, Usage
+from mavis_dist.config import Config
+from mavis_dist.core import noise
+from mavis_dist.decode import Request, SamplingParams
+from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.rewards import Reward
+from mavis_dist.types import RewardScale
+
+ENDLESS = 1_000_000  # steps: the budget ends RL
+warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
+logging.getLogger("trl").setLevel(logging.ERROR)
+
+
+class Sampler:
+    """Answers of the policy in a trainer."""
+
+    def __init__(self, config: Config, name: str, scale: float, usage: Usage):
+        """`scale`: of the policy's adapter."""
+        rollout = config.rollout
+        self._base = load_base(config.base.model, config.base.dtype, config.base.device)
+        self._plain = copy.deepcopy(self._base.model)  # decoders repack the weights of the models that they run
+        self._params = SamplingParams(rollout.max_tokens, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
+        self._config, self._name, self._scale, self._usage = config, name, scale, usage
+
+    def __call__(self, questions: list[str], trainer: Any) -> dict[str, Any]:
+        """One answer per question, as TRL's `rollout_func` returns them, with log(pi / p) for the rewards."""
+        adapter = get_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model))
+        merged = copy.deepcopy(self._plain)
+        add_deltas(merged, deltas_of(adapter, self._scale))
+        decoder = MixtureDecoder(self._base, [replace(self._base, model=merged)], self._config.rollout.rows)
+        requests = [self._request(*numbered) for numbered in enumerate(questions, self._usage.answers)]
+        choices = decoder.answer(requests)
+        self._usage.answers += len(choices)
+        self._usage.tokens += sum(len(choice.tokens) for choice in choices)
+        return {
+            "prompt_ids": [list(request.prompt) for request in requests],
+            "completion_ids": [choice.tokens for choice in choices],
+            "logprobs": None,  # only needed where sampling and training disagree on the weights
+            "logratio": [math.fsum(choice.logratios) for choice in choices],
+        }
+
+    def _request(self, number: int, question: str) -> Request:
+        stream = noise.stream(self._config.seed, self._name, number)
+        prompt = self._base.chat(question, self._config.base.system)
+        return Request("", prompt, params=self._params, stream=stream)
+
+
+class _DPO(DPOTrainer):
+    """DPO on tokens: TRL would add an end-of-answer token to answers that were cut."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+
+def rl_trainer(
+    spec: PolicySpec,
+    settings: Settings,
+    config: Config,
+    questions: Sequence[str],
+    rewards: Mapping[str, tuple[Reward, RewardScale]],
+    folder: Path,
+    usage: Usage,
+) -> Any:
+    """A trainer for the weighted, standardised rewards of a policy; checkpoints go to `folder`."""
+    answers = settings.prompts_per_step * settings.answers_per_prompt
+    rows = _pass_size(answers, settings.rows_per_pass)
+    arguments = GRPOConfig(
+        **_common(config, settings, folder),
+        learning_rate=settings.rl_learning_rate,
+        beta=0.0,  # the divergence is one of the rewards
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        max_steps=ENDLESS,
+        num_generations=settings.answers_per_prompt,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=answers // rows,
+        num_iterations=settings.updates,
+        max_completion_length=config.rollout.max_tokens,
+        reward_weights=[*spec.weights.values(), -spec.kl],
+    )
+    base = load_base(config.base.model, config.train.dtype, config.base.device)
+    trainer = GRPOTrainer(
+        model=base.model,
+        reward_funcs=[*(_reward_function(name, *rewards[name], usage) for name in spec.weights), divergence],
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": list(questions)}),
+        processing_class=base.tokenizer,
+        peft_config=_lora(settings),
+        rollout_func=Sampler(config, spec.name, settings.alpha / settings.rank, usage),
+    )
+    return _watched(trainer, Budget(spec.name, usage, settings))
+
+
+def dpo_trainer(
+    spec: PolicySpec, settings: Settings, config: Config, pairs: Sequence[Pair], folder: Path, usage: Usage
+) -> Any:
+    """A trainer on preference pairs; checkpoints go to `folder`."""
+    rows = _pass_size(settings.pairs_per_step, settings.rows_per_pass // 2)
+    arguments = DPOConfig(
+        **_common(config, settings, folder),
+        learning_rate=settings.dpo_learning_rate,
+        beta=spec.kl,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=settings.pairs_per_step // rows,
+        max_length=None,
+    )
+    base: BaseModel = load_base(config.base.model, config.train.dtype, config.base.device)
+    columns = {
+        "prompt_ids": [pair.prompt for pair in pairs],
+        "chosen_ids": [pair.chosen for pair in pairs],
+        "rejected_ids": [pair.rejected for pair in pairs],
+    }
+    trainer = _DPO(
+        model=base.model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=base.tokenizer,
+        peft_config=_lora(settings),
+    )
+    return _watched(trainer, Budget(spec.name, usage, settings))
+
+
+def _pass_size(total: int, most: int) -> int:
+    """The largest size of forward passes that split a step evenly."""
+    return max(size for size in range(1, max(most, 1) + 1) if total % size == 0)
+
+
+def _common(config: Config, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Arguments of both trainers."""
+    return {
+        "output_dir": str(folder),
+        "lr_scheduler_type": "constant",  # training may end at any step
+        "seed": config.seed,
+        "bf16": config.train.dtype == "bfloat16",
+        "use_cpu": config.base.device == "cpu",
+        "gradient_checkpointing": False,
+        "save_steps": settings.save_steps,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+def _lora(settings: Settings) -> LoraConfig:
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _reward_function(name: str, reward: Reward, scale: RewardScale, usage: Usage) -> Callable[..., list[float]]:
+    def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        usage.reward_calls += len(completions)
+        return [scale.standardise(raw) for raw in reward.score(prompts, completions)]
+
+    score.__name__ = name  # TRL's name of its metrics
+    return score
+
+
+def divergence(logratio: list[float], **_: Any) -> list[float]:
+    """log(pi / p) of whole answers: its mean is KL(pi || p), and its gradient that of the divergence."""
+    return logratio
+
+
+def _watched(trainer: Any, budget: Budget) -> Any:
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(budget)
+    return trainer
