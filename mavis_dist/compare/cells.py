@@ -23,7 +23,7 @@ from mavis_dist.config import Config
 from mavis_dist.run_state import answer_params
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store, StoreError, digest
-from mavis_dist.types import Prompt
+from mavis_dist.types import Prompt, UserError
 
 Weights = tuple[tuple[str, float], ...]  # by objective, positive, in the order of the config; the sum is 1
 SURPRISE_PROMPTS = 32  # whose answers with the first seed tell the perplexity, which would take longer than decoding
@@ -99,7 +99,7 @@ def _sums(total: int, size: int) -> Iterator[tuple[int, ...]]:
 def plan_cells(
     config: Config, methods: Mapping[str, Method], prompts: Sequence[Prompt], base_fingerprint: str
 ) -> list[Cell]:
-    """All cells, those of a method one after the other."""
+    """All cells, those of a method one after the other; raises UserError for a method without any."""
     vectors = weight_vectors(list(config.objectives), config.compare.weights)
     common: dict[str, Any] = {
         "base": config.base.model_dump(mode="json", exclude={"device", "model"}),
@@ -110,10 +110,15 @@ def plan_cells(
     }
     cells = []
     for name, method in methods.items():
+        own_vectors = [weights for weights in vectors if method.covers(dict(weights))] if method.is_steered else [()]
+        if not own_vectors:
+            raise UserError(
+                f"compare.methods.{name} covers none of the weights: change compare.weights, or leave it out"
+            )
         kind = f"{type(method).__module__}:{type(method).__qualname__}"
         own = {**common, "method": kind, "settings": method.settings, "inputs": dict(method.inputs())}
         for seed in range(config.compare.seeds):
-            for weights in vectors if method.is_steered else [()]:
+            for weights in own_vectors:
                 for strength in method.strengths:
                     path = _path(own, name, weights, strength, seed)
                     cells.append(Cell(name, weights, strength, seed, path))

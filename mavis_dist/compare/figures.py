@@ -25,48 +25,87 @@ REFERENCE = "mavis"  # which others are compared with, if it takes part
 
 def summarise(measured: Measured, training_s: Mapping[str, float], conditions: Mapping[str, str]) -> Comparison:
     """All figures; `training_s` by method, seconds."""
-    methods, vectors = measured.methods, measured.vectors
-    settings = measured.settings
+    methods, settings, common = measured.methods, measured.settings, measured.common
     reference = REFERENCE if REFERENCE in methods else next((name for name in methods if name != BASE), BASE)
     groups = [group for size in (2, 3) for group in combinations(measured.scales, size)] or [tuple(measured.scales)]
-    volume_R = {(group, method): _volume(measured, method, group) for group in groups for method in methods}
     pairs = [group for group in groups if len(group) == min(map(len, groups))]
-    totals = {
-        "weighted": {m: np.mean([settings[m, w].weighted_R for w in vectors], axis=0) for m in methods},
-        "hypervolume": {m: np.mean([volume_R[pair, m] for pair in pairs], axis=0) for m in methods},
-        "share": {m: np.mean([settings[m, w].share_R for w in vectors], axis=0) for m in methods},
-    }
-    anywhere_R = {m: np.mean([_whole_volume(measured, m, pair) for pair in pairs], axis=0) for m in methods}
-    nearest = {m: [answers for w in vectors for answers in nearest_answers(measured, m, w)] for m in methods}
+    totals = _Totals(measured, pairs)
+    nearest = {m: [answers for w in common(m) for answers in nearest_answers(measured, m, w)] for m in methods}
     return Comparison(
         conditions=dict(conditions),
         reference=reference,
         kl=measured.kl,
         num_prompts=measured.weights_RP.shape[1],
+        num_weights=len(measured.vectors),
         objectives=list(measured.scales),
-        limit=_mean_limit([measured.mixture(weights) for weights in vectors]),
-        settings=[_weights_result(measured, settings[m, w], m, w) for m in methods for w in vectors],
-        groups=[_group(group, m, reference, volume_R) for group in groups for m in methods],
+        limit=_mean_limit([measured.mixture(weights) for weights in measured.vectors]),
+        settings=[_weights_result(measured, setting, m, w) for (m, w), setting in settings.items()],
+        groups=[_group(totals, group, m, reference) for group in groups for m in methods],
         methods=[
             MethodResult(
                 method=m,
-                weighted=statistics.estimate(totals["weighted"][m]),
-                behind=_unless(m == reference, totals["weighted"][reference] - totals["weighted"][m]),
-                hypervolume=statistics.estimate(totals["hypervolume"][m]),
-                hypervolume_anywhere=statistics.estimate(anywhere_R[m]),
-                hypervolume_ratio=_unless(
-                    m in (reference, BASE), statistics.ratio(totals["hypervolume"][reference], totals["hypervolume"][m])
+                num_weights=len(common(m)),
+                weighted=statistics.estimate(totals.weighted(m, m)),
+                behind=_unless(m == reference, totals.weighted(reference, m) - totals.weighted(m, reference)),
+                hypervolume=statistics.estimate(totals.hypervolume(m, m)),
+                hypervolume_anywhere=statistics.estimate(
+                    np.mean([_whole_volume(measured, m, pair) for pair in pairs if inside(common(m), pair)], axis=0)
                 ),
-                share=statistics.estimate(totals["share"][m]),
+                hypervolume_ratio=_unless(
+                    m in (reference, BASE),
+                    statistics.ratio(totals.hypervolume(reference, m), totals.hypervolume(m, reference)),
+                ),
+                share=statistics.estimate(totals.share(m, m)),
+                share_behind=_unless(m == reference, totals.share(reference, m) - totals.share(m, reference)),
                 spearman=_spearman(measured, m, pairs) if m != BASE else None,
                 text=_text(nearest[m]),
                 cost=_cost(nearest[m], training_s[m]),
-                strengths=_by_strength(measured, m, {w: settings[m, w] for w in vectors}),
+                strengths=_by_strength(measured, m),
             )
             for m in methods
         ],
-        winners={name: statistics.winner(found) for name, found in totals.items()},
+        winners={
+            "weighted": statistics.winner(methods, totals.weighted),
+            "hypervolume": statistics.winner(methods, totals.hypervolume),
+            "share": statistics.winner(methods, totals.share),
+        },
     )
+
+
+class _Totals:
+    """Figures [R] of a method, to be compared with another's: over the weights that both have, nan without any."""
+
+    def __init__(self, measured: Measured, pairs: Sequence[Sequence[str]]):
+        self._measured, self._pairs = measured, pairs
+        self._volumes: dict[tuple[str, tuple[str, ...], tuple[Weights, ...]], np.ndarray] = {}
+
+    def weighted(self, method: str, other: str) -> np.ndarray:
+        """The mean gain by weight."""
+        measured = self._measured
+        return self._mean([measured.settings[method, w].weighted_R for w in measured.common(method, other)])
+
+    def share(self, method: str, other: str) -> np.ndarray:
+        """The mean share of the limit."""
+        measured = self._measured
+        return self._mean([measured.settings[method, w].share_R for w in measured.common(method, other)])
+
+    def hypervolume(self, method: str, other: str) -> np.ndarray:
+        """The mean hypervolume of the pairs."""
+        vectors = self._measured.common(method, other)
+        return self._mean([self.volume(method, other, pair) for pair in self._pairs if inside(vectors, pair)])
+
+    def volume(self, method: str, other: str, group: Sequence[str]) -> np.ndarray:
+        """The hypervolume of the gains at the KL."""
+        vectors = inside(self._measured.common(method, other), group)
+        key = method, tuple(group), vectors
+        if key not in self._volumes:
+            found = [self._measured.settings[method, weights].gain_R for weights in vectors]
+            gains_WOR = np.array([[gain_R[name] for name in group] for gain_R in found])
+            self._volumes[key] = statistics.hypervolumes(gains_WOR.transpose(2, 0, 1)) if found else self._mean([])
+        return self._volumes[key]
+
+    def _mean(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        return np.mean(rows, axis=0) if rows else np.full(len(self._measured.weights_RP), np.nan)
 
 
 def _mean_limit(mixtures: Sequence[np.ndarray]) -> Limit:
@@ -79,15 +118,10 @@ def _unless(is_left_out: bool, value_R: np.ndarray) -> Estimate | None:
     return None if is_left_out else statistics.estimate(value_R)
 
 
-def _volume(measured: Measured, method: str, group: Sequence[str]) -> np.ndarray:
-    """The hypervolume [R] of the gains at the KL."""
-    found = [measured.settings[method, weights].gain_R for weights in inside(measured, group)]
-    return statistics.hypervolumes(np.array([[gain_R[name] for name in group] for gain_R in found]).transpose(2, 0, 1))
-
-
 def _whole_volume(measured: Measured, method: str, group: Sequence[str]) -> np.ndarray:
     """The hypervolume [R] of the gains at all strengths, whatever their KL."""
-    found = [measured.settings[method, weights].curves for weights in inside(measured, group)]
+    vectors = inside(measured.common(method), group)
+    found = [measured.settings[method, weights].curves for weights in vectors]
     gains = [[measured.weights_RP @ curves[name].gain_SP.T for name in group] for curves in found]
     points_RWSO = np.moveaxis(np.array(gains), (2, 3), (0, 2))  # from [W, O, R, S]
     return statistics.hypervolumes(points_RWSO.reshape(len(points_RWSO), -1, len(group)))
@@ -102,19 +136,21 @@ def _weights_result(measured: Measured, setting: Setting, method: str, weights: 
         gain={name: statistics.estimate(gain_R) for name, gain_R in setting.gain_R.items()},
         spent=_known(float(setting.spent_R[0])),
         share=statistics.estimate(setting.share_R),
-        strengths=_by_strength(measured, method, {weights: setting}),
+        strengths=_by_strength(measured, method, [weights]),
     )
 
 
-def _by_strength(measured: Measured, method: str, settings: Mapping[Weights, Setting]) -> list[AtStrength]:
-    """A method at every strength, means over these weights."""
-    rows = [measured.by_strength(method, weights) for weights in settings]
+def _by_strength(measured: Measured, method: str, vectors: Sequence[Weights] = ()) -> list[AtStrength]:
+    """A method at every strength, means over these weights; over all of its own if none are given."""
+    vectors = vectors or measured.common(method)
+    settings = [measured.settings[method, weights] for weights in vectors]
+    rows = [measured.by_strength(method, weights) for weights in vectors]
 
     def mean(curves: Sequence[Curve]) -> Curve:
         return Curve(np.mean([c.kl_SP for c in curves], axis=0), np.mean([c.gain_SP for c in curves], axis=0))
 
-    weighted = mean([setting.weighted for setting in settings.values()])
-    gains = {name: mean([setting.curves[name] for setting in settings.values()]) for name in measured.scales}
+    weighted = mean([setting.weighted for setting in settings])
+    gains = {name: mean([setting.curves[name] for setting in settings]) for name in measured.scales}
     found = []
     for s, strength in enumerate(rows[0]):
         cells = [answers for row in rows for answers in row[strength]]
@@ -135,15 +171,13 @@ def _known(number: float) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _group(
-    group: Sequence[str], method: str, reference: str, volume_R: Mapping[tuple[tuple[str, ...], str], np.ndarray]
-) -> Group:
-    ours_R, theirs_R = volume_R[tuple(group), reference], volume_R[tuple(group), method]
+def _group(totals: _Totals, group: Sequence[str], method: str, reference: str) -> Group:
+    ratio_R = statistics.ratio(totals.volume(reference, method, group), totals.volume(method, reference, group))
     return Group(
         list(group),
         method,
-        statistics.estimate(theirs_R),
-        _unless(method in (reference, BASE), statistics.ratio(ours_R, theirs_R)),
+        statistics.estimate(totals.volume(method, method, group)),
+        _unless(method in (reference, BASE), ratio_R),
     )
 
 
@@ -151,11 +185,12 @@ def _spearman(measured: Measured, method: str, pairs: Sequence[Sequence[str]]) -
     """Mean over pairs and objectives; None if gains are unknown or there is no pair."""
     found = []
     for pair in (pair for pair in pairs if len(pair) == 2):
-        vectors = inside(measured, pair)
+        vectors = inside(measured.common(method), pair)
         for name in pair:
             weights_W = np.array([dict(w).get(name, 0.0) for w in vectors])
             gain_W = np.array([measured.settings[method, w].gain_R[name][0] for w in vectors])
-            found.append(float("nan") if np.isnan(gain_W).any() else statistics.spearman(weights_W, gain_W))
+            is_known = len(vectors) > 1 and not np.isnan(gain_W).any()
+            found.append(statistics.spearman(weights_W, gain_W) if is_known else float("nan"))
     return _known(float(np.mean(found))) if found else None
 
 

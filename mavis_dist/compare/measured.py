@@ -5,7 +5,7 @@ Shapes: P prompts, N answers of the base model to each, S strengths, D seeds, R 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,7 +14,6 @@ import numpy as np
 from mavis_dist.compare import statistics
 from mavis_dist.compare.cells import Answers, Cell, Weights
 from mavis_dist.compare.equal_kl import Curve, resamples
-from mavis_dist.compare.method import BASE
 from mavis_dist.types import RewardScale
 
 RESAMPLES = 2000
@@ -39,14 +38,28 @@ class Measured:
         return list(dict.fromkeys(cell.weights for cell in self.cells if cell.weights))
 
     @cached_property
+    def covered(self) -> dict[str, frozenset[Weights]]:
+        """By method: the weights that it has answers for, all of them if it is not steered."""
+        found: dict[str, set[Weights]] = {}
+        for cell in self.cells:
+            found.setdefault(cell.method, set()).update([cell.weights] if cell.weights else self.vectors)
+        return {method: frozenset(weights) for method, weights in found.items()}
+
+    def common(self, *methods: str) -> tuple[Weights, ...]:
+        """The weights that all these methods have answers for."""
+        return tuple(weights for weights in self.vectors if all(weights in self.covered[m] for m in methods))
+
+    @cached_property
     def weights_RP(self) -> np.ndarray:
         return resamples(len(next(iter(self.base_PN.values()))))[: 1 + RESAMPLES]
 
     @cached_property
     def settings(self) -> dict[tuple[str, Weights], Setting]:
-        """Every method with all weights."""
+        """Every method with all its weights."""
         return {
-            (method, weights): _setting(self, method, weights) for weights in self.vectors for method in self.methods
+            (method, weights): _setting(self, method, weights)
+            for method in self.methods
+            for weights in self.common(method)
         }
 
     def mixture(self, weights: Weights) -> np.ndarray:
@@ -62,11 +75,10 @@ class Measured:
         return self._limits[weights]
 
     def by_strength(self, method: str, weights: Weights) -> dict[float, list[Answers]]:
-        """The answers of a method by strength, then by seed; the base model's are the same for all weights."""
-        weights = () if method == BASE else weights
+        """The answers of a method by strength, then by seed; without steering they are the same for all weights."""
         found: dict[float, list[Answers]] = {}
         for cell, answers in self.cells.items():
-            if (cell.method, cell.weights) == (method, weights):
+            if cell.method == method and cell.weights in (weights, ()):
                 found.setdefault(cell.strength, []).append(answers)
         return found
 
@@ -116,6 +128,6 @@ def nearest_answers(measured: Measured, method: str, weights: Weights) -> list[A
     return by_strength[int(np.argmin(np.where(np.isnan(distance_S), np.inf, distance_S)))]
 
 
-def inside(measured: Measured, group: Sequence[str]) -> list[Weights]:
+def inside(vectors: Sequence[Weights], group: Collection[str]) -> tuple[Weights, ...]:
     """The weights of these objectives alone."""
-    return [weights for weights in measured.vectors if {name for name, _ in weights} <= set(group)]
+    return tuple(weights for weights in vectors if {name for name, _ in weights} <= set(group))

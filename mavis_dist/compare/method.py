@@ -59,6 +59,10 @@ class Method(ABC):
     def check(self) -> None:  # noqa: B027
         """Raises UserError if it cannot answer, such as for a model that is missing; before anything expensive."""
 
+    def covers(self, weights: Mapping[str, float]) -> bool:
+        """Whether it can answer under these weights; False where that needs a model of exactly these."""
+        return True
+
     def inputs(self) -> Mapping[str, Any]:
         """Plain values that its answers depend on besides prompts, weights, strength, seed and settings."""
         return {}

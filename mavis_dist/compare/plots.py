@@ -80,7 +80,7 @@ def _front(comparison: Comparison, first: str, second: str) -> Drawing:
         )
         for row in comparison.methods
     }
-    known = {name: points for name, points in fronts.items() if all(s.weighted is not None for s in points)}
+    known = {name: points for name, points in fronts.items() if points and all(s.weighted is not None for s in points)}
 
     def draw(axes: Axes, colour: Callable[[str], str]) -> None:
         axes.axvline(0, color=colour("muted"), linewidth=0.8, linestyle=(0, (2, 3)))
@@ -125,8 +125,8 @@ def _divergence(comparison: Comparison) -> Drawing:
     return _drawing(
         "gain-by-divergence",
         "Weighted gain against divergence",
-        "The weighted gain over all weights at every strength. Dashed: the limit, more than which no method gains at "
-        "that divergence, as far as it is known. Dotted: where methods are compared.",
+        "The mean weighted gain over a method's weights at every strength. Dashed: the limit, more than which no "
+        "method gains at that divergence, as far as it is known. Dotted: where methods are compared.",
         f"Weighted gain, in sd, against divergence, in nats. {spots}.",
         ("KL divergence from the base model, nats per answer", "weighted gain, sd"),
         draw,

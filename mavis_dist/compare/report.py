@@ -28,7 +28,7 @@ from mavis_dist.types import Prompt
 
 
 class Shown(TypedDict):
-    """Answers to look through: one per prompt, of every method and weights."""
+    """Answers to look through: one per prompt, of every method and its weights."""
 
     prompts: list[str]
     weights: list[str]
@@ -39,7 +39,7 @@ def examples_of(measured: Measured, prompts: Sequence[Prompt]) -> Shown:
     """The answers with the first seed, at the strength nearest to the KL of the comparison."""
     found: dict[str, dict[str, list[str]]] = {}
     for method in measured.methods:
-        for weights in measured.vectors:
+        for weights in measured.common(method):
             first_seed = nearest_answers(measured, method, weights)[0]
             found.setdefault(method, {})[weights_name(weights)] = first_seed.text
     return {

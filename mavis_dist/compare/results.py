@@ -40,12 +40,12 @@ class WeightsResult:
 
 @dataclass(frozen=True)
 class Group:
-    """A method over all weights of a pair or triple."""
+    """A method over its weights of a pair or triple."""
 
     objectives: list[str]
     method: str
     hypervolume: Estimate | None  # sd^objectives above the base model, at the KL of the comparison
-    ratio: Estimate | None  # the reference's over this one's; None for the reference and the base model
+    ratio: Estimate | None  # the reference's over this one's, on common weights; None for it and the base model
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A method over all weights, at the KL of the comparison; None: unknown."""
+    """A method over all its weights, at the KL of the comparison; None: unknown."""
 
     method: str
-    weighted: Estimate | None  # gain, sd, mean over all weights
+    num_weights: int  # that it has answers for; comparisons are over those that both methods have
+    weighted: Estimate | None  # gain, sd, mean over its weights
     behind: Estimate | None  # the reference's less this one's, paired; None for the reference
     hypervolume: Estimate | None  # mean of the pairs
     hypervolume_anywhere: Estimate | None  # the same of all strengths together, whatever their KL
     hypervolume_ratio: Estimate | None  # the reference's over this one's; None for the reference and the base model
-    share: Estimate | None  # of the limit, mean over all weights
+    share: Estimate | None  # of the limit, mean over its weights
+    share_behind: Estimate | None  # the reference's less this one's, paired; None for the reference
     spearman: float | None  # of weights and gains, mean over pairs and objectives
     text: Text
     cost: Cost
-    strengths: list[AtStrength]  # means over all weights
+    strengths: list[AtStrength]  # means over its weights
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Comparison:
     reference: str
     kl: float  # nats at which methods are compared
     num_prompts: int
+    num_weights: int
     objectives: list[str]
     limit: Limit  # of steering, mean over all weights
     settings: list[WeightsResult]
@@ -106,6 +109,7 @@ class Comparison:
             "hypervolume_ratio": {row.method: row.hypervolume_ratio for row in others},
             "share_of_limit": {row.method: row.share for row in self.methods},
             "cost": {row.method: asdict(row.cost) for row in self.methods},
+            "share_behind": {row.method: row.share_behind for row in others},
         }
         found: dict[str, Any] = _finite({**main, **asdict(self)})
         return found
@@ -146,7 +150,15 @@ def table(comparison: Comparison) -> str:
         f"at {comparison.kl:g} nats, {comparison.num_prompts} unseen prompts, 95 % intervals; behind and ratio: "
         f"{comparison.reference} against the method; *: ahead of every other beyond doubt"
     )
-    return "\n".join([text_table(head, rows, [18, *[23] * 5, *[11] * 5]), note])
+    lines = [text_table(head, rows, [18, *[23] * 5, *[11] * 5]), note]
+    fewer = [row for row in comparison.methods if row.num_weights < comparison.num_weights]
+    if fewer:
+        counts = ", ".join(f"{row.method} {row.num_weights}" for row in fewer)
+        lines.append(
+            f"of {comparison.num_weights} weights, these methods have fewer: {counts}; behind, ratio and * compare "
+            "common weights only"
+        )
+    return "\n".join(lines)
 
 
 def _figure(estimate: Estimate | None, is_winner: bool = False) -> str:

@@ -54,6 +54,8 @@ def compare(config: Config) -> tuple[Comparison, str]:
     check_same_run(workspace.store, config)
     scales = workspace.scales  # of the run's value models: it is finished
     methods = make_methods(config.compare, workspace)
+    if not any(method.is_steered for method in methods.values()):
+        raise UserError("config key 'compare.methods' has no method to compare with the base model: add one")
     _, prompts = load_prompts(config.prompts, config.seed)
     cells = plan_cells(config, methods, prompts, fingerprint_model(fetch(config.base.model)))
     missing = [cell for cell in cells if not workspace.store.exists(cell.path)]

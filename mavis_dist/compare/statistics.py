@@ -9,7 +9,7 @@ Shapes: P prompts, S strengths, R resamples (the first is the sample itself), W 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 
 import moocore
 import numpy as np
@@ -93,11 +93,17 @@ def estimate(value_R: np.ndarray) -> Estimate | None:
     return found.estimate
 
 
-def winner(value_R: Mapping[str, np.ndarray]) -> str | None:
-    """Whose figure is larger than every other's, each by an interval of the paired difference that excludes 0."""
-    known = {name: found_R for name, found_R in value_R.items() if not np.isnan(found_R[0])}
-    if len(known) < 2:
-        return None
-    best = max(known, key=lambda name: known[name][0])
-    differences = [estimate(known[best] - found_R) for name, found_R in known.items() if name != best]
-    return best if all(found is not None and found.low > 0 for found in differences) else None
+def winner(names: Sequence[str], figure: Callable[[str, str], np.ndarray]) -> str | None:
+    """Whose figure is larger than every other's, each by an interval of the paired difference that excludes 0.
+
+    Args:
+        figure: [R] of a method, to be compared with another's; nan if it is unknown.
+    """
+    known = [name for name in names if not np.isnan(figure(name, name)[0])]
+
+    def is_ahead(name: str, other: str) -> bool:
+        difference = estimate(figure(name, other) - figure(other, name))
+        return difference is not None and difference.low > 0
+
+    winners = [name for name in known if all(is_ahead(name, other) for other in known if other != name)]
+    return winners[0] if winners and len(known) > 1 else None

@@ -114,6 +114,7 @@ def test_lost_cells_and_new_ones_are_computed_and_no_others(finished: Config, co
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["compare.methods=[base]"], ["'compare.methods'", "add one"]),
         (["compare.methods=[mavs]"], ["'compare.methods.mavs'", "mavis"]),
         (["compare.preferences={}"], ["compare.methods.prompt", "'vowels' has no preference"]),
         (["evaluate.limit_answers=0"], ["'evaluate.limit_answers' is 0", "64"]),

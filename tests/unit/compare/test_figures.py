@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from mavis_dist.compare.figures import summarise
 from mavis_dist.compare.measured import Measured, nearest_answers
 from mavis_dist.compare.results import Comparison, MethodResult, table
-from tests.unit.compare.made_up import VECTORS, made_up
+from tests.unit.compare.made_up import VECTORS, cells_of, made_up
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,44 @@ def test_the_table_has_a_line_per_method(comparison: Comparison) -> None:
     lines = table(comparison).splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == ["base", "mavis", "weak", "short", "unknown"]
     assert "4.00 [4.00, 4.00]" in lines[4]
+
+
+def test_a_method_without_some_weights_is_compared_on_the_common_ones() -> None:
+    """The corner of a and the middle, with half the gains of mavis there."""
+    whole = made_up()
+    some = [VECTORS[0], VECTORS[2]]
+    cells = {**whole.cells, **cells_of("some", some, lambda s: s / 4, lambda s: s)}
+    comparison = summarise(replace(whole, cells=cells), dict.fromkeys([*whole.methods, "some"], 0.0), {})
+    found, mavis = row(comparison, "some"), row(comparison, "mavis")
+    assert (found.num_weights, mavis.num_weights, comparison.num_weights) == (2, 3, 3)
+    for figure, expected in (
+        (found.weighted, (0.5 + 0.25) / 2),
+        (found.behind, (0.5 + 0.25) / 2),
+        (found.hypervolume, 1 / 16),
+        (found.hypervolume_ratio, 4.0),
+        (mavis.weighted, 2.5 / 3),
+    ):
+        assert figure is not None
+        assert figure.mean == pytest.approx(expected)
+    assert found.share is not None
+    assert found.share_behind is not None
+    assert found.share_behind.mean == pytest.approx(found.share.mean)  # gains of mavis are twice as large
+    group = next(group for group in comparison.groups if group.method == "some")
+    assert group.ratio is not None
+    assert group.ratio.mean == pytest.approx(4.0)
+    assert [s.name for s in comparison.settings if s.method == "some"] == ["a", "0.5 a + 0.5 b"]
+    assert "of 3 weights, these methods have fewer: some 2" in table(comparison)
+
+
+def test_a_method_that_is_not_steered_has_the_same_answers_for_all_weights() -> None:
+    whole = made_up()
+    constant = {
+        replace(cell, method="constant", path=f"constant{cell.seed}"): found
+        for cell, found in whole.cells.items()
+        if cell.method == "base"
+    }
+    measured = replace(whole, cells={**whole.cells, **constant})
+    found = row(summarise(measured, dict.fromkeys([*whole.methods, "constant"], 0.0), {}), "constant")
+    assert found.num_weights == 3
+    assert found.weighted is not None
+    assert found.weighted.mean == pytest.approx(0.0)

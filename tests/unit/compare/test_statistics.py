@@ -104,6 +104,18 @@ def test_a_winner_must_be_ahead_of_every_other_beyond_doubt() -> None:
     hard_P = rng.normal(0, 5, 60)  # what all methods share
     noise = [rng.normal(0, 0.5, 60) for _ in range(3)]
     third_R, ours_R, close_R = (weights_RP @ (hard_P + x) for x in (noise[0], noise[1] + 1.0, noise[2] + 1.0))
-    assert statistics.winner({"third": third_R, "ours": ours_R}) == "ours"
-    assert statistics.winner({"third": third_R, "ours": ours_R, "close": close_R}) is None
-    assert statistics.winner({"ours": ours_R, "unknown": np.full_like(ours_R, np.nan)}) is None
+    found = {"third": third_R, "ours": ours_R, "close": close_R, "unknown": np.full_like(ours_R, np.nan)}
+
+    def winner(*names: str) -> str | None:
+        return statistics.winner(names, lambda name, _: found[name])
+
+    assert winner("third", "ours") == winner("third", "ours", "unknown") == "ours"
+    assert winner("third", "ours", "close") is None
+    assert winner("ours", "unknown") is None
+
+
+def test_a_winner_is_ahead_on_the_weights_that_it_has_in_common_with_the_other() -> None:
+    """One that only has the easy weights leads by its mean, and is behind there."""
+    ours = {"ours": 1.0, "easy": 2.0}
+    figure = {"ours": lambda other: ours[other], "easy": lambda _: 1.5}
+    assert statistics.winner(["easy", "ours"], lambda name, other: np.full(9, figure[name](other))) == "ours"
