@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.comparison.merge import add_deltas, read_deltas, weighted_sum
 from benchmarks.comparison.policies import FOLDER
@@ -27,18 +28,25 @@ def load_merged(
         StoreError: a policy is not finished, or belongs to another base model.
     """
     base = load_base(config.base.model, dtype or config.base.dtype, config.base.device)
-    parts = [(read_deltas(folder_of(store, name, base)), strength * weight) for name, weight in weights.items()]
+    parts = [
+        (read_deltas(folder_of(store, name, base.fingerprint)), strength * weight) for name, weight in weights.items()
+    ]
     add_deltas(base.model, weighted_sum(part for part in parts if part[1] != 0))
     name = " + ".join(f"{strength * weight:g} {policy}" for policy, weight in weights.items())
     return replace(base, name=f"{base.name} + {name}", fingerprint=f"{base.fingerprint} + {name}")
 
 
-def folder_of(store: Store, name: str, base: BaseModel) -> Path:
+def folder_of(store: Store, name: str, base_fingerprint: str) -> Path:
     """A local folder with a finished policy; raises StoreError."""
-    path = f"{FOLDER}/{name}"
-    metadata = store.metadata(path)
+    marker_of(store, name, base_fingerprint)
+    return store.download(f"{FOLDER}/{name}")
+
+
+def marker_of(store: Store, name: str, base_fingerprint: str) -> dict[str, Any]:
+    """What is stored about a finished policy (`policies.marker`); raises StoreError."""
+    metadata = store.metadata(f"{FOLDER}/{name}")
     if metadata is None:
         raise StoreError(f"there is no finished policy {name!r} in {store.root}: python -m benchmarks.comparison.train")
-    if metadata["base"] != base.fingerprint:
-        raise StoreError(f"policy {name!r} was trained on another base model than {base.name}: train it again")
-    return store.download(path)
+    if metadata["base"] != base_fingerprint:
+        raise StoreError(f"policy {name!r} was trained on another base model: train it again")
+    return metadata

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # of peft's tensor names
+ADAPTER_FILES = SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # peft's
 Deltas = dict[str, torch.Tensor]  # name of a weight of the base model -> what is added to it, float32
 
 
 def read_deltas(folder: Path) -> Deltas:
-    """The differences of a stored adapter (adapter_config.json, adapter_model.safetensors)."""
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    return deltas_of(load_file(folder / "adapter_model.safetensors"), settings["lora_alpha"] / settings["r"])
+    """The differences of a stored adapter."""
+    settings = json.loads((folder / SETTINGS_FILE).read_text())
+    return deltas_of(load_file(folder / WEIGHTS_FILE), settings["lora_alpha"] / settings["r"])
 
 
 def deltas_of(tensors: Mapping[str, torch.Tensor], scale: float) -> Deltas:

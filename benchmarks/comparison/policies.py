@@ -13,6 +13,7 @@ from mavis_dist.types import UserError
 
 FOLDER, TRAINING = "policies", "train/policies"  # of a run: finished policies, checkpoints of unfinished ones
 RL, DPO = "rl", "dpo"
+PAIR_WEIGHTS = (0.25, 0.5, 0.75)  # of the first objective of a pair, for MORLHF
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,21 @@ class Settings:
     save_steps: int = _setting(5, "steps between checkpoints")
 
 
+def policy(kind: str, weights: Mapping[str, float], kl: float, tag: str = "") -> PolicySpec:
+    """The policy for an objective, or for weights of several."""
+    shares = {name: round(share, 10) for name, share in weights.items()}
+    if len(shares) == 1:
+        stem = f"{kind}-{next(iter(shares))}"
+    else:
+        stem = f"morlhf-{'-'.join(f'{name}{share:g}' for name, share in shares.items())}"
+    return PolicySpec(f"{stem}-kl{kl:g}{tag}", kind, shares, kl)
+
+
 def catalogue(
     objectives: Sequence[str],
     rl_kls: Sequence[float] = (0.1, 0.3),
     dpo_kls: Sequence[float] = (0.1, 0.3),
-    pair_weights: Sequence[float] = (0.25, 0.5, 0.75),
+    pair_weights: Sequence[float] = PAIR_WEIGHTS,
     tag: str = "",
 ) -> list[PolicySpec]:
     """All policies: by RL and by DPO one per objective, and by RL one per weight vector of every pair (MORLHF).
@@ -69,13 +80,11 @@ def catalogue(
     """
     specs = []
     for name in objectives:
-        specs += [PolicySpec(f"rl-{name}-kl{kl:g}{tag}", RL, {name: 1.0}, kl) for kl in rl_kls]
-        specs += [PolicySpec(f"dpo-{name}-kl{kl:g}{tag}", DPO, {name: 1.0}, kl) for kl in dpo_kls]
+        specs += [policy(RL, {name: 1.0}, kl, tag) for kl in rl_kls]
+        specs += [policy(DPO, {name: 1.0}, kl, tag) for kl in dpo_kls]
     for one, other in combinations(objectives, 2):
         for weight in pair_weights:
-            weights = {one: weight, other: round(1 - weight, 10)}
-            text = "-".join(f"{name}{share:g}" for name, share in weights.items())
-            specs += [PolicySpec(f"morlhf-{text}-kl{kl:g}{tag}", RL, weights, kl) for kl in rl_kls]
+            specs += [policy(RL, {one: weight, other: 1 - weight}, kl, tag) for kl in rl_kls]
     return specs
 
 

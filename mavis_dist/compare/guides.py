@@ -15,7 +15,13 @@ from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
 
-TRAINING = ("rollouts ", "labels ", "train ", "gate ", "distill")  # how the names of these stages begin
+TREES = ("rollouts i0", "labels i0")  # stages that make the base model's trees
+TRAINING = ("rollouts ", "labels ", "train ", "gate ", "distill")  # how the names of all stages of training begin
+
+
+def stage_seconds(store: Store, names: tuple[str, ...]) -> dict[str, float]:
+    """How long the stages of a run took whose names begin in one of these ways."""
+    return {stage.name: stage.seconds or 0.0 for stage in stages_of(store) if stage.name.startswith(names)}
 
 
 class ValueModels(Method):
@@ -57,8 +63,8 @@ class ValueModels(Method):
         return {"value_models": {name: fingerprints[folder] for name, folder in folders.items()}}
 
     def training_s(self) -> float:
-        stages = [stage for stage in stages_of(self.store) if stage.name.startswith(TRAINING)]
-        return math.fsum(stage.seconds or 0.0 for stage in stages)
+        trees = stage_seconds(self.workspace.store, TREES)  # which another run may have copied
+        return math.fsum({**trees, **stage_seconds(self.store, TRAINING)}.values())
 
     def equal_weights(self) -> dict[str, float]:
         """Of all objectives."""

@@ -20,6 +20,12 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
     assert load(path).objectives
 
 
+def test_the_comparison_is_of_the_studys_run() -> None:
+    study, comparison = load(ROOT / "jobs/configs/study.yaml"), load(ROOT / "jobs/configs/comparison.yaml")
+    assert comparison.model_copy(update={"compare": study.compare}) == study
+    assert {"dpo", "soups", "mod", "morlhf", "best_of_4", "prompt", "mato", "mavis"} <= set(comparison.compare.methods)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
