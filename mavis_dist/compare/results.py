@@ -150,7 +150,7 @@ def table(comparison: Comparison) -> str:
         f"at {comparison.kl:g} nats, {comparison.num_prompts} unseen prompts, 95 % intervals; behind and ratio: "
         f"{comparison.reference} against the method; *: ahead of every other beyond doubt"
     )
-    lines = [text_table(head, rows, [18, *[23] * 5, *[11] * 5]), note]
+    lines = [text_table(head, rows, [18, *[23] * 5, *[11] * 4, 13]), note]
     fewer = [row for row in comparison.methods if row.num_weights < comparison.num_weights]
     if fewer:
         counts = ", ".join(f"{row.method} {row.num_weights}" for row in fewer)
