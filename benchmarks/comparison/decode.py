@@ -8,7 +8,7 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,6 @@ class MixtureDecoder:
         requests: Sequence[Request],
         weights: Sequence[float] = (1.0,),
         strength: float = 1.0,
-        on_answer: Callable[[Choice], None] | None = None,
     ) -> list[Choice]:
         """One answer per request, in order, at temperature 1; prompt, params and stream of the requests are used.
 
@@ -62,7 +61,6 @@ class MixtureDecoder:
 
         Args:
             weights: of the policies; they sum to 1 in MOD.
-            on_answer: called with every finished answer.
         """
         waiting = [_Row(n, request, Choice(0)) for n, request in enumerate(requests)]
         waiting.reverse()
@@ -76,8 +74,6 @@ class MixtureDecoder:
             for row in [row for row in running if row.choice.finish is not None]:
                 self._close(row)
                 running.remove(row)
-                if on_answer is not None:
-                    on_answer(row.choice)
         return choices
 
     def _open(self, rows: Sequence[_Row], running: Sequence[_Row]) -> None:

@@ -14,20 +14,17 @@ from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.store.files import Store, StoreError
 
 
-def load_merged(
-    config: Config, store: Store, weights: Mapping[str, float], strength: float = 1.0, dtype: str | None = None
-) -> BaseModel:
+def load_merged(config: Config, store: Store, weights: Mapping[str, float], strength: float = 1.0) -> BaseModel:
     """The base model with weighted differences of stored policies: a single policy, or a soup.
 
     Args:
         weights: of the policies, by name.
         strength: factor of all differences; 0 is the base model.
-        dtype: precision of the merged weights; None: that of the base model.
 
     Raises:
         StoreError: a policy is not finished, or belongs to another base model.
     """
-    base = load_base(config.base.model, dtype or config.base.dtype, config.base.device)
+    base = load_base(config.base.model, config.base.dtype, config.base.device)
     parts = [
         (read_deltas(folder_of(store, name, base.fingerprint)), strength * weight) for name, weight in weights.items()
     ]

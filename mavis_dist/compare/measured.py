@@ -27,7 +27,7 @@ class Measured:
     base_PN: Mapping[str, np.ndarray]  # by objective: rewards of many answers of the base model, sd above their mean
     scales: Mapping[str, RewardScale]
     kl: float  # nats at which methods are compared
-    _limits: dict[Weights, np.ndarray] = field(default_factory=dict)  # [R], at this KL
+    _limits: dict[Weights, np.ndarray] = field(default_factory=dict, init=False)  # [R], at this KL
 
     @property
     def methods(self) -> list[str]:

@@ -82,6 +82,12 @@ def test_correlations_cost_and_text(comparison: Comparison) -> None:
     assert mavis.text.distinct_2 < row(comparison, "base").text.distinct_2
 
 
+def test_limits_are_those_of_the_kl(measured: Measured) -> None:
+    at = {kl: replace(measured, kl=kl).settings["mavis", VECTORS[0]] for kl in (1.0, 2.0)}
+    limit = {kl: (setting.weighted_R / setting.share_R)[0] for kl, setting in at.items()}
+    assert limit[1.0] < 0.8 * limit[2.0]
+
+
 def test_the_nearest_strength(measured: Measured) -> None:
     for method, strength in (("mavis", 2.0), ("short", 4.0), ("unknown", 1.0)):
         found = nearest_answers(measured, method, VECTORS[0])
