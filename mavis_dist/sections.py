@@ -280,7 +280,7 @@ class Compare(Section):
     seeds: Count = Field(2, description="answers per prompt, weights and strength, each with a seed of its own")
     kl: Annotated[float, Field(gt=0)] = Field(2.0, description="nats per answer at which methods are compared")
     preferences: dict[str, Annotated[str, Field(min_length=1)]] = Field(
-        {}, description="objective -> the sentence that asks for it; left out: that of its kind of reward, if known"
+        {}, description="objective -> its preference, a sentence; left out: that of its kind of reward, if there is one"
     )
 
     @field_validator("methods", mode="before")

@@ -26,7 +26,7 @@ from mavis_dist.store.files import Store, StoreError, digest
 from mavis_dist.types import Prompt, UserError
 
 Weights = tuple[tuple[str, float], ...]  # by objective, positive, in the order of the config; the sum is 1
-SURPRISE_PROMPTS = 32  # whose answers with the first seed tell the perplexity, which would take longer than decoding
+SURPRISE_PROMPTS = 32  # for the perplexity, with the first seed: all of them would take longer than decoding
 REWARD = "reward/"  # begins the names of columns with an objective's raw rewards
 SCHEMA = pa.schema(
     {

@@ -97,7 +97,7 @@ def _front(comparison: Comparison, first: str, second: str) -> Drawing:
         f"front-{first}-{second}",
         f"Front: {first} against {second}, at {comparison.kl:g} nats",
         "Each line is one method over the weights; further right and further up is better. Dotted lines cross at the "
-        "base model; bars are 95 % intervals. A method that never spends this divergence is shown at its largest.",
+        "base model's mean; bars are 95 % intervals. A method that spends less is shown at its largest divergence.",
         f"Fronts of {first} and {second}, gains in sd. {spots}.",
         (f"gain in {first}, sd", f"gain in {second}, sd"),
         draw,

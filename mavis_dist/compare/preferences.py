@@ -1,4 +1,4 @@
-"""The preference that stands for each kind of reward."""
+"""The default preference of each kind of reward."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ from mavis_dist.decode.validate import MAX_STRENGTH
 from mavis_dist.types import Prompt, UserError
 
 EMPHASIS = "This matters more than anything else."
-# The policy of a prompt as a single preference of full strength: the engine then knows its divergence from the base.
+# The policy of a prompt as a single preference of full strength: the engine then measures its divergence.
 AS_PROMPTED = PreferenceParams(adapt=False, c=1.0, top_p=1.0)
 
 
 class ByPreference(Method):
-    """A method that knows every objective by its preference."""
+    """A method that steers by the preferences of the objectives."""
 
     def check(self) -> None:
         for name in self.workspace.config.objectives:

@@ -100,7 +100,7 @@ class Comparison:
     settings: list[WeightsResult]
     groups: list[Group]
     methods: list[MethodResult]
-    winners: dict[str, str | None]  # figure -> the method that is ahead of every other beyond doubt
+    winners: dict[str, str | None]  # figure -> the method that is significantly ahead of every other
 
     def to_json(self) -> dict[str, Any]:
         """All figures, and first the main ones by method; unknown values and bounds are None."""
@@ -127,7 +127,7 @@ def _finite(value: Any) -> Any:
 
 
 def table(comparison: Comparison) -> str:
-    """One line per method; a * marks a figure that is ahead of every other beyond doubt."""
+    """One line per method; a * marks a figure that is significantly ahead of every other."""
     head = ["method", "weighted gain, sd", "behind", "hypervolume", "ratio", "share of limit", "Spearman"]
     head += ["generated", "rewards", "tokens/s", "training, s"]
     rows = [
@@ -148,7 +148,7 @@ def table(comparison: Comparison) -> str:
     ]
     note = (
         f"at {comparison.kl:g} nats, {comparison.num_prompts} unseen prompts, 95 % intervals; behind and ratio: "
-        f"{comparison.reference} against the method; *: ahead of every other beyond doubt"
+        f"{comparison.reference} against the method; *: significantly ahead of every other"
     )
     lines = [text_table(head, rows, [18, *[23] * 5, *[11] * 4, 13]), note]
     fewer = [row for row in comparison.methods if row.num_weights < comparison.num_weights]

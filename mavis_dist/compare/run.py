@@ -62,7 +62,7 @@ def compare(config: Config) -> tuple[Comparison, str]:
     largest = largest_divergence(config.evaluate.limit_answers)
     if config.compare.kl > largest:
         answers = f"evaluate.limit_answers={config.evaluate.limit_answers}"
-        say(STAGE, f"shares of the limit are not known at {config.compare.kl:g} nats: {answers} tell {largest:.2f}")
+        say(STAGE, f"shares of the limit are unknown at {config.compare.kl:g} nats: {answers} reach {largest:.2f}")
     say(STAGE, f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
     if missing or not is_base_scored(config, workspace.store):
         compute(config, missing)
@@ -82,7 +82,7 @@ def compare(config: Config) -> tuple[Comparison, str]:
 
 
 def is_base_scored(config: Config, store: Store) -> bool:
-    """Whether the answers of the base model that tell the limit of steering are there, with their rewards."""
+    """Whether the base model's answers for the limit of steering are stored, with their rewards."""
     folders = [layout.LIMIT_FOLDER, *(layout.limit_reward_folder(name) for name in config.objectives)]
     return all(store.metadata(folder) == {"answers": config.evaluate.limit_answers} for folder in folders)
 

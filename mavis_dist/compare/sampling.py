@@ -26,7 +26,7 @@ from mavis_dist.decode.request import stream_of
 from mavis_dist.sections import MAX_N
 from mavis_dist.types import Prompt, UserError
 
-UNTILTED = 1e-9  # beta: value models are asked, and change no answer
+UNTILTED = 1e-9  # beta: values are computed, and no answer changes
 
 
 def best_of_divergence(n: int) -> float:

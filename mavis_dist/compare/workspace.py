@@ -75,7 +75,7 @@ class Workspace:
         return {name: build(objective) for name, objective in self.config.objectives.items()}
 
     def preference(self, objective: str) -> str:
-        """The sentence that asks for an objective; raises UserError if none is known."""
+        """The preference of an objective; raises UserError if it has none."""
         text = self.config.compare.preferences.get(objective) or PREFERENCES.get(
             self.config.objectives[objective].reward
         )

@@ -133,7 +133,7 @@ def test_scorers_differ_in_speed_only_and_a_vanishing_tilt_is_the_base_model(wor
 
 
 def test_a_distilled_model_steers_where_it_is_asked_for(tmp_path: Path, config: Config, workspace: Workspace) -> None:
-    """Students need it; other scorers keep the published iterations unless told otherwise."""
+    """Students need it; other scorers keep the published iterations by default."""
     tiny.write_models(tmp_path, "run", NAMES)
     tiny.publish_distilled(tmp_path, "run", NAMES, "5fa0")
     distilled = Workspace(config.model_copy(update={"storage": str(tmp_path / "runs")}))
