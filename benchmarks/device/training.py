@@ -125,7 +125,7 @@ def packed(trees: Rows) -> Work:
 
 
 def packed_split(trees: Rows) -> Work:
-    """Trees split at the prompt, as training splits large ones."""
+    """Trees split at the prompt, a part for every branch; training puts several branches in a part if they fit."""
     parts = [part for tree, found in trees for part in subtrees(tree, found)]
     parts.sort(key=lambda part: len(part[0].tokens) + len(part[0].prompt_tokens))
     groups = [parts[i : i + PARTS_PER_BATCH] for i in range(0, len(parts), PARTS_PER_BATCH)]

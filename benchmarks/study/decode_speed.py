@@ -51,8 +51,8 @@ def measure(
         asked = [replace(common, prompt=prompt) for prompt in prompts[:ROWS]]
         guided = [replace(request, weights=weights, beta=config.steer.beta) for request in asked]
         variants = {
-            "unguided": lambda seed: float(_answer(engine, asked, seed)),
-            "guided": lambda seed: float(_answer(engine, guided, seed)),
+            "unguided": lambda seed: _answer(engine, asked, seed),
+            "guided": lambda seed: _answer(engine, guided, seed),
         }
         for warm_up in variants.values():
             warm_up(0)
@@ -63,7 +63,7 @@ def measure(
     return DecodeSpeed(**store.read_json(path))
 
 
-def _answer(engine: Engine, requests: Sequence[Request], seed: int) -> int:
+def _answer(engine: Engine, requests: Sequence[Request], seed: int) -> float:
     """The number of tokens of all answers."""
     seeded = [
         replace(request, id=str(i), params=replace(request.params, seed=seed * len(requests) + i))

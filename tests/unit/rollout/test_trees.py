@@ -587,11 +587,8 @@ def test_parts_of_a_large_tree_hold_as_many_of_its_branches_as_there_is_room_for
     training = tree_set(pairs, RewardScale(0.0, 1.0), 0.5, SHAPE.layers)
     seen = set()
     for one, targets in zip(training.trees, training.targets, strict=True):
-        roots, num_prompt, num_tokens = (
-            np.flatnonzero(one.node_parent == ROOT),
-            len(one.prompt_tokens),
-            len(one.tokens),
-        )
+        roots = np.flatnonzero(one.node_parent == ROOT)
+        num_prompt, num_tokens = len(one.prompt_tokens), len(one.tokens)
         branch = np.diff([*one.node_start[roots], num_tokens])  # nodes are in the order of their paths
         for room in (0, int(branch.max()), num_tokens // 2, num_tokens):
             parts = [part for part, _ in subtrees(one, targets, num_prompt + room)]
