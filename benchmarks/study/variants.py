@@ -90,19 +90,24 @@ def chosen(names: Sequence[str] | None) -> list[Variant]:
 
 
 def train(study: Config, variant: Variant) -> None:
-    """Train the variant's value models of all objectives; needs a connected cluster."""
-    from mavis_dist import pipeline
+    """Train the variant's value models of all objectives; needs a connected cluster.
+
+    Raises:
+        Stopped: after SIGTERM or SIGINT; finished work is saved.
+    """
+    from mavis_dist import cluster, pipeline
 
     config = variant.config(study)
     check_unseen(study, config)
     state = pipeline.open_run(config)  # first: a run with results and without its config is refused
     try:
-        if variant.has_own_trees(study):
-            pipeline.grow(state, 0, pipeline.policies_of(config, 0))
-            pipeline.label(state, 0, pipeline.policies_of(config, 0))
-        else:
-            copy_trees(study, config)
-        pipeline.fit(state, 0)
+        with cluster.stop_on_signals():
+            if variant.has_own_trees(study):
+                pipeline.grow(state, 0, pipeline.policies_of(config, 0))
+                pipeline.label(state, 0, pipeline.policies_of(config, 0))
+            else:
+                copy_trees(study, config)
+            pipeline.fit(state, 0)
     finally:
         state.release_workers()
 

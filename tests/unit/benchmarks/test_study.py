@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from benchmarks.study.page import (
 from benchmarks.study.sibling_answers import BaseAnswers
 from benchmarks.study.text_quality import Spread, TextRatios
 from benchmarks.study.variants import VARIANTS, Variant, check_unseen, copy_stage, copy_trees
+from mavis_dist import cluster, pipeline
 from mavis_dist import config as config_module
 from mavis_dist.compare.equal_kl import AtKl
 from mavis_dist.config import Config
@@ -43,7 +46,7 @@ from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base, load_tokenizer
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import MARKER, Store, StoreError
-from mavis_dist.types import Policy, RewardScale, UserError
+from mavis_dist.types import Policy, RewardScale, Stopped, UserError
 from tests.fakes import tiny_base, tiny_states, tiny_value
 from tests.tiny import write_models
 
@@ -543,6 +546,23 @@ def test_speeds_are_those_of_answers_steered_by_all_objectives(tmp_path: Path, m
     assert len(set(seeds[1:])) == len(seeds[1:]) == decode_speed.REPETITIONS, "every repetition has its own answers"
     assert decode_speed.measure(config, store, "both", models, prompts) == found
     assert len(asked) == 2 + 2 * decode_speed.REPETITIONS, "a stored speed is read"
+
+
+def test_a_signal_stops_the_training_of_a_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(state: Any, iteration: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        cluster.check_stop()
+        pytest.fail("the training went on")
+
+    released = []
+    state = SimpleNamespace(release_workers=lambda: released.append(True))
+    monkeypatch.setattr(pipeline, "open_run", lambda _: state)
+    monkeypatch.setattr(pipeline, "fit", fit)
+    monkeypatch.setattr(variants, "copy_trees", lambda *_: None)
+    [variant] = variants.chosen(["one-epoch"])
+    with pytest.raises(Stopped):
+        variants.train(make_config(tmp_path), variant)
+    assert released
 
 
 def test_unknown_variants_are_refused_by_name() -> None:
