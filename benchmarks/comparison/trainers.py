@@ -1,4 +1,4 @@
-"""TRL's trainers on this project's prompts, rewards and answers. The only file that imports trl.
+"""TRL's trainers on this project's prompts, rewards and answers.
 
 RL is GRPO without its two normalisations (Dr. GRPO, arXiv 2503.20783), whose gradient is that of RLOO (arXiv
 2402.14740) times a constant; TRL's RLOO trainer accepts no other sampler and computes log-probabilities twice more.
@@ -29,6 +29,7 @@ from benchmarks.comparison.decode import MixtureDecoder
 from benchmarks.comparison.merge import add_deltas, deltas_of
 from benchmarks.comparison.pairs import Pair
 from benchmarks.comparison.policies import PolicySpec, Settings
+from benchmarks.comparison.scoring import score_answers_only
 from benchmarks.comparison.usage import Budget, Usage
 from mavis_dist.config import Config
 from mavis_dist.core import noise
@@ -193,6 +194,7 @@ def divergence(logratio: list[float], **_: Any) -> list[float]:
 
 
 def _watched(trainer: Any, budget: Budget) -> Any:
+    score_answers_only(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(budget)
     return trainer

@@ -16,12 +16,16 @@ import yaml
 
 pytest.importorskip("trl")
 
+from peft import LoraConfig, get_peft_model
+from trl.trainer.utils import add_fused_lm_head
+
 from benchmarks.comparison import fit, train, usage
 from benchmarks.comparison.decode import MixtureDecoder
 from benchmarks.comparison.fit import scale_of, train_policy, training_prompts
 from benchmarks.comparison.load import load_merged
 from benchmarks.comparison.mixture import mix
 from benchmarks.comparison.policies import DPO, FOLDER, RL, TRAINING, PolicySpec, Settings
+from benchmarks.comparison.scoring import score_answers_only
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
 from mavis_dist.core.tilt import Filters
@@ -228,3 +232,28 @@ def test_the_command_trains_what_is_named(
         train.main([*command, "--rank", "5"])
     assert refused.value.code == 2
     assert "--tag" in capsys.readouterr().err
+
+
+def test_answers_are_scored_as_trl_scores_them(tmp_path: Path) -> None:
+    """Prompts and padding left out, log-probabilities and gradients are the same."""
+    base = load_base(str(write_base(tmp_path)), "float32")
+    torch.manual_seed(0)
+    model = get_peft_model(base.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    ids_BT = torch.randint(0, base.model.config.vocab_size, (3, 12))
+    labels_BT = ids_BT.clone()
+    labels_BT[:, :5] = labels_BT[1, 9:] = -100
+    weights_BT = torch.randn(3, 11)
+
+    def scored() -> tuple[Any, list[torch.Tensor]]:
+        found = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), labels=labels_BT, fused_lm_head=True)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        return found, list(torch.autograd.grad((found.log_probs * weights_BT).sum(), trained))
+
+    theirs, their_gradients = scored()
+    score_answers_only(model)
+    ours, our_gradients = scored()
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs)
+    torch.testing.assert_close(our_gradients, their_gradients)
+    assert (ours.is_top1 == theirs.is_top1).all()
+    assert (ours.log_probs[:, :4] == 0).all()
