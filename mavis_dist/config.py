@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -156,13 +157,20 @@ def _settings(
     """(dotted key, type, default, meaning) of every setting; `defaults` holds the defaults of a nested section."""
     for name, field in model.model_fields.items():
         default = field.default if defaults is None else getattr(defaults, name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _settings(field.annotation, f"{prefix}{name}.", default)
-            continue
-        yield f"{prefix}{name}", _type_name(model, name), default, field.description
+        section = _section(field.annotation)
+        if section is not field.annotation:
+            yield f"{prefix}{name}", _type_name(model, name), default, field.description
+        if section is not None:
+            yield from _settings(section, f"{prefix}{name}.", default)
         if name == "objectives":
             for kind in typing.get_args(typing.get_args(Objective)[0]):
                 yield from _settings(kind, "objectives.NAME.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, or may hold."""
+    kinds = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
 def _type_name(model: type[BaseModel], name: str) -> str:
@@ -178,7 +186,9 @@ def _type_name(model: type[BaseModel], name: str) -> str:
             return "mapping"
         if origin is tuple:
             return "list"
-        return "none" if kind is type(None) else kind.__name__
+        if kind is type(None):
+            return "none"
+        return "section" if issubclass(kind, BaseModel) else kind.__name__
 
     return render(typing.get_type_hints(model)[name])
 
@@ -203,8 +213,7 @@ def _sentence(error: ValidationError) -> str:
     details = error.errors()
     # An unknown key first: it often explains a missing one.
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
-    kinds = {"sentiment", "brevity", "relevance", "classifier", "function", "a number", "a range"}
-    key = ".".join(str(part) for part in first["loc"] if part not in kinds)
+    key = ".".join(_key_of(first["loc"]))
     value = first["input"]
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, _known_keys(), n=1)
@@ -216,6 +225,12 @@ def _sentence(error: ValidationError) -> str:
     where = f"config key {key!r}" if key else "the config"
     shown = "" if isinstance(value, dict) or len(repr(value)) > 200 else f" is {value!r}"
     return f"{where}{shown}: {problem[0].lower()}{problem[1:]}"
+
+
+def _key_of(location: Sequence[str | int]) -> list[str]:
+    """The parts of a key; pydantic adds which of several kinds of value was taken."""
+    parts = [str(part) for part in location if part not in ("a number", "a range")]
+    return [*parts[:2], *parts[3:]] if parts[:1] == ["objectives"] else parts
 
 
 def _known_keys() -> list[str]:

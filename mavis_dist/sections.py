@@ -95,7 +95,22 @@ class Function(Section):
     path: str = Field(description="module:function", pattern=r"^[\w.]+:\w+$")
 
 
-Objective = Annotated[TextRule | Relevance | Classifier | Function, Field(discriminator="reward")]
+class Endpoint(Section):
+    """A language model behind an OpenAI-compatible endpoint."""
+
+    url: str = Field(description="base URL of the endpoint, such as http://127.0.0.1:8000/v1", pattern=r"^https?://.")
+    model: str = Field(description="name of the model there")
+    key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the API key, if one is needed")
+
+
+class Judge(Endpoint):
+    """Ratings by a language model."""
+
+    reward: Literal["judge"] = Field(description="ratings from 1 to 9 by a language model behind an endpoint")
+    criterion: str = Field(description="a sentence: what a good answer does", min_length=1)
+
+
+Objective = Annotated[TextRule | Relevance | Classifier | Judge | Function, Field(discriminator="reward")]
 
 
 class TreeShape(Section):
@@ -266,6 +281,12 @@ class Evaluate(Section):
         return answers
 
 
+class ComparingJudge(Endpoint):
+    """A language model that compares answers of methods."""
+
+    prompts: Count = Field(32, description="first evaluation prompts whose answers are compared, under all weights")
+
+
 class Compare(Section):
     """Methods of steering side by side, on the unseen prompts (python -m jobs.evaluate)."""
 
@@ -281,6 +302,9 @@ class Compare(Section):
     kl: Annotated[float, Field(gt=0)] = Field(2.0, description="nats per answer at which methods are compared")
     preferences: dict[str, Annotated[str, Field(min_length=1)]] = Field(
         {}, description="objective -> its preference, a sentence; left out: that of its kind of reward, if there is one"
+    )
+    judge: ComparingJudge | None = Field(
+        None, description="a language model that compares the answers of methods; left out: none"
     )
 
     @field_validator("methods", mode="before")

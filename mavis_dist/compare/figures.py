@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from types import MappingProxyType
 
 import numpy as np
 
@@ -16,17 +17,27 @@ from mavis_dist.compare.cells import Answers, Weights, weights_name
 from mavis_dist.compare.equal_kl import Curve
 from mavis_dist.compare.measured import Measured, Setting, inside, nearest_answers
 from mavis_dist.compare.method import BASE
-from mavis_dist.compare.results import AtStrength, Comparison, Cost, Group, MethodResult, Text, WeightsResult
+from mavis_dist.compare.results import AtStrength, Comparison, Cost, Group, Judged, MethodResult, Text, WeightsResult
 from mavis_dist.compare.text_quality import distinct_2, repetition
 from mavis_dist.evaluate.sweep import Estimate, Limit, limit_curve
 
 REFERENCE = "mavis"  # which others are compared with, if it takes part
 
 
-def summarise(measured: Measured, training_s: Mapping[str, float], conditions: Mapping[str, str]) -> Comparison:
+def reference_of(methods: Sequence[str]) -> str:
+    """The method that the others are compared with."""
+    return REFERENCE if REFERENCE in methods else next((name for name in methods if name != BASE), BASE)
+
+
+def summarise(
+    measured: Measured,
+    training_s: Mapping[str, float],
+    conditions: Mapping[str, str],
+    judged: Mapping[str, Judged] = MappingProxyType({}),
+) -> Comparison:
     """All figures; `training_s` by method, seconds."""
     methods, settings, common = measured.methods, measured.settings, measured.common
-    reference = REFERENCE if REFERENCE in methods else next((name for name in methods if name != BASE), BASE)
+    reference = reference_of(methods)
     groups = [group for size in (2, 3) for group in combinations(measured.scales, size)] or [tuple(measured.scales)]
     pairs = [group for group in groups if len(group) == min(map(len, groups))]
     totals = _Totals(measured, pairs)
@@ -61,6 +72,7 @@ def summarise(measured: Measured, training_s: Mapping[str, float], conditions: M
                 text=_text(nearest[m]),
                 cost=_cost(nearest[m], training_s[m]),
                 strengths=_by_strength(measured, m),
+                judged=judged.get(m),
             )
             for m in methods
         ],

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mavis_dist.compare.method import Answer, Method
+from mavis_dist.compare.workspace import Workspace
 from mavis_dist.decode import PRESETS, Preference, PreferenceParams, Request, chat_prompts
 from mavis_dist.decode.validate import MAX_STRENGTH
 from mavis_dist.types import Prompt, UserError
@@ -14,6 +15,16 @@ from mavis_dist.types import Prompt, UserError
 EMPHASIS = "This matters more than anything else."
 # The policy of a prompt as a single preference of full strength: the engine then measures its divergence.
 AS_PROMPTED = PreferenceParams(adapt=False, c=1.0, top_p=1.0)
+
+
+def wishes(workspace: Workspace, weights: Mapping[str, float]) -> str:
+    """The preferences of the objectives, a line each, the most important first."""
+    order = sorted(weights, key=lambda name: -weights[name])
+    lines = [workspace.preference(name) for name in order]
+    if len(order) == 1:
+        return lines[0]
+    shares = (f"importance: {100 * weights[name]:.0f} %" for name in order)
+    return "\n".join(f"{line} ({share})" for line, share in zip(lines, shares, strict=True))
 
 
 class ByPreference(Method):
@@ -51,7 +62,9 @@ class OnePrompt(ByPreference):
     def answer(
         self, prompts: Sequence[Prompt], weights: Mapping[str, float], strength: float, seed: int
     ) -> list[Answer]:
-        text = self.text(weights, has_emphasis=strength in (2.0, 4.0))
+        text = wishes(self.workspace, weights)
+        if strength in (2.0, 4.0):
+            text = f"{text}\n{EMPHASIS}"
         system = f"{self.workspace.config.base.system}\n{text}"
         requests = []
         for prompt, request in zip(prompts, self.workspace.requests(prompts, seed), strict=True):
@@ -59,16 +72,6 @@ class OnePrompt(ByPreference):
             preference = Preference(text, self.workspace.base.chat(question, system))
             requests.append(replace(request, preferences=(preference,), preference_params=AS_PROMPTED))
         return self.generate(requests)
-
-    def text(self, weights: Mapping[str, float], has_emphasis: bool) -> str:
-        """A line per objective, the most important first."""
-        order = sorted(weights, key=lambda name: -weights[name])
-        lines = [self.workspace.preference(name) for name in order]
-        if len(order) > 1:
-            lines = [
-                f"{line} (importance: {100 * weights[name]:.0f} %)" for name, line in zip(order, lines, strict=True)
-            ]
-        return "\n".join([*lines, *([EMPHASIS] if has_emphasis else [])])
 
 
 class Mato(ByPreference):

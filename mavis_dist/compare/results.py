@@ -68,6 +68,17 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A method against the reference in the eyes of a judge, over all weights that both have."""
+
+    preferred: Estimate  # share of its answers that are preferred, a tie counting half
+    won: int  # pairs, in both orders
+    tied: int
+    lost: int
+    unreadable: int  # pairs without a verdict, which count as ties
+
+
+@dataclass(frozen=True)
 class MethodResult:
     """A method over all its weights, at the KL of the comparison; None: unknown."""
 
@@ -84,6 +95,7 @@ class MethodResult:
     text: Text
     cost: Cost
     strengths: list[AtStrength]  # means over its weights
+    judged: Judged | None = None  # None: the reference, or there is no judge
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,7 @@ class Comparison:
             "share_of_limit": {row.method: row.share for row in self.methods},
             "cost": {row.method: asdict(row.cost) for row in self.methods},
             "share_behind": {row.method: row.share_behind for row in others},
+            "judged": {row.method: asdict(row.judged) for row in others if row.judged is not None},
         }
         found: dict[str, Any] = _finite({**main, **asdict(self)})
         return found

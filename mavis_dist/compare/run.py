@@ -15,7 +15,8 @@ import numpy as np
 from mavis_dist import cluster
 from mavis_dist.actors import WorkerPool
 from mavis_dist.compare.cells import Cell, plan_cells, read
-from mavis_dist.compare.figures import summarise
+from mavis_dist.compare.figures import reference_of, summarise
+from mavis_dist.compare.judged import check_judge, judge
 from mavis_dist.compare.measured import Measured
 from mavis_dist.compare.method import make_methods
 from mavis_dist.compare.report import examples_of, write_report
@@ -64,6 +65,9 @@ def compare(config: Config) -> tuple[Comparison, str]:
         answers = f"evaluate.limit_answers={config.evaluate.limit_answers}"
         say(STAGE, f"shares of the limit are unknown at {config.compare.kl:g} nats: {answers} reach {largest:.2f}")
     say(STAGE, f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
+    settings = config.compare.judge
+    if settings is not None and missing:
+        check_judge(settings, workspace)
     if missing or not is_base_scored(config, workspace.store):
         compute(config, missing)
     measured = Measured(
@@ -76,7 +80,9 @@ def compare(config: Config) -> tuple[Comparison, str]:
         kl=config.compare.kl,
     )
     training_s = {name: method.training_s() for name, method in methods.items()}
-    comparison = summarise(measured, training_s, describe(config))
+    reference = reference_of(measured.methods)
+    judged = {} if settings is None else judge(settings, workspace, measured, prompts, reference)
+    comparison = summarise(measured, training_s, describe(config), judged)
     workspace.store.write_json(layout.COMPARISON_FILE, comparison.to_json())
     return comparison, write_report(config, workspace.store, comparison, examples_of(measured, prompts))
 
@@ -118,6 +124,9 @@ def compute(config: Config, missing: Sequence[Cell]) -> None:
 def describe(config: Config) -> dict[str, str]:
     """Topic -> one line of text."""
     compare, steer, rollout = config.compare, config.steer, config.rollout
+    judged = {}
+    if compare.judge is not None:
+        judged["judge"] = f"{compare.judge.model}, the first {compare.judge.prompts} prompts, every pair in both orders"
     return {
         "base model": f"{config.base.model}, {config.base.dtype}; system prompt: {config.base.system!r}",
         "objectives": ", ".join(f"{name} ({spec.reward})" for name, spec in config.objectives.items()),
@@ -128,6 +137,7 @@ def describe(config: Config) -> dict[str, str]:
         "steering": f"tilt of at most {steer.tilt_cap} nats per token, residual cap {steer.residual_cap}",
         "limit": f"from {config.evaluate.limit_answers} answers of the base model to every prompt; known up to "
         f"{largest_divergence(config.evaluate.limit_answers):.2f} nats",
+        **judged,
         "hypervolume": "of mean gains in standard deviations; reference point: the base model (0 in every objective)",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }

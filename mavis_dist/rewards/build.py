@@ -10,6 +10,7 @@ from mavis_dist import sections
 from mavis_dist.rewards.classifier import Classifier
 from mavis_dist.rewards.embedding import Relevance
 from mavis_dist.rewards.function import Function
+from mavis_dist.rewards.judge import Judge
 from mavis_dist.rewards.protocol import Reward, RewardError
 from mavis_dist.rewards.text import Brevity, Sentiment
 from mavis_dist.sections import Objective
@@ -69,5 +70,7 @@ def _build(objective: Objective, device: str) -> Reward:
             return Relevance(model, device)
         case sections.Classifier():
             return Classifier(objective.model, objective.label, objective.template, objective.output, device)
+        case sections.Judge(criterion=criterion):
+            return Judge(objective, criterion)
         case sections.Function(path=path):
             return Function(path)

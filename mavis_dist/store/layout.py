@@ -69,6 +69,11 @@ def cell_file(name: str) -> str:
     return f"{COMPARISON}/cells/{name}.parquet"
 
 
+def verdicts_file(name: str) -> str:
+    """What a judge said about pairs of answers."""
+    return f"{COMPARISON}/verdicts/{name}.json"
+
+
 def comparison_plot(name: str, kind: str) -> str:
     """A plot of the comparison as a file of its own; `kind` is svg or png."""
     return f"{COMPARISON}/plots/{name}.{kind}"

@@ -38,6 +38,8 @@ def test_the_comparison_is_of_the_studys_run() -> None:
         ({"objectives": {}}, ["'objectives'", "at least 1"]),
         ({"objectives": {"a": {"reward": "sentimnt"}}}, ["'objectives.a'", "sentimnt", "'sentiment'"]),
         ({"objectives": {"a": {"reward": "classifier"}}}, ["'objectives.a.model'", "missing"]),
+        ({"objectives": {"a": {"reward": "judge", "url": "host:1"}}}, ["'objectives.a.url'", "host:1"]),
+        ({"compare": {"judge": {"url": "http://host/v1", "modell": "m"}}}, ["'compare.judge.modell'", "judge.model"]),
         ({"objectives": {"a": {"reward": "function", "path": "no colon"}}}, ["'objectives.a.path'", "no colon"]),
         ({"objectives": {"../a": {"reward": "brevity"}}}, ["'../a'", "letters"]),
         ({"evaluate": {"limit_answers": 3}}, ["'evaluate.limit_answers'", "3", "at least 4", "0 to leave it out"]),
@@ -118,14 +120,17 @@ def test_methods_are_names_or_names_with_settings() -> None:
 
 
 def test_the_number_of_keys_stays_small() -> None:
-    """Those of `serve` and `compare` apart: they change nothing that a run produces, and only who operates a service
-    or compares methods reads them.
+    """Those of `serve`, `compare` and objectives apart: only who operates a service, compares methods or chooses that
+    kind of reward reads them.
     """
     keys = set(config_module._known_keys())
-    of_serve, of_compare = ({key for key in keys if key.startswith(part)} for part in ("serve.", "compare."))
-    assert len(keys - of_serve - of_compare) < 75
+    of_serve, of_compare, of_objectives = (
+        {key for key in keys if key.startswith(part)} for part in ("serve.", "compare.", "objectives.")
+    )
+    assert len(keys - of_serve - of_compare - of_objectives) < 75 - 6
     assert len(of_serve) <= 26
-    assert len(of_compare) <= 5
+    assert len(of_compare) <= 10
+    assert len(of_objectives) <= 9
 
 
 def test_settings_that_would_mix_two_runs_are_refused() -> None:

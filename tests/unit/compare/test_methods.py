@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mavis_dist.compare.method import BASE, DEFAULT, Answer, Method, make_methods
+from mavis_dist.compare.prompted import wishes
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
 from mavis_dist.types import Prompt, UserError
@@ -166,10 +167,10 @@ def test_best_of_two_steered_answers_takes_the_better(workspace: Workspace) -> N
 def test_a_prompt_states_preferences_in_the_order_of_their_importance(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = make(workspace, "prompt")
-    text = method.text({"first": 0.25, "second": 0.75}, has_emphasis=False)  # type: ignore[attr-defined]
+    text = wishes(workspace, {"first": 0.25, "second": 0.75})
     assert text == "Be brief. (importance: 75 %)\nUse many vowels. (importance: 25 %)"
-    assert method.text({"first": 1.0}, has_emphasis=True).startswith("Use many vowels.\n")  # type: ignore[attr-defined]
+    assert wishes(workspace, {"first": 1.0}) == "Use many vowels."
+    method = make(workspace, "prompt")
     asked: list[str] = []
     monkeypatch.setattr(method, "generate", lambda requests: asked.append(str(requests[0].preferences[0].prompt)))
     for strength in method.strengths:
@@ -180,7 +181,7 @@ def test_a_prompt_states_preferences_in_the_order_of_their_importance(
 def test_a_prompted_answer_is_the_one_that_the_prompt_alone_gives(workspace: Workspace) -> None:
     """The row of the plain prompt measures the divergence and changes nothing."""
     method = make(workspace, "prompt")
-    text = method.text(HALVES, has_emphasis=False)  # type: ignore[attr-defined]
+    text = wishes(workspace, HALVES)
     prompted = [
         request.__class__(
             id=request.id,

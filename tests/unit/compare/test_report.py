@@ -13,7 +13,9 @@ import pytest
 
 from mavis_dist.compare.figures import summarise
 from mavis_dist.compare.report import examples_of, write_report
+from mavis_dist.compare.results import Judged
 from mavis_dist.config import Config
+from mavis_dist.evaluate.sweep import Estimate
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
 from mavis_dist.types import Prompt
@@ -33,7 +35,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         for key, one in measured.cells.items()
     }
     hostile = replace(measured, cells=cells)
-    comparison = summarise(hostile, dict.fromkeys(METHODS, 60.0), {"base model": "a <tiny> one"})
+    judged = {"weak": Judged(Estimate(0.3125, 0.25, 0.375), 3, 4, 9, 2)}
+    comparison = summarise(hostile, dict.fromkeys(METHODS, 60.0), {"base model": "a <tiny> one"}, judged)
     prompts = [Prompt(f"p{i}", f"question {i}?") for i in range(NUM_PROMPTS)]
     config = Config(run="made-up", objectives={"a": {"reward": "sentiment"}, "b": {"reward": "brevity"}})
     store = Store(str(tmp_path_factory.mktemp("report")), "made-up")
@@ -52,6 +55,14 @@ def test_it_shows_methods_winners_conditions_and_settings(page: str) -> None:
     assert page.count("<mark>") == 1  # the share of the limit; nothing else has a winner
     assert "a &lt;tiny&gt; one" in page
     assert "compare.kl" in page
+
+
+def test_verdicts_of_a_judge_are_counted(page: str) -> None:
+    section = re.search(r'<section aria-labelledby="judged">.*?</section>', page, re.DOTALL)
+    assert section is not None
+    assert all(f'<td class="num">{count}</td>' in section[0] for count in (3, 4, 9, 2))
+    assert "0.31" in section[0]
+    assert section[0].count("<tr>") == 2
 
 
 def test_it_loads_nothing_and_runs_one_script_that_is_pinned(page: str) -> None:
