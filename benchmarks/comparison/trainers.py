@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import PrinterCallback
@@ -33,48 +34,83 @@ from benchmarks.comparison.scoring import score_answers_only
 from benchmarks.comparison.usage import Budget, Usage
 from mavis_dist.config import Config
 from mavis_dist.core import noise
-from mavis_dist.decode import Request, SamplingParams
+from mavis_dist.decode import Choice, Request, SamplingParams
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.rewards import Reward
 from mavis_dist.types import RewardScale
 
+Rewards = Mapping[str, tuple[Reward, RewardScale]]  # by objective
+DIVERGENCE = "divergence"  # name of the reward log(pi / p)
 ENDLESS = 1_000_000  # steps: the budget ends RL
 warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
 logging.getLogger("trl").setLevel(logging.ERROR)
 
 
 class Sampler:
-    """Answers of the policy in a trainer."""
+    """Answers of the policy in a trainer, and their rewards."""
 
-    def __init__(self, config: Config, name: str, scale: float, usage: Usage):
-        """`scale`: of the policy's adapter."""
+    def __init__(self, spec: PolicySpec, settings: Settings, config: Config, rewards: Rewards, usage: Usage):
         rollout = config.rollout
         self._base = load_base(config.base.model, config.base.dtype, config.base.device)
         self._plain = copy.deepcopy(self._base.model)  # decoders repack the weights of the models that they run
         self._params = SamplingParams(rollout.max_tokens, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
-        self._config, self._name, self._scale, self._usage = config, name, scale, usage
+        self._spec, self._settings, self._config, self._rewards, self._usage = spec, settings, config, rewards, usage
 
     def __call__(self, questions: list[str], trainer: Any) -> dict[str, Any]:
-        """One answer per question, as TRL's `rollout_func` returns them, with log(pi / p) for the rewards."""
+        """Answers to groups of equal questions, as TRL's `rollout_func` returns them, with columns for `reward_of`."""
+        factor = self._settings.sampled_per_answer
+        sampled = [question for question in questions for _ in range(factor)]
+        requests, choices = self._sample(sampled, trainer)
+        columns = self._columns(sampled, choices)
+        weights = {**self._spec.weights, DIVERGENCE: -self._spec.kl}
+        total = np.sum([share * np.array(columns[name]) for name, share in weights.items()], axis=0)
+        kept = extremes(total, self._settings.answers_per_prompt * factor, self._settings.answers_per_prompt)
+        return {
+            "prompt_ids": [list(requests[n].prompt) for n in kept],
+            "completion_ids": [choices[n].tokens for n in kept],
+            "logprobs": None,  # only needed where sampling and training disagree on the weights
+            **{name: [column[n] for n in kept] for name, column in columns.items()},
+        }
+
+    def _sample(self, questions: Sequence[str], trainer: Any) -> tuple[list[Request], list[Choice]]:
         adapter = get_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model))
         merged = copy.deepcopy(self._plain)
-        add_deltas(merged, deltas_of(adapter, self._scale))
+        add_deltas(merged, deltas_of(adapter, self._settings.alpha / self._settings.rank))
         decoder = MixtureDecoder(self._base, [replace(self._base, model=merged)], self._config.rollout.rows)
         requests = [self._request(*numbered) for numbered in enumerate(questions, self._usage.answers)]
         choices = decoder.answer(requests)
         self._usage.answers += len(choices)
         self._usage.tokens += sum(len(choice.tokens) for choice in choices)
-        return {
-            "prompt_ids": [list(request.prompt) for request in requests],
-            "completion_ids": [choice.tokens for choice in choices],
-            "logprobs": None,  # only needed where sampling and training disagree on the weights
-            "logratio": [math.fsum(choice.logratios) for choice in choices],
-        }
+        return requests, choices
 
     def _request(self, number: int, question: str) -> Request:
-        stream = noise.stream(self._config.seed, self._name, number)
+        stream = noise.stream(self._config.seed, self._spec.name, number)
         prompt = self._base.chat(question, self._config.base.system)
         return Request("", prompt, params=self._params, stream=stream)
+
+    def _columns(self, questions: Sequence[str], choices: Sequence[Choice]) -> dict[str, list[float]]:
+        """Rewards in standard deviations by objective, and log(pi / p) of whole answers.
+
+        The mean of log(pi / p) is KL(pi || p), and its gradient that of the divergence.
+        """
+        columns = {DIVERGENCE: [math.fsum(choice.logratios) for choice in choices]}
+        for name, (reward, scale) in self._rewards.items():
+            scores = reward.score(questions, [choice.text for choice in choices])
+            columns[name] = [scale.standardise(score) for score in scores]
+            self._usage.reward_calls += len(choices)
+        return columns
+
+
+def extremes(total_N: np.ndarray, group: int, kept: int) -> list[int]:
+    """Of every group of answers the best and the worst, half each: the subset whose rewards vary most.
+
+    Training takes much longer than sampling, and answers in the middle say little (PODS, arXiv 2504.13818).
+    """
+    found = []
+    for start in range(0, len(total_N), group):
+        order = start + np.argsort(total_N[start : start + group], kind="stable")
+        found += [*order[: kept // 2].tolist(), *order[len(order) - (kept - kept // 2) :].tolist()]
+    return found
 
 
 class _DPO(DPOTrainer):
@@ -89,7 +125,7 @@ def rl_trainer(
     settings: Settings,
     config: Config,
     questions: Sequence[str],
-    rewards: Mapping[str, tuple[Reward, RewardScale]],
+    rewards: Rewards,
     folder: Path,
     usage: Usage,
 ) -> Any:
@@ -113,12 +149,12 @@ def rl_trainer(
     base = load_base(config.base.model, config.train.dtype, config.base.device)
     trainer = GRPOTrainer(
         model=base.model,
-        reward_funcs=[*(_reward_function(name, *rewards[name], usage) for name in spec.weights), divergence],
+        reward_funcs=[reward_of(name) for name in (*spec.weights, DIVERGENCE)],
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": list(questions)}),
         processing_class=base.tokenizer,
         peft_config=_lora(settings),
-        rollout_func=Sampler(config, spec.name, settings.alpha / settings.rank, usage),
+        rollout_func=Sampler(spec, settings, config, rewards, usage),
     )
     return _watched(trainer, Budget(spec.name, usage, settings))
 
@@ -179,18 +215,15 @@ def _lora(settings: Settings) -> LoraConfig:
     return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _reward_function(name: str, reward: Reward, scale: RewardScale, usage: Usage) -> Callable[..., list[float]]:
-    def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        usage.reward_calls += len(completions)
-        return [scale.standardise(raw) for raw in reward.score(prompts, completions)]
+def reward_of(name: str) -> Callable[..., list[float]]:
+    """A reward for TRL: the sampler's column."""
 
-    score.__name__ = name  # TRL's name of its metrics
-    return score
+    def column(**columns: Any) -> list[float]:
+        found: list[float] = columns[name]
+        return found
 
-
-def divergence(logratio: list[float], **_: Any) -> list[float]:
-    """log(pi / p) of whole answers: its mean is KL(pi || p), and its gradient that of the divergence."""
-    return logratio
+    column.__name__ = name  # TRL's name of its metrics
+    return column
 
 
 def _watched(trainer: Any, budget: Budget) -> Any:

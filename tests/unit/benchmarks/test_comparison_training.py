@@ -26,6 +26,7 @@ from benchmarks.comparison.load import load_merged
 from benchmarks.comparison.mixture import mix
 from benchmarks.comparison.policies import DPO, FOLDER, RL, TRAINING, PolicySpec, Settings
 from benchmarks.comparison.scoring import score_answers_only
+from benchmarks.comparison.trainers import extremes
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
 from mavis_dist.core.tilt import Filters
@@ -40,7 +41,15 @@ from mavis_dist.types import Policy
 from tests.tiny import MODEL, count_capitals, count_vowels, write_base
 
 SETTINGS = Settings(
-    seconds=40, tokens=100_000, rank=8, alpha=32, rl_learning_rate=5e-3, dpo_learning_rate=5e-3, save_steps=2
+    seconds=40,
+    tokens=100_000,
+    rank=8,
+    alpha=32,
+    rl_learning_rate=5e-3,
+    dpo_learning_rate=5e-3,
+    answers_per_prompt=8,
+    sampled_per_answer=1,
+    save_steps=2,
 )
 LAYER = {"root": 4, "children": 2, "layers": 1}
 VOWELS = PolicySpec("rl-vowels", RL, {"vowels": 1.0}, 0.01)
@@ -154,6 +163,20 @@ def test_rl_converges_to_the_optimum_of_the_tilt(tmp_path: Path, monkeypatch: py
             found.append(float((logprobs_BK.exp() * (logprobs_BK - optimum_BK)).sum()))
     assert fmean(before) > 0.3
     assert fmean(after) < 0.03
+
+
+def test_the_best_and_the_worst_of_many_answers_are_trained_on(
+    run: tuple[Config, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals = np.array([3.0, 1.0, 2.0, 0.0, 5.0, 5.0, 4.0, 6.0])
+    assert extremes(totals, group=4, kept=2) == [3, 0, 6, 7]
+    assert extremes(totals, group=4, kept=3) == [3, 2, 0, 6, 5, 7]
+    assert sorted(extremes(totals, group=4, kept=4)) == list(range(8))
+    config, store = run
+    monkeypatch.setattr(usage.Budget, "on_step_end", steps(2))
+    settings = replace(SETTINGS, prompts_per_step=3, answers_per_prompt=2, sampled_per_answer=5)
+    metadata = train_policy(VOWELS, settings, config, store)
+    assert metadata["answers"] == metadata["reward_calls"] == 2 * 3 * 2 * 5
 
 
 def test_several_objectives_share_one_reward(run: tuple[Config, Store], monkeypatch: pytest.MonkeyPatch) -> None:
