@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from benchmarks.comparison.decode import MixtureDecoder
 from benchmarks.comparison.load import load_merged, marker_of
 from benchmarks.comparison.merge import ADAPTER_FILES
-from benchmarks.comparison.policies import DPO, FOLDER, PAIR_WEIGHTS, RL, policy
+from benchmarks.comparison.policies import DPO, FOLDER, KLS, PAIR_WEIGHTS, RL, policy
 from mavis_dist.compare.cells import weight_vectors
 from mavis_dist.compare.guides import TREES, stage_seconds
 from mavis_dist.compare.method import Answer, Method
@@ -32,8 +32,8 @@ class Policies(Method):
     the policies (1) and beyond.
     """
 
-    strengths = (0.25, 0.5, 1.0, 1.5)
-    defaults = MappingProxyType({"kl": 0.1, "tag": ""})
+    strengths = (1.0, 1.5, 2.0, 3.0)  # mixed policies are nearer to the base model than each of them
+    defaults = MappingProxyType({"kl": KLS[RL], "tag": ""})
     kind: ClassVar[str] = RL
 
     def shares(self, weights: Mapping[str, float]) -> dict[str, float]:
@@ -155,10 +155,12 @@ class Morlhf(Mod):
 class DpoSoups(Soups):
     """Soups of policies that DPO has trained on pairs from the trees."""
 
+    strengths = (0.25, 0.5, 1.0, 1.5)
+    defaults = MappingProxyType({**Policies.defaults, "kl": KLS[DPO]})
     kind = DPO
 
 
 class DpoMod(Mod):
     """Mixtures of these."""
 
-    kind = DPO
+    strengths, defaults, kind = DpoSoups.strengths, DpoSoups.defaults, DPO

@@ -13,6 +13,7 @@ from mavis_dist.types import UserError
 
 FOLDER, TRAINING = "policies", "train/policies"  # of a run: finished policies, checkpoints of unfinished ones
 RL, DPO = "rl", "dpo"
+KLS = {RL: 0.2, DPO: 0.3}  # by kind: the default of `kl` (PolicySpec)
 PAIR_WEIGHTS = (0.25, 0.5, 0.75)  # of the first objective of a pair, for MORLHF
 
 
@@ -39,17 +40,17 @@ def _setting(default: Any, meaning: str) -> Any:
 class Settings:
     """How a policy is trained; the budgets bound each policy."""
 
-    seconds: float = _setting(720.0, "longest training of one policy")
-    tokens: int = _setting(400_000, "most tokens sampled to train one policy by RL")
+    seconds: float = _setting(3600.0, "longest training of one policy")
+    tokens: int = _setting(230_000, "most tokens sampled to train one policy by RL")
     rank: int = _setting(16, "rank of the low-rank adapters")
     alpha: int = _setting(32, "scale of the low-rank adapters")
-    rl_learning_rate: float = _setting(3e-4, "learning rate of RL")
+    rl_learning_rate: float = _setting(2e-4, "learning rate of RL")
     dpo_learning_rate: float = _setting(2e-4, "learning rate of DPO")
     prompts_per_step: int = _setting(8, "prompts of a step of RL")
     answers_per_prompt: int = _setting(4, "answers to each of them")
     sampled_per_answer: int = _setting(4, "answers sampled for each of these: the best and the worst are trained on")
     updates: int = _setting(1, "optimiser steps on the answers of a step of RL")
-    pairs_per_prompt: int = _setting(1, "pairs of DPO per tree: best and worst answer, second best and worst, ...")
+    pairs_per_prompt: int = _setting(2, "pairs of DPO per tree: best and worst answer, second best and worst, ...")
     pairs_per_step: int = _setting(16, "pairs of a step of DPO")
     epochs: int = _setting(1, "passes of DPO over the pairs")
     rows_per_pass: int = _setting(16, "most answers in one forward pass of training")
@@ -68,8 +69,8 @@ def policy(kind: str, weights: Mapping[str, float], kl: float, tag: str = "") ->
 
 def catalogue(
     objectives: Sequence[str],
-    rl_kls: Sequence[float] = (0.1, 0.3),
-    dpo_kls: Sequence[float] = (0.1, 0.3),
+    rl_kls: Sequence[float] = (KLS[RL],),
+    dpo_kls: Sequence[float] = (KLS[DPO],),
     pair_weights: Sequence[float] = PAIR_WEIGHTS,
     tag: str = "",
 ) -> list[PolicySpec]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import mavis_dist.environment  # noqa: F401  the same OpenMP waiting as in the actors
-from benchmarks.comparison.policies import PolicySpec, Settings, catalogue, chosen
+from benchmarks.comparison.policies import DPO, KLS, RL, PolicySpec, Settings, catalogue, chosen
 from jobs.arguments import refusing
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = "names or patterns such as rl-* (default: all)"
     parser.add_argument("--policies", type=_words, metavar="A,B,...", help=names)
     kls = "prices of a nat in standard deviations of reward, for RL (default: %(default)s)"
-    parser.add_argument("--rl-kls", type=_numbers, default="0.1,0.3", help=kls)
-    parser.add_argument("--dpo-kls", type=_numbers, default="0.1,0.3", help="DPO's beta (default: %(default)s)")
+    parser.add_argument("--rl-kls", type=_numbers, default=f"{KLS[RL]:g}", help=kls)
+    parser.add_argument("--dpo-kls", type=_numbers, default=f"{KLS[DPO]:g}", help="DPO's beta (default: %(default)s)")
     parser.add_argument(
         "--weights",
         type=_numbers,
@@ -80,7 +80,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in _words(text))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.1,0.3") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.2,0.5") from None
 
 
 if __name__ == "__main__":

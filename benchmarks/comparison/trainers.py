@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class Sampler:
         sampled = [question for question in questions for _ in range(factor)]
         requests, choices = self._sample(sampled, trainer)
         columns = self._columns(sampled, choices)
+        self._usage.means = {name: fmean(column) for name, column in columns.items()}
         weights = {**self._spec.weights, DIVERGENCE: -self._spec.kl}
         total = np.sum([share * np.array(columns[name]) for name, share in weights.items()], axis=0)
         kept = extremes(total, self._settings.answers_per_prompt * factor, self._settings.answers_per_prompt)

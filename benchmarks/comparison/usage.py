@@ -17,6 +17,7 @@ from mavis_dist.progress import say
 
 USAGE_FILE = "usage.json"  # in a checkpoint
 LINE_EVERY_S = 10.0
+SAMPLED = "sampled/"  # begins names of means over all sampled answers; TRL's own are over those that it trains on
 
 
 @dataclass
@@ -28,11 +29,12 @@ class Usage:
     reward_calls: int = 0  # answers scored, once per objective
     seconds: float = 0.0  # all attempts together, without what a killed one did after its last checkpoint
     steps: int = 0
+    means: dict[str, float] = field(default_factory=dict)  # of all answers last sampled: rewards, sd, and log(pi / p)
     history: list[dict[str, float]] = field(default_factory=list)  # TRL's metrics of every step
 
     @property
     def costs(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "history"}
+        return {key: value for key, value in asdict(self).items() if key not in ("history", "means")}
 
 
 def last_checkpoint(folder: Path, settings: Settings) -> tuple[Path | None, Usage]:
@@ -65,11 +67,12 @@ class Budget(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any) -> None:
         numbers = {key: value for key, value in passed["logs"].items() if isinstance(value, float)}
+        numbers.update({f"{SAMPLED}{name}": mean for name, mean in self.usage.means.items()})
         self.usage.history.append({"step": state.global_step, **numbers})
         if time.monotonic() - self._shown < LINE_EVERY_S:
             return
         self._shown, usage = time.monotonic(), self.usage
-        shown = {key.removeprefix("rewards/").removesuffix("/mean"): numbers[key] for key in numbers if _is_shown(key)}
+        shown = {key.removeprefix(SAMPLED).removeprefix("rewards/"): numbers[key] for key in numbers if _is_shown(key)}
         figures = ", ".join(f"{key} {number:.3g}" for key, number in shown.items())
         spent = f"{usage.seconds:.0f}/{self._settings.seconds:.0f} s, {usage.tokens} tokens sampled"
         say(self._stage, f"step {usage.steps}, {spent}  {figures}".rstrip())
@@ -82,4 +85,4 @@ class Budget(TrainerCallback):
 
 
 def _is_shown(metric: str) -> bool:
-    return metric in ("loss", "reward") or (metric.startswith("rewards/") and metric.endswith(("/mean", "/margins")))
+    return metric in ("loss", "rewards/margins") or metric.startswith(SAMPLED)

@@ -14,7 +14,7 @@ from benchmarks.comparison import train
 from benchmarks.comparison.decode import MixtureDecoder
 from benchmarks.comparison.load import load_merged
 from benchmarks.comparison.methods import Policies
-from benchmarks.comparison.policies import DPO, RL, PolicySpec, Settings, marker, policy
+from benchmarks.comparison.policies import DPO, KLS, RL, PolicySpec, Settings, marker, policy
 from mavis_dist.compare.cells import Weights, plan_cells
 from mavis_dist.compare.method import Answer, make_methods
 from mavis_dist.compare.sampling import Base
@@ -31,8 +31,12 @@ PROMPTS = [Prompt(f"p{i}", f"question {i}?") for i in range(4)]
 CORNER, MIXED = {"a": 1.0}, {"a": 0.25, "b": 0.75}
 STEM = "model.layers.0.self_attn.q_proj"
 SPECS = [
-    *(policy(kind, {name: 1.0}, 0.1) for kind in (RL, DPO) for name in NAMES),
-    *(policy(RL, dict(zip(pair, (w, 1 - w), strict=True)), 0.1) for pair in ("ab", "ac", "bc") for w in (0.25, 0.5)),
+    *(policy(kind, {name: 1.0}, KLS[kind]) for kind in (RL, DPO) for name in NAMES),
+    *(
+        policy(RL, dict(zip(pair, (share, 1 - share), strict=True)), KLS[RL])
+        for pair in ("ab", "ac", "bc")
+        for share in (0.25, 0.5)
+    ),
 ]
 
 
@@ -107,7 +111,7 @@ def test_all_are_the_same_policy_where_one_objective_has_all_the_weight(workspac
 
 def test_soups_merge_weights_and_mod_mixes_log_probabilities(config: Config, workspace: Workspace) -> None:
     store = Store(config.storage, config.run)
-    names = ["rl-a-kl0.1", "rl-b-kl0.1"]
+    names = ["rl-a-kl0.2", "rl-b-kl0.2"]
     merged = load_merged(config, store, dict(zip(names, MIXED.values(), strict=True)), 0.5)
     alone = [load_merged(config, store, {name: 1.0}) for name in names]
     requests = workspace.requests(PROMPTS, 0)
@@ -118,7 +122,7 @@ def test_soups_merge_weights_and_mod_mixes_log_probabilities(config: Config, wor
         assert [answer.text for answer in found] == [choice.text for choice in choices]
         assert [answer.divergence for answer in found] == pytest.approx([choice.divergence for choice in choices])
     exact = make_morlhf(workspace).answer(PROMPTS, MIXED, 1.0, 0)
-    alone = [load_merged(config, store, {"morlhf-a0.25-b0.75-kl0.1": 1.0})]
+    alone = [load_merged(config, store, {"morlhf-a0.25-b0.75-kl0.2": 1.0})]
     assert [a.text for a in exact] == [c.text for c in MixtureDecoder(workspace.base, alone).answer(requests)]
 
 
@@ -132,7 +136,7 @@ def test_a_vanishing_strength_is_the_base_model(workspace: Workspace, kind: str)
 
 def test_inputs_are_the_policies_and_training_is_theirs(workspace: Workspace) -> None:
     rl, dpo, exact = make(workspace, "Soups"), make(workspace, "DpoSoups"), make_morlhf(workspace)
-    assert rl.inputs()["policies"].keys() == {f"rl-{name}-kl0.1" for name in NAMES}
+    assert rl.inputs()["policies"].keys() == {f"rl-{name}-kl0.2" for name in NAMES}
     assert rl.inputs() == make(workspace, "Mod").inputs() != dpo.inputs()
     assert len(set(rl.inputs()["policies"].values())) == 3
     assert rl.training_s() == dpo.training_s() == 30.0
@@ -157,9 +161,9 @@ def test_a_policy_per_weights_answers_under_these_only(config: Config, workspace
     ("kind", "settings", "missing"),
     [
         ("Soups", {"kl": 0.3}, ["rl-a-kl0.3", "rl-b-kl0.3", "rl-c-kl0.3"]),
-        ("Mod", {"tag": "-long"}, ["rl-a-kl0.1-long", "rl-b-kl0.1-long", "rl-c-kl0.1-long"]),
+        ("Mod", {"tag": "-long"}, ["rl-a-kl0.2-long", "rl-b-kl0.2-long", "rl-c-kl0.2-long"]),
         ("DpoSoups", {"kl": 0.5}, ["dpo-a-kl0.5", "dpo-b-kl0.5", "dpo-c-kl0.5"]),
-        ("Morlhf", {}, [f"morlhf-{one}0.75-{other}0.25-kl0.1" for one, other in ("ab", "ac", "bc")]),
+        ("Morlhf", {}, [f"morlhf-{one}0.75-{other}0.25-kl0.2" for one, other in ("ab", "ac", "bc")]),
     ],
 )
 def test_missing_policies_are_refused_with_the_command_that_trains_them(

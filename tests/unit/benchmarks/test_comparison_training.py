@@ -26,7 +26,7 @@ from benchmarks.comparison.load import load_merged
 from benchmarks.comparison.mixture import mix
 from benchmarks.comparison.policies import DPO, FOLDER, RL, TRAINING, PolicySpec, Settings
 from benchmarks.comparison.scoring import score_answers_only
-from benchmarks.comparison.trainers import extremes
+from benchmarks.comparison.trainers import Sampler, extremes
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
 from mavis_dist.core.tilt import Filters
@@ -174,9 +174,24 @@ def test_the_best_and_the_worst_of_many_answers_are_trained_on(
     assert sorted(extremes(totals, group=4, kept=4)) == list(range(8))
     config, store = run
     monkeypatch.setattr(usage.Budget, "on_step_end", steps(2))
-    settings = replace(SETTINGS, prompts_per_step=3, answers_per_prompt=2, sampled_per_answer=5)
+    settings, sample = (
+        replace(SETTINGS, prompts_per_step=3, answers_per_prompt=2, sampled_per_answer=5),
+        Sampler._sample,
+    )
+    groups: list[list[str]] = []
+
+    def recorded(self: Sampler, questions: list[str], trainer: Any) -> Any:
+        groups.extend(questions[start : start + 10] for start in range(0, len(questions), 10))
+        return sample(self, questions, trainer)
+
+    monkeypatch.setattr(Sampler, "_sample", recorded)
     metadata = train_policy(VOWELS, settings, config, store)
+    assert len(groups) == 6
+    assert all(len(set(group)) == 1 for group in groups), "a group answers one question"
     assert metadata["answers"] == metadata["reward_calls"] == 2 * 3 * 2 * 5
+    first, *_ = map(json.loads, store.read_bytes(f"{VOWELS.folder}/metrics.jsonl").decode().splitlines())
+    assert first["sampled/divergence"] == pytest.approx(0, abs=1e-5), "before training it is the base model"
+    assert abs(first["sampled/vowels"]) < 1 < first["rewards/vowels/std"], "standardised; the extremes vary more"
 
 
 def test_several_objectives_share_one_reward(run: tuple[Config, Store], monkeypatch: pytest.MonkeyPatch) -> None:
