@@ -3,7 +3,7 @@
     python -m benchmarks.comparison --config jobs/configs/comparison.yaml [--json FILE] [--markdown FILE]
     python -m benchmarks.comparison --page-only [--json FILE] [--markdown FILE]
 
-The run and its policies have to be trained before (docs/comparison.md). Stored answers are not computed again: the same
+The run and its policies have to be trained before (docs/evaluation.md). Stored answers are not computed again: the same
 command resumes a comparison that was killed. Plots are written beside the file of figures.
 """
 
