@@ -40,7 +40,7 @@ def _setting(default: Any, meaning: str) -> Any:
 class Settings:
     """How a policy is trained; the budgets bound each policy."""
 
-    seconds: float = _setting(3600.0, "longest training of one policy")
+    seconds: float = _setting(1500.0, "longest training of one policy")
     tokens: int = _setting(230_000, "most tokens sampled to train one policy by RL")
     rank: int = _setting(16, "rank of the low-rank adapters")
     alpha: int = _setting(32, "scale of the low-rank adapters")
