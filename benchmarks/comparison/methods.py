@@ -32,7 +32,13 @@ class Policies(Method):
     the policies (1) and beyond.
     """
 
-    strengths = (0.5, 1.0, 1.5, 2.0, 3.0)  # mixed policies are nearer to the base model than each of them
+    strengths: tuple[float, ...] = (
+        0.5,
+        1.0,
+        1.5,
+        2.0,
+        3.0,
+    )  # mixed policies are nearer to the base model than each of them
     defaults = MappingProxyType({"kl": KLS[RL], "tag": ""})
     kind: ClassVar[str] = RL
 

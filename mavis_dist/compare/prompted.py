@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from mavis_dist.compare.method import Answer, Method
@@ -75,12 +76,18 @@ class OnePrompt(ByPreference):
 
 
 class Mato(ByPreference):
-    """MATO (docs/preferences.md); the strength is c. The divergence is exact."""
+    """MATO and its relatives (docs/preferences.md); the strength is c. The divergence is exact.
+
+    Settings: `preset`, where all parameters but c are from.
+    """
 
     strengths = (1.0, 2.0, 3.0, 4.0, 6.0)
+    defaults = MappingProxyType({"preset": "mato"})
 
     def check(self) -> None:
         super().check()
+        if self.settings["preset"] not in PRESETS:
+            raise UserError(f"preset is {self.settings['preset']!r}: use {', '.join(PRESETS)}")
         if self.strengths[-1] > MAX_STRENGTH:
             raise UserError(f"strengths has {self.strengths[-1]:g}: use numbers up to {MAX_STRENGTH:g}")
 
@@ -88,7 +95,7 @@ class Mato(ByPreference):
         self, prompts: Sequence[Prompt], weights: Mapping[str, float], strength: float, seed: int
     ) -> list[Answer]:
         weighted = [(self.workspace.preference(name), weight) for name, weight in weights.items()]
-        params = replace(PRESETS["mato"], c=strength)
+        params = replace(PRESETS[self.settings["preset"]], c=strength)
         tokenizer, system = self.workspace.base.tokenizer, self.workspace.config.base.system
         requests = []
         for prompt, request in zip(prompts, self.workspace.requests(prompts, seed), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from mavis_dist.compare.method import BASE, DEFAULT, Answer, Method, make_methods
-from mavis_dist.compare.prompted import wishes
+from mavis_dist.compare.prompted import Mato, wishes
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
+from mavis_dist.decode import PRESETS
 from mavis_dist.types import Prompt, UserError
 from tests import tiny
 
@@ -194,6 +196,18 @@ def test_a_prompted_answer_is_the_one_that_the_prompt_alone_gives(workspace: Wor
     assert [answer.text for answer in method.answer(PROMPTS, HALVES, 1, 0)] == plain
 
 
+@pytest.mark.parametrize("preset", ["mato", "linear_alignment", "context_steering", "amulet"])
+def test_relatives_of_mato_differ_from_it_in_their_presets(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(Mato, "generate", lambda _, requests: asked.extend(requests))
+    make(workspace, preset).answer(PROMPTS, HALVES, 2.0, 0)
+    make(workspace, "own", method="mato", preset=preset).answer(PROMPTS, HALVES, 2.0, 0)
+    assert len(asked) == 2 * len(PROMPTS)
+    assert all(request.preference_params == replace(PRESETS[preset], c=2.0) for request in asked)
+
+
 def test_a_method_of_a_users_own(workspace: Workspace) -> None:
     method = make(workspace, "mine", method=f"{__name__}:Echo", strengths=[0.5])
     assert method.strengths == (0.5,)
@@ -216,6 +230,7 @@ def test_a_method_of_a_users_own(workspace: Workspace) -> None:
         ("best_of_n", {"strengths": [1, 2]}, ["compare.methods.best_of_n", "strengths has 1", "from 2 to"]),
         ("sir", {"n": 2.5}, ["compare.methods.sir", "2.5"]),
         ("mato", {"strengths": [9]}, ["compare.methods.mato", "9", "up to 8"]),
+        ("mato", {"preset": "matto"}, ["compare.methods.mato", "'matto'", "amulet"]),
         ("prompt", {"strengths": [5]}, ["compare.methods.prompt", "1, 2, 3, 4"]),
     ],
 )
