@@ -147,6 +147,10 @@ class Morlhf(Mod):
     def shares(self, weights: Mapping[str, float]) -> dict[str, float]:
         return {self.name(weights): 1.0}
 
+    def training_s_for(self, weights: Mapping[str, float]) -> float:
+        seconds: float = self.markers[self.name(weights)]["seconds"]
+        return seconds
+
     def command(self, names: Sequence[str]) -> str:
         return f"{super().command(names)} --weights {','.join(f'{share:g}' for share in self.settings['pair_weights'])}"
 

@@ -53,6 +53,7 @@ COST = (
     "reward calls",
     "tokens/s",
     "training, s",
+    "for one weight vector, s",
 )
 
 
@@ -94,6 +95,7 @@ def _cost_row(row: MethodResult) -> tuple[str, ...]:
         f"{cost.reward_calls:.0f}",
         UNKNOWN if cost.tokens_per_s is None else f"{cost.tokens_per_s:.0f}",
         f"{cost.training_s:.0f}",
+        f"{cost.training_s_per_weights:.0f}",
     )
 
 

@@ -31,11 +31,11 @@ def reference_of(methods: Sequence[str]) -> str:
 
 def summarise(
     measured: Measured,
-    training_s: Mapping[str, float],
+    training_s: Mapping[str, tuple[float, float]],
     conditions: Mapping[str, str],
     judged: Mapping[str, Judged] = MappingProxyType({}),
 ) -> Comparison:
-    """All figures; `training_s` by method, seconds."""
+    """All figures; `training_s` by method: seconds for all weights, and the mean for one weight vector."""
     methods, settings, common = measured.methods, measured.settings, measured.common
     reference = reference_of(methods)
     groups = [group for size in (2, 3) for group in combinations(measured.scales, size)] or [tuple(measured.scales)]
@@ -70,7 +70,7 @@ def summarise(
                 share_behind=_unless(m == reference, totals.share(reference, m) - totals.share(m, reference)),
                 spearman=_spearman(measured, m, pairs) if m != BASE else None,
                 text=_text(nearest[m]),
-                cost=_cost(nearest[m], training_s[m]),
+                cost=_cost(nearest[m], *training_s[m]),
                 strengths=_by_strength(measured, m),
                 judged=judged.get(m),
             )
@@ -216,11 +216,12 @@ def _text(corpora: Sequence[Answers]) -> Text:
     )
 
 
-def _cost(corpora: Sequence[Answers], training_s: float) -> Cost:
+def _cost(corpora: Sequence[Answers], training_s: float, training_s_per_weights: float) -> Cost:
     seconds = sum(float(answers.seconds.sum()) for answers in corpora)
     return Cost(
         tokens_per_s=sum(float(answers.num_tokens.sum()) for answers in corpora) / seconds if seconds > 0 else None,
         generated=float(np.mean([answers.generated for answers in corpora])),
         reward_calls=float(np.mean([answers.reward_calls for answers in corpora])),
         training_s=training_s,
+        training_s_per_weights=training_s_per_weights,
     )

@@ -71,8 +71,12 @@ class Method(ABC):
         return {}
 
     def training_s(self) -> float:
-        """Seconds in which what it steers with was trained."""
+        """Seconds in which what it steers with was trained, for all weights that are compared."""
         return 0.0
+
+    def training_s_for(self, weights: Mapping[str, float]) -> float:
+        """The same for these weights alone; less than for all only where something is trained for exactly one."""
+        return self.training_s()
 
     @abstractmethod
     def answer(

@@ -64,7 +64,8 @@ class Cost:
     tokens_per_s: float | None  # of the answer given, in a full batch; None: not timed
     generated: float  # tokens, those of discarded answers included
     reward_calls: float
-    training_s: float
+    training_s: float  # for all weights
+    training_s_per_weights: float  # for one weight vector, mean: the same unless something is trained for each
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _finite(value: Any) -> Any:
 def table(comparison: Comparison) -> str:
     """One line per method; a * marks a figure that is significantly ahead of every other."""
     head = ["method", "weighted gain, sd", "behind", "hypervolume", "ratio", "share of limit", "Spearman"]
-    head += ["generated", "rewards", "tokens/s", "training, s"]
+    head += ["generated", "rewards", "tokens/s", "training, s", "for one, s"]
     rows = [
         [
             row.method,
@@ -156,6 +157,7 @@ def table(comparison: Comparison) -> str:
             f"{row.cost.reward_calls:.0f}",
             UNKNOWN if row.cost.tokens_per_s is None else f"{row.cost.tokens_per_s:.0f}",
             f"{row.cost.training_s:.0f}",
+            f"{row.cost.training_s_per_weights:.0f}",
         ]
         for row in comparison.methods
     ]
@@ -163,7 +165,7 @@ def table(comparison: Comparison) -> str:
         f"at {comparison.kl:g} nats, {comparison.num_prompts} unseen prompts, 95 % intervals; behind and ratio: "
         f"{comparison.reference} against the method; *: significantly ahead of every other"
     )
-    lines = [text_table(head, rows, [18, *[23] * 5, *[11] * 4, 13]), note]
+    lines = [text_table(head, rows, [18, *[23] * 5, *[11] * 4, 13, 12]), note]
     fewer = [row for row in comparison.methods if row.num_weights < comparison.num_weights]
     if fewer:
         counts = ", ".join(f"{row.method} {row.num_weights}" for row in fewer)

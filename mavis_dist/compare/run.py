@@ -14,11 +14,11 @@ import numpy as np
 
 from mavis_dist import cluster
 from mavis_dist.actors import WorkerPool
-from mavis_dist.compare.cells import Cell, plan_cells, read
+from mavis_dist.compare.cells import Cell, Weights, plan_cells, read
 from mavis_dist.compare.figures import reference_of, summarise
 from mavis_dist.compare.judged import check_judge, judge
 from mavis_dist.compare.measured import Measured
-from mavis_dist.compare.method import make_methods
+from mavis_dist.compare.method import Method, make_methods
 from mavis_dist.compare.report import examples_of, write_report
 from mavis_dist.compare.results import Comparison
 from mavis_dist.compare.worker import Finished, worker_factory
@@ -79,12 +79,17 @@ def compare(config: Config) -> tuple[Comparison, str]:
         scales=scales,
         kl=config.compare.kl,
     )
-    training_s = {name: method.training_s() for name, method in methods.items()}
+    training_s = {name: training_of(method, measured.common(name)) for name, method in methods.items()}
     reference = reference_of(measured.methods)
     judged = {} if settings is None else judge(settings, workspace, measured, prompts, reference)
     comparison = summarise(measured, training_s, describe(config), judged)
     workspace.store.write_json(layout.COMPARISON_FILE, comparison.to_json())
     return comparison, write_report(config, workspace.store, comparison, examples_of(measured, prompts))
+
+
+def training_of(method: Method, vectors: Sequence[Weights]) -> tuple[float, float]:
+    """Seconds of training for all weights, and the mean for one weight vector."""
+    return method.training_s(), float(np.mean([method.training_s_for(dict(weights)) for weights in vectors]))
 
 
 def is_base_scored(config: Config, store: Store) -> bool:

@@ -17,6 +17,7 @@ from benchmarks.comparison.methods import Policies
 from benchmarks.comparison.policies import DPO, KLS, RL, PolicySpec, Settings, marker, policy
 from mavis_dist.compare.cells import Weights, plan_cells
 from mavis_dist.compare.method import Answer, make_methods
+from mavis_dist.compare.run import training_of
 from mavis_dist.compare.sampling import Base
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
@@ -143,6 +144,8 @@ def test_inputs_are_the_policies_and_training_is_theirs(workspace: Workspace) ->
     record_stage(workspace.store, "rollouts i0", 100.0, "")
     assert (rl.training_s(), dpo.training_s()) == (30.0, 130.0)
     assert exact.training_s() == 10.0 * (3 + 2 * 3)
+    assert training_of(exact, [(("a", 1.0),), (("a", 0.25), ("b", 0.75))]) == (90.0, 10.0)
+    assert training_of(rl, [(("a", 1.0),), (("a", 0.25), ("b", 0.75))]) == (30.0, 30.0)
 
 
 def test_a_policy_per_weights_answers_under_these_only(config: Config, workspace: Workspace) -> None:

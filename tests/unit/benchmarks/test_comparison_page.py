@@ -23,7 +23,7 @@ PROVENANCE = {
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    return summarise(made_up(), dict.fromkeys(METHODS, 60.0), {"base model": "tiny", "versions": "many"})
+    return summarise(made_up(), dict.fromkeys(METHODS, (60.0, 20.0)), {"base model": "tiny", "versions": "many"})
 
 
 def test_the_page_is_rendered_from_the_file_of_figures(comparison: Comparison, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def measured() -> Measured:
 
 @pytest.fixture(scope="module")
 def comparison(measured: Measured) -> Comparison:
-    return summarise(measured, dict.fromkeys(measured.methods, 60.0), {"base model": "a tiny one"})
+    return summarise(measured, dict.fromkeys(measured.methods, (60.0, 20.0)), {"base model": "a tiny one"})
 
 
 def row(comparison: Comparison, method: str) -> MethodResult:
@@ -77,7 +77,7 @@ def test_correlations_cost_and_text(comparison: Comparison) -> None:
     mavis = row(comparison, "mavis")
     assert mavis.spearman == pytest.approx(1.0)
     assert (mavis.cost.generated, mavis.cost.reward_calls, mavis.cost.tokens_per_s) == (20, 3, 5)
-    assert mavis.cost.training_s == 60.0
+    assert (mavis.cost.training_s, mavis.cost.training_s_per_weights) == (60.0, 20.0)
     assert mavis.text.perplexity == pytest.approx(np.e)
     assert mavis.text.distinct_2 < row(comparison, "base").text.distinct_2
 
@@ -112,7 +112,7 @@ def test_a_method_without_some_weights_is_compared_on_the_common_ones() -> None:
     whole = made_up()
     some = [VECTORS[0], VECTORS[2]]
     cells = {**whole.cells, **cells_of("some", some, lambda s: s / 4, lambda s: s)}
-    comparison = summarise(replace(whole, cells=cells), dict.fromkeys([*whole.methods, "some"], 0.0), {})
+    comparison = summarise(replace(whole, cells=cells), dict.fromkeys([*whole.methods, "some"], (0.0, 0.0)), {})
     found, mavis = row(comparison, "some"), row(comparison, "mavis")
     assert (found.num_weights, mavis.num_weights, comparison.num_weights) == (2, 3, 3)
     for figure, expected in (
@@ -142,7 +142,7 @@ def test_a_method_that_is_not_steered_has_the_same_answers_for_all_weights() -> 
         if cell.method == "base"
     }
     measured = replace(whole, cells={**whole.cells, **constant})
-    found = row(summarise(measured, dict.fromkeys([*whole.methods, "constant"], 0.0), {}), "constant")
+    found = row(summarise(measured, dict.fromkeys([*whole.methods, "constant"], (0.0, 0.0)), {}), "constant")
     assert found.num_weights == 3
     assert found.weighted is not None
     assert found.weighted.mean == pytest.approx(0.0)

@@ -100,7 +100,7 @@ def test_methods_are_judged_against_the_reference(tmp_path: Path) -> None:
     assert (found["weak"].won, found["weak"].preferred.mean) == (pairs, 1.0)
     assert (found["short"].tied, found["short"].preferred.mean) == (pairs, 0.5)
     assert asked == 1 + 2 * pairs * len(found)
-    comparison = summarise(measured, dict.fromkeys(measured.methods, 0.0), {}, found)
+    comparison = summarise(measured, dict.fromkeys(measured.methods, (0.0, 0.0)), {}, found)
     rows = {row.method: row.judged for row in comparison.methods}
     assert rows["weak"] == found["weak"]
     assert rows["mavis"] is None
