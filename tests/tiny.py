@@ -106,8 +106,8 @@ def publish_distilled(folder: Path, run: str, names: tuple[str, str], name: str)
     torch.manual_seed(11)
     torch.nn.init.normal_(model.heads.weight, std=0.3)
     head = qhead.QHead(model.heads.in_features, 2, 4)
-    for query in head.queries:
-        torch.nn.init.normal_(query.weight, std=0.5)
+    for parameter in head.queries.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
     teachers = tuple(value.Teacher(name, 0, "f") for name in names)
     card = replace(card, objectives=names, teachers=teachers, scales=card.scales * 2, rewards=card.rewards * 2)
     value.save(model, card, folder / "student")
