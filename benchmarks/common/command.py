@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import mavis_dist.environment  # noqa: F401  the same OpenMP waiting as in the actors
 from benchmarks.common import figures
+from mavis_dist import config as config_module
+from mavis_dist.config import Config
 from mavis_dist.tables import text_table
 
 Scale = TypeVar("Scale")
@@ -54,6 +56,27 @@ def record(
         figures.write(file_of(name, arguments), {**results, **figures.provenance(line(name, argv))})
 
 
+def of_config(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    file: Path,
+    measure: Callable[[Config], Mapping[str, Any]],
+    argv: Sequence[str] | None,
+) -> dict[str, Any]:
+    """With --page-only the figures of `file`; otherwise those of the config that is named, which are written to it."""
+    from jobs.arguments import refusing
+
+    if arguments.page_only:
+        return refusing(lambda: figures.read(file))
+    if arguments.config is None:
+        parser.error("--config is required, except with --page-only")
+    config = refusing(lambda: config_module.load(arguments.config, arguments.overrides))
+    measured = refusing(lambda: measure(config))
+    found = {**measured, **figures.provenance(f"{parser.prog} {_quoted(argv)}".strip())}
+    figures.write(file, found)
+    return found
+
+
 def file_of(name: str, arguments: argparse.Namespace) -> Path:
     """The file of figures that the command line names, or the default one."""
     return arguments.json or figures.default_file(name)
@@ -61,7 +84,22 @@ def file_of(name: str, arguments: argparse.Namespace) -> Path:
 
 def line(name: str, argv: Sequence[str] | None) -> str:
     """The command line, as a shell takes it."""
-    return f"python -m benchmarks.{name} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
+    return f"python -m benchmarks.{name} {_quoted(argv)}".strip()
+
+
+def _quoted(argv: Sequence[str] | None) -> str:
+    return shlex.join(sys.argv[1:] if argv is None else argv)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated list; none of an empty text."""
+    return tuple(filter(None, text.split(",")))
+
+
+def add_config(parser: argparse.ArgumentParser, job: str) -> None:
+    """The config of commands that have --page-only, and settings that replace its own."""
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file, as for {job} (required to measure)")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
 
 
 def add_json(parser: argparse.ArgumentParser, name: str) -> None:

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import command, figures
 from benchmarks.common.markdown import write_part
-from jobs.arguments import refusing
-from mavis_dist import config as config_module
 from mavis_dist.config import Config
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.comparison",
         description="Compare value-guided decoding with its alternatives, and write one page about it.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file, as for jobs.evaluate (required to measure)")
+    command.add_config(parser, "jobs.evaluate")
     command.add_json(parser, NAME)
     parser.add_argument(
         "--markdown",
@@ -42,18 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="page with the part about the comparison (default: docs/comparison.md)",
     )
     command.add_page_only(parser)
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
     arguments = parser.parse_args(argv)
     file = arguments.json or figures.default_file(NAME)
-    if arguments.page_only:
-        found = refusing(lambda: figures.read(file))
-    else:
-        if arguments.config is None:
-            parser.error("--config is required, except with --page-only")
-        config = refusing(lambda: config_module.load(arguments.config, arguments.overrides))
-        comparison = refusing(lambda: run(config))
-        found = {**comparison.to_json(), **figures.provenance(command.line(NAME, argv))}
-        figures.write(file, found)
+    found = command.of_config(parser, arguments, file, lambda config: run(config).to_json(), argv)
     write_page(found, file, arguments.markdown)
 
 

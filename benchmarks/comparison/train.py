@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import mavis_dist.environment  # noqa: F401  the same OpenMP waiting as in the actors
+from benchmarks.common import command
 from benchmarks.comparison.policies import DPO, KLS, RL, PolicySpec, Settings, catalogue, chosen
 from jobs.arguments import refusing
 from mavis_dist import config as config_module
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, as for jobs.pipeline")
     names = "names or patterns such as rl-* (default: all)"
-    parser.add_argument("--policies", type=_words, metavar="A,B,...", help=names)
+    parser.add_argument("--policies", type=command.words, metavar="A,B,...", help=names)
     kls = "prices of a nat in standard deviations of reward, for RL (default: %(default)s)"
     parser.add_argument("--rl-kls", type=_numbers, default=f"{KLS[RL]:g}", help=kls)
     parser.add_argument("--dpo-kls", type=_numbers, default=f"{KLS[DPO]:g}", help="DPO's beta (default: %(default)s)")
@@ -72,13 +73,9 @@ def train_all(specs: Sequence[PolicySpec], settings: Settings, config: Config) -
         train_policy(spec, settings, config, store)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in _words(text))
+        return tuple(float(part) for part in command.words(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.2,0.5") from None
 

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import command, figures
 from benchmarks.common.markdown import write_part
-from jobs.arguments import refusing
-from mavis_dist import config as config_module
 from mavis_dist.config import Config
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.study",
         description="Train a run and variants of it, and measure their share of the limit of steering.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file, as for jobs.pipeline (required to measure)")
+    command.add_config(parser, "jobs.pipeline")
     command.add_json(parser, NAME)
     command.add_page(parser, "the share of the limit")
     parser.add_argument(
@@ -48,22 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--variants",
-        type=lambda text: tuple(filter(None, text.split(","))),
+        type=command.words,
         metavar="A,B,...",
         help="variants to train and measure, by name (default: all that differ from the config; '': none)",
     )
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
     arguments = parser.parse_args(argv)
     file = arguments.json or figures.default_file(NAME)
-    if arguments.page_only:
-        found = refusing(lambda: figures.read(file))
-    else:
-        if arguments.config is None:
-            parser.error("--config is required, except with --page-only")
-        config = refusing(lambda: config_module.load(arguments.config, arguments.overrides))
-        results = refusing(lambda: run(config, arguments.betas, arguments.kl, arguments.variants))
-        found = {**results.to_json(), **figures.provenance(command.line("study", argv))}
-        figures.write(file, found)
+
+    def measure(config: Config) -> dict[str, Any]:
+        return run(config, arguments.betas, arguments.kl, arguments.variants).to_json()
+
+    found = command.of_config(parser, arguments, file, measure, argv)
     write_page(found, file.with_suffix(".svg"), arguments.markdown)
 
 

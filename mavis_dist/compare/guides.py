@@ -52,7 +52,8 @@ class ValueModels(Method):
 
     def folders(self) -> dict[str, Path]:
         """objective -> local folder of its value model."""
-        found = {name: values.served(self.store)[name] for name in self.workspace.config.objectives}
+        served = values.served(self.store)
+        found = {name: served[name] for name in self.workspace.config.objectives}
         if self.is_distilled:
             return {name: values.fetch_folder(self.store, model.folder) for name, model in found.items()}
         return {name: values.fetch(self.store, name, model.iteration) for name, model in found.items()}

@@ -20,14 +20,18 @@ from mavis_dist.evaluate.sweep import Sweep, unknown_shares
 from mavis_dist.evaluate.words import bounds, duration, number, plain, share_words, signed, verdict
 
 NUM_EXAMPLES = 6
-
-
 STYLE = files(__package__).joinpath("page.css").read_text(encoding="utf-8")  # of this page and that of comparisons
 
 
 def environment() -> jinja2.Environment:
-    """Templates of pages, with the number formats as filters."""
-    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """Templates of pages: what pages share (`page.html`, `parts.html`), and the number formats as filters."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("mavis_dist", "evaluate"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     made.filters.update(
         signed=signed, number=number, bounds=bounds, verdict=verdict, duration=duration, plain=plain, share=share_words
     )
@@ -58,21 +62,24 @@ def render(
     colours = {name: f"var(--s{index % NUM_SERIES})" for index, name in enumerate(objectives)}
     corners = {name: point for point in sweep.points if (name := alone(point))}
     base = [(point.name, "var(--mix)") for point in sweep.points if not steered(point)]
-    template = environment().from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    return template.render(
-        run=run,
-        sweep=sweep,
-        objectives=objectives,
-        colours=colours,
-        corners=corners,
-        shown=base + [(point.name, colours[name]) for name, point in corners.items()],
-        examples=sweep.examples[:NUM_EXAMPLES],
-        plots=plots,
-        models=[(model, smooth(model.losses)[1]) for model in models],
-        losses=losses,
-        stages=stages,
-        longest=max((stage.seconds or 0 for stage in stages), default=0),
-        total=sum(stage.seconds or 0 for stage in stages),
-        settings=settings,
-        unknown_shares=unknown_shares(sweep),
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            run=run,
+            sweep=sweep,
+            objectives=objectives,
+            colours=colours,
+            corners=corners,
+            shown=base + [(point.name, colours[name]) for name, point in corners.items()],
+            examples=sweep.examples[:NUM_EXAMPLES],
+            plots=plots,
+            models=[(model, smooth(model.losses)[1]) for model in models],
+            losses=losses,
+            stages=stages,
+            longest=max((stage.seconds or 0 for stage in stages), default=0),
+            total=sum(stage.seconds or 0 for stage in stages),
+            settings=settings,
+            unknown_shares=unknown_shares(sweep),
+        )
     )

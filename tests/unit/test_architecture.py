@@ -220,6 +220,6 @@ def test_only_the_layout_knows_where_things_lie_in_a_run(path: Path) -> None:
 
 
 def package_files(call: ast.Call) -> Iterator[str]:
-    """Names of files beside the code, which `importlib.resources` reads."""
-    if isinstance(call.func, ast.Attribute) and call.func.attr == "joinpath":
+    """Names of files beside the code, which `importlib.resources` and Jinja read."""
+    if isinstance(call.func, ast.Attribute) and call.func.attr in ("joinpath", "get_template"):
         yield from (arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
