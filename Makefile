@@ -5,12 +5,13 @@ CONFIG ?= jobs/configs/quickstart.yaml
 INSTALLED := .venv/.installed
 PEERS := .peers
 
-.PHONY: help install quickstart serve test test-unit test-cluster test-serving benchmark peers lint types clean
+.PHONY: help install quickstart serve test test-unit test-cluster test-serving test-models benchmark peers lint types clean
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
 	@echo "make serve        serve the published value models of a run (CONFIG=$(CONFIG))"
 	@echo "make test         all tests"
+	@echo "make test-models  every architecture that transformers builds tiny (2 minutes)"
 	@echo "make benchmark    measure the decoder on a finished quickstart run (docs/figures/decode.json)"
 	@echo "make peers        environments of vLLM and llama.cpp in $(PEERS), to be measured beside it (15 minutes)"
 	@echo "make lint types   ruff, mypy"
@@ -44,6 +45,9 @@ test-cluster: $(INSTALLED)
 
 test-serving: $(INSTALLED)
 	$(BIN)/python -m pytest tests/serving
+
+test-models: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode

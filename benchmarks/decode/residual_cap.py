@@ -6,7 +6,7 @@ Shapes: T steps of an answer, K candidates.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from benchmarks.decode.qhead_quality import predict, student_settings, uncapped
 from benchmarks.decode.tilt_cap import MAX_TOKENS, Steps, divergence, replay
 from mavis_dist.core.tilt import capped
 from mavis_dist.decode import Engine, LocalGuide, Request, Scorer
-from mavis_dist.models.qhead import Student
 
 
 def measure(workload: Workload, cap: float, residual_caps: Sequence[float], num_prompts: int) -> list[dict[str, Any]]:
@@ -42,7 +41,7 @@ def _measure(
     workload: Workload, engine: Engine, cap: float, residual_cap: float, requests: Sequence[Request]
 ) -> dict[str, float]:
     choices = [choice for [choice] in engine.generate(requests)]
-    values = {name: one_head(student, head) for name, (student, head) in workload.students.items()}
+    values = {name: student.model.only(head) for name, (student, head) in workload.students.items()}
     variation: list[float] = []
     exact_divergence = 0.0
     for request, choice in zip(requests, choices, strict=True):
@@ -57,11 +56,6 @@ def _measure(
         "divergence_ratio": sum(choice.divergence for choice in choices) / exact_divergence,
         "steps": len(variation),
     }
-
-
-def one_head(student: Student, head: int) -> Callable[..., torch.Tensor]:
-    """One head of a student's value model."""
-    return lambda **inputs: student.model(**inputs)[..., head : head + 1]
 
 
 def distribution(exact: Steps, predicted_TK: torch.Tensor, cap: float, residual_cap: float) -> torch.Tensor:

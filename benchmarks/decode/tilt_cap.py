@@ -8,7 +8,7 @@ Shapes: T steps of an answer, K candidates, N = T * K, M objectives, S tokens be
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from benchmarks.common.workload import Workload
 from mavis_dist.core.tilt import candidates, tilt
 from mavis_dist.decode import Engine, LocalGuide, Request, Scorer
 from mavis_dist.models.load import BaseModel
+from mavis_dist.models.masks import attention_masks
+from mavis_dist.models.value import ValueModel
 
 NOTABLE_EOS = 1e-4  # end-of-answer tokens are compared where the base model's probability exceeds this
 MAX_TOKENS = 48  # per answer
@@ -61,9 +63,7 @@ def divergence(probs_TK: torch.Tensor, logprobs_TK: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def replay(
-    base: BaseModel, models: Mapping[str, Callable[..., torch.Tensor]], request: Request, tokens: Sequence[int]
-) -> Steps:
+def replay(base: BaseModel, models: Mapping[str, ValueModel], request: Request, tokens: Sequence[int]) -> Steps:
     """Recompute the steps of an answer with value models of one head; the weights of the request must sum to 1."""
     ids_TK, logprobs_TK = _candidates(base, request, tokens)
     valued = [_values(models[name], request.prompt, ids_TK, tokens) for name in request.weights]
@@ -88,7 +88,7 @@ def _candidates(base: BaseModel, request: Request, tokens: Sequence[int]) -> tup
 
 
 def _values(
-    model: Callable[..., torch.Tensor], prompt: Sequence[int], ids_TK: torch.Tensor, tokens: Sequence[int]
+    model: ValueModel, prompt: Sequence[int], ids_TK: torch.Tensor, tokens: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """V(s∘a) of all candidates [T, K] and V(s) [T]: one forward pass over the answer, then one over all candidates, in
     which each attends to the tokens before its step and to itself.
@@ -98,11 +98,12 @@ def _values(
     baseline_T = model(input_ids=inputs, past_key_values=cache, use_cache=True)[0, -len(tokens) :, 0]
     position_N = (len(prompt) + torch.arange(len(tokens))).repeat_interleave(ids_TK.shape[1])
     is_before_NS = torch.arange(inputs.shape[1]) < position_N[:, None]
-    mask_NS = torch.cat([is_before_NS, torch.eye(len(position_N), dtype=torch.bool)], -1)
+    seen_NS = torch.cat([is_before_NS, torch.eye(len(position_N), dtype=torch.bool)], -1)
+    position_S = torch.cat([torch.arange(inputs.shape[1]), position_N])
     values_N = model(
         input_ids=ids_TK.reshape(1, -1),
         position_ids=position_N[None],
-        attention_mask=mask_NS[None, None],
+        attention_mask=attention_masks(model.backbone, seen_NS[None], position_N[None], position_S[None, None]),
         past_key_values=cache,
         use_cache=True,
     )[0, :, 0]

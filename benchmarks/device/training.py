@@ -35,6 +35,7 @@ from mavis_dist.core.tree import (
     targets,
 )
 from mavis_dist.core.tree import Shape as Branching
+from mavis_dist.models.masks import tree_inputs
 
 NUM_TREES = 8
 ROOT_SEGMENTS, CHILDREN, LAYERS = 4, 2, 3
@@ -112,8 +113,11 @@ def squared_error(model: Any, work: Work) -> torch.Tensor:
     """Sum over all targets of weight * (V - target)^2, as `mavis_dist.train.fit` has it; a scalar."""
     total = torch.zeros((), device=work.batches[0].value_BX.device)
     for batch in work.batches:
-        tree = {"position_ids": batch.positions_BS, "attention_mask": batch.mask_B1SS} if work.is_masked else {}
-        values_BSM = model(input_ids=batch.tokens_BS, use_cache=False, **tree)
+        if work.is_masked:
+            inputs = tree_inputs(model.backbone, batch.tokens_BS, batch.positions_BS, batch.mask_BSS)
+        else:
+            inputs = {"input_ids": batch.tokens_BS, "use_cache": False}
+        values_BSM = model(**inputs)
         error_BX = values_BSM[..., 0].gather(1, batch.index_BX) - batch.value_BX
         total = total + (batch.weight_BX * error_BX**2).sum()
     return total

@@ -20,7 +20,7 @@ from mavis_dist.core.tree import ROOT, Targets, Tree
 class PackedBatch:
     tokens_BS: torch.Tensor  # int64, 0 where padded
     positions_BS: torch.Tensor  # int64, depth in tokens
-    mask_B1SS: torch.Tensor  # bool, True where the second token is an ancestor of the first, or itself
+    mask_BSS: torch.Tensor  # bool, True where the second token is an ancestor of the first, or itself
     index_BX: torch.Tensor  # int64, the token of each target
     value_BX: torch.Tensor  # float32
     weight_BX: torch.Tensor  # float32, 0 where padded
@@ -67,7 +67,7 @@ def pack(trees: list[Tree], targets: list[Targets], weight_by_depth: np.ndarray)
     return PackedBatch(
         as_tensor(tokens_BS),
         as_tensor(positions_BS),
-        as_tensor(mask_BSS)[:, None],
+        as_tensor(mask_BSS),
         as_tensor(index_BX),
         as_tensor(value_BX),
         as_tensor(weight_BX),

@@ -154,10 +154,11 @@ class Step:
         positions_BT, cells_BT = self.pad(self.positions_N), self.pad(self.cells_N)
         return (cell_S < positions_BT[:, :, None]) | (cell_S == cells_BT[:, :, None])
 
-    def windowed_mask_BTS(self, window: int) -> torch.Tensor:
-        """The cells that each token attends to among the last `window` tokens, itself included."""
+    @property
+    def key_positions_BTS(self) -> torch.Tensor:
+        """The positions of the cells that each token attends to: an alternative's own cell may lie beyond its own."""
         cell_S = torch.arange(self.num_visible, device=self.tokens_N.device)
-        return self.mask_BTS & (cell_S > self.pad(self.positions_N)[:, :, None] - window)
+        return torch.minimum(cell_S, self.pad(self.positions_N)[:, :, None])
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """[N, ...] -> [B, T, ...], shorter rows padded with zeros at the end."""

@@ -7,18 +7,18 @@ S visible cells, O outputs of the head, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mavis_dist.models.cache import Decoder, KVCache, Step
-from mavis_dist.models.directory import ModelError
-from mavis_dist.models.fused import FULL, WINDOWED, FusedDecoder, layer_types, linear_head
+from mavis_dist.models.fused import FusedDecoder, linear_head
+from mavis_dist.models.masks import attention_masks, text_config
 from mavis_dist.models.native import NativeDecoder, forward
 from mavis_dist.models.packed import pack_linears, packed_head
 from mavis_dist.models.qhead import Student
+from mavis_dist.models.trial import try_model
 from mavis_dist.models.value import ValueModel
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ class HFDecoder:
         Raises:
             ModelError: the model's layers or positions do not fit the slot cache.
         """
-        self._backbone, self._forward, self._layer_types = backbone, forward, _supported_layer_types(backbone)
-        self.device = backbone.device
-        self.cache = KVCache(backbone.config.num_hidden_layers)
+        try_model(backbone)
+        self._backbone, self._forward, self.device = backbone, forward, backbone.device
+        self.cache = KVCache(text_config(backbone).num_hidden_layers)
         self._cached = [_HFCacheLayer(self.cache, layer) for layer in range(self.cache.num_layers)]
         self._hf_cache = Cache(layers=list(self._cached))
 
@@ -101,7 +101,9 @@ class HFDecoder:
         out_BTO = run(
             input_ids=step.pad(step.tokens_N),
             position_ids=step.pad(step.positions_N),
-            attention_mask=self._masks(step),
+            attention_mask=attention_masks(
+                self._backbone, step.mask_BTS, step.pad(step.positions_N), step.key_positions_BTS
+            ),
             past_key_values=self._hf_cache,
             use_cache=True,
         )
@@ -109,33 +111,6 @@ class HFDecoder:
 
     def read_states(self, layer: int | None) -> bool:
         return layer is None
-
-    def _masks(self, step: Step) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Attention masks [B, 1, T, S]; by layer type where a model has several."""
-        masks = {
-            kind: step.mask_BTS if kind == FULL else step.windowed_mask_BTS(self._backbone.config.sliding_window)
-            for kind in self._layer_types
-        }
-        masks = {kind: self._as_added(mask_BTS)[:, None] for kind, mask_BTS in masks.items()}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _as_added(self, mask_BTS: torch.Tensor) -> torch.Tensor:
-        """The mask as attention expects it: eager attention adds it to the scores, the others take booleans."""
-        if self._backbone.config._attn_implementation != "eager":
-            return mask_BTS
-        dtype = self._backbone.dtype
-        return torch.zeros_like(mask_BTS, dtype=dtype).masked_fill(~mask_BTS, torch.finfo(dtype).min)
-
-
-def _supported_layer_types(backbone: PreTrainedModel) -> set[str]:
-    config = backbone.config
-    kinds = layer_types(config)
-    if "position_ids" not in signature(backbone.forward).parameters or kinds - {FULL, WINDOWED}:
-        raise ModelError(
-            f"a model of type {config.model_type!r} cannot be decoded here: use one with full or sliding-window "
-            f"attention that accepts position_ids"
-        )
-    return kinds
 
 
 class _HFCacheLayer(CacheLayerMixin):

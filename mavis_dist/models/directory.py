@@ -48,8 +48,10 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def read_model(auto: Any, directory: Path, dtype: str = "float32", optional: tuple[str, ...] = ()) -> Any:
-    """The model of an Auto class, in eval mode and without gradients.
+def read_model(
+    auto: Any, directory: Path, dtype: str = "float32", optional: tuple[str, ...] = (), config: Any = None
+) -> Any:
+    """The model of an Auto class, in eval mode and without gradients; `config` replaces its own.
 
     Missing weights are an error, because transformers would initialise them at random; only those whose names start
     with one of `optional` may be missing. Raises ModelError.
@@ -57,7 +59,12 @@ def read_model(auto: Any, directory: Path, dtype: str = "float32", optional: tup
     check_directory(directory)
     with _loading(directory), quiet():
         model, info = auto.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            directory,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional))
     if missing:

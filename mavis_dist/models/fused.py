@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mavis_dist.models.cache import KVCache, Step
+from mavis_dist.models.masks import FULL, layer_types
 from mavis_dist.models.replay import Replays
 
 if TYPE_CHECKING:
@@ -31,12 +32,6 @@ FAMILY = ("llama", "mistral", "qwen2")
 # Without cuDNN's, which plans for a tenth of a second at every new shape.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ROTATIONS_BY_LENGTH = ("dynamic", "longrope")
-FULL, WINDOWED = "full_attention", "sliding_attention"  # layer types as transformers names them
-
-
-def layer_types(config: Any) -> set[str]:
-    """The kinds of attention of a model; without `layer_types` in the config, a window applies to all layers."""
-    return set(getattr(config, "layer_types", None) or [WINDOWED if getattr(config, "sliding_window", None) else FULL])
 
 
 class FusedDecoder:
@@ -68,7 +63,7 @@ class FusedDecoder:
     def supports(backbone: PreTrainedModel) -> bool:
         """Whether a model is of the family and uses only features that this forward pass implements."""
         config = backbone.config
-        return config.model_type in FAMILY and config.hidden_act == "silu" and layer_types(config) == {FULL}
+        return config.model_type in FAMILY and config.hidden_act == "silu" and layer_types(backbone) == {FULL}
 
     def step(self, step: Step) -> torch.Tensor:
         layout, num_visible, num_cells = step.layout, step.num_visible, step.num_cells

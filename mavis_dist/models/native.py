@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mavis_dist.models.cache import KVCache, Step
-from mavis_dist.models.fused import FULL, layer_types
+from mavis_dist.models.masks import FULL, layer_types
 from mavis_dist.models.packed import WIDTH, PackedEmbedding, PackedLinear, is_packable, packed_layers
 from mavis_dist.native import build
 
@@ -69,7 +69,7 @@ class NativeDecoder:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return (
             config.hidden_act == "silu"
-            and layer_types(config) == {FULL}
+            and layer_types(backbone) == {FULL}
             and rope.get("rope_type", "default") in STATIC_ROTATIONS
             and rope.get("partial_rotary_factor", 1.0) == 1.0
             and size in HEAD_SIZES

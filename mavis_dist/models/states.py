@@ -41,10 +41,11 @@ def state_layer(config: Any, chosen: int | None) -> int:
 
 
 def truncate(config: Any, layers: int) -> None:
-    """Cut a model configuration to the first `layers` layers."""
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    """Cut a model configuration, and all of its lists by layer, to the first `layers` layers."""
+    available, config.num_hidden_layers = config.num_hidden_layers, layers
+    for name, entries in vars(config).items():
+        if "layer" in name and isinstance(entries, list | tuple) and len(entries) == available:
+            setattr(config, name, entries[:layers])
 
 
 def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
@@ -67,7 +68,7 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 
 def _first_layers(decoder: Any, layers: int) -> Any:
-    count = decoder.config.num_hidden_layers
+    count = getattr(decoder.config, "num_hidden_layers", None)  # None: one with images
     named = decoder.named_children()
     names = [name for name, part in named if isinstance(part, nn.ModuleList) and len(part) == count]
     if len(names) != 1:

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mavis_dist.models.directory import quiet
+from mavis_dist.models.directory import read_model
 from mavis_dist.models.states import first_layers, truncate
+from mavis_dist.models.trial import try_model
 from mavis_dist.types import R2_KEY, RewardScale, UserError
 
 if TYPE_CHECKING:
@@ -110,13 +111,14 @@ class ValueModel(nn.Module):
             self.heads.weight[:-1], self.heads.bias[:-1] = old.weight, old.bias
 
     def only(self, objective: int) -> ValueModel:
-        """Drop the heads of all other objectives."""
+        """A model on the same backbone, with a copy of the head of one objective."""
         old = self.heads
-        self.heads = Heads(old.in_features, 1, dtype=torch.float32, device=old.weight.device)
+        one = ValueModel(self.backbone, 1)
+        one.heads.to(old.weight.device)
         with torch.no_grad():
-            self.heads.weight[:], self.heads.bias[:] = old.weight[objective], old.bias[objective]
-        self.heads.requires_grad_(old.weight.requires_grad)
-        return self
+            one.heads.weight[:], one.heads.bias[:] = old.weight[objective], old.bias[objective]
+        one.heads.requires_grad_(old.weight.requires_grad)
+        return one.train(self.training)
 
     def to_precision(self, dtype: torch.dtype) -> ValueModel:
         """Cast the backbone; the heads stay in float32."""
@@ -163,13 +165,18 @@ def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> Valu
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(folder)
-    available = config.num_hidden_layers
+    available = getattr(config, "num_hidden_layers", None)
+    if available is None:
+        raise ValueModelError(
+            f"a model of type {config.model_type!r} cannot be a value model (it is more than one stack of layers): set "
+            "value.backbone to a language model with the same tokenizer"
+        )
     if layers is not None and layers > available:
         raise ValueModelError(f"value.layers is {layers} but {folder} has {available} layers: use at most {available}")
     truncate(config, layers or available)
-    with quiet():  # transformers would report the omitted layers
-        backbone = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
-    return ValueModel(backbone, num_objectives)
+    backbone = read_model(AutoModel, folder, optional=("pooler.",), config=config)
+    try_model(backbone)
+    return ValueModel(backbone.requires_grad_(True).train(), num_objectives)
 
 
 def joined(models: Sequence[ValueModel]) -> ValueModel:
@@ -247,7 +254,7 @@ def load(
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueModelError(f"the value model in {folder} cannot be read ({error}): train it again") from None
     if card.state_layer is None:
-        backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        backbone = AutoModel.from_config(config, dtype=torch.float32)
     else:
         backbone = _base_layers(card, card.state_layer, base)
     model = ValueModel(backbone, len(card.objectives))

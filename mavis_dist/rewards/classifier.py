@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mavis_dist.rewards.limits import max_tokens
 from mavis_dist.rewards.protocol import RewardError
 
 
@@ -42,7 +43,7 @@ class Classifier:
         self.batch_size = batch_size if _agree_on_padding(self.tokenizer, self.model.config) else 1
         # A causal model can score an empty text only through a token in its place.
         self.nothing = self.tokenizer.bos_token or self.tokenizer.eos_token or ""
-        self.max_tokens = _max_tokens(self.tokenizer, self.model.config)
+        self.max_tokens = max_tokens(self.tokenizer, self.model)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         pairs = zip(prompts, answers, strict=True)
@@ -95,7 +96,3 @@ def _agree_on_padding(tokenizer: Any, config: Any) -> bool:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     config.pad_token_id = tokenizer.pad_token_id
     return tokenizer.pad_token_id is not None
-
-
-def _max_tokens(tokenizer: Any, config: Any) -> int:
-    return min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 2**31)

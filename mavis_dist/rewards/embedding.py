@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mavis_dist.rewards.limits import max_tokens
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,7 +30,7 @@ class Relevance:
         self.tokenizer = read_tokenizer(directory)
         # Mean pooling does not use the pooler: embedders may be saved without one.
         self.model = move(read_model(AutoModel, directory, optional=("pooler.",)), device)
-        self.max_tokens = _max_tokens(directory, self.tokenizer, self.model.config)
+        self.max_tokens = _max_tokens(directory, self.tokenizer, self.model)
         self.batch_size = batch_size
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -64,8 +66,8 @@ class Relevance:
         return torch.nn.functional.normalize((hidden_BTD * mask_BT1).sum(1), dim=-1).float().cpu()
 
 
-def _max_tokens(directory: Path, tokenizer: Any, config: Any) -> int:
+def _max_tokens(directory: Path, tokenizer: Any, model: Any) -> int:
     """The maximum length in a sentence-transformers model's settings, else that of the network."""
-    stated = directory / "sentence_bert_config.json"
-    limit = min(tokenizer.model_max_length, config.max_position_embeddings)
-    return min(limit, json.loads(stated.read_text())["max_seq_length"]) if stated.exists() else limit
+    settings, limit = directory / "sentence_bert_config.json", max_tokens(tokenizer, model)
+    stated = json.loads(settings.read_text()).get("max_seq_length") if settings.exists() else None
+    return min(limit, stated or limit)

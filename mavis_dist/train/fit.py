@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from mavis_dist.config import Config
 from mavis_dist.core import noise
 from mavis_dist.core.packing import PackedBatch
+from mavis_dist.models.masks import tree_inputs
 from mavis_dist.sections import Train
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
@@ -27,17 +28,17 @@ from mavis_dist.types import R2_KEY
 CHECKPOINT_EVERY_S = 60.0  # and at the end of every epoch
 
 
-ValueFunction = Callable[..., torch.Tensor]  # a value model, or a DeepSpeed engine around one
+class ValueFunction(Protocol):
+    """A value model, or a DeepSpeed engine around one."""
+
+    backbone: Any
+
+    def __call__(self, **inputs: Any) -> torch.Tensor: ...
 
 
-def outputs(model: ValueFunction, batch: PackedBatch, device: str) -> torch.Tensor:
+def outputs(model: ValueFunction, batch: PackedBatch) -> torch.Tensor:
     """What the model's heads say at all tokens of packed trees, [B, S, M]."""
-    return model(
-        input_ids=batch.tokens_BS.to(device),
-        position_ids=batch.positions_BS.to(device),
-        attention_mask=batch.mask_B1SS.to(device),
-        use_cache=False,
-    )
+    return model(**tree_inputs(model.backbone, batch.tokens_BS, batch.positions_BS, batch.mask_BSS))
 
 
 def at_targets(outputs_BSM: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -88,7 +89,7 @@ def errors(
     compared, num = [], len(trees)
     sets = (*trees, *prefixes)
     for batches in zip(*([t.batch(indices)] if one_batch else t.batches(indices) for t in sets), strict=True):
-        batch, outputs_BSM = batches[0], outputs(model, batches[0], device)
+        batch, outputs_BSM = batches[0], outputs(model, batches[0])
         error_BXM = target_errors(outputs_BSM[..., :num], batches[:num])
         squared = squared + weighted_square(error_BXM, batch)
         compared.append((error_BXM.flatten(0, 1), batch.siblings_BX.to(device).flatten()))
@@ -119,25 +120,25 @@ def centred(x_YC: torch.Tensor, siblings_Y: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def predict(model: ValueFunction, trees: Sequence[TreeSet], device: str) -> list[Predictions]:
+def predict(model: ValueFunction, trees: Sequence[TreeSet]) -> list[Predictions]:
     """The values of every head at the targets of all trees, one tree at a time; `trees` as in `errors`."""
     parts = []
     for i in range(len(trees[0])):
         batches = [one.batch([i]) for one in trees]
-        pred_XM = at_targets(outputs(model, batches[0], device), batches[0])[0].double().cpu().numpy()
+        pred_XM = at_targets(outputs(model, batches[0]), batches[0])[0].double().cpu().numpy()
         target_XM = np.stack([batch.value_BX[0].double().numpy() for batch in batches], -1)
         parts.append((pred_XM, target_XM, batches[0].weight_BX[0].double().numpy(), trees[0].targets[i].depth_X))
     pred_XM, target_XM, weight_X, depth_X = (np.concatenate(column) for column in zip(*parts, strict=True))
     return [Predictions(pred_XM[:, m], target_XM[:, m], weight_X, depth_X) for m in range(len(trees))]
 
 
-def validate(model: ValueFunction, trees: Sequence[TreeSet], device: str) -> list[dict[str, float]]:
+def validate(model: ValueFunction, trees: Sequence[TreeSet]) -> list[dict[str, float]]:
     """All figures of every head on some trees: R², its ceiling, calibration, sibling tests; none without trees."""
     if len(trees[0]) == 0:
         return [{} for _ in trees]
     return [
         {**summary(p), **ceilings(p, one.noise), **sibling_tests(p, one.trees, one.targets)}
-        for p, one in zip(predict(model, trees, device), trees, strict=True)
+        for p, one in zip(predict(model, trees), trees, strict=True)
     ]
 
 
@@ -179,7 +180,7 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
         group.progress(fit.name, state.step, len(schedule), f"loss {loss:.3f}")
         ends_epoch = state.step % (len(schedule) // settings.epochs) == 0
         if ends_epoch:
-            end_epoch(engine, fit.objectives, data.validation, epoch, state, journal, device, group)
+            end_epoch(engine, fit.objectives, data.validation, epoch, state, journal, group)
         is_stopping, is_due = group.broadcast((group.wants_stop(), time.monotonic() - saved_at > CHECKPOINT_EVERY_S))
         if is_stopping or is_due or ends_epoch:
             checkpoints.save(engine, state)
@@ -228,12 +229,11 @@ def end_epoch(
     epoch: int,
     state: State,
     journal: Journal | None,
-    device: str,
     group: WorkerGroup,
 ) -> None:
     """Evaluate on the validation trees, and keep the parameters if they are the best so far."""
     engine.eval()
-    figures = dict(zip(objectives, validate(engine, validation, device), strict=True))
+    figures = dict(zip(objectives, validate(engine, validation), strict=True))
     engine.train()
     r2 = mean_r2(figures)
     if r2 is not None:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +23,13 @@ import torch.nn.functional as F
 
 from mavis_dist.config import Config
 from mavis_dist.models.load import load_base
+from mavis_dist.models.masks import tree_inputs
 from mavis_dist.models.states import first_layers, state_layer
 from mavis_dist.models.value import ValueModel, load_objective
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit, TreeSet, data_of
-from mavis_dist.train.fit import at_targets, centred, mean_r2, outputs, validate
+from mavis_dist.train.fit import at_targets, centred, mean_r2, validate
 from mavis_dist.train.journal import FIGURES, Journal, Metrics
 from mavis_dist.train.model import make_card, store_model
 from mavis_dist.train.worker_group import WorkerGroup
@@ -117,7 +117,7 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> None:
     if group.rank == 0:
         head_JM, metrics = best_heads(folds, heads_of(model), config.train.sibling_weight, fit.objectives)
         set_heads(model, head_JM)
-        figures = dict(zip(fit.objectives, validate(model, validation, config.base.device), strict=True))
+        figures = dict(zip(fit.objectives, validate(model, validation), strict=True))
         r2 = mean_r2(figures)
         if r2 is not None:
             metrics.append({"step": len(metrics), "epoch": 0, FIGURES: figures})
@@ -152,15 +152,11 @@ def errors(model: ValueModel, trees: Sequence[TreeSet], indices: Sequence[int]) 
     Args:
         trees: the same trees for every head of the model, with the targets of its objective.
     """
-    device, columns = model.heads.weight.device, []
-
-    def states(**inputs: Any) -> torch.Tensor:
-        hidden_BSH: torch.Tensor = model.backbone(**inputs).last_hidden_state
-        return hidden_BSH
-
+    device, columns, backbone = model.heads.weight.device, [], model.backbone
     for batches in zip(*(one.batches(list(indices)) for one in trees), strict=True):
         batch, value_BXM = batches[0], torch.stack([one.value_BX for one in batches], -1)
-        state_BXH = at_targets(outputs(states, batch, str(device)), batch)
+        inputs = tree_inputs(backbone, batch.tokens_BS, batch.positions_BS, batch.mask_BSS)
+        state_BXH = at_targets(backbone(**inputs).last_hidden_state, batch)
         rest = (x.to(device).flatten(0, 1) for x in (value_BXM, batch.weight_BX, batch.siblings_BX))
         columns.append([state_BXH.flatten(0, 1).float(), *rest])
     return Errors.of(*(torch.cat(column) for column in zip(*columns, strict=True)))

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mavis_dist.models.masks import tree_inputs
 from mavis_dist.models.qhead import QHead, Student, deltas
 from mavis_dist.models.value import ValueModel
 from mavis_dist.sections import Train
@@ -48,12 +49,8 @@ class DistillLoss(nn.Module):
         delta.
         """
         model, packed = self.student.model, batch.packed
-        hidden_BSH = model.backbone(
-            input_ids=packed.tokens_BS,
-            position_ids=packed.positions_BS,
-            attention_mask=packed.mask_B1SS,
-            use_cache=False,
-        ).last_hidden_state.float()
+        inputs = tree_inputs(model.backbone, packed.tokens_BS, packed.positions_BS, packed.mask_BSS)
+        hidden_BSH = model.backbone(**inputs).last_hidden_state.float()
         values_BSM = model.heads(hidden_BSH)
         pred_BXM = values_BSM.gather(1, packed.index_BX[..., None].expand_as(batch.values_BXM))
         error_BXM = packed.weight_BX[..., None] * (pred_BXM - batch.values_BXM) ** 2
@@ -127,7 +124,7 @@ def trunk_statistics(model: ValueModel, labels: Sequence[DistillLabels]) -> Trun
     moment_HM = torch.zeros(size, model.heads.out_features, dtype=torch.float64, device=device)
     states = []
     for label in labels:
-        hidden_SH = model.backbone(**packed_inputs(label.tree, device)).last_hidden_state[0].float()
+        hidden_SH = model.backbone(**packed_inputs(model.backbone, label.tree)).last_hidden_state[0].float()
         index_X, state_C, candidate_C = (
             torch.from_numpy(x).to(device) for x in (label.index_X, label.state_C, label.candidate_C)
         )
@@ -213,10 +210,11 @@ def agreement(student: Student, labels: Sequence[DistillLabels]) -> dict[str, np
     """R² [M] of the student's values, of its differences V(s∘a) - V(s), and of the deltas that its QHead predicts, all
     against the teachers; None without labels.
     """
-    device, embed = student.device, student.model.backbone.get_input_embeddings()
+    device, backbone = student.device, student.model.backbone
+    embed = backbone.get_input_embeddings()
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"r2_values": [], "r2_differences": [], "r2_deltas": []}
     for label in labels:
-        hidden_SH = student.model.backbone(**packed_inputs(label.tree, device)).last_hidden_state[0].float()
+        hidden_SH = backbone(**packed_inputs(backbone, label.tree)).last_hidden_state[0].float()
         hidden_XH = hidden_SH[torch.from_numpy(label.index_X).to(device)]
         values_XM = student.model.heads(hidden_XH).cpu().numpy()
         embedding_CH = embed(torch.from_numpy(label.token_C).to(device)).float()

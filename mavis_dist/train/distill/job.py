@@ -31,7 +31,7 @@ from mavis_dist.store.shards import read_trees, shard_names
 from mavis_dist.train.data import Fit, TreeSet, data_of
 from mavis_dist.train.distill.fit import agreement, fit_heads, fit_qhead, fit_trunk, trunk_statistics
 from mavis_dist.train.distill.labels import DistillLabels, Sampling, label_tree
-from mavis_dist.train.fit import ValueFunction, predict
+from mavis_dist.train.fit import predict
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import Policy, UserError
 
@@ -133,8 +133,7 @@ def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
 
 def labels_of(job: DistillJob, base: BaseModel, trees: Sequence[Tree], group: WorkerGroup) -> list[DistillLabels]:
     """The teachers' labels of some trees."""
-    config, device = job.config, job.config.base.device
-    rollout = config.rollout
+    config, rollout = job.config, job.config.rollout
     models = [load_teacher(job.store, teacher, base)[0] for teacher in job.teachers]
     teachers = [(model, 0) for model in models]
     if all(model.backbone is models[0].backbone for model in models):  # heads on the same states share their pass
@@ -143,7 +142,7 @@ def labels_of(job: DistillJob, base: BaseModel, trees: Sequence[Tree], group: Wo
     sampling = Sampling(STATES, CANDIDATES, rollout.top_k, rollout.top_p, rollout.min_p)
     labels = []
     for tree in trees:
-        labels.append(label_tree(base, teachers, tree, sampling, config.seed, device))
+        labels.append(label_tree(base, teachers, tree, sampling, config.seed))
         group.check_stop()
         group.progress("labels", len(labels), len(trees), "")
     return labels
@@ -237,7 +236,6 @@ def report(
     """By objective, on validation trees: R² of teacher and student to the targets, and of the student to the teacher;
     None without validation trees.
     """
-    device = job.config.base.device
     agreements = agreement(student, validation)
     figures = {}
     for m, teacher in enumerate(job.teachers):
@@ -245,19 +243,16 @@ def report(
         fit = Fit((teacher.objective,), teacher.iteration, None, card.scales, job.validation_ids)
         [trees] = data_of(fit, job.config, job.store).validation
 
-        def head(m: int = m, **inputs: torch.Tensor | bool) -> torch.Tensor:
-            return student.model(**inputs)[..., m : m + 1]
-
         figures[teacher.objective] = {
-            "teacher_explained_variance": _r2(model, trees, device),
-            "student_explained_variance": _r2(head, trees, device),
+            "teacher_explained_variance": _r2(model, trees),
+            "student_explained_variance": _r2(student.model.only(m), trees),
             **{name: None if r2_M is None else float(r2_M[m]) for name, r2_M in agreements.items()},
         }
     return figures
 
 
-def _r2(model: ValueFunction, trees: TreeSet, device: str) -> float | None:
-    return predict(model, [trees], device)[0].r2 if len(trees) else None
+def _r2(model: ValueModel, trees: TreeSet) -> float | None:
+    return predict(model, [trees])[0].r2 if len(trees) else None
 
 
 def store_student(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +21,11 @@ from mavis_dist.core.packing import PackedBatch, pack, visibility
 from mavis_dist.core.tilt import candidates
 from mavis_dist.core.tree import Finish, Targets, Tree
 from mavis_dist.models.load import BaseModel
+from mavis_dist.models.masks import tree_inputs
 from mavis_dist.models.value import ValueModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def _distribution(
     """Tokens of the truncated distribution at each state and their log p, [P, K] each."""
     device = base.model.device
     logits_PV = base.model(
-        **packed_inputs(tree, device), logits_to_keep=torch.from_numpy(labelled(tree)[state_P]).to(device)
+        **packed_inputs(base.model, tree), logits_to_keep=torch.from_numpy(labelled(tree)[state_P]).to(device)
     ).logits[0]
     logits_PV = logits_PV.float().cpu()
     # An answer has at least one token.
@@ -150,22 +155,17 @@ def _drawing_order(
     return np.where(np.isfinite(logprobs_PK), key_PK, -np.inf)
 
 
-def packed_inputs(tree: Tree, device: torch.device | str) -> dict[str, torch.Tensor | bool]:
+def packed_inputs(model: PreTrainedModel, tree: Tree) -> dict[str, Any]:
     """Arguments of a Hugging Face decoder for one packed tree."""
     positions_S, mask_SS = visibility(tree)
     tokens_S = np.concatenate([tree.prompt_tokens, tree.tokens]).astype(np.int64)
-    return {
-        "input_ids": torch.from_numpy(tokens_S)[None].to(device),
-        "position_ids": torch.from_numpy(positions_S)[None].to(device),
-        "attention_mask": torch.from_numpy(mask_SS)[None, None].to(device),
-        "use_cache": False,
-    }
+    return tree_inputs(model, *(torch.from_numpy(x)[None] for x in (tokens_S, positions_S, mask_SS)))
 
 
 @torch.no_grad()
-def values_of(model: ValueModel, tree: Tree, device: torch.device | str) -> np.ndarray:
+def values_of(model: ValueModel, tree: Tree) -> np.ndarray:
     """All heads' values of the labelled tokens of a tree; float32 [X, M]."""
-    values_SM = model(**packed_inputs(tree, device))[0]
+    values_SM = model(**packed_inputs(model.backbone, tree))[0]
     return values_SM[labelled(tree)].float().cpu().numpy()
 
 
@@ -175,14 +175,13 @@ def label_tree(
     tree: Tree,
     sampling: Sampling,
     seed: int,
-    device: torch.device | str,
 ) -> DistillLabels:
     """Add candidates to a tree, and label all of its tokens with every teacher, a model and one of its heads."""
     stream = noise.stream(seed, "candidates", tree.policy, tree.prompt_id)
     state_C, token_C = propose(base, tree, sampling, np.random.default_rng(stream % 2**63))
     extended = with_candidates(tree, state_C, token_C)
     models = {id(model): model for model, _ in teachers}  # objectives of one model share its pass
-    known = {key: values_of(model, extended, device) for key, model in models.items()}
+    known = {key: values_of(model, extended) for key, model in models.items()}
     columns = [known[id(model)][:, head] for model, head in teachers]
     return DistillLabels(extended, state_C, np.stack(columns, -1))
 

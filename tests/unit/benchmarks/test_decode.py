@@ -69,7 +69,7 @@ def test_the_replay_of_checked_predictions_has_the_distribution_of_the_engine(mo
     monkeypatch.setattr(scorer, "SLACK", float("inf"))
     student = tiny_student(3, num_objectives=2)
     students = {"a": (student, 1), "b": (student, 0)}
-    own = {name: residual_cap.one_head(*pair) for name, pair in students.items()}
+    own = {name: student.model.only(head) for name, (student, head) in students.items()}
     tilted = [replace(r, scorer=Scorer.PREDICTED, residual_cap=0.3) for r in requests(1.0, 0.5)]
     answers = Engine(BASE, LocalGuide(MODELS, students)).generate(tilted)
     for request, [choice] in zip(tilted, answers, strict=True):

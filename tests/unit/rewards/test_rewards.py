@@ -12,7 +12,14 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
 )
 
 from mavis_dist import rewards, sections
@@ -252,3 +259,48 @@ def test_an_answer_on_the_topic_is_more_relevant():
     )
     assert on > off + 0.3
     assert empty == 0.0
+
+
+ROBERTA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def save_without_limit(model_class, config_class, directory, num_positions):
+    """A model whose positions begin behind its padding id, and a tokenizer that states no limit."""
+    torch.manual_seed(0)
+    size = save_tokenizer(directory)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(directory)
+    config = config_class(
+        vocab_size=size, max_position_embeddings=num_positions, pad_token_id=0, initializer_range=1.0, **ROBERTA
+    )
+    model_class(config).save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "unused"),
+    [
+        (RobertaForSequenceClassification, RobertaConfig, 1),
+        (XLMRobertaForSequenceClassification, XLMRobertaConfig, 1),
+        (MPNetForSequenceClassification, MPNetConfig, 2),  # its padding id is always 1
+        (BertForSequenceClassification, BertConfig, 0),
+    ],
+)
+def test_texts_longer_than_a_classifiers_positions_are_cut_at_their_start(tmp_path, model_class, config_class, unused):
+    save_without_limit(model_class, config_class, tmp_path, 514)
+    reward = Classifier(str(tmp_path))
+    words = (["good", "bread", "bad", "rain", "is", "a"] * 100)[:600]
+    end = words[-(514 - unused) :]
+    long, cut, other = reward.score([""] * 3, [" ".join(w) for w in (words, end, ["what", *end[1:]])])
+    assert long == pytest.approx(cut, abs=1e-5)
+    assert long != pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [None, '{"max_seq_length": null}', '{"max_seq_length": 9}'])
+def test_an_embedder_reads_as_much_as_it_has_positions(tmp_path, settings):
+    save_without_limit(RobertaModel, RobertaConfig, tmp_path, 20)
+    if settings:
+        (tmp_path / "sentence_bert_config.json").write_text(settings)
+    reward = Relevance(str(tmp_path))
+    assert reward.max_tokens == (9 if settings and "9" in settings else 19)
+    assert -1.001 <= reward.score(["what is bread ?"], ["good bread " * 300])[0] <= 1.001

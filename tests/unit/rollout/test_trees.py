@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -396,9 +395,7 @@ def test_a_packed_batch_has_the_values_of_one_forward_per_path(trees):
     no_rewards = [dict.fromkeys(one.leaves().tolist(), 0.0) for one in chosen]
     targets = [tree.targets(one, tree.backup(one, r), 0.0) for one, r in zip(chosen, no_rewards, strict=True)]
     batch = packing.pack(chosen, targets, np.ones(SHAPE.layers + 1))
-    values_BSM = model(
-        input_ids=batch.tokens_BS, position_ids=batch.positions_BS, attention_mask=batch.mask_B1SS, use_cache=False
-    )
+    values_BSM = fit.outputs(model, batch)
     assert values_BSM.std() > 0.1
     for row, one in enumerate(chosen):
         for node in one.leaves():
@@ -498,7 +495,8 @@ class RecordingEngine:
     """Stands in for DeepSpeed: records the gradients of a step, averaged over its passes, and does not apply them."""
 
     def __init__(self, model, accumulation):
-        self.model, self.gradients, self.accumulation, self.num_passes = model, [], accumulation, 0
+        self.model, self.backbone = model, model.backbone
+        self.gradients, self.accumulation, self.num_passes = [], accumulation, 0
 
     def __call__(self, **inputs):
         return self.model(**inputs)
@@ -658,12 +656,12 @@ def test_the_errors_of_a_shared_model_are_the_means_over_its_objectives():
     sets = [tree_set(found, RewardScale(0.0, 1.0), 0.5, SHAPE.layers) for found in (pairs, swapped)]
     shared, indices = tiny_value(6, num_objectives=2), [0, 1, 2, 3, 4, 5]
     found = fit.errors(shared, sets, indices, "cpu")
-    alone = [fit.errors(deepcopy(shared).only(m), [one], indices, "cpu") for m, one in enumerate(sets)]
+    alone = [fit.errors(shared.only(m), [one], indices, "cpu") for m, one in enumerate(sets)]
     torch.testing.assert_close(found.squared, (alone[0].squared + alone[1].squared) / 2)
     torch.testing.assert_close(found.sibling, (alone[0].sibling + alone[1].sibling) / 2)
     assert float(alone[0].squared) != pytest.approx(float(alone[1].squared), rel=1e-3)
-    for m, (one, figures) in enumerate(zip(sets, fit.validate(shared, sets, "cpu"), strict=True)):
-        [own] = fit.validate(deepcopy(shared).only(m), [one], "cpu")
+    for m, (one, figures) in enumerate(zip(sets, fit.validate(shared, sets), strict=True)):
+        [own] = fit.validate(shared.only(m), [one])
         assert figures == pytest.approx(own, rel=1e-4, abs=1e-6)
 
 

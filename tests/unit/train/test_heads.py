@@ -87,7 +87,7 @@ def taught(count: int, noise: float, seed: int = 0) -> tuple[TreeSet, ValueModel
     """Trees whose targets are the values of a hidden head, with noise."""
     trees, teacher = trees_of(count), tiny_states(BASE, 17)
     rng = np.random.default_rng(seed)
-    found = fit.predict(teacher, [trees], "cpu")[0].pred_X
+    found = fit.predict(teacher, [trees])[0].pred_X
     parts = np.split(found, np.cumsum([len(t.index_X) for t in trees.targets])[:-1])
     targets = [
         replace(t, value_X=(part + noise * rng.normal(size=len(part))).astype(np.float32))
@@ -109,7 +109,7 @@ def test_a_head_is_found_again_and_noise_asks_for_a_stronger_penalty() -> None:
         head_JM, metrics = best_heads(folds, heads_of(model), 0.5, ("kind",))
         chosen.append(chosen_ridge("kind", metrics))
         set_heads(model, head_JM)
-        r2 = fit.validate(model, [taught(20, 0.0)[0]], "cpu")[0]["explained_variance"]
+        r2 = fit.validate(model, [taught(20, 0.0)[0]])[0]["explained_variance"]
         assert r2 > (0.99 if noise == 0 else 0.3)
     assert chosen[0] < chosen[1]
 

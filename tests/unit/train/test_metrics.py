@@ -142,7 +142,7 @@ class IdleEngine:
     """A value model behind as much of DeepSpeed's engine as the end of an epoch uses."""
 
     def __init__(self, module: ValueModel) -> None:
-        self.module, self.eval, self.train = module, module.eval, module.train
+        self.module, self.backbone, self.eval, self.train = module, module.backbone, module.eval, module.train
 
     def __call__(self, **inputs: torch.Tensor | bool) -> torch.Tensor:
         return self.module(**inputs)
@@ -162,7 +162,7 @@ def test_every_epoch_records_all_figures_and_keeps_those_of_the_best() -> None:
     """The ceiling belongs to the trees: it is the same for every model."""
     trees, state, recorder = trees_of(MIN_TREES), State(), Recorder()
     for epoch in range(2):
-        fit.end_epoch(IdleEngine(tiny_value(epoch)), ["brief"], [trees], epoch, state, recorder, "cpu", WorkerGroup())  # type: ignore[arg-type]
+        fit.end_epoch(IdleEngine(tiny_value(epoch)), ["brief"], [trees], epoch, state, recorder, WorkerGroup())  # type: ignore[arg-type]
     entries = [entry["figures"]["brief"] for entry in recorder.entries]
     first, second = entries
     names = {f"{name}/tokens_{n}{end}" for name in ("sibling_slope", "sibling_corr") for n in (1, 2) for end in ENDS}

@@ -50,8 +50,8 @@ def path_to(tree: Tree, state: int) -> list[int]:
 def test_packed_candidates_are_separate_forward_passes() -> None:
     tree, model = some_tree(), tiny_value(1, num_objectives=2, layers=2)
     state_C, token_C = propose(BASE, tree, SAMPLING, np.random.default_rng(0))
-    values_XM = values_of(model, with_candidates(tree, state_C, token_C), "cpu")
-    np.testing.assert_allclose(values_XM[: len(tree.tokens) + 1], values_of(model, tree, "cpu"), atol=1e-5)
+    values_XM = values_of(model, with_candidates(tree, state_C, token_C))
+    np.testing.assert_allclose(values_XM[: len(tree.tokens) + 1], values_of(model, tree), atol=1e-5)
     for c, (state, token) in enumerate(zip(state_C, token_C, strict=True)):
         path = torch.tensor([[*path_to(tree, state), int(token)]])
         np.testing.assert_allclose(values_XM[len(tree.tokens) + 1 + c], model(input_ids=path)[0, -1], atol=1e-5)
@@ -78,7 +78,7 @@ def test_candidates_follow_open_states_and_belong_to_the_truncated_distribution(
 
 def test_labels_are_the_same_for_the_same_seed_only() -> None:
     teachers = [(tiny_value(1), 0)]
-    first, again, other = (label_tree(BASE, teachers, some_tree(), SAMPLING, seed, "cpu") for seed in (0, 0, 1))
+    first, again, other = (label_tree(BASE, teachers, some_tree(), SAMPLING, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.tree.tokens, again.tree.tokens)
     np.testing.assert_array_equal(first.values_XM, again.values_XM)
     assert first.tree.tokens.tolist() != other.tree.tokens.tolist()
@@ -86,16 +86,16 @@ def test_labels_are_the_same_for_the_same_seed_only() -> None:
 
 def make_labels(num_trees: int = 6) -> list[DistillLabels]:
     teachers = [(tiny_value(1), 0), (tiny_value(2, num_objectives=2), 1)]
-    return [label_tree(BASE, teachers, some_tree(seed), SAMPLING, 0, "cpu") for seed in range(num_trees)]
+    return [label_tree(BASE, teachers, some_tree(seed), SAMPLING, 0) for seed in range(num_trees)]
 
 
 def test_the_errors_of_a_batch_are_those_of_its_trees_one_by_one() -> None:
     student, labels = tiny_student(7, num_objectives=2), make_labels(2)
     few = Sampling(states=3, candidates=2, top_k=20, top_p=1.0, min_p=0.0)
-    labels[1] = label_tree(BASE, [(tiny_value(1), 0), (tiny_value(3), 0)], some_tree(5), few, 0, "cpu")
+    labels[1] = label_tree(BASE, [(tiny_value(1), 0), (tiny_value(3), 0)], some_tree(5), few, 0)
     values = differences = predictions = 0.0
     for label in labels:
-        pred_XM = values_of(student.model, label.tree, "cpu")
+        pred_XM = values_of(student.model, label.tree)
         values += float(((pred_XM - label.values_XM) ** 2).sum())
         differences += float(((pred_XM[label.candidate_C] - pred_XM[label.state_C] - label.deltas_CM) ** 2).sum())
         for state, token, wanted in zip(label.state_C, label.token_C, label.deltas_CM, strict=True):
@@ -113,10 +113,10 @@ def test_heads_fit_a_teacher_on_the_same_trunk_and_old_heads_do_not_change() -> 
     teacher = tiny_value(4, num_objectives=2)
     torch.nn.init.normal_(teacher.heads.weight)
     torch.nn.init.normal_(teacher.heads.bias)
-    labels = [label_tree(BASE, [(teacher, 0), (teacher, 1)], some_tree(seed), SAMPLING, 0, "cpu") for seed in range(8)]
+    labels = [label_tree(BASE, [(teacher, 0), (teacher, 1)], some_tree(seed), SAMPLING, 0) for seed in range(8)]
     old = student.heads.weight[0].clone()
     fit_heads(student, trunk_statistics(student, labels), first=1)
     assert torch.equal(student.heads.weight[0], old)
     wanted = np.concatenate([label.values_XM[:, 1] for label in labels])
-    pred = np.concatenate([values_of(student, label.tree, "cpu")[:, 1] for label in labels])
+    pred = np.concatenate([values_of(student, label.tree)[:, 1] for label in labels])
     assert ((pred - wanted) ** 2).mean() < 1e-3 * wanted.var()

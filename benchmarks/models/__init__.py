@@ -1,0 +1,1 @@
+"""`python -m benchmarks.models`: every architecture of transformers, tiny, through all that is done with models."""
