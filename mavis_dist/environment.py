@@ -21,11 +21,15 @@ MAVIS_KEYS                             file of API keys that `jobs.serve` requir
 MAVIS_API_KEY                          API key that `jobs.ask` sends to a service
 MAVIS_CACHE                            folder of prepared models and compiled operators (default ~/.cache/mavis_dist)
 RAY_ADDRESS                            cluster to join; without it a local one is started
+HOME                                   for a user without one, as in many containers, a private folder below the
+                                       temporary files: libraries store settings and caches there
 """
 
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
 from pathlib import Path
 
 from mavis_dist.paths import absolute
@@ -46,6 +50,22 @@ ENVIRONMENT = {
 for _name, _value in ENVIRONMENT.items():
     if not os.environ.get(_name):
         os.environ[_name] = _value
+
+
+def private_folder() -> str:
+    """A folder of this user alone that stays the same, or a new one where somebody else has its name."""
+    folder = Path(tempfile.gettempdir(), f"mavis-home-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return tempfile.mkdtemp(prefix="mavis-home-")
+    is_private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return str(folder) if is_private else tempfile.mkdtemp(prefix="mavis-home-")
+
+
+if os.path.expanduser("~") == "~":
+    os.environ["HOME"] = private_folder()
 
 FLAG = ("0", "1")
 # What Ray and OpenMP understand. Ray takes any other mode of authentication for none, without a word.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,19 @@ def test_a_user_without_a_home_is_told_to_name_the_cache(monkeypatch):
     monkeypatch.setenv("MAVIS_CACHE", "~no-such-user/cache")
     with pytest.raises(UserError, match="MAVIS_CACHE is '~no-such-user/cache': the home folder is unknown"):
         environment.cache_folder()
+
+
+def test_a_private_folder_is_nobody_elses(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine = environment.private_folder()
+    assert environment.private_folder() == mine
+    assert Path(mine).stat().st_mode & 0o077 == 0
+    Path(mine).chmod(0o777)
+    assert environment.private_folder() != mine
+    Path(mine).rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    Path(mine).symlink_to(tmp_path / "elsewhere")
+    assert environment.private_folder() != mine
 
 
 def test_a_cluster_of_nobody_is_an_error_within_half_a_minute(monkeypatch, capsys):
