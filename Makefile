@@ -4,18 +4,21 @@ BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
 INSTALLED := .venv/.installed
 PEERS := .peers
+PYTHONS ?= 3.10 3.11 3.12 3.13
 
-.PHONY: help install quickstart serve test test-unit test-cluster test-serving test-models benchmark peers lint types clean
+.PHONY: help install quickstart serve test test-unit test-cluster test-serving test-models test-pythons benchmark peers
+.PHONY: lint types clean
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
 	@echo "make serve        serve the published value models of a run (CONFIG=$(CONFIG))"
 	@echo "make test         all tests"
 	@echo "make test-models  every architecture that transformers builds tiny (2 minutes)"
+	@echo "make test-pythons unit tests on Python $(PYTHONS), in environments in .pythons"
 	@echo "make benchmark    measure the decoder on a finished quickstart run (docs/figures/decode.json)"
 	@echo "make peers        environments of vLLM and llama.cpp in $(PEERS), to be measured beside it (15 minutes)"
 	@echo "make lint types   ruff, mypy"
-	@echo "make clean        remove .venv and caches; keep runs/ and $(PEERS)/"
+	@echo "make clean        remove .venv and caches; keep runs/, .pythons/ and $(PEERS)/"
 
 install: $(INSTALLED)
 
@@ -48,6 +51,10 @@ test-serving: $(INSTALLED)
 
 test-models: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models
+
+# One after the other: each makes an environment of several GB in .pythons.
+test-pythons:
+	@for version in $(PYTHONS); do echo "Python $$version"; .ci/test-python $$version || exit; done
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode

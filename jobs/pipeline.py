@@ -1,7 +1,7 @@
 """The training pipeline: from prompts to published value models and an evaluation.
 
 python -m jobs.pipeline --config jobs/configs/quickstart.yaml [dotted.key=value ...]
-ray job submit --working-dir . -- python -m jobs.pipeline --config jobs/configs/quickstart.yaml
+ray job submit --working-dir . -- python -m jobs.pipeline --config jobs/configs/quickstart.yaml storage=/shared/runs
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from mavis_dist.config import Config
 
 QUESTION = "I start a new job on Monday. Any advice?"
 SEED = 7
+LOOPBACK = "127.0.0.1"
 COLUMN = 38  # characters
 
 
@@ -34,6 +35,8 @@ def run(config: Config) -> None:
     from mavis_dist.store.files import Store
     from serve.app import deploy, undeploy
 
+    if cluster.is_local():  # a service that runs on a cluster has its port already
+        cluster.check_port(LOOPBACK, config.serve.port)
     cluster.connect()
     check_serving(config, cluster.nodes())
     sweep = pipeline.run(config)
@@ -43,7 +46,7 @@ def run(config: Config) -> None:
     mixed = [{name: 1 / len(names) for name in names}] if len(names) > 1 else []
     weights = [{}, *({name: 1.0} for name in names), *mixed]
     # All requests come from this machine: on loopback no other can send any, and no key is needed.
-    local = config.serve.model_copy(update={"host": "127.0.0.1", "keys": None})
+    local = config.serve.model_copy(update={"host": LOOPBACK, "keys": None})
     with cluster.stop_on_signals():
         try:
             url = deploy(config.model_copy(update={"serve": local}))

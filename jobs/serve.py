@@ -9,12 +9,12 @@ On any address but loopback it requires API keys: those in the file `serve.keys`
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
 
 from jobs import arguments
 from mavis_dist.config import Config
+from mavis_dist.environment import key_file
 from mavis_dist.types import Stopped
 
 POLL_S = 0.2
@@ -29,10 +29,11 @@ def run(config: Config) -> None:
     from mavis_dist import cluster
     from serve.app import deploy, undeploy
 
+    config = with_keys(config)
     cluster.connect()
     with cluster.stop_on_signals(), suppress(Stopped):
         try:
-            print(example(config, deploy(with_keys(config))), flush=True)
+            print(example(config, deploy(config)), flush=True)
             while True:
                 cluster.check_stop()
                 time.sleep(POLL_S)
@@ -41,8 +42,8 @@ def run(config: Config) -> None:
 
 
 def with_keys(config: Config) -> Config:
-    """The config with the key file of MAVIS_KEYS, unless it names one itself."""
-    keys = config.serve.keys or os.environ.get("MAVIS_KEYS") or None
+    """The config with the key file of MAVIS_KEYS, unless it names one itself; raises UserError."""
+    keys = config.serve.keys or key_file()
     return config.model_copy(update={"serve": config.serve.model_copy(update={"keys": keys})})
 
 

@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mavis_dist.cluster import check_stop, is_stopping
+from mavis_dist.failures import failure_of
 from mavis_dist.progress import Meter, StallWarning, say
 from mavis_dist.types import UserError
 
@@ -110,6 +111,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
         """All results of all items as they arrive; those of a restarted item arrive again.
 
         Raises:
+            UserError: what an actor has raised, at once: another one would raise it again.
             WorkerPoolError: actors keep dying and no item makes progress.
         """
         queue, stall = deque(items), StallWarning(stage)
@@ -129,6 +131,9 @@ class WorkerPool(Generic[Settings, Item, Result]):
                     queue.extendleft(reversed(self._busy.pop(actor, {}).values()))
                     self._replace(stage, actor, error)
                     continue
+                except ray.exceptions.RayTaskError as error:
+                    self._idle.append(actor)  # to be released
+                    raise _failure(stage, error) from error
                 if actor not in self._busy:  # it has loaded
                     self._idle.append(actor)
                     continue
@@ -171,7 +176,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
         self._num_deaths += 1
         ray.kill(actor)  # an unreachable actor may still be alive
         if error.actor_init_failed:
-            raise error
+            raise failure_of(stage, error) from error
         if self._num_deaths > DEATHS_WITHOUT_RESULT:
             raise WorkerPoolError(
                 f"{stage}: {self._num_deaths} actors died in a row without any result "
@@ -181,33 +186,77 @@ class WorkerPool(Generic[Settings, Item, Result]):
         self._add_actor()
 
 
+def _failure(stage: str, error: ray.exceptions.RayError) -> UserError:
+    return failure_of(stage, error, getattr(error, "traceback_str", ""))
+
+
 def map_tasks(function: Callable[..., Result], items: Sequence[tuple[Any, ...]], stage: str, unit: str) -> list[Result]:
-    """`function(*item)` for every item as a Ray task of one core; results in the order of the items."""
+    """`function(*item)` for every item as a Ray task of one core; results in the order of the items.
+
+    Raises:
+        UserError: what a task has raised, at once; the others are cancelled. Ray repeats those whose process is lost.
+    """
     meter = Meter(stage, unit)
     task = ray.remote(function)
     refs = [task.options(num_cpus=1).remote(*item) for item in items]
-    left = refs
-    while left:
-        check_stop()
-        _, left = ray.wait(left, num_returns=len(left), timeout=POLL_S)
-        meter.show(len(refs) - len(left), len(refs))
+    results, left = dict[ray.ObjectRef[Any], Result](), refs
+    try:
+        while left:
+            check_stop()
+            ready, left = ray.wait(left, timeout=POLL_S)
+            results |= {ref: ray.get(ref) for ref in ready}
+            meter.show(len(results), len(refs))
+    except ray.exceptions.RayError as error:
+        raise _failure(stage, error) from error
+    finally:
+        for ref in left:
+            ray.cancel(ref)
     meter.show(len(refs), len(refs), final=True)
-    return ray.get(refs)
+    return [results[ref] for ref in refs]
+
+
+def on_every_machine(function: Callable[..., object], *arguments: object, stage: str, limit_s: float = 120.0) -> None:
+    """`function(*arguments)` in a process on every machine that has cores for work.
+
+    Raises:
+        UserError: what one of them has raised, or the machine that does not answer within the limit.
+    """
+    task = ray.remote(function)
+    machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    calls = {}
+    for machine in machines:
+        there = NodeAffinitySchedulingStrategy(machine["NodeID"], soft=True)  # it may be lost meanwhile
+        calls[task.options(num_cpus=0, scheduling_strategy=there).remote(*arguments)] = machine["NodeManagerAddress"]
+    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=limit_s)
+    try:
+        ray.get(ready)
+    except ray.exceptions.RayError as error:
+        raise _failure(stage, error) from error
+    if late:
+        address = calls[late[0]]
+        raise UserError(f"{stage}: machine {address} does not answer within {limit_s:g} s: check its Ray process")
 
 
 def wait_for(futures: Sequence[Future[Any]], reader: ProgressReader) -> None:
     """Wait for threads of the driver, printing progress; raises the first failure once all have ended.
 
-    A stop of the job is passed on to the progress actor; workers poll it and end early.
+    A stop of the job, or a failure, is passed on to the progress actor; workers poll it, save their work and end early.
     """
     is_stop_sent = False
     while not all(future.done() for future in futures):
         time.sleep(POLL_S)
         reader.show()
-        if is_stopping() and not is_stop_sent:
+        if not is_stop_sent and (is_stopping() or any(map(_has_failed, futures))):
             is_stop_sent = True
             ray.get(reader.actor.stop.remote(), timeout=60)
+            for future in futures:
+                future.cancel()  # has no effect on those that have begun
     for future in futures:
-        future.result()
+        if not future.cancelled():
+            future.result()
     check_stop()
     reader.show(final=True)
+
+
+def _has_failed(future: Future[Any]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None

@@ -6,40 +6,119 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mavis_dist.environment import ENVIRONMENT  # isort: split
+from mavis_dist import environment  # isort: split
 
+import grpc
 import ray
+from ray._private.authentication.authentication_utils import get_authentication_mode_name
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._raylet import get_authentication_mode  # type: ignore[attr-defined]
 
+from mavis_dist.failures import last_words
 from mavis_dist.plan import Node
-from mavis_dist.types import Stopped
+from mavis_dist.types import Stopped, UserError
+
+CONNECT_S = 20.0  # that a cluster has to answer; Ray itself waits for many minutes
 
 _is_stopping = threading.Event()
 
 
+class ClusterError(UserError):
+    """A cluster that cannot be joined or started."""
+
+
 def connect() -> None:
-    """Join the cluster at RAY_ADDRESS, or start a local one that ends with this process."""
+    """Join the cluster at RAY_ADDRESS, or start a local one that ends with this process; raises UserError."""
     if ray.is_initialized():
         return
+    environment.check()
+    _check_mode()
+    address = environment.variable("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
-    if "RAY_ADDRESS" not in os.environ:
+    if is_local():
         # Without an address Ray would join the cluster that was started last on this machine.
         options |= {"address": "local", "dashboard_host": "127.0.0.1"}
-    ray.init(runtime_env={"env_vars": forwarded_variables()}, **options)
+    else:
+        _check_answers(str(address))
+        options |= {"address": address}
+    try:
+        ray.init(runtime_env={"env_vars": forwarded_variables()}, **options)
+    except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        where = "a local cluster cannot be started" if is_local() else f"RAY_ADDRESS={address} cannot be joined"
+        raise ClusterError(f"{where} ({last_words(error)}): {_remedy()}") from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _check_mode() -> None:
+    """Raises ClusterError where Ray was imported before its mode of authentication was set, which it reads once."""
+    mode = os.environ["RAY_AUTH_MODE"]
+    if get_authentication_mode_name(get_authentication_mode()) != mode.strip().lower():
+        raise ClusterError(
+            f"RAY_AUTH_MODE={mode} came after the import of Ray, which reads it once: export it before Python starts"
+        )
+
+
+def is_local() -> bool:
+    """Whether `connect` starts a cluster of its own."""
+    return environment.variable("RAY_ADDRESS") in (None, "local")
+
+
+def _remedy() -> str:
+    if is_local():
+        return "check the memory, the disk and the limits of processes of this machine"
+    return (
+        "set RAY_ADDRESS to HOST:6379 of a cluster that has a Ray process on this machine, `ray start` with the same "
+        "versions and token, or unset it to start a local one"
+    )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ClusterError unless a program of this machine may listen there."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise ClusterError(
+            f"serve.host={host} serve.port={port} cannot be listened on ({error.strerror or error}): end the program "
+            "that listens there, or choose another serve.port"
+        ) from None
+
+
+def _check_answers(address: str) -> None:
+    """Raises ClusterError unless something answers at an address as Ray does."""
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"RAY_ADDRESS={address} is the address of a dashboard, which only `ray job` uses: set it to HOST:6379 of "
+            "the cluster's head, or unset it to start a local one"
+        )
+    host_and_port = address.removeprefix("ray://")
+    if host_and_port == "auto":
+        return
+    channel = init_grpc_channel(host_and_port, [("grpc.enable_http_proxy", 0)])
+    try:
+        grpc.channel_ready_future(channel).result(CONNECT_S)
+    except grpc.FutureTimeoutError:
+        raise ClusterError(
+            f"RAY_ADDRESS={address} does not answer as a Ray cluster within {CONNECT_S:g} s: {_remedy()}"
+        ) from None
+    finally:
+        channel.close()
 
 
 def forwarded_variables() -> dict[str, str]:
     """Environment variables of this process that the processes on all machines get."""
     # Ray forwards those that the job was submitted with, and refuses to get a variable twice.
     submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env", {}).get("env_vars", {})
-    names = (*ENVIRONMENT, "MAVIS_CACHE", "HF_HOME")
-    return {name: os.environ[name] for name in names if name in os.environ and name not in submitted}
+    return {name: value for name, value in environment.forwarded().items() if name not in submitted}
 
 
 @contextmanager

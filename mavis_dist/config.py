@@ -1,6 +1,7 @@
 """One YAML file plus dotted overrides, checked once; every error names the key, its value and the remedy.
 
-Loads neither torch nor ray, and reads no other file, so that `--help` is instant.
+Paths are expanded and made absolute here (mavis_dist.paths): actors and workers have other working directories. Loads
+neither torch nor ray, and reads no other file, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mavis_dist.sections import (
     Count,
     Distill,
     Evaluate,
+    Folder,
     Gate,
     Objective,
     Prompts,
@@ -43,7 +45,11 @@ class Config(Section):
     """Everything a run depends on."""
 
     run: str = Field(description="name of the run: a folder below storage", pattern=r"^[A-Za-z0-9][\w.-]*$")
-    storage: str = Field("runs", description="shared folder or fsspec URI (file, s3, gs, hdfs) for all results")
+    storage: Folder = Field(
+        "runs",
+        validate_default=True,
+        description="shared folder or fsspec URI (file, s3, gs, hdfs) for all results; must be absolute in a Ray job",
+    )
     seed: int = Field(0, ge=0, description="seed of prompts, trees and training")
     iterations: Count = Field(1, description="rounds of rollouts and training, including the one on the base model")
     objectives: dict[str, Objective] = Field(description="what to steer towards: name -> reward", min_length=1)
@@ -108,10 +114,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {str(path)!r} holds {type(raw).__name__}, not a mapping of keys to values")
     for override in overrides:
         _apply(raw, override)
-    config = parse(raw)
-    if "://" in config.storage:
-        return config
-    return config.model_copy(update={"storage": str(Path(config.storage).resolve())})  # workers live elsewhere
+    return parse(raw)
 
 
 def parse(raw: dict[str, Any]) -> Config:

@@ -1,5 +1,7 @@
 """All environment variables of this project; no other module sets any. Import it before ray.
 
+One that is set but empty counts as not set, except MAVIS_KEYS.
+
 RAY_AUTH_MODE=token                    Ray's ports unpickle what they receive: every connection needs a token
 RAY_TRAIN_V2_ENABLED=1                 the version of Ray Train that this project is written for
 RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5  how often Ray Train polls its workers; every report waits for a poll
@@ -19,12 +21,19 @@ MAVIS_KEYS                             file of API keys that `jobs.serve` requir
 MAVIS_API_KEY                          API key that `jobs.ask` sends to a service
 MAVIS_CACHE                            folder of prepared models and compiled operators (default ~/.cache/mavis_dist)
 RAY_ADDRESS                            cluster to join; without it a local one is started
+HOME                                   for a user without one, as in many containers, a private folder below the
+                                       temporary files: libraries store settings and caches there
 """
 
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
 from pathlib import Path
+
+from mavis_dist.paths import absolute
+from mavis_dist.types import UserError
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
@@ -39,9 +48,85 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",
 }
 for _name, _value in ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
+    if not os.environ.get(_name):
+        os.environ[_name] = _value
+
+
+def private_folder() -> str:
+    """A folder of this user alone that stays the same, or a new one where somebody else has its name."""
+    folder = Path(tempfile.gettempdir(), f"mavis-home-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return tempfile.mkdtemp(prefix="mavis-home-")
+    is_private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return str(folder) if is_private else tempfile.mkdtemp(prefix="mavis-home-")
+
+
+if os.path.expanduser("~") == "~":
+    os.environ["HOME"] = private_folder()
+
+FLAG = ("0", "1")
+# What Ray and OpenMP understand. Ray takes any other mode of authentication for none, without a word.
+ALLOWED = {
+    "RAY_AUTH_MODE": ("token", "disabled"),
+    "RAY_TRAIN_V2_ENABLED": ("1",),
+    "RAY_USAGE_STATS_ENABLED": FLAG,
+    "RAY_SERVE_PROXY_USE_GRPC": FLAG,
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": FLAG,
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": FLAG,
+    "OMP_WAIT_POLICY": ("passive", "active"),
+}
+FOLDERS = ("MAVIS_CACHE", "HF_HOME")  # that all processes of a run share
+
+
+def variable(name: str) -> str | None:
+    """An environment variable; None where it is not set or empty."""
+    return os.environ.get(name, "").strip() or None
+
+
+def check() -> None:
+    """Raises UserError for a variable of this project that Ray would misread or ignore."""
+    for name, allowed in ALLOWED.items():
+        if (value := os.environ[name]).strip().lower() not in allowed:
+            raise UserError(f"environment variable {name} is {value!r}: set it to {' or '.join(allowed)}, or unset it")
+    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    if not _is_positive(value := os.environ[name]):
+        raise UserError(f"environment variable {name} is {value!r}: set it to a number of seconds, or unset it")
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+def forwarded() -> dict[str, str]:
+    """The variables that the processes of all machines get, with absolute folders: they have other working folders."""
+    folders = {name: _folder(name) for name in FOLDERS if variable(name) is not None}
+    return {name: os.environ[name] for name in ENVIRONMENT} | folders
+
+
+def key_file() -> str | None:
+    """MAVIS_KEYS; raises UserError if it is set but empty, since that may be meant to open or to close the service."""
+    value = os.environ.get("MAVIS_KEYS")
+    if value is not None and not value.strip():
+        raise UserError(
+            f"environment variable MAVIS_KEYS is {value!r}: set it to a file of API keys (python -m jobs.keys), or to "
+            "none for a service without keys, or unset it"
+        )
+    return value
 
 
 def cache_folder() -> Path:
-    """What is prepared once per machine, or once for all machines that share the folder."""
-    return Path(os.environ.get("MAVIS_CACHE") or "~/.cache/mavis_dist").expanduser().absolute()
+    """What is prepared once per machine, or once for all machines that share the folder; raises UserError."""
+    return Path(_folder("MAVIS_CACHE", "~/.cache/mavis_dist"))
+
+
+def _folder(name: str, default: str = "") -> str:
+    try:
+        return absolute(variable(name) or default)
+    except ValueError as error:
+        raise UserError(f"environment variable {name} is {os.environ.get(name)!r}: {error}") from None

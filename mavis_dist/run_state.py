@@ -6,29 +6,28 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import overload
 
 import yaml
 
 from mavis_dist import cluster
 from mavis_dist import config as config_module
-from mavis_dist.actors import Progress, WorkerPool, start_progress_actor
+from mavis_dist.actors import Progress, WorkerPool, on_every_machine, start_progress_actor
 from mavis_dist.config import Config
 from mavis_dist.core.siblings import MIN_TREES
 from mavis_dist.decode import SamplingParams
 from mavis_dist.evaluate import gate
 from mavis_dist.evaluate.collect import record_stage
 from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
-from mavis_dist.models.states import state_layer
 from mavis_dist.models.value import load_card
 from mavis_dist.plan import Plan, make_plan
+from mavis_dist.preflight.checks import check
+from mavis_dist.preflight.machine import check_machine
 from mavis_dist.progress import metered, say
-from mavis_dist.prompts import held_out, load_prompts
+from mavis_dist.prompts import held_out
 from mavis_dist.rewards import build
 from mavis_dist.rollout.labels import reward_scale
 from mavis_dist.rollout.worker import Answer, Answered, Ask, Batch, Grow, Grown, Result, worker_factory
-from mavis_dist.sections import Value
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import label_folder
@@ -72,15 +71,13 @@ class RunState:
 
 
 def open_run(config: Config) -> RunState:
-    """Check all that can be checked before anything is written; needs a connected cluster."""
+    """Try all that can fail before anything expensive starts; needs a connected cluster. Raises UserError."""
     store = Store(config.storage, config.run)
     plan = make_plan(config, cluster.nodes())
-    train, evaluation = load_prompts(config.prompts, config.seed)
-    check_value(config.value, fetch(config.base.model))
-    for objective in config.objectives.values():
-        build(objective)
-    store.check_writable()
     check_same_run(store, config)
+    store.check_writable()
+    findings = check(config)
+    check_machines(store, config)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     store.write_bytes(layout.CONFIG_FILE, f"{text}{LAST_LINE}\n".encode())
     for note in plan.notes:
@@ -88,15 +85,13 @@ def open_run(config: Config) -> RunState:
     if config.prompts.validation < MIN_TREES:
         text = f"ceiling of R² and sibling test are left out: they need {MIN_TREES} or more"
         say("plan", f"prompts.validation is {config.prompts.validation}: {text}")
-    return RunState(config, store, plan, start_progress_actor(), train, evaluation)
+    return RunState(config, store, plan, start_progress_actor(), findings.train, findings.evaluation)
 
 
-def check_value(value: Value, base: Path) -> None:
-    """Raises StateLayerError where value models would read a layer that the base model does not have."""
-    from transformers import AutoConfig
-
-    if value.kind == "states":
-        state_layer(AutoConfig.from_pretrained(base), value.layers)
+def check_machines(store: Store, config: Config) -> None:
+    """Raises UserError unless all machines see the same storage and may write to it, and find what the config names."""
+    with store.probe() as name:
+        on_every_machine(check_machine, config, name, stage="check")
 
 
 def check_same_run(store: Store, config: Config) -> None:

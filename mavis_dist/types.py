@@ -25,6 +25,10 @@ class UserError(ValueError):
     """Input that cannot be used; the message is one sentence that names the setting, its value and the remedy."""
 
 
+class StageError(UserError):
+    """An exception of a stage that would end every further attempt in the same way; one line says what and where."""
+
+
 def one_line(reason: object, limit: int = 200) -> str:
     """The start of a message that may span many lines."""
     text = " ".join(str(reason).split()) or type(reason).__name__

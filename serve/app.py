@@ -15,6 +15,9 @@ from ray.serve import Application
 
 from mavis_dist import cluster
 from mavis_dist.config import Config
+from mavis_dist.failures import reason_in, user_error_in
+from mavis_dist.models.decoder import base_decoder
+from mavis_dist.models.load import load_skeleton
 from mavis_dist.plan import check_serving
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
@@ -70,6 +73,7 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
     check_serving(config, cluster.nodes())
     args = main_args(config)
     open_keys(args)  # reports a missing file here, in one line
+    base_decoder(load_skeleton(config.base.model).model, use_hf_forward=True)  # and an unusable model
     host, port = config.serve.host, config.serve.port
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     targets = [serve.RunTarget(build_main(args), MAIN, "/", external_scaler_enabled=is_fixed(args))]
@@ -148,8 +152,10 @@ def _applications_ready(names: list[str]) -> str | None:
             continue
         status = applications[name]
         messages = [d.message for d in status.deployments.values() if d.message] or [status.message]
-        if status.status == "DEPLOY_FAILED":
-            raise DeployError(f"application {name!r} failed to start: {' '.join(messages)}")
+        text = "\n".join(messages)
+        # Serve would start a replica again that has refused to start.
+        if status.status == "DEPLOY_FAILED" or user_error_in(text) is not None:
+            raise DeployError(f"application {name!r} failed to start: {reason_in(text)}")
         if status.status != "RUNNING":
             waiting.append(f"{name}: {status.status.lower()} {' '.join(messages)}".strip())
     return "; ".join(waiting) or None

@@ -102,10 +102,9 @@ def value_args(config: Config, objective: str) -> ValueArgs:
 
 
 def _common(config: Config) -> dict[str, Any]:
-    storage = config.storage if "://" in config.storage else str(Path(config.storage).expanduser().absolute())
     return {
         **_shared(config.serve, Scaling),
-        "storage": storage,
+        "storage": config.storage,
         "run": config.run,
         "base": config.base.model,
         "dtype": config.base.dtype,

@@ -13,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+import mavis_dist.environment  # noqa: F401  before libraries that need a home folder
+
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:

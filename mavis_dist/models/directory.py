@@ -22,6 +22,9 @@ HASH_THREADS = 4
 # Config keys that do not affect what the model computes.
 VOLATILE_KEYS = frozenset({"transformers_version", "use_cache", "dtype", "torch_dtype"})
 
+# Options of models without weights: the default way through experts has rules for a GPU's types alone.
+WITHOUT_WEIGHTS = {"experts_implementation": "batched_mm"}
+
 
 class ModelError(UserError):
     """A model that cannot be used; the message is one sentence for the user."""
@@ -57,7 +60,7 @@ def read_model(
     with one of `optional` may be missing. Raises ModelError.
     """
     check_directory(directory)
-    with _loading(directory), quiet():
+    with loading(directory), quiet():
         model, info = auto.from_pretrained(
             directory,
             config=config,
@@ -80,7 +83,7 @@ def read_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     check_directory(directory)
-    with _loading(directory):
+    with loading(directory):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
@@ -141,7 +144,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _loading(directory: Path) -> Iterator[None]:
+def loading(directory: Path) -> Iterator[None]:
+    """Turns whatever transformers raises about a model directory into ModelError."""
     try:
         yield
     # Parsers of weights, configs and tokenizers raise any exception on damaged bytes, bare Exception included.

@@ -10,10 +10,13 @@ import jinja2
 import torch
 
 from mavis_dist.models.directory import (
+    WITHOUT_WEIGHTS,
     ModelError,
     check_seal,
     fingerprint_model,
     fingerprint_tokenizer,
+    loading,
+    quiet,
     read_model,
     read_tokenizer,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "fingerprint_model",
     "fingerprint_tokenizer",
     "load_base",
+    "load_skeleton",
     "load_tokenizer",
 ]
 
@@ -82,6 +86,30 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseMod
         tokenizer=tokenizer,
         name=name,
         fingerprint=fingerprint,
+        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
+        eos_ids=_eos_ids(model, name),
+        max_context=_max_context(model, name),
+    )
+
+
+def load_skeleton(name: str, dtype: str = "float32") -> BaseModel:
+    """As `load_base`, but its weights have shapes only (torch's device `meta`): refuses what `load_base` refuses, in
+    little time and memory. It has no fingerprint.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    directory = fetch(name)
+    tokenizer = read_tokenizer(directory)
+    with loading(directory), quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **WITHOUT_WEIGHTS)
+        if (directory / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+    return BaseModel(
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        name=name,
+        fingerprint="",
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         eos_ids=_eos_ids(model, name),
         max_context=_max_context(model, name),

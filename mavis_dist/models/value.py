@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mavis_dist.models.directory import read_model
+from mavis_dist.models.directory import WITHOUT_WEIGHTS, quiet, read_model
 from mavis_dist.models.states import first_layers, truncate
 from mavis_dist.models.trial import try_model
 from mavis_dist.types import R2_KEY, RewardScale, UserError
@@ -160,8 +160,11 @@ class JointHeads(nn.Module):
         return torch.cat([part(hidden_XH) for part in self._parts], -1)
 
 
-def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> ValueModel:
-    """The first `layers` layers of the decoder in `folder` (None: all), with zero heads."""
+def from_base(folder: Path, layers: int | None, num_objectives: int = 1, has_weights: bool = True) -> ValueModel:
+    """The first `layers` layers of the decoder in `folder` (None: all), with zero heads.
+
+    Without weights it has shapes only (torch's device `meta`), in little time and memory.
+    """
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(folder)
@@ -174,9 +177,19 @@ def from_base(folder: Path, layers: int | None, num_objectives: int = 1) -> Valu
     if layers is not None and layers > available:
         raise ValueModelError(f"value.layers is {layers} but {folder} has {available} layers: use at most {available}")
     truncate(config, layers or available)
-    backbone = read_model(AutoModel, folder, optional=("pooler.",), config=config)
+    if has_weights:
+        backbone = read_model(AutoModel, folder, optional=("pooler.",), config=config)
+    else:
+        with quiet(), torch.device("meta"):
+            backbone = _backbone(config, **WITHOUT_WEIGHTS)
     try_model(backbone)
     return ValueModel(backbone.requires_grad_(True).train(), num_objectives)
+
+
+def _backbone(config: Any, **options: Any) -> PreTrainedModel:
+    from transformers import AutoModel
+
+    return AutoModel.from_config(config, dtype=torch.float32, **options)
 
 
 def joined(models: Sequence[ValueModel]) -> ValueModel:
@@ -245,7 +258,7 @@ def load(
     Raises:
         ValueModelError: a file or tensor is missing or damaged, or heads were trained on states of another base model.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     card = load_card(folder)
     try:
@@ -253,10 +266,7 @@ def load(
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueModelError(f"the value model in {folder} cannot be read ({error}): train it again") from None
-    if card.state_layer is None:
-        backbone = AutoModel.from_config(config, dtype=torch.float32)
-    else:
-        backbone = _base_layers(card, card.state_layer, base)
+    backbone = _backbone(config) if card.state_layer is None else _base_layers(card, card.state_layer, base)
     model = ValueModel(backbone, len(card.objectives))
     try:
         if card.state_layer is None:

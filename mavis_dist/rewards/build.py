@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from mavis_dist import sections
 from mavis_dist.rewards.classifier import Classifier
 from mavis_dist.rewards.embedding import Relevance
 from mavis_dist.rewards.function import Function
-from mavis_dist.rewards.judge import Judge
+from mavis_dist.rewards.judge import RETRIES, Judge
 from mavis_dist.rewards.protocol import Reward, RewardError
 from mavis_dist.rewards.text import Brevity, Sentiment
 from mavis_dist.sections import Objective
@@ -33,23 +33,30 @@ class Checked:
         return [self._as_float(score, index) for index, score in enumerate(scores)]
 
     def _as_list(self, scores: Any) -> list[Any]:
+        has_order = not isinstance(scores, (str, bytes, Mapping, Set))
         try:
-            return list(scores)
+            if has_order:
+                return list(scores)
         except TypeError:
-            raise RewardError(f"reward {self.kind!r} returned {type(scores).__name__}, not a list of floats") from None
+            pass
+        raise RewardError(f"reward {self.kind!r} returned {type(scores).__name__}, not a list of floats")
 
     def _as_float(self, score: Any, index: int) -> float:
+        is_number = not isinstance(score, (str, bytes)) and getattr(score, "ndim", 0) == 0
         try:
-            number = float(score)
-        except (TypeError, ValueError):
+            number = float(score) if is_number else math.nan
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if isinstance(score, str) or not math.isfinite(number):
-            raise RewardError(f"reward {self.kind!r} returned {score!r} for answer {index}: it must be a finite number")
+        if not math.isfinite(number):
+            raise RewardError(
+                f"reward {self.kind!r} returned {score!r:.80} for answer {index}: it must be a finite number"
+            )
         return number
 
 
-def build(objective: Objective, device: str = "cpu") -> Reward:
-    """The reward that an objective's settings describe; `device` is where its model runs, if it has one.
+def build(objective: Objective, device: str = "cpu", retries: int = RETRIES) -> Reward:
+    """The reward that an objective's settings describe; `device` is where its model runs, if it has one, and `retries`
+    is how often an endpoint is asked again that does not answer.
 
     A wrong number of scores, or one that is not finite, raises RewardError.
 
@@ -57,10 +64,10 @@ def build(objective: Objective, device: str = "cpu") -> Reward:
         RewardError or ModelError: naming the setting or file and the remedy.
     """
     kind = objective.path if isinstance(objective, sections.Function) else objective.reward
-    return Checked(_build(objective, device), kind)
+    return Checked(_build(objective, device, retries), kind)
 
 
-def _build(objective: Objective, device: str) -> Reward:
+def _build(objective: Objective, device: str, retries: int) -> Reward:
     match objective:
         case sections.TextRule(reward="sentiment"):
             return Sentiment()
@@ -71,6 +78,6 @@ def _build(objective: Objective, device: str) -> Reward:
         case sections.Classifier():
             return Classifier(objective.model, objective.label, objective.template, objective.output, device)
         case sections.Judge(criterion=criterion):
-            return Judge(objective, criterion)
+            return Judge(objective, criterion, retries)
         case sections.Function(path=path):
             return Function(path)

@@ -17,6 +17,7 @@ RATINGS = tuple("123456789")
 PARALLEL = 8  # questions at a time
 RETRIES = 5  # of a question after a lost connection, 429 or 5xx, with growing pauses
 TIMEOUT_S = 120.0
+CONNECT_S = 10.0
 TOP = 20  # most likely tokens that an endpoint is asked for
 QUESTION = """Question:
 {prompt}
@@ -57,15 +58,21 @@ class Reply:
 class LanguageModel:
     """A model behind an endpoint; asks several questions at a time."""
 
-    def __init__(self, endpoint: Endpoint):
-        """Raises RewardError if the package openai is missing."""
+    def __init__(self, endpoint: Endpoint, retries: int = RETRIES):
+        """Raises RewardError if the package openai is missing, or the key cannot be sent."""
         try:
-            from openai import OpenAI
+            from openai import OpenAI, Timeout
         except ImportError:
             raise RewardError("a judge needs the package openai: pip install 'mavis-dist[judge]'") from None
         self._endpoint, self._gives_logprobs = endpoint, True
         key = os.environ.get(endpoint.key_env) or "none"  # many servers ask for none
-        self._client = OpenAI(base_url=endpoint.url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_S)
+        if not (key.isascii() and key.isprintable()):
+            raise RewardError(
+                f"environment variable {endpoint.key_env}, the key of judge {endpoint.model!r}, holds characters that "
+                "no key has: copy it again"
+            )
+        timeout = Timeout(TIMEOUT_S, connect=CONNECT_S)
+        self._client = OpenAI(base_url=endpoint.url, api_key=key, max_retries=retries, timeout=timeout)
 
     def replies(self, questions: Sequence[str]) -> Iterator[Reply]:
         """A reply to every question, in order; raises RewardError with the endpoint's reason."""
@@ -130,8 +137,8 @@ class Judge:
     that it replied with where the endpoint gives no log-probabilities.
     """
 
-    def __init__(self, endpoint: Endpoint, criterion: str):
-        self._model, self._endpoint, self._criterion = LanguageModel(endpoint), endpoint, criterion
+    def __init__(self, endpoint: Endpoint, criterion: str, retries: int = RETRIES):
+        self._model, self._endpoint, self._criterion = LanguageModel(endpoint, retries), endpoint, criterion
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         pairs = list(zip(prompts, answers, strict=True))

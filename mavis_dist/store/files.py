@@ -10,10 +10,12 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,29 @@ class Store:
 
     def check_writable(self) -> None:
         """Raises StoreError unless files can be created here; leaves no files behind."""
-        probe = f".probe-{uuid.uuid4().hex}"
+        with self.probe():
+            pass
+
+    @contextmanager
+    def probe(self) -> Iterator[str]:
+        """The name of an empty file, which is deleted in the end; raises StoreError if it cannot be created."""
+        name, is_new = f".probe-{uuid.uuid4().hex}", not self.exists("")
+        self._try(lambda: self.write_bytes(name, b""))
         try:
-            self.write_bytes(probe, b"")
-            self.delete(probe)
+            yield name
+        finally:
+            self._try(lambda: self.delete(name))
+            if is_new and self._is_local:
+                with suppress(OSError):  # something was stored in the meantime
+                    os.rmdir(self.root)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
         except Exception as error:  # every file system raises its own errors
             raise StoreError(
-                f"storage {self.storage!r} cannot be written ({error}): give storage=URI that this machine may write to"
+                f"storage {self.storage!r} cannot be written ({error}): give storage=URI that machine "
+                f"{platform.node()} may write to"
             ) from None
 
     def exists(self, path: str) -> bool:

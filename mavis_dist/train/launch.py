@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,11 +14,14 @@ import ray
 import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.exceptions import RayTrainError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from torch.distributed import DistError
 
 from mavis_dist import cluster
 from mavis_dist.actors import Progress, ProgressReader, wait_for
 from mavis_dist.config import Config
+from mavis_dist.failures import failure_of, last_words
 from mavis_dist.progress import say
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
@@ -27,6 +31,11 @@ from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import UserError
 
 MAX_DEATHS = 3  # of workers, after which one launch gives up
+CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
+
+
+class TrainingLost(UserError):
+    """A training whose workers keep being lost."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,11 @@ def run_all(launches: Sequence[Launch], at_once: int) -> None:
 
 
 def run(launch: Launch) -> None:
-    """Run until the work is done, restarting after the loss of a worker. A UserError is raised at once."""
+    """Run until the work is done, restarting after the loss of a worker.
+
+    Raises:
+        UserError: what a worker has raised, at once, or workers that keep being lost.
+    """
     for deaths in range(MAX_DEATHS + 1):
         cluster.check_stop()
         try:
@@ -71,12 +84,37 @@ def run(launch: Launch) -> None:
             return
         except TrainingFailedError as error:
             cluster.check_stop()
-            failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-            if refused := next((failure for failure in failures if isinstance(failure, UserError)), None):
-                raise refused from None
+            if (raised := raised_by_workers(error)) is not None:
+                raise failure_of(launch.name, raised, str(error)) from error
             if deaths == MAX_DEATHS:
-                raise
+                raise TrainingLost(
+                    f"{launch.name}: workers were lost {deaths + 1} times ({last_words(error)}): give them more "
+                    "memory, or lower train.trees_per_step, and run again; what is finished stays"
+                ) from error
             say(launch.name, "a worker died; resuming from the newest checkpoint")
+
+
+def raised_by_workers(error: TrainingFailedError) -> Exception | None:
+    """The exception that ended a training and would end it again; None: processes or machines were lost, or the
+    connections between them, which is how workers notice the loss of another one.
+    """
+    failures: list[Exception] = []
+    if isinstance(error, WorkerGroupError):
+        failures = list(error.worker_failures.values())
+    elif isinstance(error, ControllerError):
+        failures = [error.controller_failure]
+    if refused := next((failure for failure in failures if isinstance(failure, UserError)), None):
+        return refused
+    return None if not failures or any(map(_is_loss, failures)) else failures[0]
+
+
+def _is_loss(failure: Exception) -> bool:
+    if isinstance(failure, ray.exceptions.RayTaskError):
+        return _is_loss(failure.cause) if isinstance(failure.cause, Exception) else False
+    if isinstance(failure, (ray.exceptions.RayError, RayTrainError, ConnectionError, DistError)):
+        return True
+    # Gloo raises plain RuntimeErrors.
+    return isinstance(failure, RuntimeError) and CONNECTION.search(str(failure)) is not None
 
 
 def _run_once(launch: Launch) -> None:

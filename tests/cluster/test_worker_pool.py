@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 import ray
 
 from mavis_dist import cluster
-from mavis_dist.actors import Turn, WorkerPool, WorkerPoolError
+from mavis_dist.actors import Turn, WorkerPool, WorkerPoolError, map_tasks, on_every_machine
+from mavis_dist.models.directory import ModelError
+from mavis_dist.rewards import RewardError
+from mavis_dist.types import StageError, UserError
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
@@ -38,11 +42,16 @@ class Multiplier:
 
 
 @ray.remote(num_cpus=0)
-class Unstartable:
-    def __init__(self) -> None:
-        raise ValueError("no such model")
+class Refusing:
+    """Raises an error when it starts, or when it is to work."""
 
-    def work(self, factor: int, numbers: list[int] | None) -> None: ...
+    def __init__(self, error: Exception, is_at_start: bool) -> None:
+        self._error = error
+        if is_at_start:
+            raise error
+
+    def work(self, factor: int, numbers: tuple[int, list[int]] | None) -> None:
+        raise self._error
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -68,13 +77,50 @@ def test_actors_that_keep_dying_are_an_error(tmp_path: Path) -> None:
         pool.release()
 
 
-def test_an_actor_that_cannot_start_is_an_error_at_once() -> None:
-    pool = WorkerPool(Unstartable.remote, 1)
+@pytest.mark.parametrize("is_at_start", [True, False])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ModelError("model 'x' does not exist: give one"), r"^model 'x' does not exist: give one$"),
+        (ValueError("no such\nmodel"), r"^doomed: ValueError: no such.* \(.*test_worker_pool\.py:\d+\)$"),
+    ],
+)
+def test_what_an_actor_raises_is_raised_at_once_in_one_line(error: Exception, line: str, is_at_start: bool) -> None:
+    pool = WorkerPool(lambda: Refusing.remote(error, is_at_start), 1)
     try:
-        with pytest.raises(ray.exceptions.RayActorError, match="no such model"):
-            list(pool.run("unstartable", 2, [[1]]))
+        with pytest.raises(UserError, match=line):
+            list(pool.run("doomed", 2, [[1]]))
     finally:
         pool.release()
+
+
+def scored(error: Exception | None, wait_s: float = 0) -> float:
+    time.sleep(wait_s)
+    if error is not None:
+        raise error
+    return wait_s
+
+
+def test_what_a_task_raises_is_raised_before_the_others_end() -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"^reward 'x' is broken: mend it$"):
+        map_tasks(scored, [(None, 60.0), (RewardError("reward 'x' is broken: mend it"),)], "labels", "sets")
+    with pytest.raises(StageError, match=r"^labels: KeyError: 'x' \(.*\)$"):
+        map_tasks(scored, [(KeyError("x"),)], "labels", "sets")
+    assert time.monotonic() - began < 60
+    assert map_tasks(scored, [(None, 0.2), (None, 0.1)], "labels", "sets") == [0.2, 0.1]
+
+
+def refused_here(text: str) -> None:
+    raise UserError(text)
+
+
+def test_a_check_on_every_machine_names_what_is_wrong() -> None:
+    on_every_machine(scored, None, stage="check")
+    with pytest.raises(UserError, match=r"^not here: elsewhere$"):
+        on_every_machine(refused_here, "not here: elsewhere", stage="check")
+    with pytest.raises(UserError, match=r"check: machine [\d.]+ does not answer within 1 s"):
+        on_every_machine(scored, None, 5.0, stage="check", limit_s=1.0)
 
 
 def test_an_actor_counts_the_cores_of_its_machine():

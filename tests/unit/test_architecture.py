@@ -16,8 +16,8 @@ from tests.root import ROOT
 
 # A room may import from itself and from every room of a lower floor.
 FLOORS = [
-    {"types", "environment", "progress", "tables"},
-    {"sections"},
+    {"types", "paths", "progress", "tables"},
+    {"sections", "environment", "failures"},
     {"config"},
     {"plan", "prompts", "native"},
     {"core"},
@@ -28,6 +28,7 @@ FLOORS = [
     {"cluster"},
     {"actors"},
     {"rollout", "train", "evaluate"},
+    {"preflight"},
     {"run_state"},
     {"pipeline"},
     {"compare"},
@@ -35,7 +36,18 @@ FLOORS = [
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 RAY = {"cluster.py", "actors.py", "rollout/worker.py", "train/launch.py", "compare/worker.py"}
 PROCESSES = {"gateway", "base", "value"}  # folders of serve/, one per process
-SERVE_MAY_USE = {"environment", "sections", "models", "decode", "store", "config", "types", "plan", "cluster", "core"}
+SERVE_MAY_USE = {
+    "environment",
+    "sections",
+    "models",
+    "decode",
+    "store",
+    "config",
+    "types",
+    "plan",
+    "cluster",
+    "core",
+} | {"failures"}
 
 
 def dotted(path: Path) -> str:
@@ -142,7 +154,10 @@ def test_the_service_does_not_train(path: Path) -> None:
 @pytest.mark.parametrize(
     ("job", "shown"),
     [
-        *((job, ["rollout.max_tokens", "in tokens"]) for job in ("distill", "pipeline", "quickstart", "serve")),
+        *(
+            (job, ["rollout.max_tokens", "in tokens"])
+            for job in ("check", "distill", "pipeline", "quickstart", "serve")
+        ),
         ("evaluate", ["--json", "compare.methods"]),
         ("ask", ["--compare", "MAVIS_API_KEY"]),
         ("keys", ["create a key"]),

@@ -1,6 +1,7 @@
 """Prompts: the right number, disjoint, reproducible, and a clear error otherwise."""
 
 import json
+import os
 import re
 
 import pyarrow as pa
@@ -147,7 +148,7 @@ def test_too_few_left_for_the_evaluation(tmp_path):
 
 @pytest.mark.parametrize("source", ["no/such.jsonl", "no/such.parquet"])
 def test_a_missing_file_is_named(source):
-    with pytest.raises(PromptError, match=re.escape(f"{source!r} does not exist")):
+    with pytest.raises(PromptError, match=re.escape(f"{os.path.abspath(source)!r} does not exist")):
         load_prompts(settings(source), seed=1)
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from jobs.serve import with_keys
 from mavis_dist import config, sections
+from mavis_dist.types import UserError
 
 pytest.importorskip("ray.serve")
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
@@ -135,7 +136,6 @@ def test_a_setting_has_the_same_bounds_and_default_in_file_and_config():
     [
         ("127.0.0.1", None, None, "none"),
         ("0.0.0.0", None, None, f"{ROOT}/keys.json"),
-        ("0.0.0.0", None, "", f"{ROOT}/keys.json"),
         ("0.0.0.0", None, "none", "none"),
         ("127.0.0.1", None, "/shared/a.json", "/shared/a.json"),
         ("127.0.0.1", "mine.json", None, f"{ROOT}/mine.json"),
@@ -149,6 +149,14 @@ def test_the_key_file_of_config_and_environment(host, given, variable, taken, mo
         monkeypatch.setenv("MAVIS_KEYS", variable)
     asked = config.load(CONFIG, [f"serve.host={host}", f"serve.keys={json.dumps(given)}"])
     assert main_args(with_keys(asked)).keys == taken
+
+
+@pytest.mark.parametrize("variable", ["", "  "])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_an_empty_key_variable_is_refused(host, variable, monkeypatch):
+    monkeypatch.setenv("MAVIS_KEYS", variable)
+    with pytest.raises(UserError, match=r"MAVIS_KEYS is .*: set it to a file of API keys .* or unset it"):
+        with_keys(config.load(CONFIG, [f"serve.host={host}"]))
 
 
 def test_a_run_stored_with_fewer_settings_is_still_read():

@@ -1,0 +1,1 @@
+"""Everything of a config that can fail, tried before anything expensive starts."""

@@ -1,0 +1,124 @@
+"""What a config would use, in short lines for `python -m jobs.check`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jinja2
+import torch
+
+from mavis_dist.config import Config
+from mavis_dist.models.load import PLAIN_TEMPLATE, BaseModel
+from mavis_dist.models.value import ValueModel
+from mavis_dist.rewards.trial import Trial
+from mavis_dist.sections import Objective
+from mavis_dist.types import Prompt
+
+GIB = 2**30
+SHOWN = 160  # characters of a rendered prompt
+TRAINING_BYTES = 16  # per trained parameter: weight, gradient and two moments of AdamW in single precision
+SYSTEM, QUESTION = "SYSTEM TEXT", "QUESTION"
+
+
+def base(config: Config, model: BaseModel) -> Iterator[tuple[str, str]]:
+    settings: Any = model.model.config.get_text_config()
+    size = f"{settings.num_hidden_layers} layers, {model.model.num_parameters() / 1e6:,.0f} million parameters"
+    yield "model", f"{model.name}: {settings.model_type}, {size}, {config.base.dtype} on {config.base.device}"
+    yield "template", template(model)
+    yield "system", system(model)
+    ends = ", ".join(f"{id_} {model.tokenizer.convert_ids_to_tokens(id_)!r}" for id_ in model.eos_ids)
+    yield "ends answers", ends
+    yield "windows", windows(settings)
+
+
+def template(model: BaseModel) -> str:
+    """Where the chat template comes from, and what it makes of a question."""
+    source = "of the tokenizer" if model.tokenizer.chat_template else "none, turns are labelled User: and Assistant:"
+    text = rendered(model)
+    shown = repr(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}")
+    return f"{source}: {shown}"
+
+
+def rendered(model: BaseModel) -> str:
+    """A question as the model reads it."""
+    return str(model.tokenizer.decode(list(model.chat(QUESTION, SYSTEM))))
+
+
+def system(model: BaseModel) -> str:
+    """What becomes of a system text."""
+    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
+    chosen = None if model.tokenizer.chat_template else PLAIN_TEMPLATE
+    try:
+        model.tokenizer.apply_chat_template(turns, chat_template=chosen, tokenize=False)
+        handling = "a turn of its own"
+    except jinja2.TemplateError:
+        handling = "put before the first question, since the template rejects it"
+    if SYSTEM not in rendered(model):
+        handling = "left out by the template"
+    return handling
+
+
+def windows(settings: Any) -> str:
+    """Which layers attend to a window only."""
+    kinds = Counter(getattr(settings, "layer_types", None) or ())
+    window = getattr(settings, "sliding_window", None)
+    if not kinds and window:
+        return f"{window} tokens in all layers"
+    parts = [f"{count} layers: {kind.replace('_', ' ')}" for kind, count in kinds.items() if kind != "full_attention"]
+    return f"{', '.join(parts)} of {window} tokens, {kinds['full_attention']} layers full" if parts else "none"
+
+
+def prompts(config: Config, model: BaseModel, train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> str:
+    wanted, longest = config.prompts, longest_prompt(config, model, [*train, *evaluation])
+    return (
+        f"{len(train) - wanted.validation} to train, {wanted.validation} to validate, {len(evaluation)} to evaluate "
+        f"from {wanted.source}; the longest has {longest} tokens with its template, answers "
+        f"{config.rollout.max_tokens}; the context has room for {model.max_context}"
+    )
+
+
+def longest_prompt(config: Config, model: BaseModel, asked: Sequence[Prompt]) -> int:
+    """Tokens of the longest of all prompts, found among those with most characters."""
+    texts = sorted((prompt.text for prompt in asked), key=len)[-8:]
+    return max(len(model.chat(text, config.base.system)) for text in texts)
+
+
+def value(config: Config, model: BaseModel, trained: ValueModel) -> Iterator[tuple[str, str]]:
+    settings, count = config.value, sum(parameter.numel() for parameter in trained.parameters())
+    layers = trained.backbone.config.num_hidden_layers
+    if settings.kind == "states":
+        yield "value models", f"heads on the states behind layer {layers} of the base model"
+    else:
+        whose = "one with a head per objective" if settings.kind == "shared" else "one per objective"
+        name = config.base.model if settings.backbone == "base" else settings.backbone
+        yield "value models", f"{whose}: {layers} layers of {name}, {count / 1e6:,.0f} million parameters"
+    yield "memory", memory(config, model, 0 if settings.kind == "states" else count)
+
+
+def memory(config: Config, model: BaseModel, num_value_parameters: int) -> str:
+    """An estimate of models and caches; processes and libraries need about 1 GiB more."""
+    width = torch.empty((), dtype=getattr(torch, config.base.dtype)).element_size()
+    num_models = 1 if config.value.is_joint else len(config.objectives)
+    models = width * (model.model.num_parameters() + num_models * num_value_parameters)
+    cells = config.rollout.rows * min(model.max_context, 2 * config.rollout.max_tokens)
+    parts = [f"about {(models + cells * token_bytes(model, width)) / GIB:.1f} GiB per rollout actor"]
+    if num_value_parameters:
+        training = num_value_parameters * TRAINING_BYTES
+        parts.append(f"{training / GIB:.1f} GiB and activations per training worker")
+    return ", ".join(parts)
+
+
+def token_bytes(model: BaseModel, width: int) -> int:
+    """Keys and values of one token in all layers."""
+    settings: Any = model.model.config.get_text_config()
+    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    return 2 * settings.num_hidden_layers * heads * size * width
+
+
+def reward(objective: Objective, trial: Trial) -> str:
+    settings = ", ".join(f"{key} {text}" for key, text in objective.model_dump().items() if key != "reward")
+    scores = f"{min(trial.scores):.3g} to {max(trial.scores):.3g} on {len(trial.scores)} made-up answers"
+    return f"{objective.reward}{f' ({settings})' if settings else ''}: {scores}"

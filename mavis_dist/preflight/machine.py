@@ -1,0 +1,44 @@
+"""What is checked in a process of its own on every machine that works for a run. Loads neither torch nor Ray."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+
+from mavis_dist import sections
+from mavis_dist.config import Config
+from mavis_dist.rewards.trial import try_reward
+from mavis_dist.store.files import Store, StoreError
+from mavis_dist.types import UserError
+
+
+def check_machine(config: Config, probe: str) -> None:
+    """Raises UserError unless this machine can write to the run's storage, finds the driver's file `probe` there, has
+    the local models of the config, and can call its functions and judges.
+    """
+    store, here = Store(config.storage, config.run), platform.node()
+    if not store.exists(probe):
+        raise StoreError(
+            f"storage {config.storage!r} is another folder on machine {here} than on the driver's: give a folder "
+            "that all machines share, or a URI"
+        )
+    store.check_writable()
+    for key, path in local_models(config):
+        if not os.path.exists(path):
+            raise UserError(
+                f"config key {key!r} is {path!r}, which machine {here} does not have: put it on storage that all "
+                "machines share"
+            )
+    for name, objective in config.objectives.items():
+        if isinstance(objective, (sections.Function, sections.Judge)):
+            try_reward(name, objective, config.rollout.max_tokens)
+
+
+def local_models(config: Config) -> Iterator[tuple[str, str]]:
+    """Key and absolute path of every model that is a file or folder."""
+    named = {"base.model": config.base.model, "value.backbone": config.value.backbone}
+    for name, objective in config.objectives.items():
+        if isinstance(objective, (sections.Classifier, sections.Relevance)):
+            named[f"objectives.{name}.model"] = objective.model
+    yield from ((key, path) for key, path in named.items() if os.path.isabs(path))

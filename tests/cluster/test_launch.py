@@ -1,0 +1,65 @@
+"""A training under Ray Train: what workers raise ends it at once; only lost processes are replaced."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mavis_dist.actors import start_progress_actor
+from mavis_dist.config import Config, parse
+from mavis_dist.models.value import ValueModelError
+from mavis_dist.train import launch
+from mavis_dist.train.launch import Launch
+from mavis_dist.train.worker_group import WorkerGroup
+from mavis_dist.types import StageError, UserError
+
+pytestmark = pytest.mark.usefixtures("ray_address")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    settings = {"train": {"cpus_per_worker": 0.5}, "objectives": {"brief": {"reward": "brevity"}}}
+    return parse({"run": "r", "storage": str(tmp_path), **settings})
+
+
+def work(attempts: Path, errors: list[Exception | None], group: WorkerGroup) -> None:
+    """Fails as the next of the errors says; None: the process dies."""
+    with attempts.open("a") as file:
+        file.write("x")
+    number = attempts.stat().st_size
+    if number <= len(errors):
+        error = errors[number - 1]
+        if error is None:
+            os._exit(1)
+        raise error
+
+
+def attempt(config: Config, tmp_path: Path, errors: list[Exception | None]) -> int:
+    """How often the work began."""
+    attempts = tmp_path / "attempts"
+    try:
+        launch.run(Launch("train i0 x", "train i0", partial(work, attempts, errors), config, start_progress_actor()))
+    finally:
+        count = attempts.stat().st_size
+        assert count <= len(errors) + 1
+    return count
+
+
+def test_a_lost_worker_is_replaced_and_an_exception_is_not(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"^train i0 x: ValueError: no SDPA here \(.*\)$"):
+        attempt(config, tmp_path, [None, ValueError("no SDPA\nhere"), None])
+    assert (tmp_path / "attempts").stat().st_size == 2
+
+
+def test_a_user_error_of_a_worker_keeps_its_line(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^value\.layers is 9 but there are 2: use 2$"):
+        attempt(config, tmp_path, [ValueModelError("value.layers is 9 but there are 2: use 2"), None])
+    assert (tmp_path / "attempts").stat().st_size == 1
+
+
+def test_a_lost_connection_between_workers_is_a_loss(config: Config, tmp_path: Path) -> None:
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:4711")
+    assert attempt(config, tmp_path, [lost]) == 2

@@ -1,0 +1,190 @@
+"""What the checks before a run find, without weights, a cluster or a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from jobs import check as job
+from mavis_dist.config import Config, parse
+from mavis_dist.models.load import load_base, load_skeleton
+from mavis_dist.models.value import from_base
+from mavis_dist.preflight.checks import check, check_base, check_value
+from mavis_dist.preflight.machine import check_machine
+from mavis_dist.store.files import Store
+from mavis_dist.types import UserError
+from tests.tiny import make_tokenizer, write_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), eos_weight=1.0)
+
+
+def config(base: Path, /, **settings: Any) -> Config:
+    given = {
+        "run": "r",
+        "storage": str(base.parent / "runs"),
+        "objectives": {"vowels": {"reward": "function", "path": "tests.tiny:count_vowels"}},
+        "base": {"model": str(base), "dtype": "float32"},
+        "value": {"layers": 1},
+        "prompts": {"train": 8, "validation": 2, "evaluation": 4},
+    }
+    return parse({**given, **settings})
+
+
+def write_other(folder: Path, model_type: str, **settings: Any) -> Path:
+    """A tiny model of another architecture, with the tokenizer of the base model."""
+    tokenizer = make_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape, **settings))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_skeleton_is_the_base_model_without_weights(base: Path) -> None:
+    whole, skeleton = load_base(str(base)), load_skeleton(str(base))
+    assert skeleton.model.device == torch.device("meta")
+    assert skeleton.model.num_parameters() == whole.model.num_parameters()
+    for name in ("eos_ids", "max_context", "name", "tokenizer_fingerprint"):
+        assert getattr(skeleton, name) == getattr(whole, name)
+    assert skeleton.chat("How?") == whole.chat("How?")
+
+
+@pytest.mark.parametrize("value", [{"layers": 1}, {"kind": "shared", "layers": 2}, {"kind": "states"}])
+def test_a_good_config_passes_and_is_described(base: Path, value: dict[str, Any]) -> None:
+    told: dict[str, str] = {}
+    findings = check(config(base, value=value), told.__setitem__)
+    assert (len(findings.train), len(findings.evaluation)) == (8, 4)
+    assert findings.rewards["vowels"].spread > 0
+    assert "llama, 2 layers" in told["model"]
+    assert "QUESTION" in told["template"]
+    assert told["ends answers"] == "1 '</s>'"
+    assert told["windows"] == "none"
+    assert told["system"] == "a turn of its own"
+    assert "6 to train, 2 to validate, 4 to evaluate from builtin" in told["prompts"]
+    assert "1024" in told["prompts"]
+    assert "function (path tests.tiny:count_vowels): " in told["reward vowels"]
+    assert "GiB per rollout actor" in told["memory"]
+
+
+def test_the_skeleton_of_a_value_model_is_the_model_that_is_trained(base: Path) -> None:
+    skeleton, whole = from_base(base, 1, 2, has_weights=False), from_base(base, 1, 2)
+    assert {name: x.shape for name, x in skeleton.state_dict().items()} == {
+        name: x.shape for name, x in whole.state_dict().items()
+    }
+    assert skeleton.backbone.config._attn_implementation == whole.backbone.config._attn_implementation
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2_moe", "gpt_neox"])
+def test_architectures_that_can_be_trained_pass_without_weights(base: Path, tmp_path: Path, model_type: str) -> None:
+    other = write_other(tmp_path / "other", model_type, num_hidden_layers=2, **SMALL)
+    model = check_value(config(base, value={"backbone": str(other), "layers": 1}), load_skeleton(str(base)))
+    assert model.backbone.config.model_type == model_type
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"layers": 3}, "value.layers is 3 but .* has 2 layers: use at most 2"),
+        ({"kind": "states", "layers": 9}, "value.layers is 9 but the base model has 2"),
+        ({"backbone": "/no/such/model"}, "'/no/such/model' does not exist"),
+    ],
+)
+def test_a_value_model_that_cannot_be_made_is_refused(base: Path, value: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        check(config(base, value=value))
+
+
+def test_a_backbone_that_fails_in_its_first_pass_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaModel
+
+    def forward(self: Any, position_ids: Any = None, **inputs: Any) -> None:
+        raise ValueError("this attention takes\nno such mask")
+
+    made = config(base)
+    skeleton = check_base(made)
+    check_value(made, skeleton)
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(
+        UserError, match=r"a model of type 'llama' .* fails on a tree .*this attention takes no such mask"
+    ):
+        check_value(made, skeleton)
+
+
+def test_a_backbone_with_another_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
+    other = write_other(tmp_path / "other", "llama", num_hidden_layers=1, **SMALL)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "vocab_size": 7}))
+    with pytest.raises(UserError, match="knows 7 tokens, but the base model's tokenizer has"):
+        check(config(base, value={"backbone": str(other), "layers": 1}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"base": {"model": "/no/such/model"}}, "'/no/such/model' does not exist"),
+        ({"objectives": {"x": {"reward": "function", "path": "tests.tiny:always_one"}}}, "the same score"),
+        ({"objectives": {"x": {"reward": "function", "path": "tests.tiny:nothing"}}}, "no such name"),
+        ({"objectives": {"x": {"reward": "relevance", "model": "/no/embedder"}}}, "'/no/embedder' does not exist"),
+        ({"prompts": {"train": 10**6}}, "1000000"),
+    ],
+)
+def test_the_first_problem_is_one_line(base: Path, settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem) as refused:
+        check(config(base, **settings))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_device_is_refused(base: Path) -> None:
+    with pytest.raises(UserError, match=r"'base.device' is 'gpu' .*: use cpu or cuda"):
+        check(config(base, base={"model": str(base), "device": "gpu"}))
+    check_base(config(base, base={"model": str(base), "device": "cuda"}))  # this machine need not have one
+
+
+def test_a_machine_that_sees_another_storage_or_lacks_a_model_is_named(base: Path, tmp_path: Path) -> None:
+    made = config(base, storage=str(tmp_path / "runs"))
+    store = Store(made.storage, made.run)
+    with store.probe() as probe:
+        check_machine(made, probe)
+        with pytest.raises(UserError, match=r"is another folder on machine .* than on the driver's"):
+            check_machine(made, "of-another-storage")
+        lacking = config(base, storage=made.storage, value={"backbone": "/only/there"})
+        with pytest.raises(UserError, match=r"'value.backbone' is '/only/there', which machine .* does not have"):
+            check_machine(lacking, probe)
+        broken = {"x": {"reward": "function", "path": "not_on_this_machine:score"}}
+        with pytest.raises(UserError, match="cannot be imported"):
+            check_machine(config(base, storage=made.storage, objectives=broken), probe)
+    assert not os.path.exists(store.root)
+
+
+def test_the_job_prints_what_would_be_used_and_ends_at_the_first_problem(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(config(base, storage=str(tmp_path / "runs")).model_dump(mode="json")))
+    monkeypatch.setattr("sys.argv", ["check", "--config", str(file)])
+    job.main()
+    topics = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert topics[:3] == ["storage", "model", "template"]
+    assert topics[-1].startswith("reward vowels")
+    assert not (tmp_path / "runs" / "r").exists()
+
+    monkeypatch.setattr("sys.argv", ["check", "--config", str(file), "objectives.vowels.path=tests.tiny:always_one"])
+    with pytest.raises(SystemExit) as end:
+        job.main()
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert "prompts" in printed.out
+    assert printed.err.startswith("error: the reward of objective 'vowels' gives all")
+    assert len(printed.err.splitlines()) == 1
