@@ -19,12 +19,14 @@ from mavis_dist.core.siblings import MIN_TREES
 from mavis_dist.decode import SamplingParams
 from mavis_dist.evaluate import gate
 from mavis_dist.evaluate.collect import record_stage
-from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
+from mavis_dist.models.chat import ChatError, chat_ids, takes_system
+from mavis_dist.models.end_tokens import describe_disagreement
+from mavis_dist.models.load import context_length, fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
 from mavis_dist.models.states import state_layer
 from mavis_dist.models.value import load_card
 from mavis_dist.plan import Plan, make_plan
 from mavis_dist.progress import metered, say
-from mavis_dist.prompts import held_out, load_prompts
+from mavis_dist.prompts import PromptError, PromptSet, draw_prompts, held_out
 from mavis_dist.rewards import build
 from mavis_dist.rollout.labels import reward_scale
 from mavis_dist.rollout.worker import Answer, Answered, Ask, Batch, Grow, Grown, Result, worker_factory
@@ -75,7 +77,8 @@ def open_run(config: Config) -> RunState:
     """Check all that can be checked before anything is written; needs a connected cluster."""
     store = Store(config.storage, config.run)
     plan = make_plan(config, cluster.nodes())
-    train, evaluation = load_prompts(config.prompts, config.seed)
+    prompts = draw_prompts(config.prompts, config.seed)
+    check_prompts(config, prompts)
     check_value(config.value, fetch(config.base.model))
     for objective in config.objectives.values():
         build(objective)
@@ -88,7 +91,35 @@ def open_run(config: Config) -> RunState:
     if config.prompts.validation < MIN_TREES:
         text = f"ceiling of R² and sibling test are left out: they need {MIN_TREES} or more"
         say("plan", f"prompts.validation is {config.prompts.validation}: {text}")
-    return RunState(config, store, plan, start_progress_actor(), train, evaluation)
+    return RunState(config, store, plan, start_progress_actor(), prompts.train, prompts.evaluation)
+
+
+def check_prompts(config: Config, prompts: PromptSet) -> None:
+    """Put all prompts through the chat template, and say once what the model, its template or the source leaves out.
+
+    Raises PromptError with the row of a prompt that the template rejects, or that leaves no room for an answer.
+    """
+    model, longest_answer = config.base.model, config.rollout.max_tokens
+    tokenizer = load_tokenizer(model)
+    context, of = context_length(model), f"base.model {model!r}"
+    if config.value.kind != "states" and config.value.backbone != "base":
+        context, of = min((context, of), (context_length(config.value.backbone), "value.backbone"))
+    for prompt in [*prompts.train, *prompts.evaluation]:
+        try:
+            length = len(chat_ids(tokenizer, prompt.messages, config.base.system))
+        except ChatError as error:
+            raise PromptError(f"{prompts.where(prompt)} cannot be asked: {error}") from None
+        if length + longest_answer > context:
+            raise PromptError(
+                f"{prompts.where(prompt)} has {length} tokens, and with rollout.max_tokens={longest_answer} more than "
+                f"the context of {of} ({context}): shorten or remove the row, or lower rollout.max_tokens"
+            )
+    if prompts.left_out:
+        say("prompts", prompts.left_out)
+    if config.base.system and not takes_system(tokenizer):
+        say("prompts", f"base.system is not given to {model}: its chat template leaves system texts out")
+    if ends := describe_disagreement(fetch(model), tokenizer):
+        say("model", ends)
 
 
 def check_value(value: Value, base: Path) -> None:
