@@ -216,16 +216,17 @@ def _draw(prompts: Prompts, pool: Pool, seed: int) -> Iterator[tuple[str, Prompt
             raise PromptError(
                 f"{place} of prompts.source {prompts.source!r} is not UTF-8 ({error.reason}): correct or remove it"
             ) from None
+        id_ = f"{pool.name}-{number}" if row.get("id") is None else str(row["id"])
         value = _value(row, prompts.field)
         try:
             turns = FORMATS[prompts.format](value)
-            id_ = f"{pool.name}-{number}" if row.get("id") is None else str(row["id"])
             for text in (id_, *(text for _, text in turns)):
                 if fault := text_fault(text):
                     raise ValueError(f"it holds {fault}: correct or remove the row")
         except ValueError as error:
             raise PromptError(
-                f"{place} of prompts.source {prompts.source!r} has {value!r:.80} in column {prompts.field!r}: {error}"
+                f"{place} of prompts.source {prompts.source!r} (id {id_!r}) has {value!r:.80} in column "
+                f"{prompts.field!r}: {error}"
             ) from None
         yield place, _prompt(id_, turns)
 

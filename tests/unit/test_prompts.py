@@ -190,11 +190,11 @@ def test_a_data_set_that_cannot_be_reached_is_named():
     ],
 )
 def test_a_row_that_cannot_be_asked_is_named(tmp_path, value, words):
-    rows = [*questions(9), {"prompt": value}]
+    rows = [*questions(9), {"prompt": value, "id": "the-bad-one"}]
     with pytest.raises(PromptError) as caught:
         load_prompts(settings(write(tmp_path / "p.jsonl", rows), train=7), seed=1)
     message = str(caught.value)
-    assert "row 9 of prompts.source" in message
+    assert re.search(r"row 9 of prompts\.source .*p\.jsonl' \(id 'the-bad-one'\) has", message)
     assert words in message
     assert "\n" not in message
     assert message.encode()
