@@ -85,7 +85,10 @@ def open_run(config: Config) -> RunState:
     if config.prompts.validation < MIN_TREES:
         text = f"ceiling of R² and sibling test are left out: they need {MIN_TREES} or more"
         say("plan", f"prompts.validation is {config.prompts.validation}: {text}")
-    return RunState(config, store, plan, start_progress_actor(), findings.train, findings.evaluation)
+    for topic, text in findings.notes:
+        say(topic, text)
+    prompts = findings.prompts
+    return RunState(config, store, plan, start_progress_actor(), prompts.train, prompts.evaluation)
 
 
 def check_machines(store: Store, config: Config) -> None:

@@ -62,13 +62,18 @@ class Prompts(Section):
     """The source of the prompts."""
 
     source: Annotated[Text, _input(BUILTIN)] = Field(
-        BUILTIN, description="builtin, a .jsonl or .parquet file, or a Hugging Face data set id"
+        BUILTIN, description="builtin, a .jsonl or .parquet file or its URI, or a Hugging Face data set id"
     )
     subset: str | None = Field(None, description="configuration name of a hub data set")
-    field: str = Field("prompt", description="column that holds the prompt")
+    field: str = Field("prompt", description="column that holds the prompt; a dotted name is a column inside of one")
+    format: Literal["text", "dialogue", "conversation"] = Field(
+        "text",
+        description="what the column holds: a question; a dialogue of `Human: ...` and `Assistant: ...`; a list of "
+        "messages. Whatever follows the last question is left out",
+    )
     train_split: str = Field("train", description="split that training prompts come from")
     eval_split: str = Field(
-        "eval", description="split that evaluation prompts come from; may equal train_split, as rows never overlap"
+        "eval", description="split that evaluation prompts come from; may equal train_split, as no text is used twice"
     )
     train: Count = Field(96, description="number of training prompts")
     validation: int = Field(8, ge=0, description="number of training prompts held out to validate the value models")

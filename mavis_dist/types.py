@@ -35,12 +35,26 @@ def one_line(reason: object, limit: int = 200) -> str:
     return text[:limit].rstrip(" .:")
 
 
+def text_fault(text: str) -> str | None:
+    """What of a text can be neither encoded nor stored; None if nothing."""
+    if "\0" in text:
+        return "a NUL character"
+    half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+    return None if half is None else f"half of a surrogate pair ({half!r}), which UTF-8 does not have"
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One question, before any chat template."""
+    """What the base model is asked, before any chat template: a question, or a conversation that ends with one."""
 
     id: str
-    text: str
+    text: str  # what rewards and reports read; of a conversation all that was said, without system messages
+    turns: tuple[tuple[str, str], ...] = ()  # role and text of every turn; empty: `text` is the only one
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """In the format of chat templates."""
+        return [{"role": role, "content": text} for role, text in self.turns or (("user", self.text),)]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Question:
 def questions_of(config: Config, base: BaseModel) -> list[Question]:
     """The training prompts of a run."""
     prompts, _ = load_prompts(config.prompts, config.seed)
-    return [Question(prompt, base.chat(prompt.text, config.base.system)) for prompt in prompts]
+    return [Question(prompt, base.chat(prompt.messages, config.base.system)) for prompt in prompts]
 
 
 def repetition_questions(questions: Sequence[Question], repetition: int, count: int) -> list[Question]:

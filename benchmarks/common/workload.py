@@ -133,4 +133,4 @@ def _students(store: Store, objectives: Sequence[str], base: BaseModel) -> dict[
 
 def _evaluation_prompts(config: Config, base: BaseModel) -> list[tuple[int, ...]]:
     _, prompts = load_prompts(config.prompts, config.seed)
-    return [base.chat(prompt.text, config.base.system) for prompt in prompts]
+    return [base.chat(prompt.messages, config.base.system) for prompt in prompts]

@@ -60,6 +60,6 @@ def requests(workload: Workload, tokens: int) -> list[Request]:
     for i, question in enumerate(questions[:NUM_REQUESTS]):
         weighted = [(text, 1.0 + (i + k) % 4) for k, text in enumerate(TEXTS)]
         system = workload.config.base.system
-        prompt, preferences = chat_prompts(workload.base.tokenizer, question.text, weighted, system)
+        prompt, preferences = chat_prompts(workload.base.tokenizer, question.messages, weighted, system)
         found.append(Request(str(i), prompt, params=SamplingParams(tokens, seed=i), preferences=preferences))
     return found

@@ -169,7 +169,7 @@ def make_bodies(config: Config, count: int, tokens: int) -> list[Body]:
     return [
         {
             "model": config.base.model,
-            "messages": [{"role": "user", "content": prompts[i % len(prompts)].text}],
+            "messages": prompts[i % len(prompts)].messages,
             "max_tokens": tokens,
             "seed": i,
             "objective_weights": weights[i % len(weights)],

@@ -51,7 +51,7 @@ def measure(
         used = {name for setting in missing for name, _ in setting.weights}
         base, engine = load_engine(config, [model for model in models if model.name in used])
         rewards = {name: build(spec) for name, spec in config.objectives.items()}
-        tokens = [base.chat(prompt.text, config.base.system) for prompt in prompts]
+        tokens = [base.chat(prompt.messages, config.base.system) for prompt in prompts]
         for done, (setting, choices) in enumerate(generate(engine, missing, tokens, _template(config)), 1):
             store.write_json(paths[setting], asdict(score(choices, [prompt.text for prompt in prompts], rewards)))
             print(f"{'measure':<24} {done}/{len(missing)} settings: {setting.name}", file=sys.stderr, flush=True)

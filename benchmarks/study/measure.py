@@ -154,8 +154,7 @@ def answers_of_base(config: Config, store: Store, measured: Measured) -> BaseAns
     """The answers that tell the limit of steering, with their prompts and rewards."""
     _, prompts = load_prompts(config.prompts, config.seed)
     tokenizer = load_tokenizer(config.base.model)
-    turns = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
-    tokens = [tuple(chat_ids(tokenizer, turn, config.base.system)) for turn in turns]
+    tokens = [tuple(chat_ids(tokenizer, prompt.messages, config.base.system)) for prompt in prompts]
     return BaseAnswers(tokens, base_texts(config, store), measured.base_PN)
 
 

@@ -61,7 +61,7 @@ def measure(
     if missing:
         torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
         base = load_base(config.base.model, config.base.dtype, config.base.device)
-        tokens = [base.chat(prompt.text, config.base.system) for prompt in prompts]
+        tokens = [base.chat(prompt.messages, config.base.system) for prompt in prompts]
         for done, name in enumerate(missing, 1):
             store.write_json(paths[name], perplexity(base, tokens, corpora[name]))
             print(f"{'perplexity':<24} {done}/{len(missing)}: {name}", file=sys.stderr, flush=True)

@@ -69,8 +69,10 @@ class OnePrompt(ByPreference):
         system = f"{self.workspace.config.base.system}\n{text}"
         requests = []
         for prompt, request in zip(prompts, self.workspace.requests(prompts, seed), strict=True):
-            question = f"{prompt.text}\n\n{text}" if strength >= 3 else prompt.text
-            preference = Preference(text, self.workspace.base.chat(question, system))
+            *earlier, question = prompt.messages
+            if strength >= 3:
+                question = {**question, "content": f"{question['content']}\n\n{text}"}
+            preference = Preference(text, self.workspace.base.chat([*earlier, question], system))
             requests.append(replace(request, preferences=(preference,), preference_params=AS_PROMPTED))
         return self.generate(requests)
 
@@ -99,6 +101,6 @@ class Mato(ByPreference):
         tokenizer, system = self.workspace.base.tokenizer, self.workspace.config.base.system
         requests = []
         for prompt, request in zip(prompts, self.workspace.requests(prompts, seed), strict=True):
-            _, preferences = chat_prompts(tokenizer, prompt.text, weighted, system)
+            _, preferences = chat_prompts(tokenizer, prompt.messages, weighted, system)
             requests.append(replace(request, preferences=preferences, preference_params=params))
         return self.generate(requests)

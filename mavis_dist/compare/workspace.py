@@ -53,7 +53,7 @@ class Workspace:
         self.config, self.store = config, Store(config.storage, config.run)
         self._engine: tuple[dict[str, Path], Engine] | None = None
         self._scores: dict[tuple[str, str, str], float] = {}  # by objective, prompt, answer
-        self._surprises: dict[tuple[str, str], Surprise] = {}  # by prompt, answer
+        self._surprises: dict[tuple[Prompt, str], Surprise] = {}  # by prompt, answer
         self._drawn: dict[tuple[tuple[str, ...], int], Generated] = {}  # by prompts, seed
 
     @cached_property
@@ -92,7 +92,7 @@ class Workspace:
         return [
             Request(
                 id=prompt.id,
-                prompt=self.base.chat(prompt.text, system),
+                prompt=self.base.chat(prompt.messages, system),
                 params=replace(params, seed=noise.stream(seed, prompt.id)),
                 **steering,
             )
@@ -150,9 +150,9 @@ class Workspace:
 
     def surprise(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Surprise]:
         """How unlikely the base model finds one answer per prompt."""
-        keys = [(prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]
+        keys = list(zip(prompts, texts, strict=True))
         if missing := list(dict.fromkeys(key for key in keys if key not in self._surprises)):
-            tokens = [self.base.chat(prompt, self.config.base.system) for prompt, _ in missing]
+            tokens = [self.base.chat(prompt.messages, self.config.base.system) for prompt, _ in missing]
             found = surprises(self.base, tokens, [text for _, text in missing])
             self._surprises.update(zip(missing, found, strict=True))
         return [self._surprises[key] for key in keys]

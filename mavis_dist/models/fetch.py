@@ -28,6 +28,7 @@ from mavis_dist.models.directory import (
 )
 from mavis_dist.types import one_line
 
+CONVERSION = "2"  # changes with what a conversion writes, so that GGUF files are converted again
 TIMEOUT_S = 1800  # of a download, and of waiting for another process that prepares the same model
 
 
@@ -195,7 +196,7 @@ def _gguf_key(file: Path) -> str:
         raise ModelError(
             f"model file {str(file)!r} cannot be read ({error.strerror}): give an existing .gguf file"
         ) from None
-    version = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    version = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {CONVERSION}"
     return f"{file.stem}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
 
 
@@ -228,10 +229,21 @@ def _convert(name: str, gguf: Path, work: Path) -> Path:
             f"model file {str(gguf)!r} lacks the weights {min(info['missing_keys'])!r}: put an intact copy there"
         )
     target = work / "model"
+    model.generation_config.eos_token_id = _gguf_end_ids(gguf) or model.generation_config.eos_token_id
     with quiet():
         model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target
+
+
+def _gguf_end_ids(file: Path) -> list[int]:
+    """The tokens that end a text, a turn or a message, of which transformers reads the first only."""
+    from gguf import GGUFReader
+    from gguf.constants import Keys
+
+    fields = GGUFReader(file).fields
+    keys = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
+    return sorted({int(fields[key].contents()) for key in keys if key in fields})
 
 
 def _download_from_hub(name: str) -> Path:

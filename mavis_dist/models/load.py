@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 
+from mavis_dist.models.chat import PLAIN_TEMPLATE, chat_ids
 from mavis_dist.models.directory import (
     WITHOUT_WEIGHTS,
     ModelError,
@@ -20,6 +21,7 @@ from mavis_dist.models.directory import (
     read_model,
     read_tokenizer,
 )
+from mavis_dist.models.end_tokens import end_ids, mark_as_special
 from mavis_dist.models.fetch import fetch
 from mavis_dist.types import NEUTRAL_SYSTEM, one_line
 
@@ -31,6 +33,7 @@ __all__ = [
     "BaseModel",
     "ModelError",
     "chat_ids",
+    "context_length",
     "fetch",
     "fingerprint_model",
     "fingerprint_tokenizer",
@@ -38,15 +41,6 @@ __all__ = [
     "load_skeleton",
     "load_tokenizer",
 ]
-
-# For tokenizers without a chat template: begin-of-text if there is one, the system text, then labelled turns, separated
-# by blank lines.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}User: {% elif message['role'] == 'assistant' %}Assistant: {% endif %}"
-    "{{ message['content'] }}\n\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseMod
     directory = fetch(name)
     fingerprint = fingerprint_model(directory)
     check_seal(directory, fingerprint)
-    tokenizer = read_tokenizer(directory)
+    tokenizer = _tokenizer(directory)
     model = move(read_model(AutoModelForCausalLM, directory, dtype), device)
     return BaseModel(
         model=model,
@@ -87,8 +81,8 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseMod
         name=name,
         fingerprint=fingerprint,
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-        eos_ids=_eos_ids(model, name),
-        max_context=_max_context(model, name),
+        eos_ids=end_ids(directory, tokenizer, model.config.get_text_config().vocab_size),
+        max_context=_max_context(model.config, name),
     )
 
 
@@ -96,68 +90,34 @@ def load_skeleton(name: str, dtype: str = "float32") -> BaseModel:
     """As `load_base`, but its weights have shapes only (torch's device `meta`): refuses what `load_base` refuses, in
     little time and memory. It has no fingerprint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = fetch(name)
-    tokenizer = read_tokenizer(directory)
+    tokenizer = _tokenizer(directory)
     with loading(directory), quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **WITHOUT_WEIGHTS)
-        if (directory / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(directory)
     return BaseModel(
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         name=name,
         fingerprint="",
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-        eos_ids=_eos_ids(model, name),
-        max_context=_max_context(model, name),
+        eos_ids=end_ids(directory, tokenizer, config.get_text_config().vocab_size),
+        max_context=_max_context(config, name),
     )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, without its weights in memory; raises ModelError."""
-    return read_tokenizer(fetch(name))
+    return _tokenizer(fetch(name))
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], system: str) -> list[int]:
-    """Token ids of a conversation, up to the start of the assistant's answer.
+def context_length(name: str) -> int:
+    """Longest sequence of a model in tokens, prompt and answer, from its config alone; raises ModelError."""
+    from transformers import AutoConfig
 
-    Messages have `role` and `content`. Without a system message, `system` becomes one, so that a chat template's
-    default is never used. If a template rejects system messages, their text is put before the first user message.
-    Tokenizers without a chat template use PLAIN_TEMPLATE.
-
-    Raises:
-        ModelError: if the template rejects the conversation.
-    """
-    turns = [dict(message) for message in messages]
-    if all(turn["role"] != "system" for turn in turns):
-        turns.insert(0, {"role": "system", "content": system})
-    try:
-        return _render(tokenizer, turns)
-    except jinja2.TemplateError as error:
-        rejection = one_line(error)
-    try:
-        return _render(tokenizer, _without_system(turns))
-    except jinja2.TemplateError:
-        raise ModelError(
-            f"the model's chat template rejects the messages ({rejection}): change their roles or order"
-        ) from None
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> list[int]:
-    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-    ids = tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, return_dict=False)
-    return list(ids)
-
-
-def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    system = [turn["content"] for turn in turns if turn["role"] == "system"]
-    rest = [turn for turn in turns if turn["role"] != "system"]
-    if rest and rest[0]["role"] == "user":
-        rest[0] = {"role": "user", "content": "\n\n".join([*system, rest[0]["content"]])}
-    return rest
+    return _max_context(AutoConfig.from_pretrained(fetch(name)), name)
 
 
 def move(model: Any, device: str) -> PreTrainedModel:
@@ -171,16 +131,14 @@ def move(model: Any, device: str) -> PreTrainedModel:
         ) from error
 
 
-def _eos_ids(model: PreTrainedModel, name: str) -> tuple[int, ...]:
-    config = model.generation_config
-    ids = None if config is None else config.eos_token_id
-    if ids is None:
-        raise ModelError(f"model {name!r} has no eos_token_id: add the key to its generation_config.json")
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    tokenizer = read_tokenizer(directory)
+    mark_as_special(directory, tokenizer)
+    return tokenizer
 
 
-def _max_context(model: PreTrainedModel, name: str) -> int:
-    config: Any = model.config.get_text_config()
+def _max_context(config: Any, name: str) -> int:
+    config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     if not length:
         raise ModelError(f"model {name!r} has no max_position_embeddings: add the key to its config.json")

@@ -6,7 +6,7 @@ UserError, one line with the thing, its value and the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,17 @@ import torch
 from mavis_dist.config import Config
 from mavis_dist.core.packing import pack
 from mavis_dist.core.tree import ROOT, Finish, Targets, TreeBuilder
+from mavis_dist.models.chat import ChatError
 from mavis_dist.models.decoder import base_decoder
-from mavis_dist.models.load import BaseModel, fetch, load_skeleton
+from mavis_dist.models.load import BaseModel, context_length, fetch, load_skeleton
 from mavis_dist.models.states import first_layers, state_layer
 from mavis_dist.models.value import ValueModel, ValueModelError, from_base
 from mavis_dist.preflight import describe
-from mavis_dist.prompts import load_prompts
+from mavis_dist.prompts import PromptError, PromptSet, draw_prompts
 from mavis_dist.rewards.trial import Trial, try_reward
 from mavis_dist.sections import OF_BASE
 from mavis_dist.train.fit import outputs
-from mavis_dist.types import Prompt, UserError, one_line
+from mavis_dist.types import UserError, one_line
 
 Tell = Callable[[str, str], None]  # topic, what would be used
 
@@ -34,9 +35,9 @@ Tell = Callable[[str, str], None]  # topic, what would be used
 class Findings:
     """What the checks have found."""
 
-    train: list[Prompt]
-    evaluation: list[Prompt]
+    prompts: PromptSet
     rewards: Mapping[str, Trial]  # by objective
+    notes: Sequence[tuple[str, str]]  # topic, what a user may not expect; a run says them once
 
 
 def check(config: Config, tell: Tell = lambda topic, text: None) -> Findings:
@@ -48,8 +49,11 @@ def check(config: Config, tell: Tell = lambda topic, text: None) -> Findings:
     base = check_base(config)
     for topic, text in describe.base(config, base):
         tell(topic, text)
-    train, evaluation = check_prompts(config, base)
-    tell("prompts", describe.prompts(config, base, train, evaluation))
+    prompts, longest = check_prompts(config, base)
+    tell("prompts", describe.prompts(config, base, prompts, longest))
+    notes = list(describe.notes(config, base, prompts))
+    for topic, text in notes:
+        tell(topic, text)
     model = check_value(config, base)
     for topic, text in describe.value(config, base, model):
         tell(topic, text)
@@ -57,7 +61,7 @@ def check(config: Config, tell: Tell = lambda topic, text: None) -> Findings:
     for name, objective in config.objectives.items():
         rewards[name] = try_reward(name, objective, config.rollout.max_tokens)
         tell(f"reward {name}", describe.reward(objective, rewards[name]))
-    return Findings(train, evaluation, rewards)
+    return Findings(prompts, rewards, notes)
 
 
 def check_base(config: Config) -> BaseModel:
@@ -68,9 +72,28 @@ def check_base(config: Config) -> BaseModel:
     return base
 
 
-def check_prompts(config: Config, base: BaseModel) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts for training and for evaluation. The place for what is checked of every single prompt."""
-    return load_prompts(config.prompts, config.seed)
+def check_prompts(config: Config, base: BaseModel) -> tuple[PromptSet, int]:
+    """All prompts, after each was put through the chat template, and the tokens of the longest one with its template.
+
+    Raises PromptError with the row of a prompt that the template rejects, or that leaves no room for an answer.
+    """
+    prompts, longest_answer = draw_prompts(config.prompts, config.seed), config.rollout.max_tokens
+    context, of = base.max_context, f"base.model {config.base.model!r}"
+    if config.value.kind != "states" and config.value.backbone != OF_BASE:
+        context, of = min((context, of), (context_length(config.value.backbone), "value.backbone"))
+    longest = 0
+    for prompt in [*prompts.train, *prompts.evaluation]:
+        try:
+            length = len(base.chat(prompt.messages, config.base.system))
+        except ChatError as error:
+            raise PromptError(f"{prompts.where(prompt)} cannot be asked: {error}") from None
+        if length + longest_answer > context:
+            raise PromptError(
+                f"{prompts.where(prompt)} has {length} tokens, and with rollout.max_tokens={longest_answer} more than "
+                f"the context of {of} ({context}): shorten or remove the row, or lower rollout.max_tokens"
+            )
+        longest = max(longest, length)
+    return prompts, longest
 
 
 def check_value(config: Config, base: BaseModel) -> ValueModel:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
 import torch
 
 from mavis_dist.config import Config
-from mavis_dist.models.load import PLAIN_TEMPLATE, BaseModel
+from mavis_dist.models.chat import PLAIN_TEMPLATE, takes_system
+from mavis_dist.models.end_tokens import describe_disagreement
+from mavis_dist.models.load import BaseModel, fetch
 from mavis_dist.models.value import ValueModel
+from mavis_dist.prompts import PromptSet
 from mavis_dist.rewards.trial import Trial
 from mavis_dist.sections import Objective
-from mavis_dist.types import Prompt
 
 GIB = 2**30
 SHOWN = 160  # characters of a rendered prompt
@@ -55,9 +57,7 @@ def system(model: BaseModel) -> str:
         handling = "a turn of its own"
     except jinja2.TemplateError:
         handling = "put before the first question, since the template rejects it"
-    if SYSTEM not in rendered(model):
-        handling = "left out by the template"
-    return handling
+    return handling if takes_system(model.tokenizer) else "left out by the template"
 
 
 def windows(settings: Any) -> str:
@@ -70,19 +70,23 @@ def windows(settings: Any) -> str:
     return f"{', '.join(parts)} of {window} tokens, {kinds['full_attention']} layers full" if parts else "none"
 
 
-def prompts(config: Config, model: BaseModel, train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> str:
-    wanted, longest = config.prompts, longest_prompt(config, model, [*train, *evaluation])
+def prompts(config: Config, model: BaseModel, drawn: PromptSet, longest: int) -> str:
+    wanted = config.prompts
     return (
-        f"{len(train) - wanted.validation} to train, {wanted.validation} to validate, {len(evaluation)} to evaluate "
-        f"from {wanted.source}; the longest has {longest} tokens with its template, answers "
+        f"{len(drawn.train) - wanted.validation} to train, {wanted.validation} to validate, {len(drawn.evaluation)} to "
+        f"evaluate from {wanted.source}; the longest has {longest} tokens with its template, answers "
         f"{config.rollout.max_tokens}; the context has room for {model.max_context}"
     )
 
 
-def longest_prompt(config: Config, model: BaseModel, asked: Sequence[Prompt]) -> int:
-    """Tokens of the longest of all prompts, found among those with most characters."""
-    texts = sorted((prompt.text for prompt in asked), key=len)[-8:]
-    return max(len(model.chat(text, config.base.system)) for text in texts)
+def notes(config: Config, model: BaseModel, drawn: PromptSet) -> Iterator[tuple[str, str]]:
+    """What the source, the template and the model leave out or disagree about."""
+    if drawn.left_out:
+        yield "prompts", drawn.left_out
+    if config.base.system and not takes_system(model.tokenizer):
+        yield "prompts", f"base.system is not given to {model.name}: its chat template leaves system texts out"
+    if ends := describe_disagreement(fetch(model.name), model.tokenizer):
+        yield "model", ends
 
 
 def value(config: Config, model: BaseModel, trained: ValueModel) -> Iterator[tuple[str, str]]:

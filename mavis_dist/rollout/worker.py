@@ -137,7 +137,7 @@ class Worker:
         self._answers.clear()
 
     def _start(self, item: Grow | Ask) -> None:
-        prompt_tokens = self._base.chat(item.prompt.text, self._config.base.system)
+        prompt_tokens = self._base.chat(item.prompt.messages, self._config.base.system)
         if isinstance(item, Grow):
             if item.policy not in self._growers:
                 self._growers[item.policy] = make_grower(self._config, self._engine, item.policy)

@@ -8,9 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mavis_dist import config as config_module
 from mavis_dist import prompts as loading
 from mavis_dist import sections
-from mavis_dist.prompts import PromptError, load_prompts
+from mavis_dist.prompts import PromptError, draw_prompts, load_prompts
+from mavis_dist.rewards.classifier import fill
+from tests.root import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -166,3 +169,248 @@ def test_damaged_files_are_named(tmp_path):
 def test_a_data_set_that_cannot_be_reached_is_named():
     with pytest.raises(PromptError, match="'nobody/nothing' cannot be read"):
         load_prompts(settings("nobody/nothing"), seed=1)
+
+
+# --- what is a prompt -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("bad \ud83d", r"half of a surrogate pair ('\ud83d')"),
+        ("\udc00 first", "half of a surrogate pair"),
+        ("a\0b", "a NUL character"),
+        ("\n\t ", "non-empty text"),
+        ("\u200b\ufeff", "non-empty text"),
+        ("\x1b\x07", "non-empty text"),
+        (["a"], "set prompts.format=conversation"),
+        ({"text": "a"}, "set prompts.format=conversation"),
+        (True, "non-empty text"),
+        ("\n\nHuman: q\n\nAssistant: a", "set prompts.format=dialogue"),
+        ("Human: q\nAssistant: a", "set prompts.format=dialogue"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(tmp_path, value, words):
+    rows = [*questions(9), {"prompt": value, "id": "the-bad-one"}]
+    with pytest.raises(PromptError) as caught:
+        load_prompts(settings(write(tmp_path / "p.jsonl", rows), train=7), seed=1)
+    message = str(caught.value)
+    assert re.search(r"row 9 of prompts\.source .*p\.jsonl' \(id 'the-bad-one'\) has", message)
+    assert words in message
+    assert "\n" not in message
+    assert message.encode()
+
+
+def test_control_characters_that_files_and_requests_can_hold_are_text(tmp_path):
+    rows = [{"prompt": f"form\x0cfeed \x1b[0m {row}\r\n"} for row in range(9)]
+    assert "\x1b[0m" in load_prompts(settings(write(tmp_path / "p.jsonl", rows)), seed=1)[0][0].text
+
+
+@pytest.mark.parametrize("id_", ["half \ud83d", "nul \0"])
+def test_an_id_that_cannot_be_stored_is_named(tmp_path, id_):
+    rows = [{"prompt": f"question {row}?", "id": f"{id_}{row}"} for row in range(9)]
+    with pytest.raises(PromptError, match=r"row \d of prompts\.source .*: it holds"):
+        load_prompts(settings(write(tmp_path / "p.jsonl", rows)), seed=1)
+
+
+def test_rows_without_an_id_are_numbered(tmp_path):
+    source = write_table(tmp_path / "p.parquet", [{"prompt": f"question {row}?", "id": None} for row in range(9)])
+    assert {prompt.id for prompt in load_prompts(settings(source), seed=1)[0]} <= {f"row-{row}" for row in range(9)}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    source = write(tmp_path / "p.jsonl", questions(9))
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    assert len(load_prompts(settings(source), seed=1)[0]) == 6
+
+
+def test_a_parquet_row_that_is_not_utf_8_is_named(tmp_path):
+    rows = pa.array([b"question %d" % row for row in range(8)] + [b"caf\xe9"], pa.binary())
+    texts = pa.StringArray.from_buffers(len(rows), rows.buffers()[1], rows.buffers()[2])
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "p.parquet")
+    with pytest.raises(PromptError, match=r"row 8 of prompts\.source .* is not UTF-8"):
+        load_prompts(settings(tmp_path / "p.parquet"), seed=1)
+
+
+# --- every text once --------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_distinct_across_training_validation_and_evaluation(tmp_path):
+    rows = [{"prompt": f"Question number {row % 9}?"} for row in range(54)]
+    drawn = draw_prompts(settings(write(tmp_path / "p.jsonl", rows)), seed=1)
+    texts = [prompt.text for prompt in [*drawn.train, *drawn.evaluation]]
+    assert len(set(texts)) == 9
+    assert drawn.left_out is not None
+    assert re.search(r"case and spaces apart\): \d+ for prompts\.train, \d+ for prompts\.evaluation", drawn.left_out)
+    assert draw_prompts(settings(write(tmp_path / "p.jsonl", questions(9))), seed=1).left_out is None
+
+
+@pytest.mark.parametrize("twin", ["Why is the SKY blue?", " Why  is the\nsky blue? ", "Why is the sky blue\uff1f"])
+def test_case_spaces_and_widths_make_no_other_text(tmp_path, twin):
+    rows = [
+        *[{"prompt": f"question {row}?", "split": "train"} for row in range(5)],
+        {"prompt": "Why is the sky blue?", "split": "train"},
+        {"prompt": twin, "split": "eval"},
+        *[{"prompt": f"unseen {row}?", "split": "eval"} for row in range(3)],
+    ]
+    drawn = draw_prompts(settings(write(tmp_path / "p.jsonl", rows)), seed=1)
+    assert {prompt.text for prompt in drawn.evaluation} == {f"unseen {row}?" for row in range(3)}
+
+
+@pytest.mark.parametrize(("train", "key"), [(6, "train=6"), (4, "evaluation=3")])
+def test_too_few_distinct_texts_are_refused_with_their_number(tmp_path, train, key):
+    rows = [{"prompt": f"Question number {row % 4}?"} for row in range(24)]
+    with pytest.raises(PromptError, match=rf"only \d prompts for prompts\.{key}.*; \d+ rows repeat the text of"):
+        load_prompts(settings(write(tmp_path / "p.jsonl", rows), train=train), seed=1)
+
+
+# --- dialogues and conversations --------------------------------------------------------------------------------------
+
+DIALOGUE = "\n\nHuman: First {row}?\n\nAssistant: An answer.\n\nHuman: And more?\n\nAssistant: The last answer."
+TURNS = [("user", "First {row}?"), ("assistant", "An answer."), ("user", "And more?")]
+SHAREGPT = [{"from": "system", "value": "S"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+PLAY = "a play:\nHuman: hi\nAssistant: ho"
+
+
+def one_prompt(tmp_path, value, format_):
+    source = write(tmp_path / "p.jsonl", [{"prompt": value}, *[{"prompt": value}] * 2])
+    return next(loading._draw(settings(source, format=format_), loading._pool(settings(source), "train"), seed=1))[1]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_a_dialogue_is_asked_up_to_its_last_question(tmp_path, name):
+    source = write_table(tmp_path / name, [{"chosen": DIALOGUE.format(row=row)} for row in range(12)])
+    train, evaluation = load_prompts(settings(source, field="chosen", format="dialogue"), seed=1)
+    for prompt in [*train, *evaluation]:
+        row = prompt.id.removeprefix("row-")
+        assert prompt.messages == [{"role": role, "content": text.format(row=row)} for role, text in TURNS]
+        assert prompt.text == f"First {row}?\n\nAssistant: An answer.\n\nHuman: And more?"
+        filled = fill("\n\nHuman: {prompt}\n\nAssistant:{answer}", prompt.text, " The last answer.")
+        assert filled == DIALOGUE.format(row=row), "what reward models of such dialogues were trained on"
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        ("\n\nHuman: q\n\nAssistant:", [("user", "q")]),
+        ("\n\nHuman: q", [("user", "q")]),
+        ("Human: q\nAssistant: a\nHuman: r\nAssistant: b", [("user", "q"), ("assistant", "a"), ("user", "r")]),
+        ("\r\n\r\nHuman: q\r\n\r\nAssistant: a", [("user", "q")]),
+        (f"\n\nHuman: {PLAY}\n\nAssistant: a", [("user", PLAY)]),
+        ("\n\nHuman: q\n\nHuman: r\n\nAssistant: a", [("user", "q\n\nr")]),
+        ("\n\nHuman: q\n\nAssistant: a\n\nHuman: \n\nAssistant: b", [("user", "q")]),
+        ("\n\nAssistant: a\n\nHuman: q", [("assistant", "a"), ("user", "q")]),
+    ],
+)
+def test_labels_of_dialogues_divide_them(text, turns):
+    assert loading.FORMATS["dialogue"](text) == turns
+
+
+@pytest.mark.parametrize(
+    ("messages", "turns"),
+    [
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], [("user", "q")]),
+        (SHAREGPT, [("system", "S"), ("user", "q")]),
+        ([*SHAREGPT[1:], {"from": "human", "value": "r"}], [("user", "q"), ("assistant", "a"), ("user", "r")]),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}],
+            [("user", "qr")],
+        ),
+        ([{"role": "developer", "content": "S"}, {"role": "user", "content": "q"}], [("system", "S"), ("user", "q")]),
+    ],
+)
+def test_conversations_are_lists_of_messages(messages, turns):
+    assert loading.FORMATS["conversation"](messages) == turns
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_a_nested_column_holds_conversations(tmp_path, name):
+    asked = [[{"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": "a"}] for row in range(9)]
+    source = write_table(tmp_path / name, [{"data": {"messages": messages}} for messages in asked])
+    train, _ = load_prompts(settings(source, field="data.messages", format="conversation"), seed=1)
+    assert all(prompt.text == f"q{prompt.id.removeprefix('row-')}" and not prompt.turns for prompt in train)
+
+
+def test_rewards_do_not_read_system_messages(tmp_path):
+    prompt = one_prompt(tmp_path, SHAREGPT, "conversation")
+    assert prompt.text == "q"
+    assert [message["role"] for message in prompt.messages] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("value", "format_", "words"),
+    [
+        ("What is this?", "dialogue", "begins with Human: or Assistant:; set prompts.format=text"),
+        (SHAREGPT, "dialogue", "begins with Human:"),
+        ("\n\nHuman: \n\nAssistant: a", "dialogue", "there is no question"),
+        ("\n\nAssistant: a", "dialogue", "there is no question"),
+        ("\n\nHuman: q \ud83d\n\nAssistant: a", "dialogue", "half of a surrogate pair"),
+        ("What is this?", "conversation", "a list of messages; set prompts.format to text or dialogue"),
+        (["What is this?"], "conversation", "a list of messages"),
+        ([], "conversation", "there is no question"),
+        ([{"role": "assistant", "content": "a"}], "conversation", "there is no question"),
+        ([{"role": "tool", "content": "a"}], "conversation", "the role 'tool': use system, user or assistant"),
+        ([{"speaker": "me", "content": "a"}], "conversation", "the role None"),
+        ([{"role": "user", "content": None}], "conversation", "the user message has no text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "conversation", "the user message has no text"),
+        ([{"role": "user", "content": "a\0"}], "conversation", "a NUL character"),
+    ],
+)
+def test_what_is_no_dialogue_or_conversation_is_named(tmp_path, value, format_, words):
+    with pytest.raises(PromptError, match=r"row \d of prompts\.source") as caught:
+        one_prompt(tmp_path, value, format_)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_dotted_names_reach_into_columns(tmp_path, name):
+    rows = [{"info": {"post": f"post {row}", "by": {"name": f"name {row}"}}, "summary": "s"} for row in range(9)]
+    source = write_table(tmp_path / name, rows)
+    for field, word in (("info.post", "post"), ("info.by.name", "name")):
+        train, _ = load_prompts(settings(source, field=field), seed=1)
+        assert all(prompt.text == f"{word} {prompt.id.removeprefix('row-')}" for prompt in train)
+    with pytest.raises(PromptError, match=r"no column 'info\.title': set prompts\.field to one of info, info\.post"):
+        load_prompts(settings(source, field="info.title"), seed=1)
+
+
+def test_a_column_may_have_a_dot_in_its_name(tmp_path):
+    source = write(tmp_path / "p.jsonl", [{"info.post": f"post {row}"} for row in range(9)])
+    assert load_prompts(settings(source, field="info.post"), seed=1)[0][0].text.startswith("post")
+
+
+def config_with(name, source):
+    """The prompts section of a shipped config, with another source and few prompts."""
+    section = config_module.load(ROOT / "jobs/configs" / name).prompts
+    return section.model_copy(update={"source": str(source), "train": 6, "validation": 1, "evaluation": 3})
+
+
+def test_the_config_of_hh_rlhf_fits_its_rows(tmp_path):
+    folder = tmp_path / "hh"
+    folder.mkdir()
+    for split in ("train", "test"):
+        dialogues = [DIALOGUE.format(row=f"{split} {row}") for row in range(9)]
+        write(folder / f"{split}.jsonl", [{"chosen": text, "rejected": f"{text} Not."} for text in dialogues])
+    train, evaluation = load_prompts(config_with("hh_rlhf.yaml", folder), seed=1)
+    assert all(prompt.messages[-1]["content"] == "And more?" for prompt in train)
+    assert all(prompt.text.startswith("First test") for prompt in evaluation)
+
+
+def test_the_config_of_summaries_fits_its_rows(tmp_path):
+    """Several comparisons of one post, in the table that the hub makes of the data set."""
+    summaries = [{"text": "a", "policy": "ref", "note": None}, {"text": "b", "policy": "sup2", "note": None}]
+    common = {"summaries": summaries, "choice": 1, "worker": "w", "batch": "batch3", "split": "train"}
+    info = {"title": "t", "subreddit": "AskReddit", "site": None, "article": None}
+    rows = [
+        {"info": {"id": f"t3_{row // 2}", "post": f"post {row // 2}", **info}, **common, "extra": {"confidence": row}}
+        for row in range(18)
+    ]
+    train, evaluation = load_prompts(config_with("summarize.yaml", write_table(tmp_path / "c.parquet", rows)), seed=1)
+    assert {prompt.text for prompt in [*train, *evaluation]} == {f"post {row}" for row in range(9)}
+
+
+def test_a_data_set_that_is_a_script_is_refused(tmp_path):
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    (folder / "scripted.py").write_text("raise SystemExit")
+    with pytest.raises(PromptError, match=r"cannot be read .*script"):
+        load_prompts(settings(folder / "scripted.py"), seed=1)

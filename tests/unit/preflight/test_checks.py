@@ -62,7 +62,7 @@ def test_a_skeleton_is_the_base_model_without_weights(base: Path) -> None:
 def test_a_good_config_passes_and_is_described(base: Path, value: dict[str, Any]) -> None:
     told: dict[str, str] = {}
     findings = check(config(base, value=value), told.__setitem__)
-    assert (len(findings.train), len(findings.evaluation)) == (8, 4)
+    assert (len(findings.prompts.train), len(findings.prompts.evaluation)) == (8, 4)
     assert findings.rewards["vowels"].spread > 0
     assert "llama, 2 layers" in told["model"]
     assert "QUESTION" in told["template"]
