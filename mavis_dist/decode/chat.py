@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mavis_dist.decode.preferences import Preference
-from mavis_dist.models.load import chat_ids
+from mavis_dist.models.chat import ChatOptions, chat_ids
 from mavis_dist.types import NEUTRAL_SYSTEM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
 
 def chat_prompts(
@@ -18,6 +19,7 @@ def chat_prompts(
     conversation: str | Sequence[Mapping[str, str]],
     preferences: Iterable[tuple[str, float]],
     system: str = NEUTRAL_SYSTEM,
+    **options: Unpack[ChatOptions],
 ) -> tuple[tuple[int, ...], tuple[Preference, ...]]:
     """`Request.prompt` and `Request.preferences` for a question, or a conversation as in `chat_ids`, and preferences
     with their weights.
@@ -26,16 +28,16 @@ def chat_prompts(
     Preferences of weight 0 get no prompt.
 
     Raises:
-        ModelError: if the model's chat template rejects the conversation.
+        ModelError: as `chat_ids` does.
     """
     turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
-    if all(turn["role"] != "system" for turn in turns):
-        turns.insert(0, {"role": "system", "content": system})
-    place = next(place for place, turn in enumerate(turns) if turn["role"] == "system")
+    place = next((place for place, turn in enumerate(turns) if turn["role"] == "system"), None)
 
     def prompt(line: str) -> tuple[int, ...]:
+        if place is None:
+            return tuple(chat_ids(tokenizer, turns, system + line, **options))
         turn = {**turns[place], "content": turns[place]["content"] + line}
-        return tuple(chat_ids(tokenizer, [*turns[:place], turn, *turns[place + 1 :]], system))
+        return tuple(chat_ids(tokenizer, [*turns[:place], turn, *turns[place + 1 :]], system, **options))
 
     return prompt(""), tuple(
         Preference(text, prompt(f"\n{text}") if weight else (), weight) for text, weight in preferences

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 
+from mavis_dist.models.chat import PLAIN_TEMPLATE, chat_ids
 from mavis_dist.models.directory import (
     ModelError,
     check_seal,
@@ -34,15 +34,6 @@ __all__ = [
     "load_base",
     "load_tokenizer",
 ]
-
-# For tokenizers without a chat template: begin-of-text if there is one, the system text, then labelled turns, separated
-# by blank lines.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}User: {% elif message['role'] == 'assistant' %}Assistant: {% endif %}"
-    "{{ message['content'] }}\n\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -91,45 +82,6 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseMod
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, without its weights in memory; raises ModelError."""
     return read_tokenizer(fetch(name))
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], system: str) -> list[int]:
-    """Token ids of a conversation, up to the start of the assistant's answer.
-
-    Messages have `role` and `content`. Without a system message, `system` becomes one, so that a chat template's
-    default is never used. If a template rejects system messages, their text is put before the first user message.
-    Tokenizers without a chat template use PLAIN_TEMPLATE.
-
-    Raises:
-        ModelError: if the template rejects the conversation.
-    """
-    turns = [dict(message) for message in messages]
-    if all(turn["role"] != "system" for turn in turns):
-        turns.insert(0, {"role": "system", "content": system})
-    try:
-        return _render(tokenizer, turns)
-    except jinja2.TemplateError as error:
-        rejection = one_line(error)
-    try:
-        return _render(tokenizer, _without_system(turns))
-    except jinja2.TemplateError:
-        raise ModelError(
-            f"the model's chat template rejects the messages ({rejection}): change their roles or order"
-        ) from None
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> list[int]:
-    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-    ids = tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, return_dict=False)
-    return list(ids)
-
-
-def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    system = [turn["content"] for turn in turns if turn["role"] == "system"]
-    rest = [turn for turn in turns if turn["role"] != "system"]
-    if rest and rest[0]["role"] == "user":
-        rest[0] = {"role": "user", "content": "\n\n".join([*system, rest[0]["content"]])}
-    return rest
 
 
 def move(model: Any, device: str) -> PreTrainedModel:
