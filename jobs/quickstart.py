@@ -66,7 +66,7 @@ def ask(url: str, config: Config, weights: dict[str, float]) -> str:
     import httpx
 
     body: dict[str, Any] = {
-        "model": config.base.model,
+        "model": config.serve.served_model_name or config.base.model,
         "messages": [{"role": "user", "content": QUESTION}],
         "max_tokens": config.rollout.max_tokens,
         "seed": SEED,

@@ -31,8 +31,9 @@ def run(config: Config) -> None:
 
     cluster.connect()
     with cluster.stop_on_signals(), suppress(Stopped):
+        url = deploy(with_keys(config))
         try:
-            print(example(config, deploy(with_keys(config))), flush=True)
+            print(example(config, url), flush=True)
             while True:
                 cluster.check_stop()
                 time.sleep(POLL_S)
@@ -49,7 +50,7 @@ def with_keys(config: Config) -> Config:
 def example(config: Config, url: str) -> str:
     """The address and a request to try."""
     body = {
-        "model": config.base.model,
+        "model": config.serve.served_model_name or config.base.model,
         "messages": [{"role": "user", "content": "How do I make good coffee?"}],
         "objective_weights": dict.fromkeys(config.objectives, round(1 / len(config.objectives), 2)),
         "seed": 1,

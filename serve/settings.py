@@ -69,6 +69,11 @@ class MainArgs(Arguments, MainSettings, Steer):
         "per base replica, rounded up",
     )
 
+    @property
+    def model_name(self) -> str:
+        """The base model's name in requests and answers."""
+        return self.served_model_name or self.base
+
     @field_validator("keys")
     @classmethod
     def _below_the_checkout(cls, keys: str | None) -> str:
