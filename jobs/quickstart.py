@@ -45,8 +45,8 @@ def run(config: Config) -> None:
     # All requests come from this machine: on loopback no other can send any, and no key is needed.
     local = config.serve.model_copy(update={"host": "127.0.0.1", "keys": None})
     with cluster.stop_on_signals():
+        url = deploy(config.model_copy(update={"serve": local}))
         try:
-            url = deploy(config.model_copy(update={"serve": local}))
             answers = [ask(url, config, w) for w in weights]
         finally:
             undeploy()

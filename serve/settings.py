@@ -31,6 +31,11 @@ NO_KEYS = "none"
 KEY_FILE = "keys.json"
 
 
+def authority(host: str, port: int) -> str:
+    """Host and port as a URL has them: IPv6 addresses in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _like(section: type[Section], name: str) -> Any:
     """The declaration of a setting that the config has under another name, or in another section."""
     return copy(section.model_fields[name])
