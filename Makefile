@@ -4,17 +4,19 @@ BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
 INSTALLED := .venv/.installed
 PEERS := .peers
+CLIENTS := .clients
 
-.PHONY: help install quickstart serve test test-unit test-cluster test-serving benchmark peers lint types clean
+.PHONY: help install quickstart serve test test-unit test-cluster test-serving test-clients benchmark peers lint types clean
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
 	@echo "make serve        serve the published value models of a run (CONFIG=$(CONFIG))"
 	@echo "make test         all tests"
+	@echo "make test-clients programs of others against the service, installed in $(CLIENTS) (450 MB, needs npm)"
 	@echo "make benchmark    measure the decoder on a finished quickstart run (docs/figures/decode.json)"
 	@echo "make peers        environments of vLLM and llama.cpp in $(PEERS), to be measured beside it (15 minutes)"
 	@echo "make lint types   ruff, mypy"
-	@echo "make clean        remove .venv and caches; keep runs/ and $(PEERS)/"
+	@echo "make clean        remove .venv and caches; keep runs/, $(PEERS)/ and $(CLIENTS)/"
 
 install: $(INSTALLED)
 
@@ -44,6 +46,13 @@ test-cluster: $(INSTALLED)
 
 test-serving: $(INSTALLED)
 	$(BIN)/python -m pytest tests/serving
+
+# Not part of `make test`: together these clients are larger than what they test.
+test-clients: $(INSTALLED)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet langchain-openai==1.7.4 litellm==1.110.2 llm==0.36
+	npm install --silent --no-save --prefix $(CLIENTS) openai@6.49.0
+	$(BIN)/python -m pytest tests/clients
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode
