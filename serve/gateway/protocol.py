@@ -273,6 +273,8 @@ class Message(Body):
         "name": (None,),
         "refusal": (None,),
         "annotations": ([], None),
+        "reasoning": (None,),
+        "reasoning_content": (None,),
         "audio": (None,),
         "function_call": (None,),
         "tool_calls": ([], None),
