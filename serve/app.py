@@ -97,7 +97,8 @@ def deploy_objective(config: Config, objective: str, limit_s: float = 300.0) -> 
     if objective not in values.served(store):
         raise DeployError(f"no value model of {objective!r} is published in {store.root}: train it first")
     if config.serve.placement == "replicas":
-        _run([_value_target(config, objective)], limit_s)
+        with _nothing_left_behind(set(serve.status().applications)):
+            _run([_value_target(config, objective)], limit_s)
 
 
 def undeploy() -> None:

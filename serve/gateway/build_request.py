@@ -248,11 +248,13 @@ def _limit_field(body: GenerationRequest) -> str:
     return "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
 
 
-def _refused(error: RequestError, body: ChatRequest | TextRequest, number: int = 0) -> ApiError:
-    """The engine's refusal of the prompt `number`, with the body's names of fields."""
-    is_one_of_many = isinstance(body, TextRequest) and len(body.prompts) > 1
+def _refused(error: RequestError, body: ChatRequest | TextRequest, number: int | None = None) -> ApiError:
+    """The engine's refusal of the prompt `number`, if known, with the body's names of fields."""
+    prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
+    if isinstance(body, TextRequest) and len(body.prompts) > 1 and number is not None:
+        prompt = f"prompt.{number}"
     names = {
-        "prompt": "messages" if isinstance(body, ChatRequest) else f"prompt.{number}" if is_one_of_many else "prompt",
+        "prompt": prompt,
         "max_tokens": _limit_field(body),
         "objective_weights": "vllm_xargs.objective_weights" if body.vllm_xargs else "objective_weights",
     }
