@@ -5,9 +5,10 @@ CONFIG ?= jobs/configs/quickstart.yaml
 INSTALLED := .venv/.installed
 PEERS := .peers
 PYTHONS ?= 3.10 3.11 3.12 3.13
+CLIENTS := .clients
 
-.PHONY: help install quickstart serve test test-unit test-cluster test-serving test-models test-pythons benchmark peers
-.PHONY: lint types clean
+.PHONY: help install quickstart serve test test-unit test-cluster test-serving test-models test-pythons test-clients
+.PHONY: benchmark peers lint types clean
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
@@ -15,10 +16,11 @@ help:
 	@echo "make test         all tests"
 	@echo "make test-models  every architecture that transformers builds tiny (2 minutes)"
 	@echo "make test-pythons unit tests on Python $(PYTHONS), in environments in .pythons"
+	@echo "make test-clients programs of others against the service, installed in $(CLIENTS) (450 MB, needs npm)"
 	@echo "make benchmark    measure the decoder on a finished quickstart run (docs/figures/decode.json)"
 	@echo "make peers        environments of vLLM and llama.cpp in $(PEERS), to be measured beside it (15 minutes)"
 	@echo "make lint types   ruff, mypy"
-	@echo "make clean        remove .venv and caches; keep runs/, .pythons/ and $(PEERS)/"
+	@echo "make clean        remove .venv and caches; keep runs/, .pythons/, $(PEERS)/ and $(CLIENTS)/"
 
 install: $(INSTALLED)
 
@@ -55,6 +57,13 @@ test-models: $(INSTALLED)
 # One after the other: each makes an environment of several GB in .pythons.
 test-pythons:
 	@for version in $(PYTHONS); do echo "Python $$version"; .ci/test-python $$version || exit; done
+
+# Not part of `make test`: together these clients are larger than what they test.
+test-clients: $(INSTALLED)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet langchain-openai==1.7.4 litellm==1.110.2 llm==0.36
+	npm install --silent --no-save --prefix $(CLIENTS) openai@6.49.0
+	$(BIN)/python -m pytest tests/clients
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode

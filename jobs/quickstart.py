@@ -48,8 +48,8 @@ def run(config: Config) -> None:
     # All requests come from this machine: on loopback no other can send any, and no key is needed.
     local = config.serve.model_copy(update={"host": LOOPBACK, "keys": None})
     with cluster.stop_on_signals():
+        url = deploy(config.model_copy(update={"serve": local}))
         try:
-            url = deploy(config.model_copy(update={"serve": local}))
             answers = [ask(url, config, w) for w in weights]
         finally:
             undeploy()
@@ -69,7 +69,7 @@ def ask(url: str, config: Config, weights: dict[str, float]) -> str:
     import httpx
 
     body: dict[str, Any] = {
-        "model": config.base.model,
+        "model": config.serve.served_model_name or config.base.model,
         "messages": [{"role": "user", "content": QUESTION}],
         "max_tokens": config.rollout.max_tokens,
         "seed": SEED,

@@ -27,13 +27,19 @@ def main() -> None:
 
 def run(config: Config) -> None:
     from mavis_dist import cluster
+    from mavis_dist.models.load import load_tokenizer
+    from mavis_dist.preflight.describe import lost_system
+    from mavis_dist.progress import say
     from serve.app import deploy, undeploy
 
     config = with_keys(config)
+    if lost := lost_system(config, load_tokenizer(config.base.model)):
+        say("serve", lost)
     cluster.connect()
     with cluster.stop_on_signals(), suppress(Stopped):
+        url = deploy(config)
         try:
-            print(example(config, deploy(config)), flush=True)
+            print(example(config, url), flush=True)
             while True:
                 cluster.check_stop()
                 time.sleep(POLL_S)
@@ -50,7 +56,7 @@ def with_keys(config: Config) -> Config:
 def example(config: Config, url: str) -> str:
     """The address and a request to try."""
     body = {
-        "model": config.base.model,
+        "model": config.serve.served_model_name or config.base.model,
         "messages": [{"role": "user", "content": "How do I make good coffee?"}],
         "objective_weights": dict.fromkeys(config.objectives, round(1 / len(config.objectives), 2)),
         "seed": 1,

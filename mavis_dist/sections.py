@@ -421,6 +421,9 @@ class Access(Section):
 class MainSettings(Access, Limits):
     """What the Serve application `main`, the gateway and the base replicas, can be set to."""
 
+    served_model_name: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="name of the base model in requests and answers; null: `base.model`"
+    )
     placement: Literal["colocated", "replicas"] = Field(
         "replicas", description="value models inside the base replicas, or in replicas of their own"
     )

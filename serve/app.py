@@ -5,13 +5,17 @@ objectives are added, removed and scaled without touching the others.
 """
 
 # No postponed annotations here: Serve reads the builders' argument types as classes.
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.context import _get_global_client
 
 from mavis_dist import cluster
 from mavis_dist.config import Config
@@ -26,11 +30,12 @@ from serve.base.replica import Base
 from serve.gateway.replica import Gateway, open_keys
 from serve.ray_handles import value_application
 from serve.scaling import is_fixed, replica_options
-from serve.settings import Arguments, MainArgs, ValueArgs, main_args, value_args
+from serve.settings import Arguments, MainArgs, ValueArgs, authority, main_args, value_args
 from serve.value.replica import Value
 
 MAIN = "main"
 DRAIN_MARGIN_S = 30
+HEAD = "node:__internal_head__"  # Ray's resource of the machine that the proxy runs on
 BASE_ROUTER = "serve.router.AnotherReplicaRouter"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 # Where a replica's calls to other deployments run. In its own event loop, a message costs no change of threads; but an
@@ -74,14 +79,13 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
     args = main_args(config)
     open_keys(args)  # reports a missing file here, in one line
     base_decoder(load_skeleton(config.base.model).model, use_hf_forward=True)  # and an unusable model
-    host, port = config.serve.host, config.serve.port
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     targets = [serve.RunTarget(build_main(args), MAIN, "/", external_scaler_enabled=is_fixed(args))]
     if config.serve.placement == "replicas":
         targets += [_value_target(config, name) for name in objectives]
-    _run(targets, limit_s)
-    url = f"http://{host}:{port}"
-    _wait(lambda: _answers(f"{url}/health"), 30)
+    url = f"http://{authority(config.serve.host, config.serve.port)}"
+    with _nothing_left_behind(_start(config.serve.host, config.serve.port)):
+        _run(targets, limit_s)
+        _wait(lambda: _answers(f"{url}/health"), 30)
     return url
 
 
@@ -97,14 +101,77 @@ def deploy_objective(config: Config, objective: str, limit_s: float = 300.0) -> 
     if objective not in values.served(store):
         raise DeployError(f"no value model of {objective!r} is published in {store.root}: train it first")
     if config.serve.placement == "replicas":
-        _run([_value_target(config, objective)], limit_s)
+        with _nothing_left_behind(set(serve.status().applications)):
+            _run([_value_target(config, objective)], limit_s)
 
 
 def undeploy() -> None:
-    """Delete the applications of this project; the cluster may have others."""
-    for name in serve.status().applications:
-        if name == MAIN or name.startswith(value_application("")):
+    """Delete the applications of this project, and stop Serve unless the cluster has others."""
+    applications = set(serve.status().applications)
+    ours = {name for name in applications if name == MAIN or name.startswith(value_application(""))}
+    for name in ours:
+        serve.delete(name)
+    if ours == applications:
+        serve.shutdown()
+
+
+def _start(host: str, port: int) -> set[str]:
+    """Start Serve if it does not run; the names of its applications.
+
+    Raises:
+        DeployError: if it cannot listen on this address, or listens on another one, which it cannot change.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    running = None if client is None else client.http_config
+    applications = set() if running is None else set(serve.status().applications)
+    if running is not None and (running.host, running.port) != (host, port):
+        if applications:
+            raise DeployError(
+                f"this cluster's Serve listens on {authority(running.host, running.port)} and cannot change that while "
+                f"it runs: set serve.host={running.host} serve.port={running.port}, or stop its applications "
+                f"({', '.join(sorted(applications))}) with `serve shutdown`"
+            )
+        serve.shutdown()
+        running = None
+    if running is None:
+        problem = ray.get(_bind_problem.options(resources={HEAD: 0.001}).remote(host, port))
+        if problem:
+            raise DeployError(
+                f"nothing can listen on {authority(host, port)} ({problem}): stop the program or the other Serve that "
+                f"uses the port, or set another serve.port or serve.host"
+            )
+        with _nothing_left_behind(applications):
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    return applications
+
+
+@ray.remote(num_cpus=0)
+def _bind_problem(host: str, port: int) -> str:
+    """Why no socket can be bound on this machine; empty: one can.
+
+    Serve itself would not notice another Serve: its proxies share a port, and answer in turn.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+@contextmanager
+def _nothing_left_behind(before: set[str]) -> Iterator[None]:
+    """Whatever ends this context too early, only the applications from `before` stay, and Serve if there are any."""
+    try:
+        yield
+    except BaseException:
+        for name in set(serve.status().applications) - before:
             serve.delete(name)
+        if not before:
+            serve.shutdown()
+        raise
 
 
 def _value_target(config: Config, objective: str) -> serve.RunTarget:
@@ -165,7 +232,7 @@ def _answers(url: str) -> str | None:
     try:
         response = httpx.get(url, timeout=5, trust_env=False)
     except httpx.HTTPError as error:
-        return f"{url} does not answer ({error}); is another program or an older Serve on this port?"
+        return f"{url} does not answer ({error}); is it reachable from here?"
     return None if response.status_code == 200 else f"{url} answers {response.status_code}: {response.text[:200]}"
 
 

@@ -31,6 +31,11 @@ NO_KEYS = "none"
 KEY_FILE = "keys.json"
 
 
+def authority(host: str, port: int) -> str:
+    """Host and port as a URL has them: IPv6 addresses in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _like(section: type[Section], name: str) -> Any:
     """The declaration of a setting that the config has under another name, or in another section."""
     return copy(section.model_fields[name])
@@ -68,6 +73,11 @@ class MainArgs(Arguments, MainSettings, Steer):
         description="groups of a base replica's rows, each served by one value replica; jobs.serve sets value replicas "
         "per base replica, rounded up",
     )
+
+    @property
+    def model_name(self) -> str:
+        """The base model's name in requests and answers."""
+        return self.served_model_name or self.base
 
     @field_validator("keys")
     @classmethod

@@ -42,9 +42,11 @@ def args_of(base: str, **settings: Any) -> MainArgs:
 class LocalService:
     """A tiny base model with two objectives; apps on top of it differ in who may access them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, template: str | None = None):
+        """`template`: the tokenizer's chat template."""
         write_models(folder, "run", OBJECTIVES)
         base = load_base(str(folder / MODEL))
+        base.tokenizer.chat_template = template
         versions = [f"{name}@i0" for name in OBJECTIVES]
         models = {name: tiny_value(k, vocab=base.model.config.vocab_size) for k, name in enumerate(versions)}
         self.loop = EngineLoop(Engine(base, LocalGuide(models), max_rows=4))

@@ -1,7 +1,10 @@
-"""Hypothesis strategies of request bodies, most of them valid except for one odd value."""
+"""Hypothesis strategies of request bodies, most of them valid except for one odd value, and of bytes that are none."""
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypothesis import strategies as st
@@ -69,8 +72,26 @@ FIELDS = optional(
     stop=st.lists(WORDS, max_size=3),
     metadata=st.dictionaries(TEXT, TEXT, max_size=2),
     stream=st.booleans(),
+    split_special_tokens=st.booleans(),
+    echo=st.booleans(),
+    ignore_eos=st.booleans(),  # this and the next three as other servers have them
+    min_tokens=st.integers(0, 2),
+    repetition_penalty=st.sampled_from([1, 1.0, 1.2]),
+    stop_token_ids=st.lists(st.integers(0, 9), max_size=1),
 )
-MESSAGES = st.lists(optional(role=st.sampled_from(["system", "user", "assistant"]), content=TEXT), max_size=4)
+CONTROL = st.lists(st.sampled_from(["<s>", "</s>", "<|im_end|>", " ", "Hi"]), min_size=1, max_size=4).map("".join)
+SPOKEN = mostly(CONTROL, WORDS, 2)
+PART = st.fixed_dictionaries({"type": st.just("text"), "text": SPOKEN})
+ROLE = st.sampled_from(["system", "user", "assistant", "developer"])
+TURN = st.fixed_dictionaries({"role": ROLE, "content": mostly(SPOKEN, st.lists(PART, max_size=2), 5)})
+MESSAGES = st.lists(
+    mostly(TURN, optional(role=st.one_of(ROLE, TEXT), content=mostly(SPOKEN, ANYTHING, 3)), 12), min_size=1, max_size=4
+)
+ENDINGS = optional(continue_final_message=st.booleans(), add_generation_prompt=st.booleans(), echo=st.booleans())
+IDS = st.lists(mostly(st.integers(0, 99), NUMBER, 20), min_size=1, max_size=5)
+PROMPT = st.one_of(
+    SPOKEN, st.lists(SPOKEN, max_size=3), IDS, st.lists(IDS, max_size=3), st.lists(st.one_of(IDS, SPOKEN), max_size=3)
+)
 FLAT_WEIGHTS = st.one_of(TEXT, st.from_regex(r"(brief|positive)=[0-9.e-]{1,5}(,(brief|positive)=[0-9.e-]{1,5})?"))
 EXTRA = mostly(st.just({}), st.dictionaries(TEXT, ANYTHING, max_size=1), 10)
 LOGPROBS = st.one_of(st.none(), st.integers(0, 5))  # alternatives per token
@@ -89,9 +110,54 @@ def text(model: str, fields: Json, logprobs: int | None = None) -> Json:
 def request_bodies(model: str) -> st.SearchStrategy[tuple[str, Json]]:
     """Paths and bodies."""
     fields = st.builds(lambda known, extra: {**known, **extra}, FIELDS, EXTRA)
-    of_chat = mostly(fields, st.builds(lambda messages: {"messages": messages}, MESSAGES), 5)
-    of_text = mostly(fields, st.builds(lambda weights: {"vllm_xargs": {"objective_weights": weights}}, FLAT_WEIGHTS), 5)
+    spoken = st.builds(lambda turns, ending, known: {**known, **ending, "messages": turns}, MESSAGES, ENDINGS, FIELDS)
+    written = st.builds(lambda prompt, known: {**known, "prompt": prompt}, PROMPT, FIELDS)
+    of_chat = mostly(fields, spoken, 3)
+    flat = st.builds(lambda weights: {"vllm_xargs": {"objective_weights": weights}}, FLAT_WEIGHTS)
+    of_text = mostly(mostly(fields, written, 3), flat, 6)
     return st.one_of(
         st.tuples(st.just(CHAT), st.builds(chat, st.just(model), of_chat, LOGPROBS)),
         st.tuples(st.just(COMPLETIONS), st.builds(text, st.just(model), of_text, LOGPROBS)),
     )
+
+
+def conversations(model: str) -> st.SearchStrategy[tuple[str, Json]]:
+    """Paths and bodies whose messages a chat template may refuse, drop or rewrite."""
+    asked = st.builds(lambda messages, ending: {"messages": messages, **ending}, MESSAGES, ENDINGS)
+    return st.tuples(st.just(CHAT), st.builds(chat, st.just(model), asked))
+
+
+Sent = tuple[str, bytes, Mapping[str, str]]  # path, content, headers
+
+BYTES: list[Callable[[bytes], bytes]] = [
+    lambda content: content,
+    gzip.compress,
+    lambda content: content[: len(content) // 2],
+    lambda content: content + b"}",
+    lambda content: content.replace(b'"', b"'"),
+    lambda content: content.replace(b"Hi", b"\xe9\xff"),
+    lambda content: content.replace(b"Hi", b"\\ud83d"),
+    lambda content: content.replace(b": 3", b": NaN"),
+    lambda content: content.replace(b": 3", b": " + b"9" * 5000),
+    lambda content: content.replace(b"{", b'{"model": "x", ', 1),
+    lambda content: content.decode().encode("utf-16"),
+    lambda content: b"[" * 100_000,
+    lambda content: b'{"messages":' * 30_000,
+    lambda content: b"[" + content + b"]",
+    lambda content: b"",
+]
+TYPES = ["application/json", "application/json; charset=latin-1", "application/x-www-form-urlencoded", "text/plain", ""]
+
+
+def sent_bytes(model: str) -> st.SearchStrategy[Sent]:
+    """Requests that went wrong before anybody looked at their fields; some did not."""
+
+    def sent(asked: tuple[str, Json], spoil: Callable[[bytes], bytes], kind: str, coding: str, slash: str) -> Sent:
+        headers = {"content-type": kind, "content-encoding": coding}
+        content = spoil(json.dumps(asked[1]).encode())
+        return asked[0] + slash, content, {name: value for name, value in headers.items() if value}
+
+    asked = st.sampled_from([(CHAT, chat(model, {})), (COMPLETIONS, text(model, {}))])
+    kinds = mostly(st.just(TYPES[0]), st.sampled_from(TYPES), 4)
+    coding = mostly(st.just(""), st.sampled_from(["gzip", "identity", "br"]), 6)
+    return st.builds(sent, asked, st.sampled_from(BYTES), kinds, coding, st.sampled_from(["", "/"]))

@@ -26,8 +26,9 @@ def service(config: Config) -> Iterator[str]:
     from serve.app import deploy, undeploy
 
     cluster.connect()
+    url = deploy(config)
     try:
-        yield deploy(config)
+        yield url
     finally:
         undeploy()
 

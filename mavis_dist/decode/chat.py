@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mavis_dist.decode.preferences import Preference
-from mavis_dist.models.chat import chat_ids
+from mavis_dist.models.chat import ChatOptions, chat_ids
 from mavis_dist.types import NEUTRAL_SYSTEM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
 
 def chat_prompts(
@@ -18,7 +19,7 @@ def chat_prompts(
     conversation: str | Sequence[Mapping[str, str]],
     preferences: Iterable[tuple[str, float]],
     system: str = NEUTRAL_SYSTEM,
-    **options: bool,
+    **options: Unpack[ChatOptions],
 ) -> tuple[tuple[int, ...], tuple[Preference, ...]]:
     """`Request.prompt` and `Request.preferences` for a question, or a conversation as in `chat_ids`, and preferences
     with their weights.
@@ -27,7 +28,7 @@ def chat_prompts(
     Preferences of weight 0 get no prompt. `options` are those of `chat_ids`.
 
     Raises:
-        ChatError: if the model's chat template rejects the conversation or leaves a message out.
+        ChatError: as `chat_ids` does.
     """
     turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
     place = next((place for place, turn in enumerate(turns) if turn["role"] == "system"), None)

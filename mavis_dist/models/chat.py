@@ -8,10 +8,12 @@ behind every text first, which shows what arrives.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import jinja2
 
 from mavis_dist.models.directory import ModelError
 from mavis_dist.types import one_line, text_fault
@@ -27,12 +29,20 @@ PLAIN_TEMPLATE = (
     "{{ message['content'] }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# A private-use character, put inside of what is spelt like a control token until the text is encoded.
-BREAK = "\U000f0000"
+# One of these stands inside of what is spelt like a control token until the text is encoded. They are no characters.
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 USER = [{"role": "user", "content": "Hello"}]
 
 Turn = dict[str, Any]
 Render = Callable[[Sequence[Turn]], str]
+
+
+class ChatOptions(TypedDict, total=False):
+    """How a conversation ends and is encoded, by the names of transformers and vLLM."""
+
+    add_generation_prompt: bool  # end with what begins the assistant's answer; default: true
+    continue_final_message: bool  # end within the last message, which the answer continues; excludes the first
+    split_special_tokens: bool  # control tokens that are spelt in a message are encoded as text; default: true
 
 
 class ChatError(ModelError):
@@ -44,8 +54,9 @@ def chat_ids(
     messages: Sequence[Mapping[str, str]],
     system: str,
     *,
-    continue_final: bool = False,
-    generation_prompt: bool = True,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    split_special_tokens: bool = True,
 ) -> list[int]:
     """Token ids of a conversation, up to the start of the assistant's answer.
 
@@ -56,29 +67,38 @@ def chat_ids(
       lost, if the template leaves system texts out (`takes_system`).
     - If a template rejects system messages, their text is put before the first user message.
     - If a template reads texts only as lists of parts, they are given as such.
-    - Control tokens that are spelt in a message are encoded as ordinary text.
 
-    Tokenizers without a chat template use PLAIN_TEMPLATE.
-
-    Args:
-        continue_final: end within the last message, which the answer continues (vLLM: continue_final_message).
-        generation_prompt: add what begins the assistant's answer (vLLM: add_generation_prompt); not with
-            `continue_final`.
+    Control tokens that are spelt in a message are encoded as text. Tokenizers without a chat template use
+    PLAIN_TEMPLATE. Options as in ChatOptions.
 
     Raises:
         ChatError: if the template rejects the conversation or leaves out a message, or a text cannot be encoded.
     """
     turns: list[Turn] = [dict(message) for message in messages]
     for turn in turns:
-        if fault := text_fault(turn["content"]):
-            raise ChatError(f"the {turn['role']} message {turn['content']!r:.60} holds {fault}: remove it")
+        _check(turn["content"], f"the {turn['role']} message")
     is_given = any(turn["role"] == "system" for turn in turns)
     if not is_given:
         turns.insert(0, {"role": "system", "content": system})
-    render = partial(_render, tokenizer, continue_final, generation_prompt and not continue_final)
+    mark = _unused(turn["content"] for turn in turns)
+    render = partial(_render, tokenizer, continue_final_message, add_generation_prompt and not continue_final_message)
     fitting = _fitting(render, turns, may_lose_system=not is_given)
-    protect = _protection(tokenizer)
-    return _encode(tokenizer, render([_with_text(turn, protect) for turn in fitting]))
+    if split_special_tokens:
+        fitting = [_with_text(turn, partial(_cut, tokenizer, turn["role"], mark)) for turn in fitting]
+    first, *others = render(fitting).split(mark)
+    return _encode(tokenizer, _ids(tokenizer, first), others)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, split_special_tokens: bool = False) -> list[int]:
+    """Token ids of a text without a chat template, after begin-of-text where the tokenizer adds it.
+
+    Whoever writes the whole prompt may spell control tokens; with `split_special_tokens` they stay text. Raises
+    ChatError for a text that cannot be encoded.
+    """
+    _check(text, "the text")
+    mark = _unused([text])
+    first, *others = (_cut(tokenizer, "user", mark, text) if split_special_tokens else text).split(mark)
+    return _encode(tokenizer, list(tokenizer.encode(first)), others)
 
 
 def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -178,8 +198,14 @@ def _render(
             add_generation_prompt=generation_prompt,
         )
     except Exception as error:  # whatever the template does
+        if continue_final and isinstance(error, ValueError):
+            raise ChatError(
+                "the model's chat template changes the final message, so it cannot be continued: leave out "
+                "continue_final_message"
+            ) from None
+        reason = error if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise ChatError(
-            f"the model's chat template rejects the messages ({one_line(error)}): change their roles or order"
+            f"the model's chat template rejects the messages ({one_line(reason)}): change their roles or order"
         ) from None
     return str(text)
 
@@ -211,24 +237,49 @@ def _behind(mark: str, text: str) -> str:
     return text + mark
 
 
-def _protection(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """A function that breaks what is spelt like a control token: a special token, or one that the template writes."""
+def _check(text: str, what: str) -> None:
+    if fault := text_fault(text):
+        raise ChatError(f"{what} {text!r:.60} holds {fault}: remove it")
+
+
+def _unused(texts: Iterable[str]) -> str:
+    """A mark that none of the texts contains."""
+    used = set().union(*texts)
+    for mark in MARKS:
+        if mark not in used:
+            return mark
+    raise ChatError("a text holds all 32 code points from U+FDD0 to U+FDEF, which are no characters: remove one")
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, role: str, mark: str, text: str) -> str:
+    """The text with a mark inside of everything that is spelt like a control token."""
     template = str(tokenizer.chat_template or PLAIN_TEMPLATE)
+    spelt = _control_tokens(tokenizer, len(tokenizer), template, role != "assistant")
+    return spelt.sub(rf"\1{mark}", text) if spelt else text
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerBase, num_tokens: int, template: str, with_template: bool
+) -> re.Pattern[str] | None:
+    """Matches the first character of every control token, also of overlapping ones; None if there are none.
+
+    Control tokens are those that the tokenizer calls special and, `with_template`, the added ones that the template
+    writes: many tokenizers do not call them special. Not so in answers, from which templates cut their reasoning by
+    such a token.
+    """
     tokens = [
         token.content
         for token in tokenizer.added_tokens_decoder.values()
-        if len(token.content) > 1 and token.content.strip() and (token.special or token.content in template)
+        if len(token.content) > 1
+        and token.content.strip()
+        and (token.special or (with_template and token.content in template))
     ]
-    if not tokens:
-        return lambda text: text
-    starts = re.compile(f"(?={'|'.join(map(re.escape, tokens))})(.)", re.DOTALL)
-    return lambda text: starts.sub(rf"\1{BREAK}", text.replace(BREAK, ""))
+    return re.compile(f"(?={'|'.join(map(re.escape, tokens))})(.)", re.DOTALL) if tokens else None
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a rendered conversation. Its pieces between breaks are encoded one by one, so that they never join."""
-    first, *others = text.split(BREAK)
-    ids = _ids(tokenizer, first)
+def _encode(tokenizer: PreTrainedTokenizerBase, ids: list[int], others: Sequence[str]) -> list[int]:
+    """The ids of a rendered text, behind those of its first piece. Pieces are encoded one by one: they never join."""
     newline = _ids(tokenizer, "\n") if others else []
     for piece in others:
         # Behind a newline no tokenizer adds the space that some put before the start of a text.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
@@ -17,6 +17,9 @@ from mavis_dist.models.value import ValueModel
 from mavis_dist.prompts import PromptSet
 from mavis_dist.rewards.trial import Trial
 from mavis_dist.sections import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GIB = 2**30
 SHOWN = 160  # characters of a rendered prompt
@@ -83,10 +86,17 @@ def notes(config: Config, model: BaseModel, drawn: PromptSet) -> Iterator[tuple[
     """What the source, the template and the model leave out or disagree about."""
     if drawn.left_out:
         yield "prompts", drawn.left_out
-    if config.base.system and not takes_system(model.tokenizer):
-        yield "prompts", f"base.system is not given to {model.name}: its chat template leaves system texts out"
+    if lost := lost_system(config, model.tokenizer):
+        yield "prompts", lost
     if ends := describe_disagreement(fetch(model.name), model.tokenizer):
         yield "model", ends
+
+
+def lost_system(config: Config, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """One line if the chat template leaves `base.system` out; None if it is given."""
+    if not config.base.system or takes_system(tokenizer):
+        return None
+    return f"base.system is not given to {config.base.model}: its chat template leaves system texts out"
 
 
 def value(config: Config, model: BaseModel, trained: ValueModel) -> Iterator[tuple[str, str]]:

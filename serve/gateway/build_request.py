@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,9 +21,10 @@ from mavis_dist.decode import (
 )
 from mavis_dist.decode.chat import longest_answer
 from mavis_dist.decode.validate import Bounds, validate
+from mavis_dist.models.chat import text_ids
 from mavis_dist.models.load import ModelError
 from serve.gateway.logprobs import Speller
-from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, GenerationRequest, Shape, TextRequest
+from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, GenerationRequest, TextRequest
 from serve.gateway.refusals import Overloaded, Refusals
 from serve.gateway.streams import answer_stream
 from serve.gateway.write_response import Completion
@@ -56,6 +57,7 @@ class Completions:
         self._tokenizer, self._args, self._max_context = tokenizer, args, max_context
         self._open_stream, self._record = open_stream, record
         self._spell = Speller(tokenizer)
+        self._vocabulary = 1 + max(tokenizer.get_vocab().values())
         self._refusals = Refusals()
 
     async def start(
@@ -74,7 +76,7 @@ class Completions:
             request_id: prefix of the completion's id, for the logs of all deployments.
         """
         key = key or body.user or ""
-        rows = (body.n or 1) * body.num_variants
+        rows = body.num_answers * body.num_variants
         try:
             with self._refusals.remembered(key, rows):
                 return await self._start(body, versions, key, request_id)
@@ -84,38 +86,53 @@ class Completions:
     async def _start(
         self, body: ChatRequest | TextRequest, versions: Mapping[str, str], key: str, request_id: str | None
     ) -> Completion:
-        if body.model != self._args.base:
+        if body.model != self._args.model_name:
             raise ApiError(
                 404,
-                f"the model {body.model!r:.100} does not exist here; use {self._args.base!r}",
+                f"the model {body.model!r:.100} does not exist here; use {self._args.model_name!r}",
                 "model",
                 "model_not_found",
             )
         self._check_counts(body)
         # Clients choose the ids of their requests, and may use one twice.
         identity = f"{request_id}-{secrets.token_hex(4)}" if request_id else uuid.uuid4().hex
-        try:
-            shape, prompt, preferences = self._prompt(body)
-            # Only the base replica knows whether there are students; it refuses by itself.
-            bounds = Bounds(versions, self._max_context, predicted=versions, max_rows=self._args.rows)
-            request = validate(self._request(identity, body, prompt, preferences), bounds)
-        except RequestError as error:
-            raise _refused(error, body) from None
+        # Only the base replica knows whether there are students; it refuses by itself.
+        bounds = Bounds(
+            versions, self._max_context, predicted=versions, vocabulary=self._vocabulary, max_rows=self._args.rows
+        )
+        requests: list[Request] = []
+        for number, (prompt, preferences) in enumerate(self._prompts(body)):
+            try:
+                self._check_length(prompt)
+                request = validate(self._request(identity, body, prompt, preferences), bounds)
+            except RequestError as error:
+                raise _refused(error, body, number) from None
+            # All prompts share a seed, so that each is answered as if it were alone.
+            seed = (requests or [request])[0].params.seed
+            requests.append(replace(request, params=replace(request.params, seed=seed)))
         answers = partial(
             answer_stream,
             open_stream=self._open_stream,
             limits=self._args,
-            versions={name: versions[name] for name in request.weights},
+            versions={name: versions[name] for name in requests[0].weights},
             record=self._record,
         )
-        completion = Completion(body, shape, request, self._args.base, self._tokenizer, self._spell)
+        completion = Completion(
+            body,
+            CHAT if isinstance(body, ChatRequest) else TEXT,
+            requests,
+            self._args.model_name,
+            self._tokenizer,
+            self._spell,
+            self._echoed(body),
+        )
         try:
             await completion.open(answers, key)
         except RequestError as error:
             raise _refused(error, body) from None
         return completion
 
-    def _check_counts(self, body: GenerationRequest) -> None:
+    def _check_counts(self, body: ChatRequest | TextRequest) -> None:
         """Bound what multiplies the work of a request before any work is done."""
         num_preferences = len(body.preferences or ())
         for name, count, limit in (
@@ -124,36 +141,61 @@ class Completions:
         ):
             if count > limit:
                 raise ApiError(400, f"{name}: {count} given; this server takes at most {limit}", name)
+        if body.num_answers > self._args.max_n:
+            raise ApiError(
+                400,
+                f"prompt: {body.num_answers // (body.n or 1)} prompts with {body.n or 1} answers each; this server "
+                f"gives at most {self._args.max_n} answers to a request: send several requests",
+                "prompt",
+            )
         if body.num_variants > self._args.rows:
             message = f"preferences: {body.num_variants - 1} given; at most {self._args.rows - 1} fit"
             raise ApiError(400, message, "preferences")
 
-    def _prompt(self, body: ChatRequest | TextRequest) -> tuple[Shape, tuple[int, ...], tuple[Preference, ...]]:
-        """The token ids of the plain prompt, and those with each preference in it; raises RequestError."""
+    def _prompts(self, body: ChatRequest | TextRequest) -> Iterator[tuple[tuple[int, ...], tuple[Preference, ...]]]:
+        """The token ids of every prompt, plain and with each preference in it; raises ApiError."""
         given = [(preference.text, preference.weight) for preference in body.preferences or ()]
         if isinstance(body, TextRequest):
-            prompt = self._ids(body.prompt)
-            self._check_length(prompt)
-            preferences = tuple(
-                Preference(text, self._ids(f"{text}\n\n{body.prompt}") if weight else (), weight)
-                for text, weight in given
-            )
-            return TEXT, prompt, preferences
+            yield from (self._text_prompt(prompt, given, body.split_special_tokens) for prompt in body.prompts)
+            return
         messages = [message.turn for message in body.messages]
         try:
-            prompt, preferences = chat_prompts(self._tokenizer, messages, given, self._args.system)
+            yield chat_prompts(self._tokenizer, messages, given, self._args.system, **body.template_options)
         except ModelError as error:
-            raise ApiError(400, str(error), "messages") from None
-        self._check_length(prompt)
-        return CHAT, prompt, preferences
+            raise ApiError(400, f"messages: {error}", "messages") from None
+
+    def _text_prompt(
+        self, prompt: str | Sequence[int], preferences: Sequence[tuple[str, float]], splits: bool | None
+    ) -> tuple[tuple[int, ...], tuple[Preference, ...]]:
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(text_ids(self._tokenizer, text, bool(splits)))
+
+        if isinstance(prompt, str):
+            return ids(prompt), tuple(
+                Preference(text, ids(f"{text}\n\n{prompt}") if weight else (), weight) for text, weight in preferences
+            )
+        if preferences:
+            message = "preferences: cannot be put into a prompt of token ids; give the prompt as text"
+            raise ApiError(400, message, "preferences")
+        return tuple(prompt), ()
+
+    def _echoed(self, body: ChatRequest | TextRequest) -> Sequence[str]:
+        """Per prompt, the text that its answers begin with."""
+        if isinstance(body, ChatRequest):
+            return [body.echoed]
+        return [self._as_text(prompt) if body.echo else "" for prompt in body.prompts]
+
+    def _as_text(self, prompt: str | Sequence[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        text = self._tokenizer.decode(list(prompt), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
     def _check_length(self, prompt: tuple[int, ...]) -> None:
         limit = self._args.max_prompt_tokens
         if limit is not None and len(prompt) > limit:
             raise RequestError("prompt", f"has {len(prompt)} tokens; this server takes at most {limit}")
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text)["input_ids"])
 
     def _request(
         self, identity: str, body: GenerationRequest, prompt: tuple[int, ...], preferences: tuple[Preference, ...]
@@ -206,10 +248,13 @@ def _limit_field(body: GenerationRequest) -> str:
     return "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
 
 
-def _refused(error: RequestError, body: GenerationRequest) -> ApiError:
-    """The engine's refusal, with the body's names of fields."""
+def _refused(error: RequestError, body: ChatRequest | TextRequest, number: int | None = None) -> ApiError:
+    """The engine's refusal of the prompt `number`, if known, with the body's names of fields."""
+    prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
+    if isinstance(body, TextRequest) and len(body.prompts) > 1 and number is not None:
+        prompt = f"prompt.{number}"
     names = {
-        "prompt": "messages" if isinstance(body, ChatRequest) else "prompt",
+        "prompt": prompt,
         "max_tokens": _limit_field(body),
         "objective_weights": "vllm_xargs.objective_weights" if body.vllm_xargs else "objective_weights",
     }

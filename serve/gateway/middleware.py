@@ -44,6 +44,7 @@ class Middleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        asked, scope = scope, _plain(scope)
         headers, started, status = Headers(scope=scope), time.monotonic(), None
         given = headers.get(ID_HEADER, "")
         request_id = given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
@@ -55,6 +56,8 @@ class Middleware:
                 status = message["status"]
                 if self._returns_id:
                     MutableHeaders(scope=message)[ID_HEADER] = request_id
+            elif asked["method"] == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -70,8 +73,10 @@ class Middleware:
             failed = ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
             await JSONResponse(failed.body, failed.status)(scope, receive, answer)
         finally:
+            if "route" in scope:
+                asked["route"] = scope["route"]
             if self._settings.log_access:
-                self._log(scope, status, time.monotonic() - started)
+                self._log({**scope, "method": asked["method"]}, status, time.monotonic() - started)
 
     def _owner(self, path: str, headers: Headers) -> str | None:
         """The name of the caller's key; raises ApiError."""
@@ -116,3 +121,9 @@ class Middleware:
             **state["facts"](),
         }
         access.info("%s %s %s", method, path, status, extra={"facts": facts})
+
+
+def _plain(scope: Scope) -> Scope:
+    """The same request without a slash at the end of its path, and HEAD as GET, whose body is not sent."""
+    path = scope["path"].rstrip("/") or "/"
+    return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}

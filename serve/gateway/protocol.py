@@ -9,17 +9,22 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from mavis_dist.sections import MAX_N, MAX_PREFERENCES
 from mavis_dist.types import MAX_COUNT, UserError, parse_weights
+
+if TYPE_CHECKING:
+    from mavis_dist.models.chat import ChatOptions
 
 Json = dict[str, Any]
 
 MAX_ERROR = 1000  # characters of an error message
 MAX_TOP_LOGPROBS = 20
+UNSUPPORTED = "unsupported"  # type of the errors that name a field of NEUTRAL or INSTEAD
 
 
 class ApiError(Exception):
@@ -63,19 +68,29 @@ def _sendable(text: str) -> str:
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    # Unsupported fields with the values that change nothing: official clients send them. Other values are refused.
+    # Unsupported fields with the values that change nothing: clients send them. Other values are refused.
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    # Unsupported fields with what to do instead of them.
+    INSTEAD: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _without_neutral(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        return {name: value for name, value in body.items() if value not in cls.NEUTRAL.get(name, ())}
+        for name, value in body.items():
+            if name in cls.NEUTRAL and value not in cls.NEUTRAL[name]:
+                remedy = f"remove it, or give {json.dumps(cls.NEUTRAL[name][0])}"
+            elif name in cls.INSTEAD:
+                remedy = cls.INSTEAD[name]
+            else:
+                continue
+            raise PydanticCustomError(UNSUPPORTED, "is not supported", {"field": name, "remedy": remedy})
+        return {name: value for name, value in body.items() if name not in cls.NEUTRAL}
 
 
 class StreamOptions(Body):
-    NEUTRAL = {"include_obfuscation": (False, None)}
+    NEUTRAL = {"include_obfuscation": (False, None), "continuous_usage_stats": (False, None)}
 
     include_usage: bool = False
 
@@ -131,6 +146,32 @@ class GenerationRequest(Body):
         "logit_bias": ({}, None),
         "store": (False, None),
         "service_tier": ("auto", "default", None),
+        # What vLLM and SGLang have beyond that.
+        "repetition_penalty": (1, None),
+        "length_penalty": (1, None),
+        "use_beam_search": (False, None),
+        "min_tokens": (0, None),
+        "ignore_eos": (False, None),
+        "stop_token_ids": ([], None),
+        "stop_regex": ([], None),
+        "bad_words": ([], None),
+        "allowed_token_ids": (None,),
+        "include_stop_str_in_output": (False, None),
+        "no_stop_trim": (False, None),
+        "skip_special_tokens": (True, None),
+        "spaces_between_special_tokens": (True, None),
+        "truncate_prompt_tokens": (None,),
+        "prompt_logprobs": (None,),
+        "return_token_ids": (False, None),
+        "return_tokens_as_token_ids": (False, None),
+        "return_hidden_states": (False, None),
+        "priority": (0, None),
+        "lora_path": (None,),
+    }
+    INSTEAD = {
+        "max_new_tokens": "use max_tokens",
+        "request_id": "send it as the header x-request-id",
+        "rid": "send it as the header x-request-id",
     }
 
     model: str
@@ -171,6 +212,11 @@ class GenerationRequest(Body):
         None, description="tilt every so many tokens; the others come from the base model"
     )
     vllm_xargs: FlatArgs | None = Field(None, description="for clients that forbid nested extras")
+    split_special_tokens: bool | None = Field(
+        None,
+        description="whether control tokens that a text spells stay text; default: true for messages, false for a "
+        "prompt, which is the caller's as a whole",
+    )
 
     @property
     def token_limit(self) -> int | None:
@@ -180,6 +226,10 @@ class GenerationRequest(Body):
     def num_logprobs(self) -> int | None:
         """How many of the most likely tokens are reported with each token; None: no log-probabilities at all."""
         raise NotImplementedError
+
+    @property
+    def num_answers(self) -> int:
+        return self.n or 1
 
     @property
     def num_variants(self) -> int:
@@ -223,6 +273,8 @@ class Message(Body):
         "name": (None,),
         "refusal": (None,),
         "annotations": ([], None),
+        "reasoning": (None,),
+        "reasoning_content": (None,),
         "audio": (None,),
         "function_call": (None,),
         "tool_calls": ([], None),
@@ -254,12 +306,51 @@ class ChatRequest(GenerationRequest):
         "audio": (None,),
         "prediction": (None,),
         "web_search_options": (None,),
+        "add_special_tokens": (False, None),
+        "chat_template": (None,),
+        "chat_template_kwargs": ({}, None),
+        "documents": ([], None),
+        "mm_processor_kwargs": ({}, None),
+        "separate_reasoning": (True, False, None),
+        "stream_reasoning": (True, False, None),
+        "include_reasoning": (True, False, None),
+    }
+    INSTEAD = {
+        **GenerationRequest.INSTEAD,
+        "prompt": "give messages, or use /v1/completions",
+        "best_of": "remove it, and use n",
+        "suffix": "remove it; no endpoint has it",
     }
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    continue_final_message: bool | None = Field(
+        None, description="the answer continues the last message, instead of being a message of its own"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="end the prompt with the start of an answer; default: true, unless a message is continued"
+    )
+    echo: bool | None = Field(
+        None, description="begin the answer with the last message, if that is the assistant's and is continued"
+    )
+
+    @property
+    def template_options(self) -> ChatOptions:
+        continues = bool(self.continue_final_message)
+        is_open = self.add_generation_prompt
+        return {
+            "continue_final_message": continues,
+            "add_generation_prompt": not continues if is_open is None else is_open,
+            "split_special_tokens": self.split_special_tokens is not False,
+        }
+
+    @property
+    def echoed(self) -> str:
+        """The text that an answer begins with."""
+        last = self.messages[-1]
+        return last.text if self.echo and self.continue_final_message and last.role == "assistant" else ""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -276,37 +367,94 @@ class ChatRequest(GenerationRequest):
         return self
 
     @model_validator(mode="after")
+    def _one_ending(self) -> ChatRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("give continue_final_message or add_generation_prompt, not both")
+        return self
+
+    @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only allowed with logprobs: true")
         return self
 
 
-class TextRequest(GenerationRequest):
-    NEUTRAL = {**GenerationRequest.NEUTRAL, "best_of": (1, None), "echo": (False, None), "suffix": ("", None)}
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
-    prompt: Annotated[str, Field(min_length=1)]
+
+def _prompt_kind(prompt: Any) -> str | None:
+    if isinstance(prompt, str):
+        return "(text)"
+    if not isinstance(prompt, list):
+        return None
+    first = prompt[0] if prompt else ""
+    return "(ids)" if isinstance(first, int) else "(lists)" if isinstance(first, list) else "(texts)"
+
+
+KINDS = ("(text)", "(texts)", "(ids)", "(lists)")  # in the paths of pydantic's errors
+Prompt = Annotated[
+    Annotated[Text, Tag("(text)")]
+    | Annotated[list[Text], Field(min_length=1), Tag("(texts)")]
+    | Annotated[TokenIds, Tag("(ids)")]
+    | Annotated[list[TokenIds], Field(min_length=1), Tag("(lists)")],
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt",
+        custom_error_message="use a text, a list of texts, a list of token ids, or a list of such lists",
+    ),
+]
+
+
+class TextRequest(GenerationRequest):
+    NEUTRAL = {
+        **GenerationRequest.NEUTRAL,
+        "best_of": (1, None),
+        "suffix": ("", None),
+        "add_special_tokens": (True, None),
+    }
+    INSTEAD = {
+        **GenerationRequest.INSTEAD,
+        "messages": "give a prompt, or use /v1/chat/completions",
+        "max_completion_tokens": "use max_tokens",
+        "top_logprobs": "use logprobs, the number of alternatives",
+    }
+
+    prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = Field(None, description="begin every answer with its prompt")
+
+    @property
+    def prompts(self) -> Sequence[str | Sequence[int]]:
+        """One or several, each as text or as token ids."""
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else self.prompt  # type: ignore[list-item, return-value]
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.prompts) * super().num_answers
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
-
-_NEUTRAL = {**StreamOptions.NEUTRAL, **Message.NEUTRAL, **ChatRequest.NEUTRAL, **TextRequest.NEUTRAL}
+    @model_validator(mode="after")
+    def _no_log_probabilities_of_prompts(self) -> TextRequest:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("log-probabilities of prompts are not computed: leave out echo or logprobs")
+        return self
 
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's errors, an unknown field first, as a 400 that names the field."""
-    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    path = [part for part in first["loc"] if part != "body"]
+    """The first of pydantic's errors, an unsupported field first, as a 400 that names the field."""
+    first = min(errors, key=lambda error: error["type"] not in (UNSUPPORTED, "extra_forbidden"))
+    context = first.get("ctx", {})
     # Alternatives of a union end the path with the name of the type that was tried.
-    param = ".".join(str(part) for part in path if part not in ("str", "list[TextPart]")) or None
-    if first["type"] == "extra_forbidden":
-        neutral = _NEUTRAL.get(path[-1], ())
-        remedy = f"remove it, or give {json.dumps(neutral[0])}" if neutral else "remove it"
+    path = [part for part in first["loc"] if part not in ("body", "str", "list[TextPart]", *KINDS)]
+    path += [context["field"]] if first["type"] == UNSUPPORTED else []
+    param = ".".join(str(part) for part in path) or None
+    if first["type"] in (UNSUPPORTED, "extra_forbidden"):
+        remedy = context.get("remedy", "remove it")
         return ApiError(400, f"the field {param!r} is not supported; {remedy}", param, "unsupported_field")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param}: {message}" if param else message, param)

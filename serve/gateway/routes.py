@@ -22,6 +22,7 @@ from serve.gateway.examples import ANSWER, CHAT_BODIES, REFUSALS, TEXT_BODIES, a
 from serve.gateway.middleware import ID_HEADER, Middleware
 from serve.gateway.playground import playground
 from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, Json, TextRequest, refusal
+from serve.gateway.read_body import JsonRoute
 from serve.gateway.registry import Registry
 from serve.gateway.responses import (
     ChatChunk,
@@ -68,8 +69,9 @@ def create_api(
 
     `keys` and `returns_id` as in Middleware.
     """
-    model = args.base
+    model = args.model_name
     api = _Api(title="mavis_dist", docs_url=None, redoc_url=None, responses=REFUSALS)
+    api.router.route_class = JsonRoute
     _add_error_handlers(api)
     _add_middleware(api, args, keys, returns_id)
     # The middleware checks the key; this is for the description alone.
@@ -196,5 +198,6 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        detail = "no such route; /openapi.json lists all" if error.status_code == 404 else error.detail
+        message = f"{request.method} {request.url.path}: {detail}"
         return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)

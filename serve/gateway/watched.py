@@ -12,6 +12,7 @@ from fastapi.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.metrics import PREFIX, Record
+from serve.settings import authority
 
 SCRAPE_LIMIT_S = 3.0
 
@@ -56,7 +57,7 @@ class _CountRequests:
 
 
 def _node_addresses() -> list[str]:
-    return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes() if node["Alive"]]
+    return [authority(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes() if node["Alive"]]
 
 
 async def _page(address: str) -> str:

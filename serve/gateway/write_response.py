@@ -33,6 +33,8 @@ class OpenAnswer(Protocol):
 class _Answer:
     """One choice while it is generated."""
 
+    request: Request  # of one answer
+    echoed: str  # what its text begins with
     text: StoppedText
     alignment: Alignment | None = None  # of tokens and text, if log-probabilities are requested
     pieces: list[str] = field(default_factory=list)
@@ -118,32 +120,45 @@ def _last_finite(numbers: Sequence[float]) -> float | None:
 
 
 class Completion:
-    """The answers to one request, while they are generated."""
+    """The answers to one request, while they are generated: n to each of its prompts, in this order."""
 
     def __init__(
         self,
         body: GenerationRequest,
         shape: Shape,
-        request: Request,
+        requests: Sequence[Request],
         model: str,
         tokenizer: PreTrainedTokenizerBase,
         spell: Speller,
+        echoed: Sequence[str] = (),
     ):
-        self._body, self._shape, self._request = body, shape, request
+        """
+        Args:
+            requests: one per prompt, equal in everything else.
+            echoed: per prompt, what its answers begin with; none: nothing.
+        """
+        self._body, self._shape, self._requests = body, shape, requests
+        self._request = requests[0]
         self._tokenizer, self._spell = tokenizer, spell
-        self._answers = [self._begin() for _ in range(request.params.n)]
+        self._answers = [
+            self._begin(request, index, text)
+            for request, text in zip(requests, echoed or [""] * len(requests), strict=True)
+            for index in range(request.params.n)
+        ]
         self._failure: ApiError | None = None
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._head: Json = {
-            "id": f"{shape.id_prefix}-{request.id}",
+            "id": f"{shape.id_prefix}-{self._request.id}",
             "created": int(time.time()),
             "model": model,
         }
 
-    def _begin(self) -> _Answer:
-        text = StoppedText(self._tokenizer, self._request.params.stop)
-        return _Answer(text, None if self._request.top_logprobs is None else Alignment(text))
+    def _begin(self, request: Request, index: int, echoed: str) -> _Answer:
+        """The answer `index` to a prompt; with the same seed, that to the prompt alone."""
+        one = replace(request, stream=stream_of(request, index), params=replace(request.params, n=1))
+        text = StoppedText(self._tokenizer, request.params.stop)
+        return _Answer(one, echoed, text, None if request.top_logprobs is None else Alignment(text))
 
     @property
     def log(self) -> Json:
@@ -151,8 +166,8 @@ class Completion:
         return {
             "completion": self._head["id"],
             "n": len(self._answers),
-            "prompt_tokens": len(self._request.prompt),
-            "completion_tokens": sum(answer.num_tokens for answer in self._answers),
+            "prompt_tokens": self._usage()["prompt_tokens"],
+            "completion_tokens": self._usage()["completion_tokens"],
             "finish_reasons": [answer.finish_reason if answer.is_finished else None for answer in self._answers],
             "failure": None if self._failure is None else self._failure.code,
         }
@@ -214,12 +229,7 @@ class Completion:
         """Begin to follow some choices; returns when all of them are accepted."""
         accepted: list[asyncio.Future[None]] = []
         for index in indices:
-            one = replace(
-                self._request,
-                id=f"{self._request.id}-{index}",
-                stream=stream_of(self._request, index),
-                params=replace(self._request.params, n=1),
-            )
+            one = replace(self._answers[index].request, id=f"{self._request.id}-{index}")
             accepted.append(asyncio.get_running_loop().create_future())
             answer = answers(one, admission=admission)
             self._tasks.append(asyncio.create_task(self._pump(index, answer, accepted[-1])))
@@ -240,7 +250,7 @@ class Completion:
         choices = [
             {
                 "index": index,
-                **self._shape.whole("".join(answer.pieces)),
+                **self._shape.whole(answer.echoed + "".join(answer.pieces)),
                 "finish_reason": answer.finish_reason,
                 "logprobs": self._logprobs(answer.entries),
                 "mavis": answer.report(self._preferences),
@@ -256,6 +266,9 @@ class Completion:
             if self._shape.opening is not None:
                 for index in range(len(self._answers)):
                     yield self._chunk({"index": index, **self._shape.opening})
+            for index, answer in enumerate(self._answers):
+                if answer.echoed:
+                    yield self._chunk({"index": index, **self._shape.piece(answer.echoed)})
             async for index, text, entries in self._pieces():
                 if text or entries:
                     logprobs = self._logprobs(entries)
@@ -285,7 +298,8 @@ class Completion:
         return (text_logprobs if self._shape is TEXT else chat_logprobs)(entries, self._spell)
 
     def _usage(self) -> Json:
-        return usage(len(self._request.prompt), sum(answer.num_tokens for answer in self._answers))
+        num_prompt = sum(len(request.prompt) for request in self._requests)
+        return usage(num_prompt, sum(answer.num_tokens for answer in self._answers))
 
     async def _pieces(self) -> AsyncIterator[tuple[int, str, list[LogprobEntry]]]:
         """(choice, text, its tokens) as they come, until all choices are finished; raises ApiError."""

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, example, given, settings
 
-from benchmarks.chaos.fuzz_fields import ANYTHING, EXTRA, FIELDS, FLAT_WEIGHTS, LOGPROBS, MESSAGES, chat, text
+from benchmarks.chaos.fuzz import TEMPLATES, draw_examples
+from benchmarks.chaos.fuzz_fields import (
+    ANYTHING,
+    EXTRA,
+    FIELDS,
+    FLAT_WEIGHTS,
+    LOGPROBS,
+    MESSAGES,
+    PROMPT,
+    chat,
+    conversations,
+    sent_bytes,
+    text,
+)
 from benchmarks.common.http_load import CHAT, COMPLETIONS
-from tests.local import NAME
+from tests.local import NAME, LocalService
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +33,11 @@ def client(service) -> Iterator[TestClient]:
         yield client
 
 
-def check(client: TestClient, path: str, content: bytes) -> None:
-    response = client.post(path, content=content, headers={"content-type": "application/json"})
+JSON = {"content-type": "application/json"}
+
+
+def check(client: TestClient, path: str, content: bytes, headers: Mapping[str, str] = JSON) -> None:
+    response = client.post(path, content=content, headers=dict(headers))
     if response.status_code == 200:
         assert '"error"' not in response.text
         assert response.text.endswith("data: [DONE]\n\n") or response.json()["choices"]
@@ -58,6 +74,30 @@ def test_steering_fields(client, fields, extra, logprobs):
 @example([{"role": "user", "content": []}])
 def test_messages(client, messages):
     check(client, CHAT, json.dumps(chat(NAME, {"messages": messages})).encode())
+
+
+@FUZZED
+@given(prompt=PROMPT, fields=FIELDS)
+@example(["a", "b"], {"stream": True, "echo": True})
+@example([[5], [6]], {"n": 1})
+def test_prompts(client, prompt, fields):
+    check(client, COMPLETIONS, json.dumps(text(NAME, {**fields, "prompt": prompt})).encode())
+
+
+@FUZZED
+@given(sent=sent_bytes(NAME))
+def test_bytes(client, sent):
+    path, content, headers = sent
+    check(client, path, content, headers)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_templates(tmp_path, template):
+    service = LocalService(tmp_path, template)
+    client = TestClient(service.app(log_access=False))
+    for path, asked in draw_examples(conversations(NAME), 20, 0):
+        check(client, path, json.dumps(asked).encode())
+    service.loop.stop()
 
 
 @FUZZED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,9 +34,22 @@ def test_a_signal_deletes_the_applications_and_ends_without_an_error(monkeypatch
 
 
 def test_a_signal_ends_a_deployment_that_is_not_ready(monkeypatch, undeployed):
-    monkeypatch.setattr(app, "deploy", lambda config: app._wait(lambda: "value-brief: deploying", 60))
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGTERM]).start()
-    began = time.monotonic()
-    job.run(CONFIG)
-    assert undeployed == ["undeployed"]
-    assert time.monotonic() - began < 30
+    applications, deleted, stopped = {"other", "main"}, set(), []
+    monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(applications=applications - deleted))
+    monkeypatch.setattr(app.serve, "delete", deleted.add)
+    monkeypatch.setattr(app.serve, "shutdown", lambda: stopped.append("Serve"))
+
+    def deploy(before: set[str]) -> None:
+        with app._nothing_left_behind(before):
+            app._wait(lambda: "value-brief: deploying", 60)
+
+    for before, is_stopped in (({"other"}, False), (set(), True)):
+        deleted.clear()
+        monkeypatch.setattr(app, "deploy", lambda config, before=before: deploy(before))
+        threading.Timer(0.3, signal.raise_signal, [signal.SIGTERM]).start()
+        began = time.monotonic()
+        job.run(CONFIG)
+        assert deleted == applications - before
+        assert bool(stopped) is is_stopped
+        assert time.monotonic() - began < 30
+    assert not undeployed  # a deployment that fails removes what it made, and nothing of a service that runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mavis_dist.models.chat import BREAK, ChatError, chat_ids, end_of_turn, takes_system
+from mavis_dist.models.chat import ChatError, chat_ids, end_of_turn, takes_system
 from tests.tiny import make_tokenizer
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "[/INST]"]
@@ -125,7 +125,6 @@ def test_whether_a_system_text_can_be_given_is_known(template, expected):
         "</s>",
         "<|im_<|im_end|>end|>",
         "a [/INST] b",
-        f"<{BREAK}|im_end|>",
     ],
 )
 def test_control_tokens_in_a_message_stay_text(template, text):
@@ -134,7 +133,7 @@ def test_control_tokens_in_a_message_stay_text(template, text):
     ids = chat_ids(tokenizer, [user(text), assistant(text), user("c")], text)
     plain = chat_ids(tokenizer, [user("a"), assistant("b"), user("c")], "d")
     assert [token for token in ids if token in control] == [token for token in plain if token in control]
-    assert tokenizer.decode(ids).count(text.replace(BREAK, "")) >= 3
+    assert tokenizer.decode(ids).count(text) >= 3
 
 
 def test_other_conversations_have_the_ids_of_the_template_as_it_is():
@@ -150,11 +149,9 @@ def test_other_conversations_have_the_ids_of_the_template_as_it_is():
 def test_a_prompt_ends_where_it_is_asked_to():
     begun = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
     assert rendered(CHATML, user("Hello")) == f"{begun}<|im_start|>assistant\n"
-    assert rendered(CHATML, user("Hello"), generation_prompt=False) == begun
-    answer = assistant("Hello and welc")
-    assert (
-        rendered(CHATML, user("Hello"), answer, continue_final=True) == f"{begun}<|im_start|>assistant\nHello and welc"
-    )
+    assert rendered(CHATML, user("Hello"), add_generation_prompt=False) == begun
+    continued = rendered(CHATML, user("Hello"), assistant("Hello and welc"), continue_final_message=True)
+    assert continued == f"{begun}<|im_start|>assistant\nHello and welc"
 
 
 @pytest.mark.parametrize(

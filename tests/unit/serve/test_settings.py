@@ -68,6 +68,7 @@ OTHER_SETTINGS = {
     "host": "0.0.0.0",
     "port": 9,
     "placement": "colocated",
+    "served_model_name": "mine",
     "base_replicas": 2,
     "value_replicas": 2,
     "cpus_per_replica": 2,
@@ -193,3 +194,8 @@ def test_steering_that_json_cannot_express_is_refused(number):
     for name in ("beta", "tilt_cap", "residual_cap"):
         with pytest.raises(ValidationError, match=name):
             MainArgs(run="r", **{name: number})
+
+
+def test_the_served_name_of_the_model_is_that_of_the_config_unless_given():
+    assert main_args(QUICKSTART).model_name == QUICKSTART.base.model
+    assert main_args(config.load(CONFIG, ["serve.served_model_name=mine"])).model_name == "mine"

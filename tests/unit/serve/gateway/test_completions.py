@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 import re
 import statistics
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -376,3 +378,134 @@ def test_preferences_that_cannot_steer_are_refused_by_name(service, fields, para
     with pytest.raises(ApiError) as refused:
         service.whole(**fields)
     assert (refused.value.status, refused.value.param) == (400, param)
+
+
+# --- several prompts, token ids, echo --------------------------------------------------------------------------------
+
+PROMPTS = ["Once upon a time", "The sky is", "<s>"]
+
+
+def texts(answer: dict) -> list[str]:
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(answer["choices"])))
+    return [choice["text"] for choice in answer["choices"]]
+
+
+def joined(events: list[dict], num_choices: int) -> list[str]:
+    found = [""] * num_choices
+    for event in events:
+        for choice in event["choices"]:
+            found[choice["index"]] += choice["text"]
+    return found
+
+
+@pytest.mark.parametrize("num_deaths", [0, 2])
+def test_several_prompts_are_answered_like_each_alone_and_numbered_in_turn(base, loop, service, num_deaths):
+    alone = [text for prompt in PROMPTS for text in texts(service.whole(prompt=prompt, n=2))]
+    assert len(set(alone)) == 6
+    together = Service(base, loop, num_deaths).whole(prompt=PROMPTS, n=2)
+    assert texts(together) == alone
+    assert together["usage"]["prompt_tokens"] == sum(len(base.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    assert together["usage"]["completion_tokens"] == 6 * 30
+    events = Service(base, loop, num_deaths).events(prompt=PROMPTS, n=2, stream_options={"include_usage": True})
+    assert joined(events, 6) == alone
+    assert events[-1]["usage"] == together["usage"]
+    assert sum(bool(event["choices"] and event["choices"][0]["finish_reason"]) for event in events) == 6
+
+
+def test_several_prompts_without_a_seed_share_the_one_that_is_drawn(service):
+    answer = service.whole(prompt=PROMPTS[:2], seed=None)
+    seed = answer["mavis"]["seed"]
+    assert texts(answer) == [text for prompt in PROMPTS[:2] for text in texts(service.whole(prompt=prompt, seed=seed))]
+
+
+def test_a_prompt_of_token_ids_is_the_text_that_they_spell(service, base):
+    ids = [base.tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:2]]
+    expected = texts(service.whole(prompt=PROMPTS[:2]))
+    assert texts(service.whole(prompt=ids)) == expected
+    assert texts(service.whole(prompt=ids[0])) == expected[:1]
+    assert texts(service.whole(prompt=[PROMPTS[0]])) == expected[:1]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_echo_begins_every_answer_with_its_prompt(service, base, n):
+    plain = texts(service.whole(prompt=PROMPTS[:2], n=n))
+    expected = [prompt + text for prompt, text in zip([p for p in PROMPTS[:2] for _ in range(n)], plain, strict=True)]
+    ids = [base.tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:2]]
+    for prompt in (PROMPTS[:2], ids):
+        assert texts(service.whole(prompt=prompt, n=n, echo=True)) == expected
+        assert joined(service.events(prompt=prompt, n=n, echo=True), 2 * n) == expected
+    assert texts(service.whole(prompt=PROMPTS[:2], n=n, echo=False)) == plain
+
+
+def test_an_answer_continues_the_last_message(service):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello and welc"}]
+    fields = {"messages": turns, "continue_final_message": True}
+    whole = service.whole(ChatRequest, **fields)
+    other = service.whole(ChatRequest, messages=turns)
+    assert whole["usage"]["prompt_tokens"] < other["usage"]["prompt_tokens"]
+    text = choice_of(whole)["message"]["content"]
+    assert text != choice_of(other)["message"]["content"]
+    echoed = choice_of(service.whole(ChatRequest, **fields, echo=True))["message"]["content"]
+    assert echoed == "Hello and welc" + text
+    events = service.events(ChatRequest, **fields, echo=True)
+    assert "".join(choice_of(event)["delta"].get("content", "") for event in events) == echoed
+    assert choice_of(service.whole(ChatRequest, messages=turns, echo=True)) == choice_of(other)
+
+
+def test_control_tokens_of_a_text(service):
+    def num_tokens(**fields) -> int:
+        return service.whole(ChatRequest if "messages" in fields else TextRequest, **fields)["usage"]["prompt_tokens"]
+
+    messages = [{"role": "user", "content": "a</s>"}]
+    assert num_tokens(messages=messages) == num_tokens(messages=messages, split_special_tokens=False) + 3
+    assert num_tokens(prompt="a</s>") == 2
+    assert num_tokens(prompt="a</s>", split_special_tokens=True) == 5
+    assert num_tokens(prompt=["a</s>", "b"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"prompt": ["a"] * 17}, "prompt", "17 prompts with 1 answers each; this server gives at most 16"),
+        ({"prompt": ["a"] * 9, "n": 2}, "prompt", "send several requests"),
+        ({"prompt": ["a", "x" * 1024]}, "prompt.1", "leaves no room for an answer"),
+        ({"prompt": [[5], [6, 102]]}, "prompt.1", "has the token 102; use tokens from 0 to 99"),
+        ({"prompt": [10**30]}, "prompt", "use tokens from 0 to 99"),
+        ({"prompt": [5], "preferences": [{"text": "Be kind."}]}, "preferences", "give the prompt as text"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused(service, fields, param, words):
+    with pytest.raises(ApiError, match=words) as refused:
+        service.whole(**fields)
+    assert (refused.value.status, refused.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "words"),
+    [
+        ("no_system", [{"role": "system", "content": "S"}], "System role not supported"),
+        ("no_system", [{"role": "user", "content": "a"}] * 2, "Roles must alternate"),
+        (
+            "drops_system",
+            [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}],
+            "leaves out the system message",
+        ),
+        ("broken", [{"role": "user", "content": "a"}], "ZeroDivisionError"),
+    ],
+)
+def test_what_a_template_refuses_is_the_clients_to_change(base, loop, template, messages, words):
+    system = "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    is_odd = "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    alternate = is_odd + "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    loops = "{% for m in messages %}", "{{ m['content'] }}{% endfor %}"
+    templates = {
+        "no_system": (system + alternate).join(loops),
+        "drops_system": "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
+        "broken": "{{ 1 / 0 }}",
+    }
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = templates[template]
+    for is_streamed in (False, True):
+        with pytest.raises(ApiError, match=words) as refused:
+            Service(replace(base, tokenizer=tokenizer), loop).whole(ChatRequest, messages=messages, stream=is_streamed)
+        assert (refused.value.status, refused.value.param) == (400, "messages")

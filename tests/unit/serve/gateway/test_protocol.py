@@ -200,3 +200,78 @@ def test_prompt_must_not_be_empty():
 
 def test_events_are_one_line_of_json():
     assert event({"text": "a\nb é"}) == 'data: {"text": "a\\nb é"}\n\n'
+
+
+def text(**body):
+    return TextRequest.model_validate({"model": "m", "prompt": "Hi", **body})
+
+
+def text_refused(**body) -> ApiError:
+    with pytest.raises(ValidationError) as caught:
+        text(**body)
+    return refusal(caught.value.errors())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a"], ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_one_prompt_or_several_as_text_or_as_token_ids(prompt, prompts):
+    assert text(prompt=prompt).prompts == prompts
+    assert text(prompt=prompt, n=3).num_answers == 3 * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        (5, "prompt"),
+        (None, "prompt"),
+        ({"a": 1}, "prompt"),
+        ([], "prompt"),
+        ([[]], "prompt.0"),
+        (["a", ""], "prompt.1"),
+        (["a", 1], "prompt.1"),
+        ([1, "a"], "prompt.1"),
+        ([1, -1], "prompt.1"),
+        ([1, 2.5], "prompt.1"),
+        ([True], "prompt.0"),
+        ([[1], "a"], "prompt.1"),
+        ([[1], [2, None]], "prompt.1.1"),
+        ([None], "prompt.0"),
+    ],
+)
+def test_a_prompt_of_another_form_is_refused_where_it_is(prompt, param):
+    assert (text_refused(prompt=prompt).status, text_refused(prompt=prompt).param) == (400, param)
+
+
+def test_remedies_work_on_the_endpoint_that_gives_them():
+    for name in (
+        ChatRequest.NEUTRAL.keys() | TextRequest.NEUTRAL.keys() | {"best_of", "messages", "prompt", "max_new_tokens"}
+    ):
+        for ask, refuse, model in ((chat, refused, ChatRequest), (text, text_refused, TextRequest)):
+            if name in model.model_fields:
+                continue
+            error = refuse(**{name: "odd"})
+            assert (error.param, error.code) == (name, "unsupported_field")
+            if "or give" in error.message:
+                ask(**{name: json.loads(error.message.partition("or give ")[2])})
+    assert refused(best_of=1).message == "the field 'best_of' is not supported; remove it, and use n"
+    assert "use /v1/chat/completions" in text_refused(messages=MESSAGES).message
+    assert "x-request-id" in refused(request_id="r").message
+    assert "remove it, or give null" in refused(messages=[{"role": "user", "content": "a", "name": "b"}]).message
+
+
+def test_a_message_is_continued_or_a_new_one_begun():
+    options = ("continue_final_message", "add_generation_prompt")
+    for asked, taken in (
+        ({}, (False, True)),
+        ({"continue_final_message": True}, (True, False)),
+        ({"continue_final_message": True, "add_generation_prompt": False}, (True, False)),
+        ({"add_generation_prompt": False}, (False, False)),
+    ):
+        assert tuple(chat(**asked).template_options[name] for name in options) == taken
+    assert "not both" in refused(continue_final_message=True, add_generation_prompt=True).message
+
+
+def test_log_probabilities_are_not_those_of_the_prompt():
+    assert "leave out echo or logprobs" in text_refused(echo=True, logprobs=1).message

@@ -218,6 +218,37 @@ def test_the_description_has_examples_that_work(open_client):
     assert all("description" in fields[name] for name in ("objective_weights", "beta", "preferences", "scorer"))
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/models", f"/v1/models/{NAME}", "/", "/v1/objectives"])
+def test_head_has_the_headers_of_get_and_no_body(open_client, path):
+    got, head = open_client.get(path), open_client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert open_client.head("/nowhere").status_code == 404
+    assert open_client.head(CHAT).status_code == 405
+
+
+def test_a_slash_at_the_end_is_answered_and_not_redirected(open_client, keyed, key):
+    for path in ("/health/", "/v1/models/", f"/v1/models/{NAME}/", "/openapi.json/"):
+        assert open_client.get(path, follow_redirects=False).json() == open_client.get(path[:-1]).json()
+    for path, asked in ((CHAT, BODY), ("/v1/completions", {"model": NAME, "prompt": "a", "max_tokens": 2})):
+        assert open_client.post(f"{path}/", json=asked, follow_redirects=False).status_code == 200
+    assert keyed.get("/health/").status_code == 200
+    assert keyed.get("/v1/models/").status_code == 401
+    assert keyed.get("/v1/models/", headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_an_unknown_route_says_where_the_others_are(open_client):
+    error = error_of(open_client.post("/chat/completions", json=BODY))
+    assert error["message"] == "POST /chat/completions: no such route; /openapi.json lists all"
+
+
+def test_the_model_is_called_as_the_service_is_told(service):
+    client = TestClient(service.app(served_model_name="mine"))
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["mine"]
+    assert client.get("/v1/models/mine").json()["id"] == client.get("/health").json()["model"] == "mine"
+    assert client.get(f"/v1/models/{NAME}").status_code == 404
+
+
 # --- clients -----------------------------------------------------------------------------------------------------
 
 
