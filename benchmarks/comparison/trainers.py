@@ -5,8 +5,7 @@ RL is GRPO without its two normalisations (Dr. GRPO, arXiv 2503.20783), whose gr
 The reward of an answer is sum_m w_m r_m - kl * log(pi / p). Its mean, E r - kl * KL, is largest at the optimum of
 value-guided decoding with beta = 1 / kl.
 
-Answers are sampled as they are measured (`decode`): on the base model's truncated support, as is log(pi / p). The
-gradient of log pi is TRL's, over the whole vocabulary.
+Answers are sampled and scored as they are measured (`decode`): on the base model's truncated support.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
@@ -31,7 +32,7 @@ from benchmarks.comparison.decode import MixtureDecoder
 from benchmarks.comparison.merge import add_deltas, deltas_of
 from benchmarks.comparison.pairs import Pair
 from benchmarks.comparison.policies import PolicySpec, Settings
-from benchmarks.comparison.scoring import score_answers_only
+from benchmarks.comparison.scoring import score_on_support
 from benchmarks.comparison.usage import Budget, Usage
 from mavis_dist.config import Config
 from mavis_dist.core import noise
@@ -51,10 +52,9 @@ class Sampler:
     """Answers of the policy in a trainer, and their rewards."""
 
     def __init__(self, spec: PolicySpec, settings: Settings, config: Config, rewards: Rewards, usage: Usage):
-        rollout = config.rollout
         self._base = load_base(config.base.model, config.base.dtype, config.base.device)
         self._plain = copy.deepcopy(self._base.model)  # decoders repack the weights of the models that they run
-        self._params = SamplingParams(rollout.max_tokens, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
+        self._params = _sampling(config)
         self._spec, self._settings, self._config, self._rewards, self._usage = spec, settings, config, rewards, usage
 
     def __call__(self, questions: list[str], trainer: Any) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def rl_trainer(
         peft_config=_lora(settings),
         rollout_func=Sampler(spec, settings, config, rewards, usage),
     )
-    return _watched(trainer, Budget(spec.name, usage, settings))
+    return _watched(trainer, base, config, Budget(spec.name, usage, settings))
 
 
 def dpo_trainer(
@@ -188,7 +188,7 @@ def dpo_trainer(
         processing_class=base.tokenizer,
         peft_config=_lora(settings),
     )
-    return _watched(trainer, Budget(spec.name, usage, settings))
+    return _watched(trainer, base, config, Budget(spec.name, usage, settings))
 
 
 def _pass_size(total: int, most: int) -> int:
@@ -200,7 +200,6 @@ def _common(config: Config, settings: Settings, folder: Path) -> dict[str, Any]:
     """Arguments of both trainers."""
     return {
         "output_dir": str(folder),
-        "lr_scheduler_type": "constant",  # training may end at any step
         "seed": config.seed,
         "bf16": config.train.dtype == "bfloat16",
         "use_cpu": config.base.device == "cpu",
@@ -228,8 +227,20 @@ def reward_of(name: str) -> Callable[..., list[float]]:
     return column
 
 
-def _watched(trainer: Any, budget: Budget) -> Any:
-    score_answers_only(trainer.model)
+def _sampling(config: Config) -> SamplingParams:
+    rollout = config.rollout
+    return SamplingParams(rollout.max_tokens, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
+
+
+def _watched(trainer: Any, base: BaseModel, config: Config, budget: Budget) -> Any:
+    score_on_support(trainer.model, _sampling(config), sorted(base.eos_ids))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(budget)
+    trainer.create_scheduler = partial(_decay, trainer, budget)
     return trainer
+
+
+def _decay(trainer: Any, budget: Budget, *_: Any, **__: Any) -> LambdaLR:
+    """A learning rate that falls to 0 while the budget is spent: a constant one lets noise move a trained policy."""
+    trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda _: 1 - min(budget.spent, 1.0))
+    return trainer.lr_scheduler

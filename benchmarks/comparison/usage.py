@@ -55,15 +55,21 @@ class Budget(TrainerCallback):
     def __init__(self, name: str, usage: Usage, settings: Settings):
         self._stage, self.usage, self._settings = f"train {name}", usage, settings
         self._before, self._started, self._shown = usage.seconds, time.monotonic(), 0.0
+        self.spent = self._of_budget  # of seconds, tokens or steps, whichever is largest; 1: training ends
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        usage, settings = self.usage, self._settings
+        usage = self.usage
         usage.steps, usage.seconds = state.global_step, self._before + time.monotonic() - self._started
-        if usage.seconds >= settings.seconds or usage.tokens >= settings.tokens:
+        self.spent = max(self._of_budget, usage.steps / state.max_steps)
+        if self.spent >= 1:
             control.should_training_stop = True
+
+    @property
+    def _of_budget(self) -> float:
+        return max(self.usage.seconds / self._settings.seconds, self.usage.tokens / self._settings.tokens)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any) -> None:
         numbers = {key: value for key, value in passed["logs"].items() if isinstance(value, float)}

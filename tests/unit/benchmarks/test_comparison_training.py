@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +26,7 @@ from benchmarks.comparison.fit import scale_of, train_policy, training_prompts
 from benchmarks.comparison.load import load_merged
 from benchmarks.comparison.mixture import mix
 from benchmarks.comparison.policies import DPO, FOLDER, RL, TRAINING, PolicySpec, Settings
-from benchmarks.comparison.scoring import score_answers_only
+from benchmarks.comparison.scoring import score_on_support
 from benchmarks.comparison.trainers import Sampler, extremes
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
@@ -254,6 +255,17 @@ def test_the_budget_ends_training(run: tuple[Config, Store]) -> None:
     assert metadata["seconds"] > 0
 
 
+def test_the_learning_rate_falls_while_the_budget_is_spent(run: tuple[Config, Store]) -> None:
+    config, store = run
+    metadata = train_policy(VOWELS, replace(SETTINGS, tokens=4_000), config, store)
+    lines = store.read_bytes(f"{VOWELS.folder}/{fit.HISTORY_FILE}").decode().splitlines()
+    rates = [rate for line in lines if (rate := json.loads(line).get("learning_rate")) is not None]
+    assert metadata["steps"] > 4
+    assert rates[0] == SETTINGS.rl_learning_rate
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < rates[0] / 2
+
+
 def test_the_command_trains_what_is_named(
     run: tuple[Config, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,26 +284,66 @@ def test_the_command_trains_what_is_named(
     assert "--tag" in capsys.readouterr().err
 
 
-def test_answers_are_scored_as_trl_scores_them(tmp_path: Path) -> None:
+class Scored:
+    """Log-probabilities of the answers in a batch under an adapter, and gradients of a weighted sum of them."""
+
+    def __init__(self, folder: Path):
+        base = load_base(str(write_base(folder)), "float32")
+        self.eos_ids = sorted(base.eos_ids)
+        torch.manual_seed(0)
+        self.model = get_peft_model(base.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        add_fused_lm_head(self.model.get_base_model(), outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        self.ids_BT = torch.randint(0, base.model.config.vocab_size, (3, 12))
+        self.labels_BT = self.ids_BT.clone()
+        self.labels_BT[:, :5] = self.labels_BT[1, 9:] = -100
+        self.weights_BT = torch.randn(3, 11)
+
+    def logits(self) -> torch.Tensor:
+        """Of the tokens after the first, over the whole vocabulary."""
+        logits_BTV: torch.Tensor = self.model(input_ids=self.ids_BT).logits[:, :-1]
+        return logits_BTV
+
+    def found(self) -> Any:
+        mask_BT = torch.ones_like(self.ids_BT)
+        return self.model(input_ids=self.ids_BT, attention_mask=mask_BT, labels=self.labels_BT, fused_lm_head=True)
+
+    def gradients(self, found: Any) -> list[torch.Tensor]:
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        return list(torch.autograd.grad((found.log_probs * self.weights_BT).sum(), trained))
+
+
+def test_with_every_token_as_support_answers_are_scored_as_trl_scores_them(tmp_path: Path) -> None:
     """Prompts and padding left out, log-probabilities and gradients are the same."""
-    base = load_base(str(write_base(tmp_path)), "float32")
-    torch.manual_seed(0)
-    model = get_peft_model(base.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    ids_BT = torch.randint(0, base.model.config.vocab_size, (3, 12))
-    labels_BT = ids_BT.clone()
-    labels_BT[:, :5] = labels_BT[1, 9:] = -100
-    weights_BT = torch.randn(3, 11)
-
-    def scored() -> tuple[Any, list[torch.Tensor]]:
-        found = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), labels=labels_BT, fused_lm_head=True)
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        return found, list(torch.autograd.grad((found.log_probs * weights_BT).sum(), trained))
-
-    theirs, their_gradients = scored()
-    score_answers_only(model)
-    ours, our_gradients = scored()
+    scored = Scored(tmp_path)
+    theirs = scored.found()
+    their_gradients = scored.gradients(theirs)
+    score_on_support(scored.model, SamplingParams(top_k=10_000), [])
+    ours = scored.found()
     torch.testing.assert_close(ours.log_probs, theirs.log_probs)
-    torch.testing.assert_close(our_gradients, their_gradients)
+    torch.testing.assert_close(scored.gradients(ours), their_gradients)
     assert (ours.is_top1 == theirs.is_top1).all()
     assert (ours.log_probs[:, :4] == 0).all()
+
+
+@pytest.mark.parametrize("is_reference", [False, True])
+def test_answers_are_scored_on_the_support_of_the_base_model(tmp_path: Path, is_reference: bool) -> None:
+    """By hand: top 4 of the base model without the end at the start of answers, and the token itself in any case."""
+    scored = Scored(tmp_path)
+    targets_BT = scored.labels_BT[:, 1:]
+    with torch.no_grad(), scored.model.disable_adapter():
+        base_BTV = scored.logits()
+    policy_BTV = base_BTV if is_reference else scored.logits().detach()
+    allowed_BTV = base_BTV.clone()
+    allowed_BTV[:, 4, scored.eos_ids] = float("-inf")
+    score_on_support(scored.model, SamplingParams(top_k=4), scored.eos_ids)
+    with torch.no_grad(), scored.model.disable_adapter() if is_reference else nullcontext():
+        found_BT = scored.found().log_probs
+    num_outside = 0
+    for row, place in (targets_BT != -100).nonzero().tolist():
+        target = int(targets_BT[row, place])
+        support = {*allowed_BTV[row, place].topk(4).indices.tolist(), target}
+        num_outside += len(support) - 4
+        right = policy_BTV[row, place, target] - policy_BTV[row, place, sorted(support)].logsumexp(0)
+        torch.testing.assert_close(found_BT[row, place], right, rtol=1e-4, atol=1e-5)
+    assert num_outside  # random tokens: some lie outside
+    assert (found_BT[targets_BT == -100] == 0).all()
