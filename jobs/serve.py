@@ -33,12 +33,12 @@ def run(config: Config) -> None:
     from serve.app import deploy, undeploy
 
     config = with_keys(config)
-    if lost := lost_system(config, load_tokenizer(config.base.model)):
-        say("serve", lost)
     cluster.connect()
     with cluster.stop_on_signals(), suppress(Stopped):
         url = deploy(config)
         try:
+            if lost := lost_system(config, load_tokenizer(config.base.model)):
+                say("serve", lost)
             print(example(config, url), flush=True)
             while True:
                 cluster.check_stop()

@@ -42,6 +42,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "base": {"model": str(folder / tiny.MODEL), "dtype": "float32"},
         "prompts": {"train": 4, "validation": 1, "evaluation": 8},
         "rollout": {"max_tokens": 12, "cpus_per_actor": 1},
+        "value": {"layers": 1},
         "evaluate": {"limit_answers": 16},
         "compare": {
             "methods": METHODS,
