@@ -9,9 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mavis_dist import config
-from tests.tiny import MODEL, write_models
+from tests.tiny import MODEL, write_base, write_models
 
 
 def has_ipv6() -> bool:
@@ -108,8 +109,12 @@ def test_applications_that_fail_are_removed(ray_address, folder, tmp_path):
 
     with taken_port("127.0.0.1") as port:
         pass
+    file = write_base(tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.norm.weight"]  # which only a replica notices, as it loads the weights
+    save_file(weights, file, {"format": "pt"})
     damaged = settings(folder, "127.0.0.1", port)
-    damaged = damaged.model_copy(update={"base": damaged.base.model_copy(update={"model": str(tmp_path)})})
+    damaged = damaged.model_copy(update={"base": damaged.base.model_copy(update={"model": str(file.parent)})})
     with pytest.raises(DeployError, match="main"):
         deploy(damaged, limit_s=25)
     assert not is_serve_running()

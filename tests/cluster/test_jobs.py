@@ -9,6 +9,7 @@ import ray
 import yaml
 from ray._private.runtime_env import packaging
 
+from mavis_dist import cluster
 from mavis_dist.config import load
 from mavis_dist.failures import failure_of
 from mavis_dist.types import UserError
@@ -25,6 +26,7 @@ def test_results_in_the_copy_of_a_working_folder_are_refused(tmp_path: Path) -> 
     (tmp_path / "my-model" / "config.json").write_text("{}")
     settings = {"run": "r", "objectives": {"brief": {"reward": "brevity"}}, "base": {"model": "./my-model"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    cluster.connect()
     package = packaging.get_uri_for_directory(str(tmp_path), include_gitignore=False)  # as `ray job submit` makes it
     packaging.upload_package_if_needed(package, str(tmp_path.parent), str(tmp_path), include_gitignore=False)
     task = ray.remote(read).options(runtime_env={"working_dir": package}, num_cpus=0)
