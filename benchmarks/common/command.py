@@ -7,13 +7,14 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mavis_dist.environment  # noqa: F401  the same OpenMP waiting as in the actors
 from benchmarks.common import figures
-from mavis_dist import config as config_module
-from mavis_dist.config import Config
 from mavis_dist.tables import text_table
+
+if TYPE_CHECKING:
+    from mavis_dist.config import Config
 
 Scale = TypeVar("Scale")
 
@@ -64,7 +65,8 @@ def of_config(
     argv: Sequence[str] | None,
 ) -> dict[str, Any]:
     """With --page-only the figures of `file`; otherwise those of the config that is named, which are written to it."""
-    from jobs.arguments import refusing
+    from jobs.arguments import refusing  # here: both need packages that commands without a config do without
+    from mavis_dist import config as config_module
 
     if arguments.page_only:
         return refusing(lambda: figures.read(file))
