@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import jinja2
 
@@ -75,14 +75,14 @@ def chat_ids(
         ChatError: if the template rejects the conversation or leaves out a message, or a text cannot be encoded.
     """
     turns: list[Turn] = [dict(message) for message in messages]
-    for turn in turns:
-        _check(turn["content"], f"the {turn['role']} message")
     is_given = any(turn["role"] == "system" for turn in turns)
     if not is_given:
         turns.insert(0, {"role": "system", "content": system})
+    for turn in turns:
+        _check(turn["content"], f"the {turn['role']} message")
     mark = _unused(turn["content"] for turn in turns)
     render = partial(_render, tokenizer, continue_final_message, add_generation_prompt and not continue_final_message)
-    fitting = _fitting(render, turns, may_lose_system=not is_given)
+    fitting = _fitting(render, turns, mark, may_lose_system=not is_given)
     if split_special_tokens:
         fitting = [_with_text(turn, partial(_cut, tokenizer, turn["role"], mark)) for turn in fitting]
     first, *others = render(fitting).split(mark)
@@ -98,30 +98,36 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, split_special_tokens
     _check(text, "the text")
     mark = _unused([text])
     first, *others = (_cut(tokenizer, "user", mark, text) if split_special_tokens else text).split(mark)
-    return _encode(tokenizer, list(tokenizer.encode(first)), others)
+    # Some tokenizers add an end of text as well, which no prompt ends with.
+    begin = [id_ for id_ in tokenizer.encode("")[:1] if id_ == tokenizer.bos_token_id]
+    return _encode(tokenizer, [*begin, *_ids(tokenizer, first)], others)
 
 
-def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a system text reaches the prompt, in a turn of its own or before the first question.
+def place_of_system(tokenizer: PreTrainedTokenizerBase) -> Literal["turn", "question"] | None:
+    """Where a system text goes: into a turn of its own, or before the first question; None: nowhere.
 
     Some templates leave it out without a word. `chat_ids` then refuses conversations with a system message.
     """
+    turns = [{"role": "system", "content": "Be kind."}, *USER]
     try:
-        chat_ids(tokenizer, [{"role": "system", "content": "Be kind."}, *USER], "")
+        fitting = _fitting(partial(_render, tokenizer, False, True), turns, MARKS[0], may_lose_system=False)
     except ChatError:
-        return False
-    return True
+        return None
+    return "turn" if len(fitting) == len(turns) else "question"
+
+
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a system text reaches the prompt."""
+    return place_of_system(tokenizer) is not None
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Id of the token that a chat template puts right behind an assistant's message, such as `<|im_end|>`, or None."""
-    answer = "Qx0xQ"
     if not tokenizer.chat_template:
         return None
-    turns = [{"role": "system", "content": ""}, *USER, {"role": "assistant", "content": answer}]
-    render = partial(_render, tokenizer, False, False)
+    answer = f"{MARKS[1]}0"
     try:
-        before, _, after = render(_fitting(render, turns, may_lose_system=True)).rpartition(answer)
+        before, _, after = _sample(tokenizer, answer, False).rpartition(answer)
     except ChatError:
         return None
     ids = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
@@ -133,7 +139,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return ids[behind]
 
 
-def _fitting(render: Render, turns: Sequence[Turn], may_lose_system: bool) -> Sequence[Turn]:
+def _sample(tokenizer: PreTrainedTokenizerBase, answer: str, generation_prompt: bool) -> str:
+    """A short conversation as text, with an answer in it; raises ChatError."""
+    turns = [{"role": "system", "content": ""}, *USER, {"role": "assistant", "content": answer}]
+    render = partial(_render, tokenizer, False, generation_prompt)
+    return render(_fitting(render, turns, MARKS[0], may_lose_system=True))
+
+
+def _fitting(render: Render, turns: Sequence[Turn], mark: str, may_lose_system: bool) -> Sequence[Turn]:
     """The turns as the template takes them, with nothing left out, except the system text if that is allowed.
 
     Raises ChatError. Its reason is that against the last arrangement: a rejected system message does not matter if its
@@ -142,7 +155,7 @@ def _fitting(render: Render, turns: Sequence[Turn], may_lose_system: bool) -> Se
     rejection = ChatError("the model's chat template takes no messages: use another model")
     for arranged in filter(None, (turns, _system_in_question(turns))):
         try:
-            fitting, lost = _least_lost(render, arranged)
+            fitting, lost = _least_lost(render, arranged, mark)
         except ChatError as error:
             rejection = error
             continue
@@ -156,34 +169,51 @@ def _fitting(render: Render, turns: Sequence[Turn], may_lose_system: bool) -> Se
     raise rejection
 
 
-def _least_lost(render: Render, turns: Sequence[Turn]) -> tuple[Sequence[Turn], Collection[int]]:
+def _least_lost(render: Render, turns: Sequence[Turn], mark: str) -> tuple[Sequence[Turn], Collection[int]]:
     """The turns as texts, or where these get lost as lists of parts; and which turns are lost even so.
 
     Raises ChatError if the template rejects both.
     """
     rejection, lost = None, set(range(len(turns)))
     try:
-        lost = _lost(render, turns)
+        lost = _lost(render, turns, mark)
     except ChatError as error:
         rejection = error
     if lost:
         in_parts = [_in_parts(turn) if place in lost else turn for place, turn in enumerate(turns)]
         with suppress(ChatError):
-            if len(left := _lost(render, in_parts)) < len(lost):
+            if len(left := _lost(render, in_parts, mark)) < len(lost):
                 return in_parts, left
     if rejection is not None:
         raise rejection
     return turns, lost
 
 
-def _lost(render: Render, turns: Sequence[Turn]) -> set[int]:
+def _lost(render: Render, turns: Sequence[Turn], mark: str) -> set[int]:
     """Places of the turns whose texts do not reach the prompt; raises ChatError.
 
-    A mark behind a text stays if the template strips spaces, or commands and reasoning inside of the text.
+    Marks around a text stay if the template strips spaces, changes letters, or cuts commands out of the text. Answers
+    have one behind them alone: templates cut the reasoning before it.
     """
-    marks = [f"Qx{place}xQ" for place in range(len(turns))]
-    rendered = render([_with_text(turn, partial(_behind, mark)) for turn, mark in zip(turns, marks, strict=True)])
-    return {place for place, mark in enumerate(marks) if mark not in rendered}
+    marks = [f"{mark}{place}{mark}" for place in range(len(turns))]
+    rendered = render(
+        [_with_text(turn, partial(_around, turn["role"], mark)) for turn, mark in zip(turns, marks, strict=True)]
+    )
+    expected = [1 if turn["role"] == "assistant" else 2 for turn in turns]
+    return {
+        place
+        for place, (turn, mark, count) in enumerate(zip(turns, marks, expected, strict=True))
+        if rendered.count(mark) < count or _is_quoted(turn, mark, rendered)
+    }
+
+
+def _around(role: str, mark: str, text: str) -> str:
+    return f"{text}{mark}" if role == "assistant" else f"{mark}{text}{mark}"
+
+
+def _is_quoted(turn: Turn, mark: str, rendered: str) -> bool:
+    """Whether a list of parts was written out as it is."""
+    return not isinstance(turn["content"], str) and any(f"{mark}{quote}" in rendered for quote in "'\"")
 
 
 def _render(
@@ -233,10 +263,6 @@ def _with_text(turn: Turn, change: Callable[[str], str]) -> Turn:
     return {**turn, "content": [{**part, "text": change(part["text"])} for part in content]}
 
 
-def _behind(mark: str, text: str) -> str:
-    return text + mark
-
-
 def _check(text: str, what: str) -> None:
     if fault := text_fault(text):
         raise ChatError(f"{what} {text!r:.60} holds {fault}: remove it")
@@ -252,30 +278,31 @@ def _unused(texts: Iterable[str]) -> str:
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, role: str, mark: str, text: str) -> str:
-    """The text with a mark inside of everything that is spelt like a control token."""
-    template = str(tokenizer.chat_template or PLAIN_TEMPLATE)
-    spelt = _control_tokens(tokenizer, len(tokenizer), template, role != "assistant")
-    return spelt.sub(rf"\1{mark}", text) if spelt else text
+    """The text with a mark behind the first character of everything that is spelt like a control token, also where two
+    overlap.
+    """
+    known = _control_tokens(tokenizer, len(tokenizer), tokenizer.chat_template, role != "assistant")
+    spelt = "|".join(re.escape(token) for token in known if token in text)
+    return re.sub(f"(?={spelt})(.)", rf"\1{mark}", text, flags=re.DOTALL) if spelt else text
 
 
 @lru_cache(maxsize=8)
 def _control_tokens(
-    tokenizer: PreTrainedTokenizerBase, num_tokens: int, template: str, with_template: bool
-) -> re.Pattern[str] | None:
-    """Matches the first character of every control token, also of overlapping ones; None if there are none.
-
-    Control tokens are those that the tokenizer calls special and, `with_template`, the added ones that the template
-    writes: many tokenizers do not call them special. Not so in answers, from which templates cut their reasoning by
-    such a token.
+    tokenizer: PreTrainedTokenizerBase, num_tokens: int, template: str | None, with_template: bool
+) -> tuple[str, ...]:
+    """What the tokenizer calls special and, `with_template`, the added tokens that the template writes: many tokenizers
+    do not call them special. Not so in answers, from which templates cut their reasoning by such a token.
     """
-    tokens = [
+    written = template or PLAIN_TEMPLATE
+    with suppress(ChatError):
+        written += _sample(tokenizer, "", True)  # some put them together from parts
+    return tuple(
         token.content
         for token in tokenizer.added_tokens_decoder.values()
         if len(token.content) > 1
         and token.content.strip()
-        and (token.special or (with_template and token.content in template))
-    ]
-    return re.compile(f"(?={'|'.join(map(re.escape, tokens))})(.)", re.DOTALL) if tokens else None
+        and (token.special or (with_template and token.content in written))
+    )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, ids: list[int], others: Sequence[str]) -> list[int]:

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 
 from mavis_dist.config import Config
-from mavis_dist.models.chat import PLAIN_TEMPLATE, takes_system
+from mavis_dist.models.chat import place_of_system, takes_system
 from mavis_dist.models.end_tokens import describe_disagreement
 from mavis_dist.models.load import BaseModel, fetch
 from mavis_dist.models.value import ValueModel
@@ -53,14 +52,12 @@ def rendered(model: BaseModel) -> str:
 
 def system(model: BaseModel) -> str:
     """What becomes of a system text."""
-    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
-    chosen = None if model.tokenizer.chat_template else PLAIN_TEMPLATE
-    try:
-        model.tokenizer.apply_chat_template(turns, chat_template=chosen, tokenize=False)
-        handling = "a turn of its own"
-    except jinja2.TemplateError:
-        handling = "put before the first question, since the template rejects it"
-    return handling if takes_system(model.tokenizer) else "left out by the template"
+    place = place_of_system(model.tokenizer)
+    return {
+        "turn": "a turn of its own",
+        "question": "put before the first question, since the template rejects it",
+        None: "left out by the template",
+    }[place]
 
 
 def windows(settings: Any) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mavis_dist.models.chat import MARKS, ChatError, chat_ids, text_ids
+from mavis_dist.models.chat import MARKS, ChatError, chat_ids, end_of_turn, place_of_system, takes_system, text_ids
 from mavis_dist.models.load import load_tokenizer
 from tests.root import ROOT
 from tests.tiny import ALPHABET, EOS
@@ -22,11 +22,11 @@ NO_SYSTEM = (
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
     "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 )
-NO_SYSTEM_TEXT = (
+DROPS_SYSTEM = (
     "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
 )
 FIRST_AND_LAST = "{{ messages[0]['content'] }}{{ messages[-1]['content'] }}"
-PARTS = (
+PARTS_ONLY = (
     "{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}{% if part['type'] == 'text' %}"
     "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
@@ -34,6 +34,16 @@ PARTS_BY_FILTER = (
     "{% for m in messages %}[{{ m['role'] }}]"
     "{{ (m['content'] | selectattr('type', 'equalto', 'text') | first)['text'] }}{% endfor %}"
 )
+SYSTEM_IN_PARTS = "{{ messages[0]['content'][0]['text'] }}{% for m in messages[1:] %}[{{ m['content'] }}]{% endfor %}"
+LAST_ONLY = "[{{ messages[-1]['content'] }}]"
+ONE_SYSTEM = (
+    "{% for m in messages %}{% if loop.first or m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+TRIMS = "{% for m in messages %}[{{ m['content'] | trim }}]{% endfor %}"
+THINKS = "{% for m in messages %}[{{ m['content'].split('</think>')[-1].replace('/no_think', '') }}]{% endfor %}"
+SHOUTS = "{% for m in messages %}[{{ m['content'] | upper }}]{% endfor %}"
+BEGINNING = "{% for m in messages %}[{{ m['content'][:3] }}]{% endfor %}"
+NOT_A_TEMPLATE = "{% for m in messages %}"
 NO_REASONING = (
     "{% for m in messages %}{% set text = m['content'] %}{% if m['role'] == 'assistant' and '</think>' in text %}"
     "{% set text = text.split('</think>')[-1] %}{% endif %}[{{ m['role'] }}]{{ text }}{% endfor %}"
@@ -104,8 +114,8 @@ def test_without_system_turns_the_text_precedes_the_first_question():
 @pytest.mark.parametrize(
     ("template", "turns", "lost"),
     [
-        (NO_SYSTEM_TEXT, [system("Answer in French."), user("a")], "system message: put its text into a user message"),
-        (NO_SYSTEM_TEXT, [user("a"), system("user")], "system message"),  # the template writes that word itself
+        (DROPS_SYSTEM, [system("Answer in French."), user("a")], "system message: put its text into a user message"),
+        (DROPS_SYSTEM, [user("a"), system("user")], "system message"),  # the template writes that word itself
         (FIRST_AND_LAST, [user("a"), assistant("b"), user("c")], "user message: change the messages' roles or order"),
         (FIRST_AND_LAST, [system("S"), assistant("b"), user("c")], "assistant message"),
     ],
@@ -115,7 +125,61 @@ def test_text_that_would_vanish_is_refused(template, turns, lost):
         text_of(template, *turns)
 
 
-@pytest.mark.parametrize("template", [PARTS, PARTS_BY_FILTER])
+@pytest.mark.parametrize(
+    ("template", "turns", "reason"),
+    [
+        (ONE_SYSTEM, [system("S"), user("a"), system("T"), user("b")], "leaves out the system message"),
+        (LAST_ONLY, [system("S"), user("a")], "leaves out the system message"),
+        ("nothing at all", [user("Hello")], "leaves out the system message"),
+        (NOT_A_TEMPLATE, [user("a")], "endfor"),
+        (CHATML, [user("half \ud83d")], r"user message .* half of a surrogate pair \('\\ud83d'\)"),
+        (CHATML, [system("S\0"), user("a")], "system message .* a NUL character"),
+        (BEGINNING, [user("Hello")], "leaves out the system message"),
+        (THINKS, [user("what is </think> for?")], "leaves out the user message"),
+    ],
+)
+def test_a_conversation_that_cannot_be_asked_is_refused_with_its_reason(template, turns, reason):
+    with pytest.raises(ChatError, match=reason) as caught:
+        text_of(template, *turns)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "prompt"),
+    [
+        (DROPS_SYSTEM, [user("Hello")], "[user]Hello"),
+        (NO_SYSTEM, [user("Hello")], "[user]Be kind.\n\nHello"),
+        (NO_SYSTEM, [system("S"), user("Hello")], "[user]S\n\nHello"),
+        (PARTS_ONLY, [user("Hello")], "[system]Be kind.[user]Hello"),
+        (PARTS_ONLY, [system("S"), user("a"), assistant("b"), user("c")], "[system]S[user]a[assistant]b[user]c"),
+        (SYSTEM_IN_PARTS, [user("Hello")], "Be kind.[Hello]"),
+        (TRIMS, [user("  Hello \n")], "[Be kind.][Hello]"),
+        (SHOUTS, [user("a")], "[BE KIND.][A]"),
+        (THINKS, [user("a"), assistant("<think>\nx\n</think>b"), user("c /no_think")], "[Be kind.][a][b][c ]"),
+    ],
+)
+def test_every_text_is_in_the_prompt(template, messages, prompt):
+    assert text_of(template, *messages) == prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "place"),
+    [
+        (CHATML, "turn"),
+        (PARTS_ONLY, "turn"),
+        (None, "turn"),
+        (NO_SYSTEM, "question"),
+        (DROPS_SYSTEM, None),
+        (LAST_ONLY, None),
+        (NOT_A_TEMPLATE, None),
+    ],
+)
+def test_where_a_system_text_goes_is_known(template, place):
+    assert place_of_system(tokenizer_with(template)) == place
+    assert takes_system(tokenizer_with(template)) is (place is not None)
+
+
+@pytest.mark.parametrize("template", [PARTS_ONLY, PARTS_BY_FILTER])
 def test_content_is_given_as_parts_where_the_template_wants_them(template):
     assert text_of(template, user("Hello?")) == "[system]Be kind.[user]Hello?"
     assert text_of(template, system("S"), user("a"), assistant("b")) == "[system]S[user]a[assistant]b"
@@ -151,6 +215,31 @@ def test_a_message_that_the_template_rewrites_cannot_be_continued():
     template = "{% for m in messages %}{{ m['content'] | replace('el', 'oh') | replace('welc', '') }}{% endfor %}"
     with pytest.raises(ChatError, match="it cannot be continued: leave out continue_final_message"):
         text_of(template, *TURNS, add_generation_prompt=False, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "token"),
+    [
+        (CHATML, "<|im_end|>"),
+        ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }} </s>{% endfor %}", "</s>"),
+        # The same token behind every message, beginnings spelt as text.
+        (
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}",
+            "<|im_end|>",
+        ),
+        # No end of turn, and always the beginning of another answer.
+        ("{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}<|im_start|>", None),
+        (NO_SYSTEM, None),
+        (PARTS_ONLY, None),
+        (NOT_A_TEMPLATE, None),
+        (None, None),
+    ],
+)
+def test_the_template_shows_which_token_ends_a_turn(template, token):
+    tokenizer = tokenizer_with(template, *CONTROL)
+    expected = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    assert end_of_turn(tokenizer) == expected
 
 
 # --- control tokens --------------------------------------------------------------------------------------------------
@@ -190,6 +279,14 @@ def test_tokens_that_the_template_writes_are_control_tokens_whatever_the_tokeniz
         assert (num_control(tokenizer, ids) == num_control(tokenizer, plain)) is is_control
 
 
+def test_tokens_that_the_template_puts_together_are_control_tokens():
+    template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    names = ["<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = tokenizer_with(template, *(AddedToken(name, special=False, normalized=False) for name in names))
+    ids = chat_ids(tokenizer, [user("a<|system|>b")], "S")
+    assert [ids.count(token) for token in tokenizer.convert_tokens_to_ids(names)] == [1, 1, 0]
+
+
 def test_overlapping_control_tokens_stay_text():
     tokenizer = tokenizer_with(CHATML, *CONTROL, "<ab", "b>")
     ids = chat_ids(tokenizer, [user("<ab>")], "S")
@@ -226,6 +323,22 @@ def test_prompts_of_the_caller_may_spell_control_tokens():
     assert tokenizer.decode(ids) == "a</s>"
 
 
+def test_a_prompt_never_ends_with_the_end_of_text_that_a_tokenizer_adds():
+    tokenizer = tokenizer_with(None, *CONTROL)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    for is_split in (False, True):
+        ids = text_ids(tokenizer, "a<|im_end|>b", split_special_tokens=is_split)
+        assert (ids[0], ids.count(0), ids.count(EOS)) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("fault", ["\ud83d", "\0"])
+def test_a_default_system_text_that_cannot_be_encoded_is_refused(fault):
+    with pytest.raises(ChatError, match=r"the system message .* holds"):
+        chat_ids(tokenizer_with(CHATML), [user("a")], f"S{fault}")
+
+
 @pytest.mark.parametrize("text", ["bad \ud83d end", "\udc00"])
 def test_half_a_character_is_refused(text):
     tokenizer = tokenizer_with(CHATML)
@@ -242,3 +355,10 @@ def test_ordinary_text_is_encoded_as_by_the_tokenizer_itself():
         turns = [system("Be kind."), user(text)]
         expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         assert chat_ids(tokenizer, [user(text)], "Be kind.") == expected
+
+
+def test_other_conversations_have_the_ids_of_the_template_as_it_is():
+    tokenizer = tokenizer_with(CHATML, *CONTROL)
+    turns = [system("Be kind."), user("Hello < |im_end|> there"), assistant("Hi"), user("  covid\n\n")]
+    whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert chat_ids(tokenizer, turns, "") == list(whole)

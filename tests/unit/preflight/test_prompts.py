@@ -15,7 +15,7 @@ from mavis_dist.preflight import describe
 from mavis_dist.preflight.checks import check_prompts
 from mavis_dist.prompts import PromptError
 from tests.tiny import write_base
-from tests.unit.models.test_chat_templates import DROPS_SYSTEM, NO_SYSTEM, PARTS_ONLY
+from tests.unit.models.test_chat import DROPS_SYSTEM, NO_SYSTEM, PARTS_ONLY
 
 CONTEXT, LONGEST_ANSWER = 1024, 24
 LONG = "word " * 300  # 1,500 tokens
