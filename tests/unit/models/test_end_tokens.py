@@ -112,7 +112,7 @@ def test_ordinary_tokens_that_end_answers_stay_text(model: Path) -> None:
     "settings", [{"rstrip": True}, {"lstrip": True}, {"single_word": True}, {"normalized": True}, {"normalized": False}]
 )
 def test_marking_an_end_changes_no_encoding(model: Path, settings: dict[str, bool]) -> None:
-    write_end(model, False, **settings)
+    write_end(model, False, as_eos=False, **settings)
     plain, marked = read_tokenizer(model), load_tokenizer(str(model))
     token = marked.added_tokens_decoder[END]
     assert token.special
