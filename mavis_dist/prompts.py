@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mavis_dist.types import Prompt, UserError, one_line, text_fault
 
 BUILTIN = Path(__file__).parent / "data" / "prompts.jsonl"
 BUILDERS = {".jsonl": "json", ".parquet": "parquet"}  # of the package datasets
+LEVELS = 16  # of columns inside of others that have names; JSON may have thousands
 # Who speaks, under the names that data sets use.
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -23,7 +25,15 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 LABELS = {"user": "Human", "assistant": "Assistant"}  # of dialogues, as in HH-RLHF
-LABEL = "(Human|Assistant):"
+LINE, BLANK_LINE = r"\n[^\S\n]*", r"\n[^\S\n]*\n[^\S\n]*"  # what stands before the labels of a dialogue
+MARKS = r"[^\w\n]*"  # such as those of a heading
+ANSWERS = "assistant|ai|bot|gpt|chatgpt"
+FIRST_LABEL = re.compile(rf"\n{MARKS}(?:human|user|({ANSWERS}))\s*:", re.IGNORECASE)
+WITH_ANSWERS = re.compile(
+    rf"\W*(?:(?:human|user|system)\s*:.*?(?:\bassistant\s*:|^{MARKS}(?:{ANSWERS})\s*:)"
+    rf"|assistant\s*:.*?^{MARKS}(?:human|user)\s*:)",
+    re.IGNORECASE | re.MULTILINE | re.DOTALL,
+)
 
 Turn = tuple[str, str]  # role and text
 
@@ -126,6 +136,11 @@ def _read(prompts: Prompts, split: str) -> Pool:
     source = prompts.source
     path = BUILTIN if source == "builtin" else Path(source).expanduser()
     if path.suffix not in BUILDERS:
+        if path.is_file():
+            raise PromptError(
+                f"prompts.source {source!r} is neither a .jsonl file, with one JSON object per line, nor a .parquet "
+                f"file: convert it to one of them"
+            )
         rows = _read_dataset(prompts, source, split=split, name=prompts.subset)
         return Pool(split, rows, range(len(rows)))
     is_remote = "://" in source
@@ -138,14 +153,16 @@ def _read(prompts: Prompts, split: str) -> Pool:
         table = _read_dataset(prompts, BUILDERS[path.suffix], data_files=file, split="train")
     if "split" not in _columns(table):
         return Pool("row", table, range(len(table)))
-    splits = [row.get("split") for row in table]
-    if split not in splits:
-        known = ", ".join(sorted({str(name) for name in splits}))
+    names = [row.get("split") for row in table]
+    splits = {number: str(name) for number, name in enumerate(names) if name is not None}
+    if not splits:
+        return Pool("row", table, range(len(table)))
+    if split not in splits.values():
         raise PromptError(
             f"prompts.source {source!r} has no split {split!r}: "
-            f"set prompts.train_split and prompts.eval_split to {known}"
+            f"set prompts.train_split and prompts.eval_split to {', '.join(sorted(set(splits.values())))}"
         )
-    return Pool(split, table, [number for number, name in enumerate(splits) if name == split])
+    return Pool(split, table, [number for number, name in splits.items() if name == split])
 
 
 def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
@@ -159,8 +176,10 @@ def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
 def _row(path: Path, number: int, line: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"line {number} of {str(path)!r} is not JSON ({error.msg}): correct the line") from None
+    # Besides what is not JSON: integers of thousands of digits, and thousands of levels.
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+        raise PromptError(f"line {number} of {str(path)!r} is not JSON ({reason}): correct the line") from None
     if not isinstance(row, dict):
         raise PromptError(f"line {number} of {str(path)!r} is not a JSON object: write one object per line")
     return row
@@ -186,11 +205,11 @@ def _columns(table: Any) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in _names(row)))
 
 
-def _names(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _names(row: Mapping[str, Any], prefix: str = "", levels: int = LEVELS) -> Iterator[str]:
     for name, value in row.items():
         yield f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _names(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping) and levels > 1:
+            yield from _names(value, f"{prefix}{name}.", levels - 1)
 
 
 def _value(row: Any, field: str) -> Any:
@@ -199,8 +218,9 @@ def _value(row: Any, field: str) -> Any:
         return None
     if field in row:
         return row[field]
-    outer, _, inner = field.partition(".")
-    return _value(row.get(outer), inner) if inner else None
+    names = field.split(".")  # any of these dots may be part of a column's name
+    inside = (_value(row.get(".".join(names[:i])), ".".join(names[i:])) for i in range(1, len(names)))
+    return next((value for value in inside if value is not None), None)
 
 
 def _draw(prompts: Prompts, pool: Pool, seed: int) -> Iterator[tuple[str, Prompt]]:
@@ -248,44 +268,101 @@ def _question(value: Any) -> list[Turn]:
         raise ValueError("every prompt must be a text; set prompts.format=conversation for lists of messages")
     if not isinstance(value, str) or not _is_visible(value):
         raise ValueError("every prompt must be a non-empty text")
-    if re.match(rf"\s*{LABEL}", value) and re.search(r"\n\s*Assistant:", value):
+    if WITH_ANSWERS.match(value):
         raise ValueError("this is a dialogue with its answers; set prompts.format=dialogue")
     return [("user", value)]
 
 
 def _dialogue(value: Any) -> list[Turn]:
-    """`Human: ... Assistant: ...`; labels stand behind blank lines, or if none does, at the beginning of lines."""
-    if not isinstance(value, str) or not re.match(rf"\s*{LABEL}", value):
-        raise ValueError("a dialogue begins with Human: or Assistant:; set prompts.format=text for plain questions")
-    text = value.replace("\r\n", "\n").strip()
-    gap = "\n\n" if re.search(f"\n\n{LABEL}", text) else "\n"
-    _, *pieces = re.split(f"(?:^|{gap}){LABEL}", text)
-    turns: list[Turn] = []
-    for label, said in zip(pieces[::2], pieces[1::2], strict=True):
-        role = "user" if label == LABELS["user"] else "assistant"
-        before = turns.pop()[1] if turns and turns[-1][0] == role else ""  # templates want turns to alternate
-        turns.append((role, f"{before}\n\n{said.strip()}".strip()))
-    return _up_to_the_question(turns)
+    """`Human: ...` (or `User:`) and `Assistant: ...` in any case, perhaps behind `System: ...`.
+
+    Labels stand at the beginning of lines. If they do not alternate there, but those behind blank lines do, the others
+    are what somebody quoted.
+    """
+    text = re.sub(r"\r\n?", "\n", value).strip() if isinstance(value, str) else ""
+    if not re.match(r"(?:human|user|assistant|system)[ \t]*:", text, re.IGNORECASE):
+        labels = "a dialogue begins with Human:, User:, System: or Assistant:"
+        if re.match(r"\W*\w+\W*:", text):  # as with ### Human:, H: or Q:
+            raise ValueError(f"{labels}, and every turn with such a label on a new line: write the labels so")
+        raise ValueError(f"{labels}; set prompts.format=text for plain questions")
+    readings = [_divided(text, gap) for gap in (LINE, BLANK_LINE)]
+    turns = _up_to_the_question(_joined(next(filter(_alternate, readings), readings[0])))
+    questions = [said for role, said in turns if role == "user"]
+    hidden = any((first := FIRST_LABEL.search(said)) and first[1] for said in questions)
+    if not any(role == "assistant" for role, _ in readings[0]):
+        hidden = hidden or re.search(r"\bassistant\s*:", text, re.IGNORECASE) is not None
+    if hidden:
+        raise ValueError("a question holds an answer: write Assistant: in front of answers, behind a blank line")
+    return turns
+
+
+def _divided(text: str, gap: str) -> list[Turn]:
+    """The turns of a dialogue whose labels stand behind gaps. A dialogue has one name for its user."""
+    user = re.search(r"^[ \t]*(human|user)[ \t]*:", text, re.IGNORECASE | re.MULTILINE)
+    label = rf"({user[1] if user else 'human'}|assistant|\Asystem)[ \t]*:"
+    _, *pieces = re.split(rf"(?:\A|{gap}){label}", text, flags=re.IGNORECASE)
+    return [(ROLES[name.casefold()], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]
+
+
+def _alternate(turns: Sequence[Turn]) -> bool:
+    return all(one != other for (one, _), (other, _) in pairwise(turns))
+
+
+def _joined(turns: Sequence[Turn]) -> list[Turn]:
+    """With one turn where several of a speaker follow each other: templates want turns to alternate."""
+    grouped = groupby(turns, key=lambda turn: turn[0])
+    return [(role, "\n\n".join(said for _, said in group).strip()) for role, group in grouped]
 
 
 def _conversation(value: Any) -> list[Turn]:
-    """A list of messages with `role` and `content`, or with ShareGPT's `from` and `value`."""
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        raise ValueError("a conversation is a list of messages; set prompts.format to text or dialogue for texts")
-    return _up_to_the_question([_turn(message) for message in value])
+    """A list of messages with `role` and `content`, or with ShareGPT's `from` and `value`, up to the last question."""
+    if not _are_messages(value):
+        raise ValueError(f"a conversation is a list of messages; {_remedy(value)}")
+    asked = (i for i in reversed(range(len(value))) if _role(value[i]) == "user" and _is_visible(_text(value[i])))
+    # Behind the question there may be anything, such as calls of tools.
+    return _up_to_the_question([_turn(message) for message in value[: next(asked, len(value)) + 1]])
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
+
+
+def _remedy(value: Any) -> str:
+    """What to do about a value that is not a list of messages."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        return "this is a text that holds JSON: write the list itself into the column"
+    inside = [key for key, held in value.items() if held and _are_messages(held)] if isinstance(value, Mapping) else []
+    if inside:
+        return f"this is an object that holds one: add .{inside[0]} to prompts.field"
+    return "set prompts.format to text or dialogue for texts"
 
 
 def _turn(message: Mapping[str, Any]) -> Turn:
-    name, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = _role(message)
     if role is None:
+        name = _first(message, "role", "from")
         raise ValueError(f"a message has the role {name!r:.40}: use system, user or assistant (role or from)")
+    return role, _text(message)
+
+
+def _role(message: Mapping[str, Any]) -> str | None:
+    name = _first(message, "role", "from")
+    return ROLES.get(name.casefold()) if isinstance(name, str) else None
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = _first(message, "content", "value")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         content = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str):
-        raise ValueError(f"the {role} message has no text: give one as content or value")
-    return role, content
+        raise ValueError(f"the {_role(message)} message has no text: give one as content or value")
+    return content
+
+
+def _first(message: Mapping[str, Any], *keys: str) -> Any:
+    """What the first of the keys holds that is not null; tables of both kinds of messages have all of them."""
+    return next((message[key] for key in keys if message.get(key) is not None), None)
 
 
 def _up_to_the_question(turns: Sequence[Turn]) -> list[Turn]:

@@ -18,7 +18,7 @@ from mavis_dist.core.siblings import MIN_TREES
 from mavis_dist.decode import SamplingParams
 from mavis_dist.evaluate import gate
 from mavis_dist.evaluate.collect import record_stage
-from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
+from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer
 from mavis_dist.models.value import load_card
 from mavis_dist.plan import Plan, make_plan
 from mavis_dist.preflight.checks import check
@@ -171,7 +171,8 @@ def work(
     if not batches:
         return
     model = state.config.base.model
-    base, tokenizer = fingerprint_model(fetch(model)), fingerprint_tokenizer(load_tokenizer(model))
+    directory = fetch(model)
+    base, tokenizer = fingerprint_model(directory), fingerprint_tokenizer(directory)
     for name, iteration in value_iterations.items():
         load_card(values.fetch(state.store, name, iteration)).check(base, tokenizer)
     yield from state.worker_pool().run(stage, value_iterations, batches)

@@ -100,13 +100,18 @@ def fingerprint_model(directory: Path) -> str:
     return _sha256("\n".join([json.dumps(essentials, sort_keys=True), *sorted(tensors)]))
 
 
-def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 (hex) of vocabulary, merges, text normalisation and special tokens; not of path or chat template."""
+def fingerprint_tokenizer(directory: Path) -> str:
+    """SHA-256 (hex) of vocabulary, merges, text normalisation and special tokens; not of path or chat template.
+
+    As the directory states them: what is changed after reading, such as marks of special tokens, has no effect. Raises
+    ModelError.
+    """
+    tokenizer = read_tokenizer(directory)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
     else:
-        # Calls with padding or truncation change these two in the backend.
+        # Files may hold the padding and truncation of the last call before they were saved.
         rules = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     rules["special"] = [str(tokenizer.bos_token), str(tokenizer.eos_token)]
     return _sha256(json.dumps(rules, sort_keys=True))

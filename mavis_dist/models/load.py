@@ -80,7 +80,7 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseMod
         tokenizer=tokenizer,
         name=name,
         fingerprint=fingerprint,
-        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
+        tokenizer_fingerprint=fingerprint_tokenizer(directory),
         eos_ids=end_ids(directory, tokenizer, model.config.get_text_config().vocab_size),
         max_context=_max_context(model.config, name),
     )
@@ -90,19 +90,19 @@ def load_skeleton(name: str, dtype: str = "float32") -> BaseModel:
     """As `load_base`, but its weights have shapes only (torch's device `meta`): refuses what `load_base` refuses, in
     little time and memory. It has no fingerprint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     directory = fetch(name)
     tokenizer = _tokenizer(directory)
+    config = _config(directory)
     with loading(directory), quiet(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **WITHOUT_WEIGHTS)
     return BaseModel(
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         name=name,
         fingerprint="",
-        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
+        tokenizer_fingerprint=fingerprint_tokenizer(directory),
         eos_ids=end_ids(directory, tokenizer, config.get_text_config().vocab_size),
         max_context=_max_context(config, name),
     )
@@ -115,9 +115,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def context_length(name: str) -> int:
     """Longest sequence of a model in tokens, prompt and answer, from its config alone; raises ModelError."""
-    from transformers import AutoConfig
-
-    return _max_context(AutoConfig.from_pretrained(fetch(name)), name)
+    return _max_context(_config(fetch(name)), name)
 
 
 def move(model: Any, device: str) -> PreTrainedModel:
@@ -129,6 +127,13 @@ def move(model: Any, device: str) -> PreTrainedModel:
         raise ModelError(
             f"device {device!r} cannot hold the model ({one_line(error)}): choose cpu or a device that torch lists"
         ) from error
+
+
+def _config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    with loading(directory), quiet():
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis_dist.config import Config
-from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer, load_tokenizer
+from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer
 from mavis_dist.models.value import Card, ValueModel, from_base, load_objective, save
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
@@ -56,14 +56,15 @@ def merge_adapters(model: ValueModel) -> ValueModel:
 
 
 def make_card(fit: Fit, config: Config, r2: float | None, state_layer: int | None = None) -> Card:
+    base = fetch(config.base.model)
     return Card(
         objectives=fit.objectives,
         scales=fit.scales,
         rewards=tuple(config.objectives[name].model_dump(mode="json") for name in fit.objectives),
         iteration=fit.iteration,
         parent=None if fit.parent is None else layout.value_folder(fit.objectives[0], fit.parent),
-        base_fingerprint=fingerprint_model(fetch(config.base.model)),
-        tokenizer_fingerprint=fingerprint_tokenizer(load_tokenizer(config.base.model)),
+        base_fingerprint=fingerprint_model(base),
+        tokenizer_fingerprint=fingerprint_tokenizer(base),
         max_tokens=config.rollout.max_tokens,
         beta=config.steer.beta if fit.iteration > 0 else 0.0,
         r2=r2,

@@ -67,6 +67,22 @@ def test_a_split_column_is_honoured(tmp_path, name):
     assert all(prompt.text.startswith("eval") for prompt in evaluation)
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_splits_may_be_numbers_and_rows_without_one_are_no_split(tmp_path, name):
+    rows = [{"prompt": f"{split} {row}?", "split": split} for row in range(8) for split in (0, 1, None)]
+    source = write_table(tmp_path / name, rows)
+    train, evaluation = load_prompts(settings(source, train_split="0", eval_split="1"), seed=1)
+    assert all(prompt.text.startswith("0") for prompt in train)
+    assert all(prompt.text.startswith("1") for prompt in evaluation)
+    with pytest.raises(PromptError, match=r"has no split 'None': .* to 0, 1$"):
+        load_prompts(settings(source, train_split="None"), seed=1)
+
+
+def test_a_split_column_without_any_name_is_none(tmp_path):
+    train, _ = load_prompts(settings(write(tmp_path / "p.jsonl", questions(9, split=None))), seed=1)
+    assert all(prompt.id.startswith("row-") for prompt in train)
+
+
 def test_one_split_for_both_gives_disjoint_rows(tmp_path):
     source = write(tmp_path / "p.jsonl", questions(9, split="all"))
     train, evaluation = load_prompts(settings(source, train_split="all", eval_split="all"), seed=1)
@@ -126,6 +142,9 @@ def test_unicode_line_separators_do_not_end_a_row(tmp_path):
     ("content", "sentence"),
     [
         ("", "has no rows"),
+        ('{"prompt": "a"}\n' + "[" * 100_000 + "\n", "line 2 of .* is not JSON"),
+        ('{"prompt": "a"}\n' + '{"a": ' * 100_000 + "\n", "line 2 of .* is not JSON"),
+        ('{"prompt": "a"}\n{"prompt": ' + "1" * 5000 + "}\n", "line 2 of .* is not JSON .*digits"),
         ('{"prompt": "a"}\n{"prompt": \n', "line 2 of .* is not JSON"),
         ('{"prompt": "a"}\n["b"]\n', "line 2 of .* is not a JSON object"),
         ('{"prompt": "a"}\n{"prompt": "  "}\n' * 9, r"row \d*[13579] .*'  '"),
@@ -147,6 +166,13 @@ def test_invalid_content_is_named(tmp_path, content, sentence):
 def test_too_few_left_for_the_evaluation(tmp_path):
     with pytest.raises(PromptError, match=r"only 2 prompts for prompts.evaluation=3 .*: lower prompts.evaluation"):
         load_prompts(settings(write(tmp_path / "p.jsonl", questions(8))), seed=1)
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.csv", "p.jsonl.gz", "p.JSONL", "p.txt", "p"])
+def test_a_file_of_another_format_is_told_which_are_read(tmp_path, name):
+    source = write(tmp_path / name, questions(12))
+    with pytest.raises(PromptError, match=rf"{name}' is neither a \.jsonl file, .* nor a \.parquet file: convert it"):
+        load_prompts(settings(source), seed=1)
 
 
 @pytest.mark.parametrize("source", ["no/such.jsonl", "no/such.parquet"])
@@ -188,6 +214,11 @@ def test_a_data_set_that_cannot_be_reached_is_named():
         (True, "non-empty text"),
         ("\n\nHuman: q\n\nAssistant: a", "set prompts.format=dialogue"),
         ("Human: q\nAssistant: a", "set prompts.format=dialogue"),
+        ("User: q\n\nAssistant: a", "set prompts.format=dialogue"),
+        ("Human: q Assistant: a", "set prompts.format=dialogue"),
+        ("### human: q\n### assistant: a", "set prompts.format=dialogue"),
+        ("System: S\n\nUser: q\n\nAI: a", "set prompts.format=dialogue"),
+        ("Assistant: a\n\nHuman: q", "set prompts.format=dialogue"),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_named(tmp_path, value, words):
@@ -199,6 +230,22 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path, value, words):
     assert words in message
     assert "\n" not in message
     assert message.encode()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        'What does "Assistant: x" mean in a transcript {row}?',
+        "Who writes like this {row}?\n\nHuman: hi\n\nAssistant: ho",
+        "AI: friend or foe {row}?",
+        "User: an odd word for a person {row}?",
+        "System: Linux {row}\nUser: root\nWhy is access denied?",
+    ],
+)
+def test_questions_about_labels_are_questions(tmp_path, value):
+    rows = [{"prompt": value.format(row=row)} for row in range(9)]
+    texts = {prompt.text for prompt in load_prompts(settings(write(tmp_path / "p.jsonl", rows)), seed=1)[0]}
+    assert texts <= {row["prompt"] for row in rows}
 
 
 def test_control_characters_that_files_and_requests_can_hold_are_text(tmp_path):
@@ -269,6 +316,7 @@ def test_too_few_distinct_texts_are_refused_with_their_number(tmp_path, train, k
 DIALOGUE = "\n\nHuman: First {row}?\n\nAssistant: An answer.\n\nHuman: And more?\n\nAssistant: The last answer."
 TURNS = [("user", "First {row}?"), ("assistant", "An answer."), ("user", "And more?")]
 SHAREGPT = [{"from": "system", "value": "S"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+ASKED = [("user", "q"), ("assistant", "a"), ("user", "r")]
 PLAY = "a play:\nHuman: hi\nAssistant: ho"
 
 
@@ -300,6 +348,17 @@ def test_a_dialogue_is_asked_up_to_its_last_question(tmp_path, name):
         ("\n\nHuman: q\n\nHuman: r\n\nAssistant: a", [("user", "q\n\nr")]),
         ("\n\nHuman: q\n\nAssistant: a\n\nHuman: \n\nAssistant: b", [("user", "q")]),
         ("\n\nAssistant: a\n\nHuman: q", [("assistant", "a"), ("user", "q")]),
+        ("Human: q\nAssistant: a\n\nHuman: r\nAssistant: b", [("user", "q"), ("assistant", "a"), ("user", "r")]),
+        ("Human: q\n\nAssistant: a\nHuman: r\n\nAssistant: b", [("user", "q"), ("assistant", "a"), ("user", "r")]),
+        ("Human: q\n \n  Assistant: a\n\t\nHuman: r", [("user", "q"), ("assistant", "a"), ("user", "r")]),
+        ("Human: q\r\rAssistant: a", [("user", "q")]),
+        ("User: q\n\nAssistant: a\n\nUser: r\n\nAssistant: b", [("user", "q"), ("assistant", "a"), ("user", "r")]),
+        ("human: q\nASSISTANT: a\nHUMAN: r", [("user", "q"), ("assistant", "a"), ("user", "r")]),
+        ("System: S\n\nHuman: q\n\nAssistant: a", [("system", "S"), ("user", "q")]),
+        ("system: S\nuser: q\nassistant: a\nuser: r", [("system", "S"), *ASKED]),
+        ("Human: q\n\nSystem: Linux\n\nUser: root\n\nAssistant: a", [("user", "q\n\nSystem: Linux\n\nUser: root")]),
+        ("Human: What does Assistant: mean?\n\nAssistant: a", [("user", "What does Assistant: mean?")]),
+        ("Human: AI: friend or foe?\n\nAssistant: a", [("user", "AI: friend or foe?")]),
     ],
 )
 def test_labels_of_dialogues_divide_them(text, turns):
@@ -317,6 +376,15 @@ def test_labels_of_dialogues_divide_them(text, turns):
             [("user", "qr")],
         ),
         ([{"role": "developer", "content": "S"}, {"role": "user", "content": "q"}], [("system", "S"), ("user", "q")]),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": None}], [("user", "q")]),
+        (
+            [{"role": "user", "content": "q"}, {"role": "assistant"}, {"role": "tool", "content": 3}, {}],
+            [("user", "q")],
+        ),
+        ([{"role": "User", "content": "q"}, {"role": "ASSISTANT", "content": "a"}], [("user", "q")]),
+        ([{"role": "user", "content": "q"}, {"role": "user", "content": " "}], [("user", "q")]),
+        ([{"role": None, "from": "human", "content": None, "value": "q"}], [("user", "q")]),
+        ([{"role": "user", "from": None, "content": "q", "value": None}], [("user", "q")]),
     ],
 )
 def test_conversations_are_lists_of_messages(messages, turns):
@@ -340,13 +408,27 @@ def test_rewards_do_not_read_system_messages(tmp_path):
 @pytest.mark.parametrize(
     ("value", "format_", "words"),
     [
-        ("What is this?", "dialogue", "begins with Human: or Assistant:; set prompts.format=text"),
+        ("What is this?", "dialogue", "begins with Human:, User:, System: or Assistant:; set prompts.format=text"),
+        ("### Human: q\n### Assistant: a", "dialogue", "on a new line: write the labels so"),
+        ("H: q\n\nA: a", "dialogue", "on a new line: write the labels so"),
+        ("**User:** q\n\n**Assistant:** a", "dialogue", "on a new line: write the labels so"),
+        ("Human: q Assistant: a", "dialogue", "a question holds an answer: write Assistant: in front of answers"),
+        ("Human: q Assistant: a\n\nHuman: r assistant: b", "dialogue", "a question holds an answer"),
+        ("Human: q\n\nAI: a", "dialogue", "a question holds an answer"),
+        ("Human: q\n\n### Assistant: a", "dialogue", "a question holds an answer"),
+        ("Human: q\nAssistant: a\n\nAssistant: b", "dialogue", "a question holds an answer"),
         (SHAREGPT, "dialogue", "begins with Human:"),
         ("\n\nHuman: \n\nAssistant: a", "dialogue", "there is no question"),
         ("\n\nAssistant: a", "dialogue", "there is no question"),
         ("\n\nHuman: q \ud83d\n\nAssistant: a", "dialogue", "half of a surrogate pair"),
         ("What is this?", "conversation", "a list of messages; set prompts.format to text or dialogue"),
         (["What is this?"], "conversation", "a list of messages"),
+        (json.dumps(SHAREGPT), "conversation", "a text that holds JSON: write the list itself into the column"),
+        ({"messages": SHAREGPT}, "conversation", "an object that holds one: add .messages to prompts.field"),
+        ({"id": 3, "turns": SHAREGPT}, "conversation", "add .turns to prompts.field"),
+        ({"role": ["user"], "content": ["q"]}, "conversation", "a list of messages; set prompts.format"),
+        ([{"role": "tool", "content": "a"}, *SHAREGPT], "conversation", "the role 'tool'"),
+        ([{"role": "assistant", "content": None}, *SHAREGPT], "conversation", "the assistant message has no text"),
         ([], "conversation", "there is no question"),
         ([{"role": "assistant", "content": "a"}], "conversation", "there is no question"),
         ([{"role": "tool", "content": "a"}], "conversation", "the role 'tool': use system, user or assistant"),
@@ -360,6 +442,13 @@ def test_what_is_no_dialogue_or_conversation_is_named(tmp_path, value, format_, 
     with pytest.raises(PromptError, match=r"row \d of prompts\.source") as caught:
         one_prompt(tmp_path, value, format_)
     assert words in str(caught.value)
+
+
+def test_a_deep_object_is_a_column_like_any_other():
+    deep = {}
+    for _ in range(5000):  # more than Python recurses; newer versions of it parse such JSON
+        deep = {"a": deep}
+    assert loading._columns([{"prompt": "q", "extra": deep}])[:3] == ["prompt", "extra", "extra.a"]
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
@@ -376,6 +465,14 @@ def test_dotted_names_reach_into_columns(tmp_path, name):
 def test_a_column_may_have_a_dot_in_its_name(tmp_path):
     source = write(tmp_path / "p.jsonl", [{"info.post": f"post {row}"} for row in range(9)])
     assert load_prompts(settings(source, field="info.post"), seed=1)[0][0].text.startswith("post")
+
+
+@pytest.mark.parametrize("row", [{"a.b": {"c": "q"}}, {"a": {"b.c": "q"}}, {"a": {"x": 1}, "a.b": {"c": "q"}}])
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_a_dot_may_be_part_of_a_name_or_between_two(tmp_path, row, name):
+    source = write_table(tmp_path / name, [row] * 9)
+    pool = loading._pool(settings(source, field="a.b.c"), "train")
+    assert {loading._value(pool.table[number], "a.b.c") for number in pool.numbers} == {"q"}
 
 
 def config_with(name, source):
@@ -413,4 +510,4 @@ def test_a_data_set_that_is_a_script_is_refused(tmp_path):
     folder.mkdir()
     (folder / "scripted.py").write_text("raise SystemExit")
     with pytest.raises(PromptError, match=r"cannot be read .*script"):
-        load_prompts(settings(folder / "scripted.py"), seed=1)
+        load_prompts(settings(folder), seed=1)

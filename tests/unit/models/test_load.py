@@ -17,11 +17,12 @@ from mavis_dist.models.directory import SEAL
 from mavis_dist.models.load import (
     ModelError,
     chat_ids,
+    context_length,
     fetch,
     fingerprint_model,
     fingerprint_tokenizer,
     load_base,
-    load_tokenizer,
+    load_skeleton,
 )
 
 DEFAULT = "DEFAULT SYSTEM TEXT"
@@ -85,7 +86,7 @@ def test_a_local_directory_is_a_base_model(model_dir):
     assert base.eos_ids == (1, 7)
     assert base.max_context == 64
     assert base.fingerprint == fingerprint_model(model_dir)
-    assert base.tokenizer_fingerprint == fingerprint_tokenizer(load_tokenizer(str(model_dir)))
+    assert base.tokenizer_fingerprint == fingerprint_tokenizer(model_dir)
     assert not base.model.training
     assert not any(weight.requires_grad for weight in base.model.parameters())
     assert load_base(str(model_dir), "bfloat16").model.dtype == torch.bfloat16
@@ -96,6 +97,25 @@ def test_a_damaged_file_is_named(model_dir, name):
     damage(model_dir / name)
     with pytest.raises(ModelError, match=rf"{name}' is damaged .*: put an intact copy there"):
         load_base(str(model_dir))
+
+
+@pytest.mark.parametrize("read", [load_base, load_skeleton, context_length])
+@pytest.mark.parametrize("type_", ["unheard_of", 7, None])
+def test_an_unknown_type_of_model_is_refused(model_dir, read, type_):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config, "model_type": type_}))
+    with pytest.raises(ModelError, match=r"cannot be loaded .*give a complete model of a type that transformers"):
+        read(str(model_dir))
+
+
+def test_code_of_a_model_is_never_run(model_dir):
+    """Not even asked about: a prompt for it would wait for an answer in a job."""
+    config = json.loads((model_dir / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (model_dir / "config.json").write_text(json.dumps({**config, **own}))
+    (model_dir / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        context_length(str(model_dir))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -268,15 +288,21 @@ def test_the_fingerprint_of_a_model_depends_on_its_weights_and_architecture(tmp_
 
 
 def test_the_fingerprint_of_a_tokenizer_depends_on_its_vocabulary(tmp_path):
+    def fingerprint(tokenizer):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        LlamaConfig().save_pretrained(folder)
+        save_file({}, folder / "model.safetensors")
+        tokenizer.save_pretrained(folder)
+        return fingerprint_tokenizer(folder)
+
     tokenizer = make_tokenizer()
-    same = fingerprint_tokenizer(tokenizer)
-    tokenizer.save_pretrained(tmp_path)
-    assert fingerprint_tokenizer(PreTrainedTokenizerFast.from_pretrained(tmp_path)) == same
-    assert fingerprint_tokenizer(make_tokenizer(template=None)) == same
+    same = fingerprint(tokenizer)
+    assert fingerprint(tokenizer) == same
+    assert fingerprint(make_tokenizer(template=None)) == same
     tokenizer(["a", "long text"], padding=True, truncation=True, max_length=4)
-    assert fingerprint_tokenizer(tokenizer) == same
+    assert fingerprint(tokenizer) == same
     tokenizer.add_tokens(["<new>"])
-    assert fingerprint_tokenizer(tokenizer) != same
+    assert fingerprint(tokenizer) != same
 
 
 # --- chat -----------------------------------------------------------------------------------------------------------
