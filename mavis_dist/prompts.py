@@ -28,7 +28,8 @@ LABELS = {"user": "Human", "assistant": "Assistant"}  # of dialogues, as in HH-R
 LINE, BLANK_LINE = r"\n[^\S\n]*", r"\n[^\S\n]*\n[^\S\n]*"  # what stands before the labels of a dialogue
 MARKS = r"[^\w\n]*"  # such as those of a heading
 ANSWERS = "assistant|ai|bot|gpt|chatgpt"
-FIRST_LABEL = re.compile(rf"\n{MARKS}(?:human|user|({ANSWERS}))\s*:", re.IGNORECASE)
+FIRST_LABEL = re.compile(rf"\n{MARKS}(?:human|user|(assistant))\s*:", re.IGNORECASE)
+HIDDEN_ANSWER = re.compile(rf"\bassistant\s*:|\n{MARKS}(?:{ANSWERS})\s*:", re.IGNORECASE)
 WITH_ANSWERS = re.compile(
     rf"\W*(?:(?:human|user|system)\s*:.*?(?:\bassistant\s*:|^{MARKS}(?:{ANSWERS})\s*:)"
     rf"|assistant\s*:.*?^{MARKS}(?:human|user)\s*:)",
@@ -288,10 +289,10 @@ def _dialogue(value: Any) -> list[Turn]:
     readings = [_divided(text, gap) for gap in (LINE, BLANK_LINE)]
     turns = _up_to_the_question(_joined(next(filter(_alternate, readings), readings[0])))
     questions = [said for role, said in turns if role == "user"]
-    hidden = any((first := FIRST_LABEL.search(said)) and first[1] for said in questions)
+    is_hidden = any((first := FIRST_LABEL.search(said)) and first[1] for said in questions)
     if not any(role == "assistant" for role, _ in readings[0]):
-        hidden = hidden or re.search(r"\bassistant\s*:", text, re.IGNORECASE) is not None
-    if hidden:
+        is_hidden = is_hidden or HIDDEN_ANSWER.search(text) is not None
+    if is_hidden:
         raise ValueError("a question holds an answer: write Assistant: in front of answers, behind a blank line")
     return turns
 

@@ -405,6 +405,16 @@ def test_rewards_do_not_read_system_messages(tmp_path):
     assert [message["role"] for message in prompt.messages] == ["system", "user"]
 
 
+def test_other_names_of_answerers_are_text_where_a_dialogue_has_its_answers(tmp_path):
+    value = "\n\nHuman: Write a play.\nAI: Hello.\nBot: Bye.\n\nAssistant: a\n\nHuman: Longer!\n\nAssistant: b"
+    source = write(
+        tmp_path / "p.jsonl", [{"prompt": f"{value}{row}".replace("Longer!", f"Longer {row}!")} for row in range(9)]
+    )
+    prompt = load_prompts(settings(source, format="dialogue"), seed=1)[0][0]
+    assert [role for role, _ in prompt.turns] == ["user", "assistant", "user"]
+    assert prompt.turns[0][1] == "Write a play.\nAI: Hello.\nBot: Bye."
+
+
 @pytest.mark.parametrize(
     ("value", "format_", "words"),
     [
