@@ -9,6 +9,7 @@ On any address but loopback it requires API keys: those in the file `serve.keys`
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from contextlib import suppress
 
@@ -63,7 +64,7 @@ def example(config: Config, url: str) -> str:
     }
     return (
         f"serving {config.run!r} at {url}/v1 (Ctrl-C ends it); try:\n"
-        f"curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n  -d '{json.dumps(body)}'"
+        f"curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n  -d {shlex.quote(json.dumps(body))}"
     )
 
 

@@ -451,7 +451,9 @@ class MainSettings(Access, Limits):
 class Serve(MainSettings, Scaling):
     """The HTTP service. Each setting is declared here once; the arguments of the Serve applications inherit them."""
 
-    host: str = Field("127.0.0.1", description="address that the endpoint listens on")
+    host: str = Field(
+        "127.0.0.1", description="address or name that the endpoint listens on; IPv6 addresses without brackets"
+    )
     port: int = Field(8000, ge=1, le=65535, description="port that the endpoint listens on")
     base_replicas: Replicas = Field(
         1, description="replicas of the base model, or {min: 1, max: 4}: as many as the load asks for"
@@ -459,3 +461,10 @@ class Serve(MainSettings, Scaling):
     value_replicas: Replicas = Field(1, description="replicas of each objective's value model, or a range of them")
     cpus_per_replica: NonNegative = Field(0.25, description="CPU cores reserved by every replica")
     gpus_per_replica: NonNegative = Field(0, description="GPUs reserved by every base and value replica")
+
+    @field_validator("host")
+    @classmethod
+    def _has_no_brackets(cls, host: str) -> str:
+        if "[" in host or "]" in host:
+            raise ValueError("write the address without brackets, as in ::1")
+        return host

@@ -5,10 +5,11 @@ objectives are added, removed and scaled without touching the others.
 """
 
 # No postponed annotations here: Serve reads the builders' argument types as classes.
+import errno
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -151,14 +152,22 @@ def _bind_problem(host: str, port: int) -> str:
 
     Serve itself would not notice another Serve: its proxies share a port, and answer in turn.
     """
+    missing, num_bound = "", 0
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(address)
+                    num_bound += 1
+            except OSError as error:
+                # A name may have addresses of a family that this machine does not have.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error.strerror or str(error)
     except OSError as error:
         return error.strerror or str(error)
-    return ""
+    return "" if num_bound else missing
 
 
 @contextmanager
@@ -167,10 +176,12 @@ def _nothing_left_behind(before: set[str]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for name in set(serve.status().applications) - before:
-            serve.delete(name)
+        with suppress(Exception):  # whoever called needs the reason, not what came of it
+            for name in set(serve.status().applications) - before:
+                serve.delete(name)
         if not before:
-            serve.shutdown()
+            with suppress(Exception):
+                serve.shutdown()
         raise
 
 

@@ -66,6 +66,7 @@ class Refused:
 
     field: str
     message: str
+    is_length: bool = False  # there is no room for so many tokens
 
 
 Message = Request | Accepted | Refused | Full | list[Update]

@@ -32,6 +32,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def make_spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """Of letters, each also as the beginning of a word; a text's first space is lost, as with SentencePiece."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "▁", *letters, *(f"▁{a}" for a in letters)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", a) for a in letters]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    spaces = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(spaces)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
 def write_base(folder: Path, eos_weight: float = 0.0) -> Path:
     """folder/tiny-llama: a two-layer Llama whose next-token distribution is not uniform.
 

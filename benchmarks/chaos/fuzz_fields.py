@@ -28,7 +28,8 @@ ANYTHING = st.recursive(LEAF, lambda x: st.lists(x, max_size=3) | st.dictionarie
 WEIGHT = mostly(st.floats(0, 5), NUMBER, 9)
 OBJECTIVE = mostly(st.sampled_from(OBJECTIVES), TEXT, 12)
 POSITIVE = mostly(st.floats(0, 1e4), NUMBER, 9)
-WORDS = mostly(st.text(st.characters(codec="ascii", min_codepoint=32), min_size=1, max_size=20), TEXT, 10)
+PRINTED = st.text(st.characters(codec="ascii", min_codepoint=32), min_size=1, max_size=20)
+WORDS = mostly(PRINTED, st.one_of(TEXT, st.just("\0")), 10)
 PREFERENCE = st.fixed_dictionaries({"text": WORDS}, optional={"weight": WEIGHT})
 PRESETS = st.sampled_from(["mato", "anchor", "linear_alignment", "opad", "context_steering", "amulet"])
 
@@ -79,7 +80,7 @@ FIELDS = optional(
     repetition_penalty=st.sampled_from([1, 1.0, 1.2]),
     stop_token_ids=st.lists(st.integers(0, 9), max_size=1),
 )
-CONTROL = st.lists(st.sampled_from(["<s>", "</s>", "<|im_end|>", " ", "Hi"]), min_size=1, max_size=4).map("".join)
+CONTROL = st.lists(st.sampled_from(["<s>", "</s>", "<|im_end|>", " ", "Hi", "\0"]), min_size=1, max_size=4).map("".join)
 SPOKEN = mostly(CONTROL, WORDS, 2)
 PART = st.fixed_dictionaries({"type": st.just("text"), "text": SPOKEN})
 ROLE = st.sampled_from(["system", "user", "assistant", "developer"])

@@ -359,7 +359,7 @@ class Engine:
 
     def _text_of(self, request: Request) -> StoppedText:
         """The text of an answer, starting with the tokens that it continues."""
-        text = StoppedText(self.tokenizer, request.params.stop)
+        text = StoppedText(self.tokenizer, request.params.stop, request.text_before)
         text.add(request.answer)
         return text
 

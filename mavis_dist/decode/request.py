@@ -25,6 +25,10 @@ class RequestError(UserError):
         return f"{self.field}: {self.message}"
 
 
+class LengthError(RequestError):
+    """More tokens than there is room for."""
+
+
 class FinishReason(str, Enum):
     STOP = "stop"  # the model ended the answer
     LENGTH = "length"  # max_tokens was reached
@@ -74,6 +78,12 @@ class Request:
     top_logprobs: int | None = None  # report every token's distribution with this many most likely tokens; None: no
     preferences: tuple[Preference, ...] = ()
     preference_params: PreferenceParams = PRESETS["mato"]
+    continues_prompt: bool = False  # the answer's text goes on from the prompt's; otherwise it is a text of its own
+
+    @property
+    def text_before(self) -> tuple[int, ...]:
+        """The tokens that the text of the answer goes on from."""
+        return self.prompt if self.continues_prompt else ()
 
     @property
     def is_guided(self) -> bool:

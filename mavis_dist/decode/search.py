@@ -155,7 +155,7 @@ class _Search:
     def _finish(self, beam: Choice) -> None:
         """End a beam whose last token ends the answer."""
         tokens = [*self._request.answer, *beam.tokens]
-        stopped = StoppedText(self._tokenizer, self._request.params.stop)
+        stopped = StoppedText(self._tokenizer, self._request.params.stop, self._request.text_before)
         text = stopped.add(tokens, last=True)
         if beam.tokens[-1] in self._eos_ids or stopped.is_stopped:
             beam.finish, beam.text = FinishReason.STOP, text

@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"
+MAX_CONTEXT = 32  # tokens before an answer; their text matters only as that of no beginning
 
 
 class Detokenizer:
     """Tokens in, text out; characters that span several tokens are returned whole."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()):
+        """
+        Args:
+            before: tokens that the text goes on from: some tokenizers drop the space at the beginning of a text.
+        """
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._context = 0  # where decoding starts: some tokenizers treat the first token of a text differently
-        self._emitted = 0  # tokens whose text has been returned
+        self._ids: list[int] = list(before[-MAX_CONTEXT:])
+        if self._decode(self._ids).endswith(REPLACEMENT):  # what completes a character is no text of its own
+            self._ids = []
+        self._context = 0  # where decoding starts
+        self._emitted = len(self._ids)  # tokens whose text has been returned
 
     def add(self, ids: Sequence[int], last: bool = False) -> str:
         """The new text that can no longer change; with `last` also bytes that form no whole character."""
@@ -36,11 +43,12 @@ class Detokenizer:
 class StoppedText:
     """The text of an answer up to the first stop string.
 
-    Text that may be the beginning of a stop string is held back until that is decided.
+    Text that may be the beginning of a stop string is held back until that is decided. `before` as in Detokenizer; stop
+    strings are not looked for there.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self._detokenizer, self._stop = Detokenizer(tokenizer), tuple(stop)
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), before: Sequence[int] = ()):
+        self._detokenizer, self._stop = Detokenizer(tokenizer, before), tuple(stop)
         self._held = ""
         self.is_stopped = False
 

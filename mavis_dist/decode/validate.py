@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mavis_dist.decode.preferences import Preference, PreferenceParams
-from mavis_dist.decode.request import Request, RequestError, SamplingParams, Scorer
+from mavis_dist.decode.request import LengthError, Request, RequestError, SamplingParams, Scorer
 from mavis_dist.types import MAX_COUNT
 
 MAX_STRENGTH = 8.0  # of preferences; beyond it answers become incoherent
@@ -186,14 +186,14 @@ def _check_room(request: Request, bounds: Bounds) -> None:
     """Whether the longest variant fits the model's context, and all of them the engine."""
     num_prompt, num_variants = len(request.prompt), 1 + len(request.preferences)
     if num_prompt >= bounds.max_context:
-        raise RequestError(
+        raise LengthError(
             "prompt", f"has {num_prompt} tokens; the context of {bounds.max_context} leaves no room for an answer"
         )
     longest = max(request.preferences, key=lambda preference: len(preference.prompt), default=None)
     if longest is not None and len(longest.prompt) > num_prompt:
         num_prompt = len(longest.prompt)
         if num_prompt >= bounds.max_context:
-            raise RequestError(
+            raise LengthError(
                 "preferences",
                 f"with {longest.text!r:.60} the prompt has {num_prompt} tokens; the context of {bounds.max_context} "
                 f"leaves no room for an answer: use shorter preferences",
@@ -204,6 +204,7 @@ def _check_room(request: Request, bounds: Bounds) -> None:
         "max_tokens",
         request.params.max_tokens,
         f"with a prompt of {num_prompt} tokens use an integer from {num_given + 1} to {longest_answer}",
+        LengthError,
     )
     if bounds.max_rows is not None and num_variants > bounds.max_rows:
         raise RequestError(
@@ -219,6 +220,7 @@ def _check_room(request: Request, bounds: Bounds) -> None:
             request.params.max_tokens,
             f"with {num_variants} prompts of up to {num_prompt} tokens the engine's cache of {bounds.cache_tokens} "
             f"tokens leaves room for {max(0, room)}",
+            LengthError,
         )
 
 
@@ -243,6 +245,6 @@ def _check_draws(request: Request) -> None:
     )
 
 
-def _require(condition: bool, field: str, value: Any, remedy: str) -> None:
+def _require(condition: bool, field: str, value: Any, remedy: str, error: type[RequestError] = RequestError) -> None:
     if not condition:
-        raise RequestError(field, f"is {value!r}; {remedy}")
+        raise error(field, f"is {value!r}; {remedy}")

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
-from mavis_dist.decode import Engine, FinishReason, Request, RequestError, Update
+from mavis_dist.decode import Engine, FinishReason, LengthError, Request, RequestError, Update
 from serve.base.fair_queue import FairQueue
 from serve.base.update_queue import Mailbox
 from serve.messages import ANYBODY, Admission, EngineStopped, Full, Message, Refused
@@ -250,4 +250,4 @@ def submitted(
     try:
         return loop.submit(request, on_update, admission)
     except RequestError as error:
-        return Refused(error.field, error.message)
+        return Refused(error.field, error.message, isinstance(error, LengthError))

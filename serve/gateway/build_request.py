@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mavis_dist.decode import (
     PRESETS,
+    LengthError,
     Preference,
     PreferenceParams,
     Request,
@@ -23,6 +24,7 @@ from mavis_dist.decode.chat import longest_answer
 from mavis_dist.decode.validate import Bounds, validate
 from mavis_dist.models.chat import text_ids
 from mavis_dist.models.load import ModelError
+from mavis_dist.types import MAX_COUNT
 from serve.gateway.logprobs import Speller
 from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, GenerationRequest, TextRequest
 from serve.gateway.refusals import Overloaded, Refusals
@@ -124,7 +126,7 @@ class Completions:
             self._args.model_name,
             self._tokenizer,
             self._spell,
-            self._echoed(body),
+            self._echoed(body, requests),
         )
         try:
             await completion.open(answers, key)
@@ -156,7 +158,9 @@ class Completions:
         """The token ids of every prompt, plain and with each preference in it; raises ApiError."""
         given = [(preference.text, preference.weight) for preference in body.preferences or ()]
         if isinstance(body, TextRequest):
-            yield from (self._text_prompt(prompt, given, body.split_special_tokens) for prompt in body.prompts)
+            for number, prompt in enumerate(body.prompts):
+                field = _prompt_field(body, number)
+                yield self._text_prompt(prompt, field, given, body.split_special_tokens)
             return
         messages = [message.turn for message in body.messages]
         try:
@@ -165,29 +169,41 @@ class Completions:
             raise ApiError(400, f"messages: {error}", "messages") from None
 
     def _text_prompt(
-        self, prompt: str | Sequence[int], preferences: Sequence[tuple[str, float]], splits: bool | None
+        self, prompt: str | Sequence[int], field: str, preferences: Sequence[tuple[str, float]], splits: bool | None
     ) -> tuple[tuple[int, ...], tuple[Preference, ...]]:
-        def ids(text: str) -> tuple[int, ...]:
-            return tuple(text_ids(self._tokenizer, text, bool(splits)))
+        """`field` is the prompt's name in the body."""
+
+        def ids(text: str, field: str) -> tuple[int, ...]:
+            try:
+                return tuple(text_ids(self._tokenizer, text, bool(splits)))
+            except ModelError as error:
+                raise ApiError(400, f"{field}: {error}", field) from None
 
         if isinstance(prompt, str):
-            return ids(prompt), tuple(
-                Preference(text, ids(f"{text}\n\n{prompt}") if weight else (), weight) for text, weight in preferences
+            return ids(prompt, field), tuple(
+                Preference(text, ids(f"{text}\n\n{prompt}", f"preferences.{k}.text") if weight else (), weight)
+                for k, (text, weight) in enumerate(preferences)
             )
         if preferences:
             message = "preferences: cannot be put into a prompt of token ids; give the prompt as text"
             raise ApiError(400, message, "preferences")
         return tuple(prompt), ()
 
-    def _echoed(self, body: ChatRequest | TextRequest) -> Sequence[str]:
+    def _echoed(self, body: ChatRequest | TextRequest, requests: Sequence[Request]) -> Sequence[str]:
         """Per prompt, the text that its answers begin with."""
         if isinstance(body, ChatRequest):
-            return [body.echoed]
-        return [self._as_text(prompt) if body.echo else "" for prompt in body.prompts]
+            return [self._as_held(body.echoed, requests[0].prompt)]
+        if not body.echo:
+            return [""] * len(requests)
+        return [prompt if isinstance(prompt, str) else self._decode(prompt) for prompt in body.prompts]
 
-    def _as_text(self, prompt: str | Sequence[int]) -> str:
-        if isinstance(prompt, str):
-            return prompt
+    def _as_held(self, text: str, prompt: Sequence[int]) -> str:
+        """A text as the prompt ends with it: chat templates may trim messages."""
+        end = self._decode(prompt) if text else ""
+        held = (form for form in (text, text.lstrip(), text.rstrip(), text.strip()) if end.endswith(form))
+        return next(held, text)
+
+    def _decode(self, prompt: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(prompt), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
@@ -195,7 +211,7 @@ class Completions:
     def _check_length(self, prompt: tuple[int, ...]) -> None:
         limit = self._args.max_prompt_tokens
         if limit is not None and len(prompt) > limit:
-            raise RequestError("prompt", f"has {len(prompt)} tokens; this server takes at most {limit}")
+            raise LengthError("prompt", f"has {len(prompt)} tokens; this server takes at most {limit}")
 
     def _request(
         self, identity: str, body: GenerationRequest, prompt: tuple[int, ...], preferences: tuple[Preference, ...]
@@ -208,7 +224,7 @@ class Completions:
         params = SamplingParams(
             max_tokens=limit or longest_answer(prompt, preferences, self._max_context, settings.max_tokens),
             temperature=default.temperature if body.temperature is None else body.temperature,
-            top_k=default.top_k if body.top_k is None else body.top_k,
+            top_k=default.top_k if body.top_k is None else body.top_k if body.top_k > 0 else MAX_COUNT,
             top_p=default.top_p if body.top_p is None else body.top_p,
             min_p=default.min_p if body.min_p is None else body.min_p,
             seed=body.seed,
@@ -228,6 +244,7 @@ class Completions:
             residual_cap=settings.residual_cap if body.residual_cap is None else body.residual_cap,
             guide_every=body.guide_every or 1,
             top_logprobs=body.num_logprobs,
+            continues_prompt=body.continues_prompt,
         )
 
 
@@ -244,20 +261,24 @@ def _preference_params(body: GenerationRequest) -> PreferenceParams:
     return replace(preset, **given)
 
 
+def _prompt_field(body: ChatRequest | TextRequest, number: int | None) -> str:
+    """The body's name of the prompt `number`, if known."""
+    if isinstance(body, ChatRequest):
+        return "messages"
+    return "prompt" if len(body.prompts) == 1 or number is None else f"prompt.{number}"
+
+
 def _limit_field(body: GenerationRequest) -> str:
     return "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
 
 
 def _refused(error: RequestError, body: ChatRequest | TextRequest, number: int | None = None) -> ApiError:
     """The engine's refusal of the prompt `number`, if known, with the body's names of fields."""
-    prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
-    if isinstance(body, TextRequest) and len(body.prompts) > 1 and number is not None:
-        prompt = f"prompt.{number}"
     names = {
-        "prompt": prompt,
+        "prompt": _prompt_field(body, number),
         "max_tokens": _limit_field(body),
         "objective_weights": "vllm_xargs.objective_weights" if body.vllm_xargs else "objective_weights",
     }
     param = names.get(error.field, error.field)
-    code = "context_length_exceeded" if error.field in ("prompt", "max_tokens") else None
+    code = "context_length_exceeded" if isinstance(error, LengthError) else None  # clients shorten the prompt then
     return ApiError(400, f"{param}: {error.message}", param, code)

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from mavis_dist.decode import Choice, FinishReason, Request, RequestError, TokenLogprobs, Update
+from mavis_dist.decode import Choice, FinishReason, LengthError, Request, RequestError, TokenLogprobs, Update
 from serve.gateway.refusals import Overloaded
 from serve.messages import Admission, AnswerFailed, AnswerLate, BaseLost, Full, Message, OpenStream, Refused
 from serve.timeouts import within
@@ -98,7 +98,8 @@ async def follow(
             async with aclosing(open_stream(current, admission)) as messages:
                 async for message in messages:
                     if isinstance(message, Refused):
-                        raise RequestError(message.field, message.message)
+                        error = LengthError if message.is_length else RequestError
+                        raise error(message.field, message.message)
                     if isinstance(message, Request):
                         if not accepted:
                             accepted = True

@@ -9,13 +9,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mavis_dist.sections import MAX_N, MAX_PREFERENCES
-from mavis_dist.types import MAX_COUNT, UserError, parse_weights
+from mavis_dist.types import MAX_COUNT, UserError, parse_weights, text_fault
 
 if TYPE_CHECKING:
     from mavis_dist.models.chat import ChatOptions
@@ -66,9 +66,15 @@ def _sendable(text: str) -> str:
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )
 
-    # Unsupported fields with the values that change nothing: clients send them. Other values are refused.
+    # Unsupported fields with the values that change nothing besides null: clients send them. Others are refused.
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     # Unsupported fields with what to do instead of them.
     INSTEAD: ClassVar[Mapping[str, str]] = {}
@@ -77,8 +83,12 @@ class Body(BaseModel):
     @classmethod
     def _without_neutral(cls, body: Any) -> Any:
         if not isinstance(body, dict):
-            return body
-        for name, value in body.items():
+            raise PydanticCustomError("object", "use an object{fields}", {"fields": cls._required()})
+        for name, field in cls.model_fields.items():
+            if name in ("role", "type") and name in body and body[name] not in get_args(field.annotation):
+                return {name: body[name]}  # an object of a kind that is not supported: its fields do not matter
+        given = {name: value for name, value in body.items() if value is not None or name in cls.model_fields}
+        for name, value in given.items():
             if name in cls.NEUTRAL and value not in cls.NEUTRAL[name]:
                 remedy = f"remove it, or give {json.dumps(cls.NEUTRAL[name][0])}"
             elif name in cls.INSTEAD:
@@ -86,13 +96,27 @@ class Body(BaseModel):
             else:
                 continue
             raise PydanticCustomError(UNSUPPORTED, "is not supported", {"field": name, "remedy": remedy})
-        return {name: value for name, value in body.items() if name not in cls.NEUTRAL}
+        return {name: value for name, value in given.items() if name not in cls.NEUTRAL}
+
+    @classmethod
+    def _required(cls) -> str:
+        names = [repr(name) for name, field in cls.model_fields.items() if field.is_required()]
+        return f" with {' and '.join(names)}" if names else ""
+
+
+def _encodable(text: str) -> str:
+    if fault := text_fault(text):
+        raise ValueError(f"holds {fault}; remove it")
+    return text
+
+
+Encodable = Annotated[str, AfterValidator(_encodable)]  # a text for a tokenizer
 
 
 class StreamOptions(Body):
-    NEUTRAL = {"include_obfuscation": (False, None), "continuous_usage_stats": (False, None)}
+    NEUTRAL = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class FlatArgs(Body):
@@ -104,7 +128,7 @@ class FlatArgs(Body):
 class Preference(Body):
     """An objective given as a sentence."""
 
-    text: Annotated[str, Field(min_length=1, max_length=4000)]
+    text: Annotated[Encodable, Field(min_length=1, max_length=4000)]
     weight: float = 1.0
 
 
@@ -141,32 +165,29 @@ class GenerationRequest(Body):
     """The fields of both endpoints. None: the server's default."""
 
     NEUTRAL = {
-        "frequency_penalty": (0, None),
-        "presence_penalty": (0, None),
-        "logit_bias": ({}, None),
-        "store": (False, None),
-        "service_tier": ("auto", "default", None),
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": ({},),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
         # What vLLM and SGLang have beyond that.
-        "repetition_penalty": (1, None),
-        "length_penalty": (1, None),
-        "use_beam_search": (False, None),
-        "min_tokens": (0, None),
-        "ignore_eos": (False, None),
-        "stop_token_ids": ([], None),
-        "stop_regex": ([], None),
-        "bad_words": ([], None),
-        "allowed_token_ids": (None,),
-        "include_stop_str_in_output": (False, None),
-        "no_stop_trim": (False, None),
-        "skip_special_tokens": (True, None),
-        "spaces_between_special_tokens": (True, None),
-        "truncate_prompt_tokens": (None,),
-        "prompt_logprobs": (None,),
-        "return_token_ids": (False, None),
-        "return_tokens_as_token_ids": (False, None),
-        "return_hidden_states": (False, None),
-        "priority": (0, None),
-        "lora_path": (None,),
+        "repetition_penalty": (1,),
+        "length_penalty": (1,),
+        "use_beam_search": (False,),
+        "min_tokens": (0,),
+        "ignore_eos": (False,),
+        "detokenize": (True,),
+        "stop_token_ids": ([],),
+        "stop_regex": ([],),
+        "bad_words": ([],),
+        "include_stop_str_in_output": (False,),
+        "no_stop_trim": (False,),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "return_hidden_states": (False,),
+        "priority": (0,),
     }
     INSTEAD = {
         "max_new_tokens": "use max_tokens",
@@ -178,7 +199,9 @@ class GenerationRequest(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Count | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = Field(
+        None, description="candidates of a token; 0 or -1: the whole vocabulary"
+    )
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -228,6 +251,11 @@ class GenerationRequest(Body):
         raise NotImplementedError
 
     @property
+    def continues_prompt(self) -> bool:
+        """Whether an answer's text goes on from the prompt's."""
+        raise NotImplementedError
+
+    @property
     def num_answers(self) -> int:
         return self.n or 1
 
@@ -242,7 +270,7 @@ class GenerationRequest(Body):
 
     @property
     def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:
@@ -264,24 +292,32 @@ class GenerationRequest(Body):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Encodable
+
+
+def _content_kind(content: Any) -> str | None:
+    return "(text)" if isinstance(content, str) else "(parts)" if isinstance(content, list) else None
+
+
+Content = Annotated[
+    Annotated[Encodable, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
+    Discriminator(
+        _content_kind,
+        custom_error_type="content",
+        custom_error_message='use a text, or a list of parts such as {"type": "text", "text": "..."}',
+    ),
+]
 
 
 class Message(Body):
     # A response's message can be sent back unchanged.
     NEUTRAL = {
-        "name": (None,),
-        "refusal": (None,),
-        "annotations": ([], None),
-        "reasoning": (None,),
-        "reasoning_content": (None,),
-        "audio": (None,),
-        "function_call": (None,),
-        "tool_calls": ([], None),
+        "annotations": ([],),
+        "tool_calls": ([],),
     }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
 
     @property
     def turn(self) -> dict[str, str]:
@@ -296,24 +332,20 @@ class Message(Body):
 class ChatRequest(GenerationRequest):
     NEUTRAL = {
         **GenerationRequest.NEUTRAL,
-        "response_format": ({"type": "text"}, None),
-        "modalities": (["text"], None),
-        "tools": ([], None),
-        "tool_choice": ("none", "auto", None),
-        "parallel_tool_calls": (True, False, None),
-        "functions": ([], None),
-        "function_call": ("none", "auto", None),
-        "audio": (None,),
-        "prediction": (None,),
-        "web_search_options": (None,),
-        "add_special_tokens": (False, None),
-        "chat_template": (None,),
-        "chat_template_kwargs": ({}, None),
-        "documents": ([], None),
-        "mm_processor_kwargs": ({}, None),
-        "separate_reasoning": (True, False, None),
-        "stream_reasoning": (True, False, None),
-        "include_reasoning": (True, False, None),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "add_special_tokens": (False,),
+        "chat_template_kwargs": ({},),
+        "documents": ([],),
+        "mm_processor_kwargs": ({},),
+        "separate_reasoning": (True, False),
+        "stream_reasoning": (True, False),
+        "include_reasoning": (True, False),
     }
     INSTEAD = {
         **GenerationRequest.INSTEAD,
@@ -353,6 +385,10 @@ class ChatRequest(GenerationRequest):
         return last.text if self.echo and self.continue_final_message and last.role == "assistant" else ""
 
     @property
+    def continues_prompt(self) -> bool:
+        return bool(self.continue_final_message)
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -373,13 +409,21 @@ class ChatRequest(GenerationRequest):
         return self
 
     @model_validator(mode="after")
+    def _something_to_continue(self) -> ChatRequest:
+        if self.continue_final_message and not self.messages[-1].text.strip():
+            field = "continue_final_message"
+            message = "the last message has no text to continue: leave out this field, or that message"
+            raise PydanticCustomError("continued", message, {"field": field})
+        return self
+
+    @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed with logprobs: true")
         return self
 
 
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[Encodable, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -389,10 +433,10 @@ def _prompt_kind(prompt: Any) -> str | None:
     if not isinstance(prompt, list):
         return None
     first = prompt[0] if prompt else ""
-    return "(ids)" if isinstance(first, int) else "(lists)" if isinstance(first, list) else "(texts)"
+    return "(ids)" if isinstance(first, (int, float)) else "(lists)" if isinstance(first, list) else "(texts)"
 
 
-KINDS = ("(text)", "(texts)", "(ids)", "(lists)")  # in the paths of pydantic's errors
+KINDS = ("(text)", "(texts)", "(ids)", "(lists)", "(parts)")  # in the paths of pydantic's errors
 Prompt = Annotated[
     Annotated[Text, Tag("(text)")]
     | Annotated[list[Text], Field(min_length=1), Tag("(texts)")]
@@ -409,9 +453,9 @@ Prompt = Annotated[
 class TextRequest(GenerationRequest):
     NEUTRAL = {
         **GenerationRequest.NEUTRAL,
-        "best_of": (1, None),
-        "suffix": ("", None),
-        "add_special_tokens": (True, None),
+        "best_of": (1,),
+        "suffix": ("",),
+        "add_special_tokens": (True,),
     }
     INSTEAD = {
         **GenerationRequest.INSTEAD,
@@ -435,6 +479,10 @@ class TextRequest(GenerationRequest):
         return len(self.prompts) * super().num_answers
 
     @property
+    def continues_prompt(self) -> bool:
+        return True
+
+    @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
@@ -450,13 +498,15 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     first = min(errors, key=lambda error: error["type"] not in (UNSUPPORTED, "extra_forbidden"))
     context = first.get("ctx", {})
     # Alternatives of a union end the path with the name of the type that was tried.
-    path = [part for part in first["loc"] if part not in ("body", "str", "list[TextPart]", *KINDS)]
-    path += [context["field"]] if first["type"] == UNSUPPORTED else []
+    path = [part for part in first["loc"] if part not in ("body", *KINDS)]
+    path += [context["field"]] if "field" in context else []
     param = ".".join(str(part) for part in path) or None
     if first["type"] in (UNSUPPORTED, "extra_forbidden"):
         remedy = context.get("remedy", "remove it")
         return ApiError(400, f"the field {param!r} is not supported; {remedy}", param, "unsupported_field")
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        message = f"{first['input']!r:.100} is not supported; use {context['expected']}"
     return ApiError(400, f"{param}: {message}" if param else message, param)
 
 

@@ -157,7 +157,7 @@ class Completion:
     def _begin(self, request: Request, index: int, echoed: str) -> _Answer:
         """The answer `index` to a prompt; with the same seed, that to the prompt alone."""
         one = replace(request, stream=stream_of(request, index), params=replace(request.params, n=1))
-        text = StoppedText(self._tokenizer, request.params.stop)
+        text = StoppedText(self._tokenizer, request.params.stop, request.text_before)
         return _Answer(one, echoed, text, None if request.top_logprobs is None else Alignment(text))
 
     @property

@@ -48,6 +48,7 @@ def test_the_comparison_is_of_the_studys_run() -> None:
         ({"value": {"kind": "heads"}}, ["'value.kind'", "'heads'", "'states'"]),
         ({"value": {"kind": "states", "backbone": "gpt2"}}, ["backbone (gpt2)", "leave backbone out"]),
         ({"value": {"kind": "states", "lora_rank": 8}}, ["lora_rank (8)", "must be 0"]),
+        ({"serve": {"host": "[::1]"}}, ["'serve.host'", "[::1]", "without brackets"]),
         ({"serve": {"base_replicas": 0}}, ["'serve.base_replicas'", "0", "greater than or equal to 1"]),
         ({"serve": {"value_replicas": {"min": 3, "max": 2}}}, ["'serve.value_replicas'", "max (2)", "min (3)"]),
         ({"serve": {"base_replicas": {"min": 1}}}, ["'serve.base_replicas.max'", "missing"]),

@@ -36,16 +36,17 @@ def client(service) -> Iterator[TestClient]:
 JSON = {"content-type": "application/json"}
 
 
-def check(client: TestClient, path: str, content: bytes, headers: Mapping[str, str] = JSON) -> None:
+def check(client: TestClient, path: str, content: bytes, headers: Mapping[str, str] = JSON) -> int:
     response = client.post(path, content=content, headers=dict(headers))
     if response.status_code == 200:
         assert '"error"' not in response.text
         assert response.text.endswith("data: [DONE]\n\n") or response.json()["choices"]
-        return
+        return response.status_code
     assert 400 <= response.status_code < 500, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert 0 < len(error["message"]) < 1100
+    return response.status_code
 
 
 FUZZED = settings(
@@ -79,6 +80,8 @@ def test_messages(client, messages):
 @FUZZED
 @given(prompt=PROMPT, fields=FIELDS)
 @example(["a", "b"], {"stream": True, "echo": True})
+@example(["a", "\0"], {})
+@example("a", {"preferences": [{"text": "\0"}]})
 @example([[5], [6]], {"n": 1})
 def test_prompts(client, prompt, fields):
     check(client, COMPLETIONS, json.dumps(text(NAME, {**fields, "prompt": prompt})).encode())
@@ -91,12 +94,14 @@ def test_bytes(client, sent):
     check(client, path, content, headers)
 
 
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
-def test_templates(tmp_path, template):
-    service = LocalService(tmp_path, template)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates(tmp_path, name):
+    service = LocalService(tmp_path, TEMPLATES[name])
     client = TestClient(service.app(log_access=False))
-    for path, asked in draw_examples(conversations(NAME), 20, 0):
-        check(client, path, json.dumps(asked).encode())
+    bodies = [json.dumps(asked).encode() for _, asked in draw_examples(conversations(NAME), 20, 0)]
+    statuses = {check(client, CHAT, body) for body in bodies}
+    if name != "rewrites texts":
+        assert (200 in statuses) == (name != "fails")
     service.loop.stop()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mavis_dist.decode.text import Detokenizer, StoppedText
-from tests.tiny import make_tokenizer
+from tests.tiny import make_spaced_tokenizer, make_tokenizer
 
 TOKENIZER = make_tokenizer()  # a token for each byte
 
@@ -49,3 +49,29 @@ def test_no_part_of_a_stop_string_is_returned(text, stop, expected, size):
         assert expected.startswith(out)
     assert out == expected
     assert stopped.is_stopped == (expected != text)
+
+
+SPACED = make_spaced_tokenizer()
+
+
+def test_a_text_that_goes_on_keeps_its_first_space():
+    before, ids = SPACED("the sky is")["input_ids"], SPACED("blue and high")["input_ids"]
+    assert SPACED.decode(ids[:1]) == "b"
+    for context in (before, before * 20, before[-1:]):
+        text = Detokenizer(SPACED, context)
+        assert "".join(text.add((id,)) for id in ids) == " blue and high"
+    assert Detokenizer(SPACED).add(ids) == Detokenizer(SPACED, SPACED.all_special_ids).add(ids) == "blue and high"
+
+
+def test_a_text_that_completes_a_character_is_not_lost():
+    ids = ids_of("aéb")
+    assert Detokenizer(TOKENIZER, ids[:2]).add(ids[2:]) == "\ufffdb"
+
+
+@pytest.mark.parametrize("stop", [" b", " blue a"])
+def test_stop_strings_that_begin_with_the_space_of_a_text_that_goes_on(stop):
+    before, ids = SPACED("the sky is")["input_ids"], SPACED("blue and high")["input_ids"]
+    stopped = StoppedText(SPACED, [stop], before)
+    assert "".join(stopped.add((id,)) for id in ids) == ""
+    assert stopped.is_stopped
+    assert StoppedText(SPACED, [stop]).add(ids, last=True) == "blue and high"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
 import threading
 import time
@@ -53,3 +55,25 @@ def test_a_signal_ends_a_deployment_that_is_not_ready(monkeypatch, undeployed):
         assert bool(stopped) is is_stopped
         assert time.monotonic() - began < 30
     assert not undeployed  # a deployment that fails removes what it made, and nothing of a service that runs
+
+
+def test_the_errors_of_cleaning_up_do_not_replace_the_first(monkeypatch):
+    stopped = []
+
+    def failing(*_: object) -> None:
+        raise ConnectionError("no controller")
+
+    monkeypatch.setattr(app.serve, "status", failing)
+    monkeypatch.setattr(app.serve, "shutdown", lambda: stopped.append("Serve") or failing())
+    with pytest.raises(app.DeployError, match="no room"), app._nothing_left_behind(set()):
+        raise app.DeployError("no room")
+    assert stopped == ["Serve"]
+
+
+@pytest.mark.parametrize("name", ["Ann's model", 'a "b" $HOME'])
+def test_the_example_is_a_command_of_a_shell(name):
+    served = CONFIG.serve.model_copy(update={"served_model_name": name})
+    _, _, command = job.example(CONFIG.model_copy(update={"serve": served}), "http://h:1").partition("\n")
+    arguments = shlex.split(command.replace("\\\n", ""))
+    assert arguments[:2] == ["curl", "http://h:1/v1/chat/completions"]
+    assert json.loads(arguments[arguments.index("-d") + 1])["model"] == name

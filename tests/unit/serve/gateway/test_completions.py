@@ -35,7 +35,7 @@ from serve.gateway.responses import ChatChunk, ChatCompletion, TextChunk, TextCo
 from serve.messages import Admission, BaseLost
 from tests.fakes import tiny_value
 from tests.local import args_of
-from tests.tiny import write_base
+from tests.tiny import make_spaced_tokenizer, write_base
 
 PROMPT = "Once upon a time"
 
@@ -383,6 +383,7 @@ def test_preferences_that_cannot_steer_are_refused_by_name(service, fields, para
 # --- several prompts, token ids, echo --------------------------------------------------------------------------------
 
 PROMPTS = ["Once upon a time", "The sky is", "<s>"]
+MARKS = "".join(map(chr, range(0xFDD0, 0xFDF0)))  # code points that the encoder needs one of
 
 
 def texts(answer: dict) -> list[str]:
@@ -478,6 +479,104 @@ def test_prompts_that_cannot_be_answered_are_refused(service, fields, param, wor
     with pytest.raises(ApiError, match=words) as refused:
         service.whole(**fields)
     assert (refused.value.status, refused.value.param) == (400, param)
+    is_length = "no room" in words
+    assert refused.value.code == ("context_length_exceeded" if is_length else None)  # clients shorten the prompt then
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 400, "prompt": "x" * 900}, "max_tokens"),
+        ({"preferences": [{"text": "x" * 1024}]}, "preferences"),
+    ],
+)
+def test_too_many_tokens_have_a_code_of_their_own(service, fields, param):
+    with pytest.raises(ApiError) as refused:
+        service.whole(**fields)
+    assert (refused.value.param, refused.value.code) == (param, "context_length_exceeded")
+
+
+def test_what_the_engine_refuses_keeps_its_code(base):
+    """Only the engine knows the size of its cache."""
+    small = EngineLoop(Engine(base, max_rows=4, cache_tokens=64))
+    with pytest.raises(ApiError, match="leaves room for") as refused:
+        Service(base, small).whole(objective_weights=None, max_tokens=100)
+    small.stop()
+    assert (refused.value.param, refused.value.code) == ("max_tokens", "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": MARKS}, "prompt"),
+        ({"prompt": ["a", MARKS]}, "prompt.1"),
+        ({"preferences": [{"text": "a"}, {"text": MARKS}]}, "preferences.1.text"),
+    ],
+)
+def test_a_prompt_that_cannot_be_encoded_is_refused_by_name(service, fields, param):
+    with pytest.raises(ApiError, match="remove one") as refused:
+        service.whole(**fields)
+    assert (refused.value.status, refused.value.param) == (400, param)
+
+
+def test_without_a_limit_every_token_is_a_candidate(service):
+    whole = texts(service.whole(top_k=2**31 - 1))
+    assert texts(service.whole(top_k=-1)) == texts(service.whole(top_k=0)) == whole != texts(service.whole())
+
+
+# --- tokenizers that drop the first space of a text ------------------------------------------------------------------
+
+SEEDS = range(8)  # answers, about half of which begin with a space
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the sky is"}]
+
+
+@pytest.fixture(scope="module")
+def spaced(base) -> Iterator[Service]:
+    spaced = replace(base, tokenizer=make_spaced_tokenizer())
+    loop = EngineLoop(Engine(spaced, max_rows=4))
+    yield Service(spaced, loop)
+    loop.stop()
+
+
+def words_of(service: Service, body_type: type = TextRequest, **fields) -> str:
+    choice = choice_of(service.whole(body_type, **{"objective_weights": None, **fields}))
+    return choice["text"] if body_type is TextRequest else choice["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("body_type", "fields"),
+    [
+        (TextRequest, {"prompt": "the sky is"}),
+        (TextRequest, {"prompt": make_spaced_tokenizer()("the sky is")["input_ids"]}),
+        (ChatRequest, {"messages": TURNS, "continue_final_message": True}),
+    ],
+)
+def test_a_continued_text_keeps_its_first_space(spaced, body_type, fields):
+    found = [words_of(spaced, body_type, seed=seed, **fields) for seed in SEEDS]
+    assert 0 < sum(text.startswith(" ") for text in found) < len(found)
+    for seed, text in zip(SEEDS, found, strict=True):
+        asked = {"seed": seed, "objective_weights": None, **fields}
+        assert words_of(spaced, body_type, **asked | {"echo": True}) == f"the sky is{text}"
+        events = [choice_of(event) for event in spaced.events(body_type, **asked)]
+        assert "".join(e["delta"].get("content", "") if body_type is ChatRequest else e["text"] for e in events) == text
+        ended = choice_of(spaced.whole(body_type, **asked, stop=text[:2]))
+        assert ended["finish_reason"] == "stop"
+        assert (ended["text"] if body_type is TextRequest else ended["message"]["content"]) == ""
+
+
+def test_an_answer_of_its_own_begins_without_a_space(spaced):
+    assert not any(words_of(spaced, ChatRequest, seed=seed).startswith(" ") for seed in SEEDS)
+
+
+@pytest.mark.parametrize(("content", "held"), [("Hello ", "Hello"), (" Hello", "Hello"), ("Hello", "Hello")])
+def test_echo_is_what_a_template_leaves_of_a_message(base, loop, content, held):
+    trimming = copy.deepcopy(base.tokenizer)
+    trimming.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    asked = {"messages": messages, "continue_final_message": True}
+    service = Service(replace(base, tokenizer=trimming), loop)
+    text = choice_of(service.whole(ChatRequest, **asked))["message"]["content"]
+    assert choice_of(service.whole(ChatRequest, **asked, echo=True))["message"]["content"] == held + text
 
 
 @pytest.mark.parametrize(

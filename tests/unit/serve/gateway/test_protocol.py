@@ -45,7 +45,9 @@ def refused(**body) -> ApiError:
         ("presence_penalty", 0.5),
         ("frequency_penalty", float("nan")),
         ("store", True),
-        ("reasoning_effort", None),
+        ("reasoning_effort", "low"),
+        ("guided_json", {}),
+        ("detokenize", False),
     ],
 )
 def test_a_field_that_would_change_the_answer_is_refused_by_its_name(name, value):
@@ -59,7 +61,7 @@ def test_a_field_that_would_change_the_answer_is_refused_by_its_name(name, value
 def test_fields_that_change_nothing_are_accepted_with_these_values_only(model):
     for name, values in model.NEUTRAL.items():
         assert name not in model.model_fields
-        for value in values:
+        for value in (*values, None):
             bodies = {
                 ChatRequest: {"messages": MESSAGES},
                 TextRequest: {"prompt": "Hi"},
@@ -79,6 +81,7 @@ def test_log_probabilities_as_the_two_endpoints_ask_for_them():
     assert chat(logprobs=True).num_logprobs == 0
     assert chat(logprobs=True, top_logprobs=20).num_logprobs == 20
     assert "logprobs: true" in refused(top_logprobs=1).message
+    assert chat(logprobs=False, top_logprobs=0).num_logprobs is None
     assert refused(logprobs=True, top_logprobs=21).param == "top_logprobs"
     assert TextRequest.model_validate({"model": "m", "prompt": "a", "logprobs": 3}).num_logprobs == 3
 
@@ -100,7 +103,7 @@ def test_errors_can_be_sent_whatever_the_client_sent():
         ({"temperature": -1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"top_k": 0}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"min_p": 1.0}, "min_p"),
         ({"n": 0}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -258,7 +261,7 @@ def test_remedies_work_on_the_endpoint_that_gives_them():
     assert refused(best_of=1).message == "the field 'best_of' is not supported; remove it, and use n"
     assert "use /v1/chat/completions" in text_refused(messages=MESSAGES).message
     assert "x-request-id" in refused(request_id="r").message
-    assert "remove it, or give null" in refused(messages=[{"role": "user", "content": "a", "name": "b"}]).message
+    assert "; remove it" in refused(messages=[{"role": "user", "content": "a", "name": "b"}]).message
 
 
 def test_a_message_is_continued_or_a_new_one_begun():
@@ -275,3 +278,68 @@ def test_a_message_is_continued_or_a_new_one_begun():
 
 def test_log_probabilities_are_not_those_of_the_prompt():
     assert "leave out echo or logprobs" in text_refused(echo=True, logprobs=1).message
+
+
+@pytest.mark.parametrize("name", ["reasoning_effort", "verbosity", "structured_outputs", "cache_salt", "unheard_of"])
+def test_null_is_as_good_as_absent(name):
+    assert chat(**{name: None}) == chat()
+    assert text(**{name: None}) == text()
+    assert chat(messages=[{**MESSAGES[0], name: None}]) == chat()
+    assert chat(stream=True, stream_options={"include_usage": None, name: None}).wants_usage is False
+    assert text(messages=None, max_completion_tokens=None) == text()
+    assert refused(model=None).param == "model"
+
+
+def of_content(content, role="user") -> ApiError:
+    return refused(messages=[{"role": role, "content": content}])
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "words"),
+    [
+        ({"role": "tool", "tool_call_id": "1", "content": "a"}, "role", "'tool' is not supported; use 'system'"),
+        ({"role": "tool", "tool_call_id": "1"}, "role", "use 'system'"),
+        ({"role": "function", "tool_calls": [1], "content": "a"}, "role", "'function' is not supported"),
+        ({"role": ["user"], "content": "a"}, "role", "['user'] is not supported"),
+        ({"role": "assistant", "content": None}, "content", 'use a text, or a list of parts such as {"type"'),
+        ({"role": "user", "content": 5}, "content", "use a text"),
+        ({"role": "user", "content": ["a"]}, "content.0", "use an object with 'type' and 'text'"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "content.0.type",
+            "'image_url' is not supported; use 'text'",
+        ),
+        ({"role": "user", "content": [{"type": "input_text", "text": "a"}]}, "content.0.type", "use 'text'"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "cache": 1}]}, "content.0.cache", "remove it"),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_named_with_a_remedy_that_works(message, param, words):
+    error = refused(messages=[message])
+    assert error.param == f"messages.0.{param}"
+    assert words in error.message
+
+
+def test_objects_and_numbers_of_another_type_get_a_remedy():
+    assert "use an object with 'text'" in refused(preferences=["a"]).message
+    assert "use an object" in refused(stream=True, stream_options=True).message
+    assert "valid integer" in text_refused(prompt=[1.0]).message
+
+
+@pytest.mark.parametrize("fault", ["\0", "\ud83d"])
+def test_a_text_that_cannot_be_encoded_is_refused_where_it_is(fault):
+    bad = f"x{fault}"
+    assert text_refused(prompt=bad).param == "prompt"
+    assert text_refused(prompt=["a", bad]).param == "prompt.1"
+    assert refused(messages=[*MESSAGES, {"role": "user", "content": bad}]).param == "messages.1.content"
+    assert of_content([{"type": "text", "text": bad}]).param == "messages.0.content.0.text"
+    for refuse in (refused, text_refused):
+        assert refuse(preferences=[{"text": "a"}, {"text": bad}]).param == "preferences.1.text"
+
+
+@pytest.mark.parametrize("content", ["", " \n", []])
+def test_a_message_without_text_is_not_continued(content):
+    messages = [*MESSAGES, {"role": "assistant", "content": content}]
+    error = refused(messages=messages, continue_final_message=True)
+    assert error.param == "continue_final_message"
+    assert "no text to continue: leave out this field" in error.message
+    assert chat(messages=messages)
