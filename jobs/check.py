@@ -1,4 +1,5 @@
-"""What a config would use, and whether anything in it fails: without a cluster, a GPU, or weights in memory.
+"""What a config would use, and whether anything in it fails: without a cluster, a GPU, or weights in memory but
+those of rewards.
 
 python -m jobs.check --config jobs/configs/quickstart.yaml [dotted.key=value ...]
 

@@ -27,6 +27,13 @@ Result = TypeVar("Result")
 
 POLL_S = 1.0
 DEATHS_WITHOUT_RESULT = 5
+# An actor, its machine, or what it returned. All others, as an environment that cannot be set up, would come again.
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
 
 
 class WorkerPoolError(UserError):
@@ -127,11 +134,11 @@ class WorkerPool(Generic[Settings, Item, Result]):
                 actor = self._calls.pop(ref)
                 try:
                     outcome = ray.get(ref)
-                except ray.exceptions.RayActorError as error:
+                except LOST as error:
                     queue.extendleft(reversed(self._busy.pop(actor, {}).values()))
                     self._replace(stage, actor, error)
                     continue
-                except ray.exceptions.RayTaskError as error:
+                except ray.exceptions.RayError as error:
                     self._idle.append(actor)  # to be released
                     raise _failure(stage, error) from error
                 if actor not in self._busy:  # it has loaded
@@ -171,11 +178,11 @@ class WorkerPool(Generic[Settings, Item, Result]):
         actor = self._start()
         self._calls[actor.__ray_ready__.remote()] = actor
 
-    def _replace(self, stage: str, actor: ActorHandle[Any], error: ray.exceptions.RayActorError) -> None:
+    def _replace(self, stage: str, actor: ActorHandle[Any], error: ray.exceptions.RayError) -> None:
         """Replace a dead actor."""
         self._num_deaths += 1
         ray.kill(actor)  # an unreachable actor may still be alive
-        if error.actor_init_failed:
+        if getattr(error, "actor_init_failed", False):
             raise failure_of(stage, error) from error
         if self._num_deaths > DEATHS_WITHOUT_RESULT:
             raise WorkerPoolError(
@@ -215,11 +222,16 @@ def map_tasks(function: Callable[..., Result], items: Sequence[tuple[Any, ...]],
     return [results[ref] for ref in refs]
 
 
-def on_every_machine(function: Callable[..., object], *arguments: object, stage: str, limit_s: float = 120.0) -> None:
-    """`function(*arguments)` in a process on every machine that has cores for work.
+def on_every_machine(
+    function: Callable[..., object], *arguments: object, stage: str, limit_s: float | None = None
+) -> None:
+    """`function(*arguments)` in a process on every machine that has cores for work, with lines of progress.
+
+    Args:
+        limit_s: seconds that a machine has for it; None for code of the user, which takes as long as it takes.
 
     Raises:
-        UserError: what one of them has raised, or the machine that does not answer within the limit.
+        UserError: what one of them has raised, at once, or the machine that does not answer within the limit.
     """
     task = ray.remote(function)
     machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
@@ -227,14 +239,29 @@ def on_every_machine(function: Callable[..., object], *arguments: object, stage:
     for machine in machines:
         there = NodeAffinitySchedulingStrategy(machine["NodeID"], soft=True)  # it may be lost meanwhile
         calls[task.options(num_cpus=0, scheduling_strategy=there).remote(*arguments)] = machine["NodeManagerAddress"]
-    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=limit_s)
+    meter, began, late = Meter(stage, "machines"), time.monotonic(), list(calls)
     try:
-        ray.get(ready)
+        while late:
+            check_stop()
+            ready, late = ray.wait(late, timeout=POLL_S)
+            for ref in ready:
+                _get(ref, f"{stage} on machine {calls[ref]}")
+            if late and limit_s is not None and time.monotonic() - began > limit_s:
+                raise UserError(
+                    f"{stage}: machine {calls[late[0]]} does not answer within {limit_s:g} s: check its Ray process "
+                    "and its mounts"
+                )
+            meter.show(len(calls) - len(late), len(calls))
+    finally:
+        for ref in late:
+            ray.cancel(ref, force=True)  # a process that waits for storage does not hear anything else
+
+
+def _get(ref: ray.ObjectRef[Any], stage: str) -> object:
+    try:
+        return ray.get(ref)
     except ray.exceptions.RayError as error:
         raise _failure(stage, error) from error
-    if late:
-        address = calls[late[0]]
-        raise UserError(f"{stage}: machine {address} does not answer within {limit_s:g} s: check its Ray process")
 
 
 def wait_for(futures: Sequence[Future[Any]], reader: ProgressReader) -> None:

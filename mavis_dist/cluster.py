@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import ray
 from ray._private.authentication.authentication_utils import get_authentication_mode_name
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import get_authentication_mode  # type: ignore[attr-defined]
 
 from mavis_dist.failures import last_words
@@ -46,7 +48,8 @@ def connect() -> None:
         # Without an address Ray would join the cluster that was started last on this machine.
         options |= {"address": "local", "dashboard_host": "127.0.0.1"}
     else:
-        _check_answers(str(address))
+        address = _resolved(str(address))
+        _check_answers(address)
         options |= {"address": address}
     try:
         ray.init(runtime_env={"env_vars": forwarded_variables()}, **options)
@@ -81,16 +84,44 @@ def _remedy() -> str:
 
 def check_port(host: str, port: int) -> None:
     """Raises ClusterError unless a program of this machine may listen there."""
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-    except OSError as error:
+    if problem := bind_problem(host, port):
         raise ClusterError(
-            f"serve.host={host} serve.port={port} cannot be listened on ({error.strerror or error}): end the program "
-            "that listens there, or choose another serve.port"
-        ) from None
+            f"serve.host={host} serve.port={port} cannot be listened on ({problem}): end the program that listens "
+            "there, or choose another serve.port"
+        )
+
+
+def bind_problem(host: str, port: int) -> str:
+    """Why no socket can be bound on this machine to the addresses of a host; empty: one can."""
+    missing, num_bound = "", 0
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(address)
+                    num_bound += 1
+            except OSError as error:
+                # A name may have addresses of a family that this machine does not have.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error.strerror or str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if num_bound else missing
+
+
+def _resolved(address: str) -> str:
+    """HOST:PORT of the cluster that runs on this machine, or was started last on it, for `auto`; else the address.
+
+    Ray would try for minutes to join one that has ended.
+    """
+    if address != "auto":
+        return address
+    try:
+        return str(canonicalize_bootstrap_address(address))
+    except (ConnectionError, ValueError):
+        raise ClusterError(f"RAY_ADDRESS={address} finds no Ray cluster on this machine: {_remedy()}") from None
 
 
 def _check_answers(address: str) -> None:
@@ -100,10 +131,7 @@ def _check_answers(address: str) -> None:
             f"RAY_ADDRESS={address} is the address of a dashboard, which only `ray job` uses: set it to HOST:6379 of "
             "the cluster's head, or unset it to start a local one"
         )
-    host_and_port = address.removeprefix("ray://")
-    if host_and_port == "auto":
-        return
-    channel = init_grpc_channel(host_and_port, [("grpc.enable_http_proxy", 0)])
+    channel = init_grpc_channel(address.removeprefix("ray://"), [("grpc.enable_http_proxy", 0)])
     try:
         grpc.channel_ready_future(channel).result(CONNECT_S)
     except grpc.FutureTimeoutError:

@@ -21,15 +21,18 @@ MAVIS_KEYS                             file of API keys that `jobs.serve` requir
 MAVIS_API_KEY                          API key that `jobs.ask` sends to a service
 MAVIS_CACHE                            folder of prepared models and compiled operators (default ~/.cache/mavis_dist)
 RAY_ADDRESS                            cluster to join; without it a local one is started
-HOME                                   for a user without one, as in many containers, a private folder below the
-                                       temporary files: libraries store settings and caches there
+HOME                                   where it is no folder that this user may write to, as in many containers (/, none
+                                       or another user's), the one in the list of users, else a private folder below
+                                       the temporary files: libraries store settings and caches there
 """
 
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from mavis_dist.paths import absolute
@@ -48,8 +51,7 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",
 }
 for _name, _value in ENVIRONMENT.items():
-    if not os.environ.get(_name):
-        os.environ[_name] = _value
+    os.environ[_name] = os.environ.get(_name, "").strip() or _value  # without blanks: Ray takes " token " for no mode
 
 
 def private_folder() -> str:
@@ -64,8 +66,20 @@ def private_folder() -> str:
     return str(folder) if is_private else tempfile.mkdtemp(prefix="mavis-home-")
 
 
-if os.path.expanduser("~") == "~":
-    os.environ["HOME"] = private_folder()
+def home() -> str:
+    """HOME, or the home folder in the list of users, or a private one: the first that this user may write to."""
+    known = [os.environ.get("HOME", "").strip()]
+    with suppress(KeyError):  # a user without an entry
+        known.append(pwd.getpwuid(os.getuid()).pw_dir)
+    return next(filter(_is_home, known), None) or private_folder()
+
+
+def _is_home(folder: str) -> bool:
+    # Containers set / for users without a home.
+    return os.path.isabs(folder) and folder.strip("/") != "" and os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+
+
+os.environ["HOME"] = home()
 
 FLAG = ("0", "1")
 # What Ray and OpenMP understand. Ray takes any other mode of authentication for none, without a word.

@@ -8,9 +8,10 @@ import re
 from mavis_dist.types import StageError, UserError, one_line
 
 OURS = ("mavis_dist.", "serve.")
-RAISED = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")  # a line of a traceback
+RAISED = re.compile(r"^(?P<kind>[A-Za-z_][\w.<>]*)(?:: (?P<message>.*))?$")  # a line of a traceback; <locals>
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 COLOURS = re.compile(r"\x1b\[[\d;]*m")
+GUTTER = re.compile(r"^ *\| ?", re.MULTILINE)  # before the lines of an exception group
 
 
 def failure_of(stage: str, error: BaseException, traceback: str = "") -> UserError:
@@ -33,7 +34,7 @@ def reason_in(text: str) -> str:
     if (refused := user_error_in(text)) is not None:
         return str(refused)
     if (end := _end(text)) is None:
-        return one_line(text, 300)
+        return one_line(COLOURS.sub("", text), 300)
     return one_line(f"{end['kind'].rpartition('.')[2]}: {end['message'] or ''}", 300) + _place(text)
 
 
@@ -51,7 +52,7 @@ def last_words(error: BaseException) -> str:
 
 def _end(text: str) -> re.Match[str] | None:
     """Kind and message of the exception that the last traceback ends with."""
-    lines = COLOURS.sub("", text).splitlines()
+    lines = GUTTER.sub("", COLOURS.sub("", text)).splitlines()
     frames = [number for number, line in enumerate(lines) if FRAME.search(line)]
     after = lines[frames[-1] + 1 :] if frames else []
     return next((found for line in after if not line.startswith(" ") and (found := RAISED.match(line))), None)

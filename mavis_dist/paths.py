@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path, PurePath
 
 FILES = (".gguf", ".jsonl", ".parquet")
-LOCAL = ("file://", "local://")
+LOCAL = re.compile(r"(file|local):(//localhost(?=/)|//)?")
+ONE_SLASH = re.compile(r"([a-z][a-z0-9+.-]*):/(?!/)", re.IGNORECASE)
 
 
 def absolute(path: str) -> str:
-    """A local path with `~` expanded and absolute; any other URI as it is.
+    """A local path with `~` expanded and absolute; any other URI as it is. Blanks around it are dropped.
 
     Raises:
-        ValueError: there is no such home.
+        ValueError: there is no such home, or it would be a folder of another name than is meant.
     """
-    for scheme in LOCAL:
-        path = path.removeprefix(scheme)
+    path = path.strip()
+    path = path.removeprefix(found[0]) if (found := LOCAL.match(path)) else path
+    if "$" in path:
+        raise ValueError("variables are not expanded: write their values, or ~ for the home folder")
+    if found := ONE_SLASH.match(path):
+        raise ValueError(f"a URI has two slashes: write {found[1]}://")
     if "://" in path:
         return path
     try:
@@ -41,10 +47,12 @@ def for_results(path: str) -> str:
 
 def for_input(name: str, words: Collection[str] = ()) -> str:
     """A file or folder as in `absolute`; names of other things, such as `words` and ids of a hub, as they are."""
-    is_local = name.startswith((".", "/", "~", *LOCAL)) or name.endswith(FILES) or os.path.exists(name)
+    name = name.strip()
+    is_fixed = name.startswith(("/", "~", "$")) or LOCAL.match(name) is not None
+    is_local = is_fixed or name.startswith(".") or name.endswith(FILES) or os.path.exists(name)
     if name in words or not is_local:
         return name
-    if not name.startswith(("/", "~", *LOCAL)) and _is_package_copy(os.getcwd()):
+    if not is_fixed and _is_package_copy(os.getcwd()):
         return name  # all processes of the job run in a copy, at another path in the next attempt
     return absolute(name)
 

@@ -67,6 +67,11 @@ class PromptSet:
         return f"{self.rows[prompt.id]} of prompts.source {self.source!r} (id {prompt.id!r})"
 
     @property
+    def sample(self) -> tuple[str, ...]:
+        """Texts that rewards are tried on: one to train with and one to evaluate with."""
+        return self.train[0].text, self.evaluation[0].text
+
+    @property
     def left_out(self) -> str | None:
         """One line on the rows that were passed over; None if there were none."""
         counts = [f"{count} for prompts.{key}" for key, count in self.repeated.items() if count]

@@ -22,7 +22,7 @@ from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokeniz
 from mavis_dist.models.value import load_card
 from mavis_dist.plan import Plan, make_plan
 from mavis_dist.preflight.checks import check
-from mavis_dist.preflight.machine import check_machine
+from mavis_dist.preflight.machine import check_machine, check_rewards
 from mavis_dist.progress import metered, say
 from mavis_dist.prompts import held_out
 from mavis_dist.rewards import build
@@ -37,6 +37,7 @@ from mavis_dist.types import Policy, Prompt, RewardScale
 LAST_LINE = "# end of the config"
 Pool = WorkerPool[Mapping[str, int], Batch, Result]
 
+MACHINE_CHECK_S = 120.0  # for imports, storage and a look for files
 BATCH_SIZE = 32  # requests that an actor answers at the same time
 
 
@@ -77,7 +78,7 @@ def open_run(config: Config) -> RunState:
     check_same_run(store, config)
     store.check_writable()
     findings = check(config)
-    check_machines(store, config)
+    check_machines(store, config, findings.prompts.sample)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     store.write_bytes(layout.CONFIG_FILE, f"{text}{LAST_LINE}\n".encode())
     for note in plan.notes:
@@ -91,10 +92,13 @@ def open_run(config: Config) -> RunState:
     return RunState(config, store, plan, start_progress_actor(), prompts.train, prompts.evaluation)
 
 
-def check_machines(store: Store, config: Config) -> None:
-    """Raises UserError unless all machines see the same storage and may write to it, and find what the config names."""
+def check_machines(store: Store, config: Config, prompts: Sequence[str]) -> None:
+    """Raises UserError unless all machines see the same storage and may write to it, have what the config names, and
+    can score answers to some prompts.
+    """
     with store.probe() as name:
-        on_every_machine(check_machine, config, name, stage="check")
+        on_every_machine(check_machine, config, name, stage="check", limit_s=MACHINE_CHECK_S)
+    on_every_machine(check_rewards, config, prompts, stage="check rewards")
 
 
 def check_same_run(store: Store, config: Config) -> None:

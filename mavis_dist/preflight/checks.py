@@ -1,13 +1,16 @@
 """All checks of a config that need neither a cluster nor a GPU, in one place: `check`.
 
-They load no weights: models are built on torch's device `meta`, where tensors have shapes only. Every problem is a
-UserError, one line with the thing, its value and the remedy.
+They load no weights of language models, which are built on torch's device `meta`, where tensors have shapes only. The
+models of rewards (classifiers and embedders) are loaded whole. Every problem is a UserError, one line with the thing,
+its value and the remedy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +21,19 @@ from mavis_dist.core.packing import pack
 from mavis_dist.core.tree import ROOT, Finish, Targets, TreeBuilder
 from mavis_dist.models.chat import ChatError
 from mavis_dist.models.decoder import base_decoder
+from mavis_dist.models.directory import loading, quiet
 from mavis_dist.models.load import BaseModel, context_length, fetch, load_skeleton
 from mavis_dist.models.states import first_layers, state_layer
 from mavis_dist.models.value import ValueModel, ValueModelError, from_base
 from mavis_dist.preflight import describe
+from mavis_dist.preflight.machine import check_packages
 from mavis_dist.prompts import PromptError, PromptSet, draw_prompts
 from mavis_dist.rewards.trial import Trial, try_reward
 from mavis_dist.sections import OF_BASE
 from mavis_dist.train.fit import outputs
 from mavis_dist.types import UserError, one_line
 
+DEVICES = ("cpu", "cuda")  # with a number or without
 Tell = Callable[[str, str], None]  # topic, what would be used
 
 
@@ -46,6 +52,7 @@ def check(config: Config, tell: Tell = lambda topic, text: None) -> Findings:
     Raises:
         UserError: the first problem.
     """
+    check_packages(config)
     base = check_base(config)
     for topic, text in describe.base(config, base):
         tell(topic, text)
@@ -59,8 +66,11 @@ def check(config: Config, tell: Tell = lambda topic, text: None) -> Findings:
         tell(topic, text)
     rewards = {}
     for name, objective in config.objectives.items():
-        rewards[name] = try_reward(name, objective, config.rollout.max_tokens)
+        rewards[name] = try_reward(name, objective, config.rollout.max_tokens, prompts.sample)
         tell(f"reward {name}", describe.reward(objective, rewards[name]))
+        if (doubt := rewards[name].doubt) is not None:
+            notes.append((f"reward {name}", doubt))
+            tell(*notes[-1])
     return Findings(prompts, rewards, notes)
 
 
@@ -115,6 +125,7 @@ def check_value(config: Config, base: BaseModel) -> ValueModel:
                 "value.kind=states"
             ) from error
         _check_vocabulary(name, model, base)
+        _check_weights(name, fetch(backbone), model)
     _try_packed_tree(name, model)
     return model
 
@@ -126,6 +137,25 @@ def _check_vocabulary(name: str, model: ValueModel, base: BaseModel) -> None:
         raise ValueModelError(
             f"{name} knows {have} tokens, but the base model's tokenizer has {len(base.tokenizer)}: choose a backbone "
             "with the same tokenizer"
+        )
+
+
+def _check_weights(name: str, folder: Path, model: ValueModel) -> None:
+    """Raises ValueModelError unless the files have every weight of the model."""
+    from transformers import AutoModel
+
+    with loading(folder), quiet():
+        _, info = AutoModel.from_pretrained(
+            folder,
+            config=deepcopy(model.backbone.config),
+            device_map="meta",
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+        raise ValueModelError(
+            f"{name} lacks the weights {', '.join(missing[:3])}: choose another value.backbone, or value.kind=states"
         )
 
 
@@ -158,8 +188,10 @@ def tiny_batch() -> Any:
 
 
 def _check_device(device: str) -> None:
-    """Raises UserError for a name that is no torch device. Whether a machine has it is known there alone."""
+    """Raises UserError for a device that nothing here runs on. Whether a machine has it is known there alone."""
     try:
-        torch.device(device)
+        kind, problem = torch.device(device).type, "a model cannot answer there"
     except RuntimeError as error:
-        raise UserError(f"config key 'base.device' is {device!r} ({one_line(error)}): use cpu or cuda") from None
+        kind, problem = "", one_line(error)
+    if kind not in DEVICES:
+        raise UserError(f"config key 'base.device' is {device!r} ({problem}): use cpu or cuda")

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 
 from mavis_dist import sections
 from mavis_dist.config import Config
+from mavis_dist.rewards.protocol import RewardError
 from mavis_dist.rewards.trial import try_reward
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.types import UserError
 
 
 def check_machine(config: Config, probe: str) -> None:
-    """Raises UserError unless this machine can write to the run's storage, finds the driver's file `probe` there, has
-    the local models of the config, and can call its functions and judges.
+    """Raises UserError unless this machine has the packages and local models that the config needs, can write to the
+    run's storage, and finds the driver's file `probe` there.
     """
+    check_packages(config)
     store, here = Store(config.storage, config.run), platform.node()
     if not store.exists(probe):
         raise StoreError(
@@ -30,9 +33,27 @@ def check_machine(config: Config, probe: str) -> None:
                 f"config key {key!r} is {path!r}, which machine {here} does not have: put it on storage that all "
                 "machines share"
             )
+
+
+def check_rewards(config: Config, prompts: Sequence[str]) -> None:
+    """Raises UserError unless this machine can call the functions and judges of the config, which may take long."""
     for name, objective in config.objectives.items():
         if isinstance(objective, (sections.Function, sections.Judge)):
-            try_reward(name, objective, config.rollout.max_tokens)
+            try:
+                try_reward(name, objective, config.rollout.max_tokens, prompts)
+            except UserError as error:
+                raise RewardError(f"on machine {platform.node()}: {error}") from error
+
+
+def check_packages(config: Config) -> None:
+    """Raises UserError unless this machine has what the training of this config imports."""
+    needed = {"deepspeed": config.value.kind != "states", "peft": config.value.lora_rank > 0}
+    for package, is_needed in needed.items():
+        if is_needed and find_spec(package) is None:
+            raise UserError(
+                f"{package} is not installed on machine {platform.node()}: training needs more, pip install "
+                "'mavis-dist[train]'"
+            )
 
 
 def local_models(config: Config) -> Iterator[tuple[str, str]]:

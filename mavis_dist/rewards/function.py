@@ -19,6 +19,11 @@ class Function:
     def __init__(self, path: str) -> None:
         """Raises RewardError if there is no such function, or it cannot be called so."""
         self.path, self.function = path, _find(path)
+        if inspect.isclass(self.function):
+            raise RewardError(
+                f"reward function {path!r} is a class: name a function or an instance of it that takes (prompts, "
+                f"answers), such as {path.partition(':')[0]}:score with `score = {self.function.__name__}(...)`"
+            )
         if inspect.iscoroutinefunction(self.function):
             raise RewardError(f"reward function {path!r} is asynchronous: make it an ordinary function (def)")
         try:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 from mavis_dist import sections
 from mavis_dist.rewards.build import build
-from mavis_dist.rewards.protocol import Reward, RewardError
+from mavis_dist.rewards.protocol import RewardError
 from mavis_dist.sections import Objective
 from mavis_dist.types import one_line
 
-QUESTION = "How do I bake bread at home?"
 ANSWERS = (
     "What a WONDERFUL question! Mix 500 g of flour with water, salt and yeast, let it rest, bake it for 40 minutes.",
     "no, i hate this stupid idea",
@@ -43,23 +43,41 @@ class Trial:
     def spread(self) -> float:
         return max(self.scores) - min(self.scores)
 
+    @property
+    def doubt(self) -> str | None:
+        """What a user may want to look at before a run; None: nothing. Rewards of what only good answers hold, such as
+        code that runs, are equal here and differ in the run.
+        """
+        if self.spread > 0:
+            return None
+        return (
+            f"all {len(self.scores)} made-up answers have the same score ({self.scores[0]:g}): nothing can be learnt "
+            "unless the model's own answers differ in it"
+        )
 
-def try_reward(name: str, objective: Objective, max_tokens: int, device: str = "cpu") -> Trial:
+
+def try_reward(name: str, objective: Objective, max_tokens: int, prompts: Sequence[str], device: str = "cpu") -> Trial:
     """Build an objective's reward and score two made-up answers; more if these have the same score, and, but for a
     judge, an empty answer and one of `max_tokens` words, as a model may write them.
 
+    Args:
+        prompts: some of the run's own, since a reward may look up what it knows about them; used in turn.
+
     Raises:
-        UserError: the reward cannot be built, raises, returns something else than a finite number per answer, or the
-            same for all answers.
+        UserError: the reward cannot be built, raises, or returns something else than a finite number per answer.
     """
+
+    def score(answers: Sequence[str]) -> list[float]:
+        return reward.score(list(islice(cycle(prompts), len(answers))), answers)
+
     reward = build(objective, device, retries=0)
     try:
-        scores = _score(reward, ANSWERS)
+        scores = score(ANSWERS)
         if not isinstance(objective, sections.Judge):
-            _score(reward, [""])
-            _score(reward, [" ".join(["bread"] * max_tokens)])
+            score([""])
+            score([" ".join(["bread"] * max_tokens)])
         if len(set(scores)) == 1:
-            scores += _score(reward, MORE)
+            scores += score(MORE)
     except RewardError:
         raise
     except Exception as error:
@@ -67,13 +85,4 @@ def try_reward(name: str, objective: Objective, max_tokens: int, device: str = "
             f"the reward of objective {name!r} cannot score answers ({type(error).__name__}: {one_line(error)}): "
             "choose another model, or another reward"
         ) from error
-    if len(set(scores)) == 1:
-        raise RewardError(
-            f"the reward of objective {name!r} gives all {len(scores)} made-up answers the same score ({scores[0]:g}), "
-            "so that nothing can be learnt: let it depend on the answer"
-        )
     return Trial(tuple(scores))
-
-
-def _score(reward: Reward, answers: Sequence[str]) -> list[float]:
-    return reward.score([QUESTION] * len(answers), answers)

@@ -31,6 +31,8 @@ from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import UserError
 
 MAX_DEATHS = 3  # of workers, after which one launch gives up
+# NCCL reports these where another attempt would be the same, such as two workers on one GPU.
+MISUSE = re.compile(r"nccl.*(invalid ?usage|invalid ?argument|duplicate gpu)", re.IGNORECASE | re.DOTALL)
 CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 
 
@@ -111,6 +113,8 @@ def raised_by_workers(error: TrainingFailedError) -> Exception | None:
 def _is_loss(failure: Exception) -> bool:
     if isinstance(failure, ray.exceptions.RayTaskError):
         return _is_loss(failure.cause) if isinstance(failure.cause, Exception) else False
+    if MISUSE.search(str(failure)):
+        return False
     if isinstance(failure, (ray.exceptions.RayError, RayTrainError, ConnectionError, DistError)):
         return True
     # Gloo raises plain RuntimeErrors.

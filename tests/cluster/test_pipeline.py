@@ -96,7 +96,7 @@ def test_value_models_of_another_base_are_refused(
     [
         (["seed=1"], ["'seed' is 1", "started with 0", "run=NAME"]),
         (
-            ["run=new", "objectives.same.reward=function", "objectives.same.path=tests.tiny:always_one"],
+            ["run=equal", "objectives.same.reward=function", "objectives.same.path=tests.tiny:always_one"],
             ["'same'", "same"],
         ),
         (["run=new", "rollout.cpus_per_actor=1000"], ["rollout.cpus_per_actor=1000", "lower"]),

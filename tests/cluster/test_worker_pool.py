@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mavis_dist import cluster
 from mavis_dist.actors import Turn, WorkerPool, WorkerPoolError, map_tasks, on_every_machine
 from mavis_dist.models.directory import ModelError
+from mavis_dist.progress import Meter
 from mavis_dist.rewards import RewardError
 from mavis_dist.types import StageError, UserError
 
 pytestmark = pytest.mark.usefixtures("ray_address")
+
+
+GONE = ray.NodeID.from_random().hex()  # no machine of the cluster
 
 
 @ray.remote(num_cpus=0)
@@ -94,6 +102,45 @@ def test_what_an_actor_raises_is_raised_at_once_in_one_line(error: Exception, li
         pool.release()
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"runtime_env": {"working_dir": "file:///no/such/archive.zip"}}, r"^doomed: .*No such file"),
+        ({"scheduling_strategy": NodeAffinitySchedulingStrategy(GONE, soft=False)}, r"^doomed: .*schedul"),
+    ],
+)
+def test_an_actor_that_cannot_start_is_one_line(tmp_path: Path, options: dict[str, Any], line: str) -> None:
+    pool = WorkerPool(lambda: Multiplier.options(**options).remote(str(tmp_path / "death")), 1)
+    try:
+        with pytest.raises(StageError, match=line) as refused:
+            list(pool.run("doomed", 2, [[1]]))
+        assert "\n" not in str(refused.value)
+    finally:
+        pool.release()
+
+
+@pytest.mark.parametrize("kind", [OutOfMemoryError, NodeDiedError])
+def test_a_machine_that_runs_out_of_memory_or_dies_is_a_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[RayError]
+) -> None:
+    (tmp_path / "death").touch()
+    get, errors = ray.get, [kind("lost")]
+
+    def get_once_lost(ref: Any, **options: Any) -> Any:
+        result = get(ref, **options)
+        if isinstance(result, Turn) and errors:
+            raise errors.pop()
+        return result
+
+    monkeypatch.setattr("ray.get", get_once_lost)
+    pool = WorkerPool(lambda: Multiplier.remote(str(tmp_path / "death")), 1)
+    try:
+        assert set(pool.run("lost", 2, [[1, 2]])) == {(1, 2), (2, 4)}
+        assert not errors
+    finally:
+        pool.release()
+
+
 def scored(error: Exception | None, wait_s: float = 0) -> float:
     time.sleep(wait_s)
     if error is not None:
@@ -119,8 +166,30 @@ def test_a_check_on_every_machine_names_what_is_wrong() -> None:
     on_every_machine(scored, None, stage="check")
     with pytest.raises(UserError, match=r"^not here: elsewhere$"):
         on_every_machine(refused_here, "not here: elsewhere", stage="check")
+    with pytest.raises(StageError, match=r"^check on machine [\d.]+: KeyError: 'x' \("):
+        on_every_machine(scored, KeyError("x"), stage="check")
+
+
+def touch_later(file: Path, wait_s: float) -> None:
+    time.sleep(wait_s)
+    file.touch()
+
+
+def test_a_machine_that_does_not_answer_is_named_and_its_task_cancelled(tmp_path: Path) -> None:
+    on_every_machine(touch_later, tmp_path / "in time", 0.1, stage="check", limit_s=60.0)
+    assert (tmp_path / "in time").exists()
     with pytest.raises(UserError, match=r"check: machine [\d.]+ does not answer within 1 s"):
-        on_every_machine(scored, None, 5.0, stage="check", limit_s=1.0)
+        on_every_machine(touch_later, tmp_path / "late", 4.0, stage="check", limit_s=1.0)
+    time.sleep(5)
+    assert not (tmp_path / "late").exists()
+
+
+def test_code_without_a_limit_shows_that_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mavis_dist.actors.Meter", partial(Meter, every_s=0.0))
+    on_every_machine(scored, None, 3.0, stage="check rewards")
+    assert "0/1 machines" in capsys.readouterr().err
 
 
 def test_an_actor_counts_the_cores_of_its_machine():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +79,57 @@ def test_a_user_without_a_home_is_told_to_name_the_cache(monkeypatch):
         environment.cache_folder()
 
 
+def home_of(monkeypatch, home, listed):
+    """What counts as home for a value of HOME and what the list of users has; None: not set, not listed."""
+
+    def entry(number):
+        if listed is None:
+            raise KeyError(number)
+        return SimpleNamespace(pw_dir=listed)
+
+    monkeypatch.setattr("pwd.getpwuid", entry)
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    return environment.home()
+
+
+def test_a_home_is_a_folder_that_this_user_may_write_to(monkeypatch, tmp_path):
+    mine, listed, read_only = (tmp_path / name for name in ("mine", "listed", "read-only"))
+    for folder in (mine, listed, read_only):
+        folder.mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "temporary").mkdir()
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr("os.access", lambda path, mode: path != str(read_only) and access(path, mode))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    assert home_of(monkeypatch, str(mine), str(listed)) == str(mine)
+    for home in (None, "", " ", "/", "//", "mine", str(tmp_path / "none"), str(tmp_path / "file"), str(read_only)):
+        assert home_of(monkeypatch, home, str(listed)) == str(listed), home
+        for listed_as in (None, "/", "/nonexistent", ""):
+            assert home_of(monkeypatch, home, listed_as) == environment.private_folder(), (home, listed_as)
+
+
+def test_a_container_without_a_home_has_a_cache(tmp_path):
+    script = (
+        "import pwd; pwd.getpwuid = {}.__getitem__; from mavis_dist import environment as e; print(e.cache_folder())"
+    )
+    given = {"HOME": "/", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=given, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/mavis-home-{os.getuid()}/.cache/mavis_dist\n", done.stderr
+
+
+def test_blanks_around_a_variable_do_not_change_its_meaning():
+    script = (
+        "from mavis_dist import cluster; cluster.environment.check(); cluster._check_mode(); import os;"
+        "print([os.environ[name] for name in ('RAY_AUTH_MODE', 'OMP_WAIT_POLICY', 'RAY_TRAIN_V2_ENABLED')])"
+    )
+    given = {"PATH": "/usr/bin", "RAY_AUTH_MODE": " token ", "OMP_WAIT_POLICY": "active\n", "RAY_TRAIN_V2_ENABLED": " "}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=given, capture_output=True, text=True)
+    assert done.stdout == "['token', 'active', '1']\n", done.stderr
+
+
 def test_a_private_folder_is_nobody_elses(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     mine = environment.private_folder()
@@ -102,6 +156,19 @@ def test_a_cluster_of_nobody_is_an_error_within_half_a_minute(monkeypatch, capsy
     assert "unset it to start a local one" in line
 
 
+def test_the_cluster_that_was_started_last_is_an_error_if_it_has_ended(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(cluster, "CONNECT_S", 0.5)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    with listening_nowhere() as port:
+        monkeypatch.setattr("ray._private.utils.read_ray_address", lambda folder: f"127.0.0.1:{port}")
+        with pytest.raises(UserError, match=rf"RAY_ADDRESS=\S+:{port} does not answer as a Ray cluster"):
+            cluster.connect()
+    monkeypatch.setattr("ray._private.utils.read_ray_address", lambda folder: None)
+    with pytest.raises(UserError, match=r"RAY_ADDRESS=auto finds no Ray cluster on this machine: .*unset it"):
+        cluster.connect()
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://ray.example.org"])
 def test_the_address_of_a_dashboard_is_named_at_once(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
@@ -115,6 +182,18 @@ def test_a_port_that_is_taken_is_named():
     cluster.check_port("127.0.0.1", port)
     with pytest.raises(UserError, match=r"serve\.host=no\.such\.host\.invalid"):
         cluster.check_port("no.such.host.invalid", 8000)
+
+
+def test_every_address_of_a_host_is_tried(monkeypatch):
+    def addresses(host, port, **options):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in host.split()]
+
+    monkeypatch.setattr("socket.getaddrinfo", addresses)
+    with listening_nowhere() as port:
+        assert cluster.bind_problem("127.0.0.2 127.0.0.1", port)
+        assert cluster.bind_problem("127.0.0.2", port) == ""
+    assert cluster.bind_problem("192.0.2.1 127.0.0.1", port) == ""  # the first is no address of this machine
+    assert "assign" in cluster.bind_problem("192.0.2.1", port)
 
 
 def test_ray_imported_before_its_mode_was_set_is_named():

@@ -63,6 +63,39 @@ def test_texts_without_a_user_error_of_ours(text):
     assert reason_in(text).strip() == (text or "str")
 
 
+def test_an_exception_of_a_function_is_named():
+    class Odd(Exception):
+        pass
+
+    assert reason_in(raised(Odd("no luck"))).startswith("Odd: no luck (unit/test_failures.py:")
+
+
+GROUP = """\x1b[36mray::Worker.work()\x1b[39m (pid=1, ip=10.0.0.1)
+  + Exception Group Traceback (most recent call last):
+  |   File "/app/mine/job.py", line 7, in work
+  |     raise ExceptionGroup("two", errors)
+  | ExceptionGroup: two (1 sub-exception)
+  +-+---------------- 1 ----------------
+    | Traceback (most recent call last):
+    |   File "/app/mine/disk.py", line 9, in write
+    |     raise OSError("the disk is gone")
+    | OSError: the disk is gone
+    +------------------------------------
+"""
+
+
+def test_a_group_of_exceptions_is_its_last_one():
+    assert reason_in(GROUP) == "OSError: the disk is gone (mine/disk.py:9)"
+    without_traceback = GROUP.replace('File "/app/mine/disk.py"', "disk").replace("Traceback", "no traceback")
+    assert reason_in(without_traceback) == "ExceptionGroup: two (1 sub-exception) (mine/job.py:7)"
+
+
+def test_a_line_has_no_colours():
+    assert reason_in("\x1b[31mthe runtime environment\x1b[0m\ncannot be set up") == (
+        "the runtime environment cannot be set up"
+    )
+
+
 def test_last_words():
     assert last_words(RuntimeError("Traceback\n  File x\nValueError: y\n\n")) == "ValueError: y"
 

@@ -64,10 +64,51 @@ def test_every_path_of_a_config_is_expanded_and_absolute(here: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "taken"),
-    [("runs", "{here}/runs"), ("file://{here}/x/../y", "{here}/y"), ("s3://bucket/runs", "s3://bucket/runs")],
+    [
+        ("runs", "{here}/runs"),
+        (" runs ", "{here}/runs"),
+        ("file://{here}/x/../y", "{here}/y"),
+        ("file:{here}/x", "{here}/x"),
+        ("file://localhost{here}/x", "{here}/x"),
+        ("local:{here}/x", "{here}/x"),
+        ("s3://bucket/runs", "s3://bucket/runs"),
+        ("a:b/c", "{here}/a:b/c"),
+    ],
 )
 def test_storage_is_absolute_or_a_uri(here: Path, given: str, taken: str) -> None:
     assert config(storage=given.format(here=here)).storage == taken.format(here=here)
+
+
+@pytest.mark.parametrize("key", ["storage", "base.model", "value.backbone", "prompts.source"])
+@pytest.mark.parametrize("value", [" ~/x.jsonl", "file:{home}/x.jsonl", "file://localhost{home}/x.jsonl", "~/x.jsonl "])
+def test_ways_to_write_a_path_mean_the_same(here: Path, key: str, value: str) -> None:
+    home, (section, _, name) = here.parent / "home", key.partition(".")
+    written = value.format(home=home)
+    made: Any = config(**({section: {name: written}} if name else {section: written}))
+    found = getattr(getattr(made, section), name) if name else made.storage
+    assert found == f"{home}/x.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("$HOME/runs", "variables are not expanded: write their values, or ~"),
+        ("${SCRATCH}/runs", "variables are not expanded"),
+        ("/scratch/$USER/runs", "variables are not expanded"),
+        ("s3://bucket/$USER", "variables are not expanded"),
+        ("s3:/bucket/runs", "a URI has two slashes: write s3://"),
+        ("gs:/bucket/runs", "a URI has two slashes: write gs://"),
+    ],
+)
+def test_a_path_that_would_be_a_folder_of_an_odd_name_is_refused(value: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'storage' is .*{problem}"):
+        config(storage=value)
+
+
+@pytest.mark.parametrize("value", ["$MODELS/x", "${MODELS}/x.gguf", "./$X"])
+def test_variables_in_names_of_models_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"'base.model' is .*variables are not expanded"):
+        config(base={"model": value})
 
 
 def test_the_default_storage_is_absolute(here: Path) -> None:

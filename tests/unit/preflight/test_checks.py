@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jobs import check as job
 from mavis_dist.config import Config, parse
 from mavis_dist.models.load import load_base, load_skeleton
 from mavis_dist.models.value import from_base
+from mavis_dist.preflight import machine
 from mavis_dist.preflight.checks import check, check_base, check_value
-from mavis_dist.preflight.machine import check_machine
+from mavis_dist.preflight.machine import check_machine, check_packages, check_rewards
 from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
 from tests.tiny import make_tokenizer, write_base
@@ -122,6 +125,20 @@ def test_a_backbone_that_fails_in_its_first_pass_is_refused(base: Path, monkeypa
         check_value(made, skeleton)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2_moe"])
+def test_a_backbone_that_lacks_weights_is_refused(base: Path, tmp_path: Path, model_type: str) -> None:
+    other = write_other(tmp_path / "other", model_type, num_hidden_layers=2, **SMALL)
+    made, skeleton = config(base, value={"backbone": str(other), "layers": 1}), load_skeleton(str(base))
+    weights = load_file(other / "model.safetensors")
+    lost = "model.layers.1.self_attn.o_proj.weight"
+    save_file({k: x for k, x in weights.items() if k != lost}, other / "model.safetensors", {"format": "pt"})
+    check_value(made, skeleton)  # of a layer that is not used
+    lost = lost.replace("1", "0")
+    save_file({k: x for k, x in weights.items() if k != lost}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"value.backbone .* lacks the weights layers\.0\.self_attn\.o_proj\.weight"):
+        check_value(made, skeleton)
+
+
 def test_a_backbone_with_another_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
     other = write_other(tmp_path / "other", "llama", num_hidden_layers=1, **SMALL)
     settings = json.loads((other / "config.json").read_text())
@@ -134,7 +151,6 @@ def test_a_backbone_with_another_vocabulary_is_refused(base: Path, tmp_path: Pat
     ("settings", "problem"),
     [
         ({"base": {"model": "/no/such/model"}}, "'/no/such/model' does not exist"),
-        ({"objectives": {"x": {"reward": "function", "path": "tests.tiny:always_one"}}}, "the same score"),
         ({"objectives": {"x": {"reward": "function", "path": "tests.tiny:nothing"}}}, "no such name"),
         ({"objectives": {"x": {"reward": "relevance", "model": "/no/embedder"}}}, "'/no/embedder' does not exist"),
         ({"prompts": {"train": 10**6}}, "1000000"),
@@ -146,10 +162,15 @@ def test_the_first_problem_is_one_line(base: Path, settings: dict[str, Any], pro
     assert "\n" not in str(refused.value)
 
 
-def test_an_unknown_device_is_refused(base: Path) -> None:
-    with pytest.raises(UserError, match=r"'base.device' is 'gpu' .*: use cpu or cuda"):
-        check(config(base, base={"model": str(base), "device": "gpu"}))
-    check_base(config(base, base={"model": str(base), "device": "cuda"}))  # this machine need not have one
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps", "xla:1", "cuda:x"])
+def test_an_unknown_device_is_refused(base: Path, device: str) -> None:
+    with pytest.raises(UserError, match=rf"'base.device' is '{device}' .*: use cpu or cuda"):
+        check(config(base, base={"model": str(base), "device": device}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_a_device_that_another_machine_may_have_passes(base: Path, device: str) -> None:
+    check_base(config(base, base={"model": str(base), "device": device}))
 
 
 def test_a_machine_that_sees_another_storage_or_lacks_a_model_is_named(base: Path, tmp_path: Path) -> None:
@@ -162,10 +183,43 @@ def test_a_machine_that_sees_another_storage_or_lacks_a_model_is_named(base: Pat
         lacking = config(base, storage=made.storage, value={"backbone": "/only/there"})
         with pytest.raises(UserError, match=r"'value.backbone' is '/only/there', which machine .* does not have"):
             check_machine(lacking, probe)
-        broken = {"x": {"reward": "function", "path": "not_on_this_machine:score"}}
-        with pytest.raises(UserError, match="cannot be imported"):
-            check_machine(config(base, storage=made.storage, objectives=broken), probe)
     assert not os.path.exists(store.root)
+    check_rewards(made, ["How?"])
+    broken = {"x": {"reward": "function", "path": "not_on_this_machine:score"}}
+    with pytest.raises(UserError, match=r"on machine .*: reward function .* cannot be imported"):
+        check_rewards(config(base, objectives=broken), ["How?"])
+
+
+@pytest.mark.parametrize(("package", "value"), [("deepspeed", {"layers": 1}), ("peft", {"layers": 1, "lora_rank": 2})])
+def test_a_package_that_training_lacks_is_named(
+    base: Path, monkeypatch: pytest.MonkeyPatch, package: str, value: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == package else find_spec(name))
+    made, heads = config(base, value=value), config(base, value={"kind": "states"})
+    for try_it in (check, lambda config: check_machine(config, "probe")):
+        with pytest.raises(UserError, match=rf"{package} is not installed on machine .*mavis-dist\[train\]"):
+            try_it(made)
+    check_packages(heads)
+
+
+def test_a_reward_of_the_runs_own_prompts_is_tried_on_them(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = set[str]()
+
+    def score(prompts: list[str], answers: list[str]) -> list[float]:
+        known.update(prompts)
+        return [float(len(answer)) for answer in answers]
+
+    monkeypatch.setattr("tests.tiny.count_vowels", score)
+    drawn = check(config(base)).prompts
+    assert known == {drawn.train[0].text, drawn.evaluation[0].text}
+
+
+def test_equal_scores_are_noted_once(base: Path) -> None:
+    told = list[tuple[str, str]]()
+    objectives = {"x": {"reward": "function", "path": "tests.tiny:always_one"}}
+    findings = check(config(base, objectives=objectives), lambda topic, text: told.append((topic, text)))
+    [note] = [note for note in findings.notes if "have the same score" in note[1]]
+    assert told.count(note) == 1
 
 
 def test_the_job_prints_what_would_be_used_and_ends_at_the_first_problem(
@@ -180,11 +234,11 @@ def test_the_job_prints_what_would_be_used_and_ends_at_the_first_problem(
     assert topics[-1].startswith("reward vowels")
     assert not (tmp_path / "runs" / "r").exists()
 
-    monkeypatch.setattr("sys.argv", ["check", "--config", str(file), "objectives.vowels.path=tests.tiny:always_one"])
+    monkeypatch.setattr("sys.argv", ["check", "--config", str(file), "objectives.vowels.path=tests.tiny:nothing"])
     with pytest.raises(SystemExit) as end:
         job.main()
     assert end.value.code == 2
     printed = capsys.readouterr()
     assert "prompts" in printed.out
-    assert printed.err.startswith("error: the reward of objective 'vowels' gives all")
+    assert printed.err.startswith("error: reward function 'tests.tiny:nothing' is not callable")
     assert len(printed.err.splitlines()) == 1

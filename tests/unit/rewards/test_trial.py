@@ -14,6 +14,7 @@ from mavis_dist.types import UserError
 from tests.judge_server import judge_server
 from tests.local import listening_nowhere
 
+PROMPTS = ("What is 2 + 2?", "What is 3 + 3?")
 MODULE = """
 import sys, torch, numpy
 
@@ -40,6 +41,15 @@ def huge(prompts, answers): return [10 ** 400 for _ in answers]
 def by_answer(prompts, answers): return {a: 1.0 for a in answers}
 def a_set(prompts, answers): return {float(len(a)) for a in answers}
 async def later(prompts, answers): return [1.0 for _ in answers]
+GOLD = {"What is 2 + 2?": "4", "What is 3 + 3?": "6"}
+def looked_up(prompts, answers): return [float(GOLD[p] in a) for p, a in zip(prompts, answers)]
+def sql(prompts, answers): return [float("SELECT" in a) for a in answers]
+class Made:
+    def __init__(self, prompts, answers): self.scores = [1.0 * len(a) for a in answers]
+    def __iter__(self): return iter(self.scores)
+class Scorer:
+    def __call__(self, prompts, answers): return [1.0 * len(a) for a in answers]
+scorer = Scorer()
 """
 
 
@@ -56,11 +66,22 @@ def function(path: str) -> Any:
     return sections.Function(reward="function", path=path)
 
 
-@pytest.mark.parametrize(("name", "count"), [("length", 2), ("lazily", 2), ("tensor", 2), ("rare", 2 + len(MORE))])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [(name, 2) for name in ("length", "lazily", "tensor", "scorer", "looked_up")] + [("rare", 2 + len(MORE))],
+)
 def test_rewards_that_work_have_a_spread(name: str, count: int) -> None:
-    trial = try_reward("mine", function(f"tried_rewards:{name}"), 400)
+    trial = try_reward("mine", function(f"tried_rewards:{name}"), 400, PROMPTS)
     assert len(trial.scores) == count
     assert trial.spread > 0
+    assert trial.doubt is None
+
+
+@pytest.mark.parametrize(("name", "score"), [("sql", "0"), ("constant", "3")])
+def test_equal_scores_are_a_doubt_only(name: str, score: str) -> None:
+    trial = try_reward("mine", function(f"tried_rewards:{name}"), 400, PROMPTS)
+    assert trial.doubt is not None
+    assert f"all {2 + len(MORE)} made-up answers have the same score ({score})" in trial.doubt
 
 
 @pytest.mark.parametrize(
@@ -77,7 +98,8 @@ def test_rewards_that_work_have_a_spread(name: str, count: int) -> None:
         ("tried_rewards:single", "returned float, not a list of floats"),
         ("tried_rewards:two", "returned 2 scores for 1 answers"),
         ("tried_rewards:column", "must be a finite number"),
-        ("tried_rewards:constant", rf"gives all {2 + len(MORE)} made-up answers the same score \(3\)"),
+        ("tried_rewards:Made", "is a class: name a function or an instance"),
+        ("tried_rewards:Scorer", "is a class: name a function or an instance"),
         ("tried_rewards:nan", "returned nan for answer 0"),
         ("tried_rewards:huge", "must be a finite number"),
         ("tried_rewards:by_answer", "returned dict, not a list"),
@@ -89,7 +111,7 @@ def test_rewards_that_work_have_a_spread(name: str, count: int) -> None:
 )
 def test_rewards_that_cannot_work_are_named(path: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as refused:
-        try_reward("mine", function(path), 400)
+        try_reward("mine", function(path), 400, PROMPTS)
     assert "\n" not in str(refused.value)
 
 
@@ -102,25 +124,23 @@ def test_a_judge_is_asked_about_two_answers_only() -> None:
         return ("9" if ANSWERS[0] in question else "2"), None
 
     with judge_server(script) as (url, bodies):
-        assert try_reward("kind", judge(url), 400).scores == (9.0, 2.0)
+        assert try_reward("kind", judge(url), 400, PROMPTS).scores == (9.0, 2.0)
     assert len(bodies) == 2
 
 
-def test_a_judge_that_rates_everything_alike_or_does_not_answer_is_named() -> None:
-    with judge_server(lambda question: ("5", None)) as (url, _), pytest.raises(UserError, match="the same score"):
-        try_reward("kind", judge(url), 400)
+def test_a_judge_that_does_not_answer_is_named() -> None:
     with judge_server(lambda question: (503, "loading")) as (url, bodies):
         with pytest.raises(UserError, match=r"does not answer .*check url, model and \$OPENAI_API_KEY"):
-            try_reward("kind", judge(url), 400)
+            try_reward("kind", judge(url), 400, PROMPTS)
         assert len(bodies) <= 2  # none of the long pauses between attempts
     with listening_nowhere() as port:
         pass
     with pytest.raises(UserError, match="does not answer"):
-        try_reward("kind", judge(f"http://127.0.0.1:{port}/v1"), 400)
+        try_reward("kind", judge(f"http://127.0.0.1:{port}/v1"), 400, PROMPTS)
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "two\nlines"])
 def test_a_key_that_cannot_be_sent_is_named(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UserError, match=r"OPENAI_API_KEY.* holds characters that no key has"):
-        try_reward("kind", judge("http://127.0.0.1:1/v1"), 400)
+        try_reward("kind", judge("http://127.0.0.1:1/v1"), 400, PROMPTS)
