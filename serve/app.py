@@ -5,8 +5,6 @@ objectives are added, removed and scaled without touching the others.
 """
 
 # No postponed annotations here: Serve reads the builders' argument types as classes.
-import errno
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -135,7 +133,9 @@ def _start(host: str, port: int) -> set[str]:
         serve.shutdown()
         running = None
     if running is None:
-        problem = ray.get(_bind_problem.options(resources={HEAD: 0.001}).remote(host, port))
+        # Serve itself would not notice another Serve: its proxies share a port, and answer in turn.
+        probe = ray.remote(num_cpus=0, resources={HEAD: 0.001})(cluster.bind_problem)
+        problem = ray.get(probe.remote(host, port))
         if problem:
             raise DeployError(
                 f"nothing can listen on {authority(host, port)} ({problem}): stop the program or the other Serve that "
@@ -144,30 +144,6 @@ def _start(host: str, port: int) -> set[str]:
         with _nothing_left_behind(applications):
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     return applications
-
-
-@ray.remote(num_cpus=0)
-def _bind_problem(host: str, port: int) -> str:
-    """Why no socket can be bound on this machine; empty: one can.
-
-    Serve itself would not notice another Serve: its proxies share a port, and answer in turn.
-    """
-    missing, num_bound = "", 0
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            try:
-                with socket.socket(family, kind, protocol) as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(address)
-                    num_bound += 1
-            except OSError as error:
-                # A name may have addresses of a family that this machine does not have.
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                missing = error.strerror or str(error)
-    except OSError as error:
-        return error.strerror or str(error)
-    return "" if num_bound else missing
 
 
 @contextmanager
