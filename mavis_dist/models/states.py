@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -42,10 +43,15 @@ def state_layer(config: Any, chosen: int | None) -> int:
 
 def truncate(config: Any, layers: int) -> None:
     """Cut a model configuration, and all of its lists by layer, to the first `layers` layers."""
-    available, config.num_hidden_layers = config.num_hidden_layers, layers
+    keep_layers(config, range(layers))
+
+
+def keep_layers(config: Any, kept: Sequence[int]) -> None:
+    """Cut a model configuration, and all of its lists by layer, to these layers."""
+    available, config.num_hidden_layers = config.num_hidden_layers, len(kept)
     for name, entries in vars(config).items():
         if "layer" in name and isinstance(entries, list | tuple) and len(entries) == available:
-            setattr(config, name, entries[:layers])
+            setattr(config, name, [entries[layer] for layer in kept])
 
 
 def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
