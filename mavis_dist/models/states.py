@@ -41,6 +41,12 @@ def state_layer(config: Any, chosen: int | None) -> int:
     return max(1, round(DEPTH * available)) if chosen is None else chosen
 
 
+def states_width(config: Any) -> int:
+    """Channels of a decoder's output: OPT of 350 million parameters projects them to fewer than it computes with."""
+    width: int = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return width
+
+
 def truncate(config: Any, layers: int) -> None:
     """Cut a model configuration, and all of its lists by layer, to the first `layers` layers."""
     keep_layers(config, range(layers))
@@ -68,12 +74,13 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
         if layers not in views:
             if NativeDecoder.supports(decoder):
                 packed_head(model)  # first: it replaces a tied embedding by one that takes no memory
-            views[layers] = _first_layers(decoder, layers)
+            views[layers] = view_of(decoder, layers)
         view: PreTrainedModel = views[layers]
         return view
 
 
-def _first_layers(decoder: Any, layers: int) -> Any:
+def view_of(decoder: Any, layers: int) -> Any:
+    """As `first_layers`, a new object for a decoder itself."""
     count = getattr(decoder.config, "num_hidden_layers", None)  # None: one with images
     named = decoder.named_children()
     names = [name for name, part in named if isinstance(part, nn.ModuleList) and len(part) == count]

@@ -22,7 +22,7 @@ from mavis_dist.models.cache import Layout, Step
 from mavis_dist.models.directory import quiet
 from mavis_dist.models.hf import HFDecoder
 from mavis_dist.models.masks import SIZES, check_masks, refusal, text_config, tree_inputs
-from mavis_dist.models.states import keep_layers
+from mavis_dist.models.states import keep_layers, view_of
 from mavis_dist.types import one_line
 
 WINDOW = 4  # tokens, during the trial: windows and chunks of real models are longer than any tree of a few tokens
@@ -65,6 +65,16 @@ def try_model(backbone: Any) -> None:
             if not error < (TOLERANCE if backbone.dtype == torch.float32 else TOLERANCE_ROUNDED):
                 raise refusal(backbone, reason)
     _TRIED.add(backbone)
+
+
+def try_first_layers(config: Any) -> None:
+    """The same of the first layers of a decoder, as heads on its states read them; with random weights, where possible.
+
+    Raises:
+        ModelError: its other parts, such as embeddings for every layer, need all of them.
+    """
+    if (random := _with_random_weights(config)) is not None:
+        try_model(view_of(random, max(1, random.config.num_hidden_layers - 1)))
 
 
 def tree_error(backbone: Any) -> float:
