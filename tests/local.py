@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from mavis_dist import config as config_module
 from mavis_dist.decode import Engine, LocalGuide
-from mavis_dist.models.load import load_base
+from mavis_dist.models.load import context_length, load_base
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
 from serve.base.engine_loop import EngineLoop, stream
@@ -24,7 +24,6 @@ from serve.base.model_loader import LocalModelLoader
 from serve.gateway.api_keys import Keys
 from serve.gateway.build_request import Completions
 from serve.gateway.registry import Registry
-from serve.gateway.replica import max_context
 from serve.gateway.routes import create_api
 from serve.settings import NO_KEYS, MainArgs, main_args
 from tests.fakes import tiny_value
@@ -80,7 +79,7 @@ class RunService:
         self._completions = Completions(
             base.tokenizer,
             args,
-            max_context(args.base),
+            context_length(args.base),
             lambda request, admission: loader.stream(request, stream(self.loop, request, admission)),
         )
 

@@ -8,12 +8,17 @@ Shapes: S tokens of a packed tree, T tokens of a path, M objectives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
+import tokenizers
 import torch
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.models.architectures import BOS, EOS, VOCABULARY, NotTinyError, runs, tiny_model
+from mavis_dist.config import Config
 from mavis_dist.core import packing
 from mavis_dist.core.tree import Shape, Tree, backup, targets
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
@@ -22,8 +27,11 @@ from mavis_dist.models.directory import ModelError
 from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.masks import check_masks, layer_types, text_config
-from mavis_dist.models.trial import try_model
+from mavis_dist.models.states import first_layers
+from mavis_dist.models.trial import try_first_layers, try_model
 from mavis_dist.models.value import ValueModel
+from mavis_dist.preflight import describe
+from mavis_dist.preflight.checks import check_base, check_value
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.train import fit
 from mavis_dist.train.data import TreeSet
@@ -39,6 +47,7 @@ def measure(name: str) -> dict[str, Any]:
     """What became of an architecture, one of `architectures.NAMES`.
 
     `packed`: the largest difference between values of a packed tree and of one forward pass of transformers per path.
+    `states`: the same for heads on the states behind the first layer.
     `decoded`: the same for values while decoding, by transformers' pass over the slot cache and by the fastest decoder.
     """
     try:
@@ -61,10 +70,44 @@ def measure(name: str) -> dict[str, Any]:
         "layers": sorted(layer_types(model)),
         "packed": packed_error(value, trees),
         "decoded": max(decoded_error(value, tree, use_hf) for use_hf in (True, False)),
+        "states": states_error(model, tree, trees),
         "guided": guided(base, value, tree),
     }
+    preflight(model)
     before, after = losses(value, trees)
     return {**figures, "fitted": after < before}
+
+
+def preflight(model: Any) -> None:
+    """All checks of a run, and what they tell of its models, given the config of a model and a tokenizer alone. Raises
+    UserError where they refuse it.
+    """
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer = tokenizers.Tokenizer(WordLevel({f"<{i}>": i for i in range(VOCABULARY)}, "<0>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=f"<{BOS}>", eos_token=f"<{EOS}>").save_pretrained(
+            folder
+        )
+        config = Config(
+            run="tiny",
+            objectives={"value": {"reward": "sentiment"}},
+            base={"model": folder, "dtype": "float32"},
+            value={"layers": None},
+        )
+        base = check_base(config)
+        value = check_value(config, base)
+        for _, text in [*describe.base(config, base), *describe.value(config, base, value)]:
+            assert "None" not in text, text
+
+
+def states_error(model: Any, tree: Tree, trees: TreeSet) -> float | None:
+    """As `packed`, of heads on the states behind the first layer; None where layers are not shared."""
+    try:
+        try_first_layers(decoder(model).config)
+        view = first_layers(model, 1)
+    except ModelError:
+        return None
+    return packed_error(value_model(view, tree), trees)
 
 
 class Letters:

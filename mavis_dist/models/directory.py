@@ -78,6 +78,15 @@ def read_model(
     return model.eval().requires_grad_(False)
 
 
+def read_config(directory: Path) -> Any:
+    """The config of a model directory; code that it names is not run, nor asked about. Raises ModelError."""
+    from transformers import AutoConfig
+
+    _read_json(directory / "config.json")
+    with loading(directory), quiet():
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+
+
 def read_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory; raises ModelError."""
     from transformers import AutoTokenizer

@@ -18,6 +18,7 @@ from mavis_dist.models.directory import (
     fingerprint_tokenizer,
     loading,
     quiet,
+    read_config,
     read_model,
     read_tokenizer,
 )
@@ -94,7 +95,7 @@ def load_skeleton(name: str, dtype: str = "float32") -> BaseModel:
 
     directory = fetch(name)
     tokenizer = _tokenizer(directory)
-    config = _config(directory)
+    config = read_config(directory)
     with loading(directory), quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **WITHOUT_WEIGHTS)
     return BaseModel(
@@ -115,7 +116,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def context_length(name: str) -> int:
     """Longest sequence of a model in tokens, prompt and answer, from its config alone; raises ModelError."""
-    return _max_context(_config(fetch(name)), name)
+    return _max_context(read_config(fetch(name)), name)
 
 
 def move(model: Any, device: str) -> PreTrainedModel:
@@ -129,13 +130,6 @@ def move(model: Any, device: str) -> PreTrainedModel:
         ) from error
 
 
-def _config(directory: Path) -> Any:
-    from transformers import AutoConfig
-
-    with loading(directory), quiet():
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-
-
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     tokenizer = read_tokenizer(directory)
     mark_as_special(directory, tokenizer)
@@ -145,7 +139,7 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def _max_context(config: Any, name: str) -> int:
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
-    if not length:
+    if not length or length < 0:  # -1: any length, as XLNet has it
         raise ModelError(f"model {name!r} has no max_position_embeddings: add the key to its config.json")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):

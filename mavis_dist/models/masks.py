@@ -26,8 +26,6 @@ MADE_BY = {WINDOWED: "create_sliding_window_causal_mask", CHUNKED: "create_chunk
 
 # Types of models whose own code does not do what is asked of it here, whatever masks and positions it is given.
 REFUSED = {
-    "gpt_neo": "its local attention counts the tokens of a batch's row, not those of a text",
-    "gpt_neox_japanese": "its attention needs keys and values in a layout of its own",
     "openai-gpt": "it keeps no keys and values",
     "xlm": "it keeps no keys and values",
 }
@@ -103,7 +101,7 @@ def check_masks(model: Any) -> None:
         raise refusal(model, "it adds biases by place in the row, alibi, in place of positions")
     if "position_ids" not in signature(_own(model).forward).parameters:
         raise refusal(model, "it does not take position_ids")
-    if config.model_type in REFUSED and not _is_global(config):
+    if config.model_type in REFUSED:
         raise refusal(model, REFUSED[config.model_type])
     if config._attn_implementation not in (EAGER, SDPA):
         raise refusal(model, f"its attention is {config._attn_implementation}, which takes no masks of trees")
@@ -115,11 +113,6 @@ def refusal(model: Any, reason: str) -> ModelError:
         f"a model of type {model.config.model_type!r} cannot be decoded here ({reason}): use one with full, "
         "sliding-window or chunked attention that accepts position_ids, or another as docs/models.md lists them"
     )
-
-
-def _is_global(config: Any) -> bool:
-    """Whether no layer of a GPT-Neo is local."""
-    return set(getattr(config, "attention_layers", ["local"])) == {"global"}
 
 
 def _as_attention_expects(model: Any, mask_BTS: torch.Tensor) -> torch.Tensor:

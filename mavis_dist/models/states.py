@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -40,12 +41,23 @@ def state_layer(config: Any, chosen: int | None) -> int:
     return max(1, round(DEPTH * available)) if chosen is None else chosen
 
 
+def states_width(config: Any) -> int:
+    """Channels of a decoder's output: OPT of 350 million parameters projects them to fewer than it computes with."""
+    width: int = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return width
+
+
 def truncate(config: Any, layers: int) -> None:
     """Cut a model configuration, and all of its lists by layer, to the first `layers` layers."""
-    available, config.num_hidden_layers = config.num_hidden_layers, layers
+    keep_layers(config, range(layers))
+
+
+def keep_layers(config: Any, kept: Sequence[int]) -> None:
+    """Cut a model configuration, and all of its lists by layer, to these layers."""
+    available, config.num_hidden_layers = config.num_hidden_layers, len(kept)
     for name, entries in vars(config).items():
         if "layer" in name and isinstance(entries, list | tuple) and len(entries) == available:
-            setattr(config, name, entries[:layers])
+            setattr(config, name, [entries[layer] for layer in kept])
 
 
 def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
@@ -62,12 +74,13 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
         if layers not in views:
             if NativeDecoder.supports(decoder):
                 packed_head(model)  # first: it replaces a tied embedding by one that takes no memory
-            views[layers] = _first_layers(decoder, layers)
+            views[layers] = view_of(decoder, layers)
         view: PreTrainedModel = views[layers]
         return view
 
 
-def _first_layers(decoder: Any, layers: int) -> Any:
+def view_of(decoder: Any, layers: int) -> Any:
+    """As `first_layers`, a new object for a decoder itself."""
     count = getattr(decoder.config, "num_hidden_layers", None)  # None: one with images
     named = decoder.named_children()
     names = [name for name, part in named if isinstance(part, nn.ModuleList) and len(part) == count]

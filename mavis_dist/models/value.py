@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mavis_dist.models.directory import WITHOUT_WEIGHTS, quiet, read_model
-from mavis_dist.models.states import first_layers, truncate
+from mavis_dist.models.directory import WITHOUT_WEIGHTS, ModelError, quiet, read_config, read_model
+from mavis_dist.models.states import first_layers, states_width, truncate
 from mavis_dist.models.trial import try_model
 from mavis_dist.types import R2_KEY, RewardScale, UserError
 
@@ -92,7 +92,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         # Single precision: differences of values are small and are multiplied by beta.
-        self.heads = Heads(backbone.config.hidden_size, num_objectives, dtype=torch.float32)
+        self.heads = Heads(states_width(backbone.config), num_objectives, dtype=torch.float32)
 
     @property
     def num_objectives(self) -> int:
@@ -164,10 +164,13 @@ def from_base(folder: Path, layers: int | None, num_objectives: int = 1, has_wei
     """The first `layers` layers of the decoder in `folder` (None: all), with zero heads.
 
     Without weights it has shapes only (torch's device `meta`), in little time and memory.
-    """
-    from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(folder)
+    Raises:
+        ValueModelError, ModelError: the folder cannot be read, or its model cannot be a value model.
+    """
+    from transformers import AutoModel
+
+    config = read_config(folder)
     available = getattr(config, "num_hidden_layers", None)
     if available is None:
         raise ValueModelError(
@@ -258,13 +261,11 @@ def load(
     Raises:
         ValueModelError: a file or tensor is missing or damaged, or heads were trained on states of another base model.
     """
-    from transformers import AutoConfig
-
     card = load_card(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ModelError, SafetensorError) as error:
         raise ValueModelError(f"the value model in {folder} cannot be read ({error}): train it again") from None
     backbone = _backbone(config) if card.state_layer is None else _base_layers(card, card.state_layer, base)
     model = ValueModel(backbone, len(card.objectives))

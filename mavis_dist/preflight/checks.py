@@ -7,30 +7,28 @@ its value and the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from mavis_dist.config import Config
-from mavis_dist.core.packing import pack
-from mavis_dist.core.tree import ROOT, Finish, Targets, TreeBuilder
 from mavis_dist.models.chat import ChatError
 from mavis_dist.models.decoder import base_decoder
-from mavis_dist.models.directory import loading, quiet
-from mavis_dist.models.load import BaseModel, context_length, fetch, load_skeleton
+from mavis_dist.models.directory import ModelError, loading, quiet
+from mavis_dist.models.load import BaseModel, context_length, fetch, load_skeleton, load_tokenizer
+from mavis_dist.models.masks import text_config
 from mavis_dist.models.states import first_layers, state_layer
+from mavis_dist.models.trial import SHORTAGES, try_first_layers
 from mavis_dist.models.value import ValueModel, ValueModelError, from_base
 from mavis_dist.preflight import describe
 from mavis_dist.preflight.machine import check_packages
 from mavis_dist.prompts import PromptError, PromptSet, draw_prompts
 from mavis_dist.rewards.trial import Trial, try_reward
 from mavis_dist.sections import OF_BASE
-from mavis_dist.train.fit import outputs
 from mavis_dist.types import UserError, one_line
 
 DEVICES = ("cpu", "cuda")  # with a number or without
@@ -46,31 +44,35 @@ class Findings:
     notes: Sequence[tuple[str, str]]  # topic, what a user may not expect; a run says them once
 
 
-def check(config: Config, tell: Tell = lambda topic, text: None) -> Findings:
-    """Try everything that a run of this config needs, the cheap things first, and tell what would be used.
+def check(config: Config, tell: Tell | None = None) -> Findings:
+    """Try everything that a run of this config needs, and tell what would be used.
 
     Raises:
         UserError: the first problem.
     """
+
+    def say(lines: Iterable[tuple[str, str]]) -> None:
+        """The lines are made here: a run, which tells nothing, does without them."""
+        if tell is not None:
+            for topic, text in lines:
+                tell(topic, text)
+
     check_packages(config)
     base = check_base(config)
-    for topic, text in describe.base(config, base):
-        tell(topic, text)
-    prompts, longest = check_prompts(config, base)
-    tell("prompts", describe.prompts(config, base, prompts, longest))
-    notes = list(describe.notes(config, base, prompts))
-    for topic, text in notes:
-        tell(topic, text)
+    say(describe.base(config, base))
     model = check_value(config, base)
-    for topic, text in describe.value(config, base, model):
-        tell(topic, text)
+    say(describe.value(config, base, model))
+    prompts, longest = check_prompts(config, base)
+    say(describe.prompts(config, prompts, longest, *shortest_context(config, base)))
+    notes = list(describe.notes(config, base, prompts))
+    say(notes)
     rewards = {}
     for name, objective in config.objectives.items():
         rewards[name] = try_reward(name, objective, config.rollout.max_tokens, prompts.sample)
-        tell(f"reward {name}", describe.reward(objective, rewards[name]))
+        say(describe.reward(name, objective, rewards[name]))
         if (doubt := rewards[name].doubt) is not None:
             notes.append((f"reward {name}", doubt))
-            tell(*notes[-1])
+            say(notes[-1:])
     return Findings(prompts, rewards, notes)
 
 
@@ -88,9 +90,7 @@ def check_prompts(config: Config, base: BaseModel) -> tuple[PromptSet, int]:
     Raises PromptError with the row of a prompt that the template rejects, or that leaves no room for an answer.
     """
     prompts, longest_answer = draw_prompts(config.prompts, config.seed), config.rollout.max_tokens
-    context, of = base.max_context, f"base.model {config.base.model!r}"
-    if config.value.kind != "states" and config.value.backbone != OF_BASE:
-        context, of = min((context, of), (context_length(config.value.backbone), "value.backbone"))
+    context, of = shortest_context(config, base)
     longest = 0
     for prompt in [*prompts.train, *prompts.evaluation]:
         try:
@@ -106,38 +106,65 @@ def check_prompts(config: Config, base: BaseModel) -> tuple[PromptSet, int]:
     return prompts, longest
 
 
+def shortest_context(config: Config, base: BaseModel) -> tuple[int, str]:
+    """Tokens of prompt and answer that all models have room for, and the config key of the one that has the least."""
+    contexts = [(base.max_context, f"base.model {config.base.model!r}")]
+    if config.value.kind != "states" and config.value.backbone != OF_BASE:
+        contexts.append((context_length(config.value.backbone), f"value.backbone {config.value.backbone!r}"))
+    return min(contexts, key=itemgetter(0))
+
+
 def check_value(config: Config, base: BaseModel) -> ValueModel:
-    """The value model without weights, after a forward pass over a tiny packed tree; raises UserError."""
+    """The value model without weights; raises UserError."""
     value = config.value
     if value.kind == "states":
-        model = ValueModel(first_layers(base.model, state_layer(base.model.config, value.layers)), 1)
-        name = f"base.model {config.base.model!r}"
-    else:
-        backbone = config.base.model if value.backbone == OF_BASE else value.backbone
-        name = f"value.backbone {backbone!r}"
+        view = first_layers(base.model, state_layer(base.model.config, value.layers))
         try:
-            model = from_base(fetch(backbone), value.layers, has_weights=False)
-        except UserError:
-            raise
-        except Exception as error:  # transformers raises anything for what an architecture does not support
+            try_first_layers(base.model.base_model.config)
+        except ModelError as error:
             raise ValueModelError(
-                f"{name} cannot be a value model ({one_line(error)}): choose another value.backbone, or "
-                "value.kind=states"
+                f"the first layers of base.model {config.base.model!r} do not work on their own "
+                f"({one_line(error.__cause__ or error)}): choose another base model, or value.kind=model"
             ) from error
-        _check_vocabulary(name, model, base)
-        _check_weights(name, fetch(backbone), model)
-    _try_packed_tree(name, model)
+        return ValueModel(view, 1)
+    is_other = value.backbone != OF_BASE
+    backbone = value.backbone if is_other else config.base.model
+    name = f"value.backbone {backbone!r}" if is_other else f"base.model {backbone!r}"
+    folder = fetch(backbone)
+    try:
+        model = from_base(folder, value.layers, has_weights=False)
+    except ModelError as error:
+        raise ValueModelError(f"{name}: {error}") from error
+    except (UserError, *SHORTAGES):
+        raise
+    except Exception as error:  # transformers raises anything for what an architecture does not support
+        raise ValueModelError(
+            f"{name} cannot be a value model ({one_line(error)}): choose another value.backbone, or value.kind=states"
+        ) from error
+    if is_other:
+        _check_vocabulary(name, folder, model, base)
+        _check_weights(name, folder, model)
     return model
 
 
-def _check_vocabulary(name: str, model: ValueModel, base: BaseModel) -> None:
-    """Raises ValueModelError unless the model has an embedding for every token of the base model."""
-    have, need = (model_.config.get_text_config().vocab_size for model_ in (model.backbone, base.model))
+def _check_vocabulary(name: str, folder: Path, model: ValueModel, base: BaseModel) -> None:
+    """Raises ValueModelError unless the model has an embedding for every token of the base model, and its tokenizer,
+    if there is one, means the same tokens by them.
+    """
+    have, need = (text_config(model_).vocab_size for model_ in (model.backbone, base.model))
+    remedy = "choose a backbone with the same tokenizer"
     if have < min(need, len(base.tokenizer)):
         raise ValueModelError(
-            f"{name} knows {have} tokens, but the base model's tokenizer has {len(base.tokenizer)}: choose a backbone "
-            "with the same tokenizer"
+            f"{name} knows {have} tokens, but the base model's tokenizer has {len(base.tokenizer)}: {remedy}"
         )
+    if not any(folder.glob("tokenizer*")):
+        return
+    ids = load_tokenizer(str(folder)).get_vocab()
+    for token, id_ in sorted(base.tokenizer.get_vocab().items(), key=itemgetter(1)):
+        if ids.get(token, id_) != id_:
+            raise ValueModelError(
+                f"{name} has token {token!r} at id {ids[token]}, and the base model's tokenizer at {id_}: {remedy}"
+            )
 
 
 def _check_weights(name: str, folder: Path, model: ValueModel) -> None:
@@ -157,34 +184,6 @@ def _check_weights(name: str, folder: Path, model: ValueModel) -> None:
         raise ValueModelError(
             f"{name} lacks the weights {', '.join(missing[:3])}: choose another value.backbone, or value.kind=states"
         )
-
-
-def _try_packed_tree(name: str, model: ValueModel) -> None:
-    """One pass over a packed tree with a split, as training makes it."""
-    try:
-        with torch.no_grad():
-            outputs(model.to("meta"), tiny_batch())
-    except NotImplementedError:
-        return  # an operation without a rule for shapes alone: nothing is known
-    except Exception as error:
-        if "meta tensor" in str(error):  # likewise: it looks at values
-            return
-        raise ValueModelError(
-            f"{name} cannot be trained on packed trees ({one_line(error)}): choose another value.backbone, or "
-            "value.kind=states"
-        ) from error
-
-
-def tiny_batch() -> Any:
-    """A packed tree: two answers to a prompt of two tokens, and one that branches off within the first."""
-    builder = TreeBuilder("tiny", "base", 0, [1, 2])
-    first = builder.add(ROOT, 0, [3, 4, 5], [0.0] * 3, Finish.STOP)
-    builder.add(ROOT, 0, [6, 7], [0.0] * 2, Finish.STOP)
-    builder.add(first, 1, [8], [0.0], Finish.STOP)
-    tree = builder.build()
-    zeros = np.zeros(tree.num_nodes, dtype=np.int32)
-    ends_X = 2 + tree.node_start[1:].astype(np.int64) - 1
-    return pack([tree], [Targets(ends_X, zeros.astype(np.float32), zeros, zeros - 1)], np.ones(1))
 
 
 def _check_device(device: str) -> None:

@@ -12,6 +12,7 @@ from mavis_dist.config import Config
 from mavis_dist.models.chat import place_of_system, takes_system
 from mavis_dist.models.end_tokens import describe_disagreement
 from mavis_dist.models.load import BaseModel, fetch
+from mavis_dist.models.masks import FULL, SIZES, layer_types, text_config
 from mavis_dist.models.value import ValueModel
 from mavis_dist.prompts import PromptSet
 from mavis_dist.rewards.trial import Trial
@@ -34,7 +35,7 @@ def base(config: Config, model: BaseModel) -> Iterator[tuple[str, str]]:
     yield "system", system(model)
     ends = ", ".join(f"{id_} {model.tokenizer.convert_ids_to_tokens(id_)!r}" for id_ in model.eos_ids)
     yield "ends answers", ends
-    yield "windows", windows(settings)
+    yield "windows", windows(model.model)
 
 
 def template(model: BaseModel) -> str:
@@ -60,23 +61,26 @@ def system(model: BaseModel) -> str:
     }[place]
 
 
-def windows(settings: Any) -> str:
-    """Which layers attend to a window only."""
-    kinds = Counter(getattr(settings, "layer_types", None) or ())
-    window = getattr(settings, "sliding_window", None)
-    if not kinds and window:
-        return f"{window} tokens in all layers"
-    parts = [f"{count} layers: {kind.replace('_', ' ')}" for kind, count in kinds.items() if kind != "full_attention"]
-    return f"{', '.join(parts)} of {window} tokens, {kinds['full_attention']} layers full" if parts else "none"
+def windows(model: Any) -> str:
+    """Which layers attend to a window or chunk only."""
+    config, kinds = text_config(model), sorted(layer_types(model) - {FULL})
+    stated = Counter(getattr(config, "layer_types", None) or dict.fromkeys(kinds, config.num_hidden_layers))
+    parts = [
+        f"{stated[kind]} layers: {kind.replace('_', ' ')} of {getattr(config, SIZES[kind])} tokens" for kind in kinds
+    ]
+    num_full = config.num_hidden_layers - sum(stated[kind] for kind in kinds)
+    return ", ".join([*parts, *[f"{num_full} layers full"] * (num_full > 0)]) if parts else "none"
 
 
-def prompts(config: Config, model: BaseModel, drawn: PromptSet, longest: int) -> str:
+def prompts(config: Config, drawn: PromptSet, longest: int, room: int, of: str) -> Iterator[tuple[str, str]]:
+    """`room`: the shortest context in tokens, `of` a model by its config key."""
     wanted = config.prompts
-    return (
+    text = (
         f"{len(drawn.train) - wanted.validation} to train, {wanted.validation} to validate, {len(drawn.evaluation)} to "
         f"evaluate from {wanted.source}; the longest has {longest} tokens with its template, answers "
-        f"{config.rollout.max_tokens}; the context has room for {model.max_context}"
+        f"{config.rollout.max_tokens}; the context of {of} has room for {room}"
     )
+    yield "prompts", text
 
 
 def notes(config: Config, model: BaseModel, drawn: PromptSet) -> Iterator[tuple[str, str]]:
@@ -122,14 +126,18 @@ def memory(config: Config, model: BaseModel, num_value_parameters: int) -> str:
 
 
 def token_bytes(model: BaseModel, width: int) -> int:
-    """Keys and values of one token in all layers."""
-    settings: Any = model.model.config.get_text_config()
-    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-    size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    return 2 * settings.num_hidden_layers * heads * size * width
+    """Keys and values of one token in all layers, whose heads may differ."""
+    return sum(2 * _channels(layer) * width for layer in text_config(model.model).per_layer_config)
 
 
-def reward(objective: Objective, trial: Trial) -> str:
+def _channels(layer: Any) -> int:
+    """Of the keys of one token in one layer, given its config."""
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return int(heads * size)
+
+
+def reward(name: str, objective: Objective, trial: Trial) -> Iterator[tuple[str, str]]:
     settings = ", ".join(f"{key} {text}" for key, text in objective.model_dump().items() if key != "reward")
     scores = f"{min(trial.scores):.3g} to {max(trial.scores):.3g} on {len(trial.scores)} made-up answers"
-    return f"{objective.reward}{f' ({settings})' if settings else ''}: {scores}"
+    yield f"reward {name}", f"{objective.reward}{f' ({settings})' if settings else ''}: {scores}"

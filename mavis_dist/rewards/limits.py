@@ -9,8 +9,9 @@ NO_LIMIT = 2**31
 
 def max_tokens(tokenizer: Any, model: Any) -> int:
     """The longest input in tokens: what the tokenizer states, or fewer, if the model has fewer positions."""
-    positions = getattr(model.config, "max_position_embeddings", None) or NO_LIMIT
-    return min(tokenizer.model_max_length, positions - _unused(model))
+    stated = getattr(model.config, "max_position_embeddings", None) or -1
+    positions = stated - _unused(model) if stated > 0 else NO_LIMIT  # -1: any length, as XLNet has it
+    return min(tokenizer.model_max_length, positions)
 
 
 def _unused(model: Any) -> int:

@@ -9,9 +9,8 @@ from typing import Any
 from fastapi import FastAPI
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from transformers import AutoConfig
 
-from mavis_dist.models.load import fetch, load_tokenizer
+from mavis_dist.models.load import context_length, load_tokenizer
 from mavis_dist.store.files import Store
 from serve.gateway.api_keys import Keys
 from serve.gateway.build_request import Completions
@@ -28,11 +27,6 @@ from serve.settings import NO_KEYS, MainArgs
 HEALTH_LIMIT_S = 5.0
 
 
-def max_context(base: str) -> int:
-    """Tokens of prompt and answer that a base model has room for."""
-    return AutoConfig.from_pretrained(fetch(base)).get_text_config().max_position_embeddings
-
-
 def open_keys(args: MainArgs) -> Keys | None:
     """None: no key is required. Raises KeyFileError."""
     assert args.keys is not None  # MainArgs replaces it by the default file
@@ -46,7 +40,7 @@ class Gateway:
         self._keys, self._record = open_keys(args), RayRecord()
         self._feeds = Feeds(base_streams(base), base_feeds(base))
         self._completions = Completions(
-            load_tokenizer(args.base), args, max_context(args.base), self._feeds.stream, self._record
+            load_tokenizer(args.base), args, context_length(args.base), self._feeds.stream, self._record
         )
         replicas = value_replicas if args.placement == "replicas" else None
         self._registry = Registry(Store(args.storage, args.run), replicas=replicas)

@@ -20,6 +20,7 @@ def test_an_architecture_is_right_or_refused_as_the_page_says(name: str) -> None
     if found["outcome"] == RIGHT:
         assert found["packed"] < 1e-4
         assert found["decoded"] < 1e-4
+        assert (found["states"] or 0.0) < 1e-4
         assert found["guided"]
         assert found["fitted"]
     else:

@@ -14,13 +14,12 @@ import pytest
 
 from mavis_dist.decode import Engine, Request, SamplingParams
 from mavis_dist.decode.load_guide import fetch_published, load_guide
-from mavis_dist.models.load import chat_ids, load_base, load_tokenizer
+from mavis_dist.models.load import chat_ids, context_length, load_base, load_tokenizer
 from mavis_dist.store.files import Store
 from mavis_dist.types import RESIDUAL_CAP, TILT_CAP
 from serve.base.replica import Base
 from serve.gateway.build_request import Completions
 from serve.gateway.protocol import ApiError, ChatRequest
-from serve.gateway.replica import max_context
 from serve.settings import main_args
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -95,7 +94,7 @@ def test_a_stream_and_a_whole_answer_agree(http, url, body):
 
 def test_a_request_that_never_fits_the_cache_is_refused(served_config, body):
     args = main_args(served_config).model_copy(update={"placement": "colocated", "cache_tokens": 20})
-    completions = Completions(load_tokenizer(args.base), args, max_context(args.base), Base(args).stream)
+    completions = Completions(load_tokenizer(args.base), args, context_length(args.base), Base(args).stream)
     with pytest.raises(ApiError, match="cache of 20 tokens"):
         asyncio.run(
             completions.start(ChatRequest.model_validate(body), {"positive": "positive@i0", "brief": "brief@i0"})
@@ -105,7 +104,7 @@ def test_a_request_that_never_fits_the_cache_is_refused(served_config, body):
 def test_both_placements_generate_the_same(http, url, served_config, body):
     args = main_args(served_config).model_copy(update={"placement": "colocated"})
     base = Base(args)  # what a base replica runs, in this process
-    completions = Completions(load_tokenizer(args.base), args, max_context(args.base), base.stream)
+    completions = Completions(load_tokenizer(args.base), args, context_length(args.base), base.stream)
 
     async def answer(body: dict) -> dict:
         versions = {"positive": "positive@i0", "brief": "brief@i0"}

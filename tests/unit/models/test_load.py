@@ -153,6 +153,14 @@ def test_positions_whose_rotation_depends_on_the_longest_row_are_not_used(model_
     assert load_base(str(model_dir)).max_context == 16
 
 
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_model_without_a_longest_text_is_refused(model_dir, length):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config, "max_position_embeddings": length}))
+    with pytest.raises(ModelError, match="has no max_position_embeddings: add the key"):
+        context_length(str(model_dir))
+
+
 # --- names ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.directory import ModelError
 from mavis_dist.models.masks import CHUNKED, FULL, WINDOWED, check_masks, layer_types, tree_inputs
 from mavis_dist.models.states import first_layers, truncate
-from mavis_dist.models.trial import try_model
+from mavis_dist.models.trial import MOST_PARAMETERS, _with_random_weights, try_model
 from mavis_dist.models.value import ValueModel, ValueModelError, from_base
 from mavis_dist.train import fit, heads
 from mavis_dist.train.distill.labels import Sampling, label_tree, labelled, values_of
@@ -35,7 +35,7 @@ WINDOWS = {
     "olmo3, a window in one layer": {FULL, WINDOWED},
     "llama4_text, chunks in one layer": {FULL, CHUNKED},
 }
-WITHOUT = ["gptj", "llama, a window in its config only", "gpt_neo, global layers only"]
+WITHOUT = ["gptj", "llama, a window in its config only"]
 REFUSED = {
     "falcon, alibi": "'falcon' cannot be decoded here .it adds biases by place in the row",
     "bloom": "'bloom' cannot be decoded here .it does not take position_ids",
@@ -43,7 +43,9 @@ REFUSED = {
     "roberta": "'roberta' cannot be decoded here .it does not follow positions and masks",
     "xlm-roberta-xl": "'xlm-roberta-xl' cannot be decoded here .it does not follow positions and masks",
     "bert, not causal": "'bert' cannot be decoded here .it does not follow positions and masks",
-    "gpt_neo": "'gpt_neo' cannot be decoded here .its local attention",
+    "gpt_neo": "'gpt_neo' cannot be decoded here .it does not follow positions and masks",
+    "gpt_neo, global layers only": "'gpt_neo' cannot be decoded here .it does not decode rows of different lengths",
+    "gpt_neox_japanese": "'gpt_neox_japanese' cannot be decoded here .it fails on a text in two pieces",
     "mamba": "'mamba' cannot be decoded here .it has layers of type linear_attention",
     "openai-gpt": "'openai-gpt' cannot be decoded here .it keeps no keys and values",
 }
@@ -202,7 +204,58 @@ def test_a_trial_with_random_weights_finds_forgotten_windows(monkeypatch: pytest
         base_decoder(model)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gptj", "codegen", "xglm", "gpt_oss", "gpt_neo, global layers only"])
+def test_one_layer_of_each_kind_is_tried_of_a_large_model() -> None:
+    kinds = [*["full_attention"] * 21, *["sliding_attention"] * 7]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 28, "use_sliding_window": True}
+    config = AutoConfig.for_model("qwen2", layer_types=kinds, **sizes)
+    random = _with_random_weights(config)
+    assert layer_types(random) == {FULL, WINDOWED}
+    assert random.config.num_hidden_layers == 4
+    assert config.num_hidden_layers == len(config.layer_types) == 28
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_trial_of_a_large_model_is_of_a_few_of_its_parameters(kind: str) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    config = AutoConfig.for_model(kind, num_attention_heads=32, num_key_value_heads=8, head_dim=128, **sizes)
+    random = _with_random_weights(config)
+    assert 1 <= random.config.num_hidden_layers <= 3
+    assert random.num_parameters() <= MOST_PARAMETERS < 2e8
+
+
+@pytest.mark.parametrize("fails", [_with_random_weights, try_model])
+@pytest.mark.parametrize("shortage", [MemoryError, torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_machine_without_memory_says_nothing_about_a_model(
+    monkeypatch: pytest.MonkeyPatch, fails: Any, shortage: type[Exception]
+) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        raise shortage("out of memory")
+
+    model: Any = tiny_model("llama").base_model
+    monkeypatch.setattr(type(model), "forward", forward)
+    monkeypatch.setattr("mavis_dist.models.trial.check_masks", lambda _: None)
+    with pytest.raises(shortage, match="out of memory"):
+        fails(model.config if fails is _with_random_weights else model)
+
+
+@pytest.mark.parametrize("name", ["hrm_text", "gemma4_text"])
+def test_a_model_whose_layers_cannot_be_cut_is_tried_whole(name: str) -> None:
+    model: Any = tiny_model(name)
+    assert _with_random_weights(model.config) is not None
+    base_decoder(without_weights(name), use_hf_forward=True)
+
+
+def test_a_model_that_refuses_the_sizes_of_the_trial_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        raise ValueError("not with a vocabulary of 128 tokens")
+
+    model = without_weights("llama")
+    monkeypatch.setattr(type(model.base_model), "forward", forward)
+    monkeypatch.setattr("mavis_dist.models.trial.check_masks", lambda _: None)
+    try_model(model.base_model)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gptj", "codegen", "xglm", "gpt_oss"])
 def test_models_without_sdpa_are_trained_with_the_attention_that_they_have(tmp_path: Path, kind: str) -> None:
     tiny_model(kind).save_pretrained(tmp_path)
     model = from_base(tmp_path, 1)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.models.architectures import tiny_model
 from jobs import check as job
 from mavis_dist.config import Config, parse
 from mavis_dist.models.load import load_base, load_skeleton
 from mavis_dist.models.value import from_base
-from mavis_dist.preflight import machine
+from mavis_dist.preflight import describe, machine
 from mavis_dist.preflight.checks import check, check_base, check_value
 from mavis_dist.preflight.machine import check_machine, check_packages, check_rewards
 from mavis_dist.store.files import Store
@@ -112,8 +114,12 @@ def test_a_value_model_that_cannot_be_made_is_refused(base: Path, value: dict[st
 def test_a_backbone_that_fails_in_its_first_pass_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaModel
 
-    def forward(self: Any, position_ids: Any = None, **inputs: Any) -> None:
-        raise ValueError("this attention takes\nno such mask")
+    plain = LlamaModel.forward
+
+    def forward(self: Any, position_ids: Any = None, **inputs: Any) -> Any:
+        if position_ids is not None:
+            raise ValueError("this attention takes\nno such mask")
+        return plain(self, **inputs)
 
     made = config(base)
     skeleton = check_base(made)
@@ -137,6 +143,105 @@ def test_a_backbone_that_lacks_weights_is_refused(base: Path, tmp_path: Path, mo
     save_file({k: x for k, x in weights.items() if k != lost}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"value.backbone .* lacks the weights layers\.0\.self_attn\.o_proj\.weight"):
         check_value(made, skeleton)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("mamba", {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}),
+        ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2}),
+        ("t5", {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}),
+    ],
+)
+def test_the_architecture_of_a_backbone_is_judged_before_its_context(
+    base: Path, tmp_path: Path, model_type: str, settings: dict[str, Any]
+) -> None:
+    tokenizer = make_tokenizer()
+    shape = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), decoder_start_token_id=0, **settings)
+    shape.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=rf"value\.backbone .*{model_type}' cannot be decoded here"):
+        check(config(base, value={"backbone": str(tmp_path / "other"), "layers": 1}))
+
+
+def test_code_of_a_backbone_is_never_run(base: Path, tmp_path: Path) -> None:
+    """Not even asked about: a prompt for it would wait for an answer in a job."""
+    other = write_other(tmp_path / "other", "llama", num_hidden_layers=1, **SMALL)
+    settings = json.loads((other / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (other / "config.json").write_text(json.dumps({**settings, **own}))
+    (other / "own.py").write_text("raise SystemExit")
+    with pytest.raises(UserError, match=r"value\.backbone .*cannot be loaded"):
+        check_value(config(base, value={"backbone": str(other)}), load_skeleton(str(base)))
+
+
+def test_a_backbone_whose_tokens_have_other_ids_is_refused(base: Path, tmp_path: Path) -> None:
+    other = write_other(tmp_path / "other", "llama", num_hidden_layers=1, **SMALL)
+    made, skeleton = config(base, value={"backbone": str(other), "layers": 1}), load_skeleton(str(base))
+    check_value(made, skeleton)
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text())
+    ids = content["model"]["vocab"]
+    ids["A"], ids["B"] = ids["B"], ids["A"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"value\.backbone .* has token 'A' at id 35, and the base model's .* at 34"):
+        check_value(made, skeleton)
+    for part in other.glob("tokenizer*"):
+        part.unlink()
+    check_value(made, skeleton)  # nothing to compare
+
+
+def test_a_model_that_projects_its_states_has_heads_of_their_width(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_attention_heads": 2}
+    opt = write_other(tmp_path / "opt", "opt", num_hidden_layers=2, **shape)
+    made = config(opt)
+    assert check_value(made, check_base(made)).heads.in_features == 16
+    assert from_base(opt, 1)(input_ids=torch.tensor([[3, 4, 5]])).shape == (1, 3, 1)
+    with pytest.raises(UserError, match=r"choose another base model, or value\.kind=model"):
+        check(config(opt, value={"kind": "states"}))
+
+
+def test_layers_that_do_not_work_without_the_others_are_refused_for_heads_on_states(base: Path) -> None:
+    made, skeleton = config(base, value={"kind": "states"}), load_skeleton(str(base))
+    check_value(made, skeleton)
+    with pytest.raises(UserError, match=r"first layers of base\.model .* do not work on their own .*value\.kind=model"):
+        check_value(made, replace(skeleton, model=cast(Any, tiny_model("gemma4_text"))))
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4_unified_text", "hrm_text", "opt"])
+def test_every_model_that_can_be_used_is_described(base: Path, name: str) -> None:
+    model: Any = tiny_model(name)
+    told = describe.token_bytes(replace(load_skeleton(str(base)), model=model), 4)
+    tokens = torch.arange(3, 8)[None]
+    layers = model(tokens, use_cache=True).past_key_values.layers
+    cached = sum(layer.keys.numel() + layer.values.numel() for layer in layers if layer.is_initialized)
+    assert told == 4 * cached / tokens.numel()
+
+
+def test_a_run_does_without_descriptions(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such attribute")
+
+    monkeypatch.setattr(describe, "token_bytes", fails)
+    check(config(base))
+    with pytest.raises(RuntimeError):
+        check(config(base), lambda topic, text: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mistral", "2 layers: sliding attention of 6 tokens"),
+        ("qwen2", "1 layers: sliding attention of 6 tokens, 1 layers full"),
+        ("llama4_text", "2 layers: chunked attention of 6 tokens"),
+        ("llama4_text, chunks in one layer", "1 layers: chunked attention of 6 tokens, 1 layers full"),
+        ("lfm2", "none"),
+        ("llama, a window in its config only", "none"),
+    ],
+)
+def test_windows_are_told_as_they_take_effect(name: str, text: str) -> None:
+    assert describe.windows(tiny_model(name)) == text
 
 
 def test_a_backbone_with_another_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 from mavis_dist.config import Config
 from mavis_dist.models.load import load_skeleton
 from mavis_dist.preflight import describe
-from mavis_dist.preflight.checks import check_prompts
-from mavis_dist.prompts import PromptError
+from mavis_dist.preflight.checks import check_prompts, shortest_context
+from mavis_dist.prompts import PromptError, PromptSet
 from tests.tiny import write_base
 from tests.unit.models.test_chat import DROPS_SYSTEM, NO_SYSTEM, PARTS_ONLY
 
@@ -60,6 +61,17 @@ def test_of_prompts_that_can_be_asked_nothing_is_noted(check) -> None:
     assert check(questions(9)) == {}
 
 
+def test_the_limit_that_is_told_is_the_one_that_counts(model: Path, tmp_path: Path) -> None:
+    short = write_base(tmp_path / "short")
+    settings = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 400}))
+    base, drawn = load_skeleton(str(model)), PromptSet("builtin", [], [], {}, {})
+    for value, limit in (({}, "base.model .* for 1024"), ({"backbone": str(short)}, "value.backbone .* for 400")):
+        config = Config(run="r", objectives={"a": {"reward": "sentiment"}}, base={"model": str(model)}, value=value)
+        told = dict(describe.prompts(config, drawn, 7, *shortest_context(config, base)))
+        assert re.search(limit, told["prompts"])
+
+
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_a_prompt_without_room_for_an_answer_is_named(check, split: str) -> None:
     rows = [{"prompt": f"train {row}?", "split": "train"} for row in range(6)]
@@ -84,7 +96,7 @@ def test_value_models_with_a_shorter_context_count(check, tmp_path: Path) -> Non
     short = write_base(tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
-    with pytest.raises(PromptError, match=r"context of value\.backbone \(40\)"):
+    with pytest.raises(PromptError, match=r"context of value\.backbone .* \(40\)"):
         check(questions(9), value={"backbone": str(short)})
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from mavis_dist.models.load import ModelError
 from mavis_dist.rewards.build import Checked
 from mavis_dist.rewards.classifier import Classifier, fill
 from mavis_dist.rewards.embedding import Relevance
+from mavis_dist.rewards.limits import NO_LIMIT, max_tokens
 
 WORDS = [*"a good bad bread rain prompt answer what is with end".split(), *"{ } , . ? {answer} {prompt}".split()]  # noqa: SIM905
 SPECIAL = ["[PAD]", "[UNK]", "[EOS]"]
@@ -294,6 +296,15 @@ def test_texts_longer_than_a_classifiers_positions_are_cut_at_their_start(tmp_pa
     long, cut, other = reward.score([""] * 3, [" ".join(w) for w in (words, end, ["what", *end[1:]])])
     assert long == pytest.approx(cut, abs=1e-5)
     assert long != pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", [None, 0, -1])
+def test_a_model_that_states_no_positions_reads_as_much_as_its_tokenizer(positions):
+    tokenizer, model = SimpleNamespace(model_max_length=512), torch.nn.Module()
+    model.config = SimpleNamespace(max_position_embeddings=positions)
+    assert max_tokens(tokenizer, model) == 512
+    tokenizer.model_max_length = 10**30
+    assert max_tokens(tokenizer, model) == NO_LIMIT
 
 
 @pytest.mark.parametrize("settings", [None, '{"max_seq_length": null}', '{"max_seq_length": 9}'])
