@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
+from ray.experimental import internal_kv
 
 from mavis_dist.store.files import MARKER, Store, StoreError
 from tests.cluster.jobs import LIMIT_S, finish, hashes, start
@@ -25,6 +27,8 @@ def machines() -> Iterator[Cluster]:
     cluster.add_node(num_cpus=1)
     yield cluster
     cluster.shutdown()
+    if ray.is_initialized():  # it has taken away the key-value store of this process, which is another cluster's
+        internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
 
 
 def wait(job: subprocess.Popen[str], condition: Callable[[], object], what: str) -> None:
