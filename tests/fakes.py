@@ -97,7 +97,7 @@ def tiny_states_student(base: BaseModel, seed: int, num_objectives: int = 1, lay
     model = tiny_states(base, seed, num_objectives, layer)
     qhead = QHead(32, num_objectives, rank)
     for query in qhead.queries:
-        torch.nn.init.normal_(query.weight, std=0.5)
+        torch.nn.init.normal_(query.get_parameter("weight"), std=0.5)
     return Student(model, qhead, layer).eval().requires_grad_(False)
 
 
@@ -105,5 +105,5 @@ def tiny_student(seed: int, num_objectives: int = 1, layers: int = 1, rank: int 
     model = tiny_value(seed, num_objectives, layers, head_size=head_size)
     qhead = QHead(32, num_objectives, rank)
     for query in qhead.queries:
-        torch.nn.init.normal_(query.weight, std=0.5)
+        torch.nn.init.normal_(query.get_parameter("weight"), std=0.5)
     return Student(model, qhead).eval().requires_grad_(False)

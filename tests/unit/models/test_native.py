@@ -191,7 +191,7 @@ def test_a_student_is_decoded_natively():
     model = valued(torch.float32)
     qhead = QHead(model.heads.in_features, 3, rank=8)
     for query in qhead.queries:
-        torch.nn.init.normal_(query.weight)
+        torch.nn.init.normal_(query.get_parameter("weight"))
     student = Student(model, qhead).eval().requires_grad_(False)
     expected = student(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)[0, -1]
     slots = SlotModel(student_decoder(student))
