@@ -34,6 +34,7 @@ class Bounds:
 
 def validate(request: Request, bounds: Bounds) -> Request:
     """The request with a seed and with normalised weights, without those that are 0; raises RequestError."""
+    _check_preference_params(request.preference_params)
     request = replace(
         request,
         weights=normalise_weights(request.weights, bounds.objectives),
@@ -139,7 +140,6 @@ def _check_steering(request: Request, bounds: Bounds) -> None:
                 "scorer",
                 f"is {request.scorer.value!r}; there is no student for {', '.join(missing)}: use 'lazy' or 'full'",
             )
-    _check_preference_params(request.preference_params)
 
 
 def _check_preference_params(params: PreferenceParams) -> None:

@@ -31,7 +31,7 @@ from mavis_dist.decode import (
     SamplingParams,
     Scorer,
 )
-from mavis_dist.decode.validate import normalise_preferences
+from mavis_dist.decode.validate import Bounds, normalise_preferences, validate
 from tests.fakes import EOS, VOCAB, tiny_base, tiny_value
 
 BASE = tiny_base(seed=0, eos_boost=2.0)
@@ -475,3 +475,15 @@ def test_validated_weights_sum_to_one(weights):
     assert all(preference.weight > 0 for preference in used)
     again = normalise_preferences(used, PRESETS["mato"])
     assert [p.weight for p in again] == pytest.approx([p.weight for p in used])
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [("nu", 0.0), ("nu", 5e-324), ("lam", 0.0), ("lam", math.nan), ("steps", 10**18), ("c", -1.0)],
+)
+def test_parameters_of_a_strength_are_checked_before_it_is_computed(field: str, bad: float) -> None:
+    """A strength for weights that are not normalised: it divides by nu, and takes as long as there are steps."""
+    params = replace(PreferenceParams(adapt=False, normalise=False), **{field: bad})
+    asked = Request("r", PROMPT, preferences=(Preference("x", (*PROMPT, 3), 1.0),), preference_params=params)
+    with pytest.raises(RequestError, match=r"^preference"):
+        validate(asked, Bounds((), 64))
