@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import PydanticUndefined
 
 from mavis_dist.sections import (
+    OF_BASE,
     Base,
     Compare,
     Count,
@@ -64,6 +65,11 @@ class Config(Section):
     evaluate: Evaluate = Field(Evaluate(), description="the sweep over weights")
     compare: Compare = Field(Compare(), description="methods of steering side by side")
     serve: Serve = Field(Serve(), description="the HTTP endpoint")
+
+    @property
+    def backbone(self) -> str:
+        """The model whose first layers value models begin as."""
+        return self.base.model if self.value.backbone == OF_BASE else self.value.backbone
 
     @field_validator("objectives")
     @classmethod

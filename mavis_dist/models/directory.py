@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,13 +69,17 @@ def read_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional))
-    if missing:
+    if missing := missing_weights(info, optional):
         raise ModelError(
             f"model directory {str(directory)!r} lacks the weights {', '.join(missing[:3])} that "
             f"{type(model).__name__} needs: choose a model of that class"
         )
     return model.eval().requires_grad_(False)
+
+
+def missing_weights(info: Mapping[str, Any], optional: tuple[str, ...] = ()) -> list[str]:
+    """Names of the weights that transformers' loading info says the files lack, but for those that begin so."""
+    return sorted(key for key in info["missing_keys"] if not key.startswith(optional))
 
 
 def read_config(directory: Path) -> Any:

@@ -18,7 +18,7 @@ import torch
 from mavis_dist.config import Config
 from mavis_dist.models.chat import ChatError
 from mavis_dist.models.decoder import base_decoder
-from mavis_dist.models.directory import ModelError, loading, quiet
+from mavis_dist.models.directory import ModelError, loading, missing_weights, quiet
 from mavis_dist.models.load import BaseModel, context_length, fetch, load_skeleton, load_tokenizer
 from mavis_dist.models.masks import text_config
 from mavis_dist.models.states import first_layers, state_layer
@@ -128,9 +128,8 @@ def check_value(config: Config, base: BaseModel) -> ValueModel:
             ) from error
         return ValueModel(view, 1)
     is_other = value.backbone != OF_BASE
-    backbone = value.backbone if is_other else config.base.model
-    name = f"value.backbone {backbone!r}" if is_other else f"base.model {backbone!r}"
-    folder = fetch(backbone)
+    name = f"{'value.backbone' if is_other else 'base.model'} {config.backbone!r}"
+    folder = fetch(config.backbone)
     try:
         model = from_base(folder, value.layers, has_weights=False)
     except ModelError as error:
@@ -180,7 +179,7 @@ def _check_weights(name: str, folder: Path, model: ValueModel) -> None:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+    if missing := missing_weights(info, optional=("pooler.",)):
         raise ValueModelError(
             f"{name} lacks the weights {', '.join(missing[:3])}: choose another value.backbone, or value.kind=states"
         )

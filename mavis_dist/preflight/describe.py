@@ -107,8 +107,7 @@ def value(config: Config, model: BaseModel, trained: ValueModel) -> Iterator[tup
         yield "value models", f"heads on the states behind layer {layers} of the base model"
     else:
         whose = "one with a head per objective" if settings.kind == "shared" else "one per objective"
-        name = config.base.model if settings.backbone == "base" else settings.backbone
-        yield "value models", f"{whose}: {layers} layers of {name}, {count / 1e6:,.0f} million parameters"
+        yield "value models", f"{whose}: {layers} layers of {config.backbone}, {count / 1e6:,.0f} million parameters"
     yield "memory", memory(config, model, 0 if settings.kind == "states" else count)
 
 

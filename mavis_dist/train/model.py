@@ -43,8 +43,7 @@ def _start(fit: Fit, config: Config, store: Store) -> ValueModel:
         [objective] = fit.objectives
         model, _ = load_objective(values.fetch(store, objective, fit.parent), objective)
         return model.requires_grad_(True)
-    backbone = config.base.model if config.value.backbone == "base" else config.value.backbone
-    return from_base(fetch(backbone), config.value.layers, len(fit.objectives))
+    return from_base(fetch(config.backbone), config.value.layers, len(fit.objectives))
 
 
 def merge_adapters(model: ValueModel) -> ValueModel:
