@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import ray
 import ray.train
@@ -16,6 +17,8 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import RayTrainError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.state import list_actors
 from torch.distributed import DistError
 
 from mavis_dist import cluster
@@ -84,7 +87,8 @@ def run(launch: Launch) -> None:
         try:
             _run_once(launch)
             return
-        except TrainingFailedError as error:
+        except (TrainingFailedError, ray.exceptions.RayActorError) as error:  # the second: its controller is lost
+            free_cores_of_dead_workers()
             cluster.check_stop()
             if (raised := raised_by_workers(error)) is not None:
                 raise failure_of(launch.name, raised, str(error)) from error
@@ -96,7 +100,24 @@ def run(launch: Launch) -> None:
             say(launch.name, "a worker died; resuming from the newest checkpoint")
 
 
-def raised_by_workers(error: TrainingFailedError) -> Exception | None:
+def free_cores_of_dead_workers() -> None:
+    """Remove the placement groups of this job's Ray Train runs that have no living worker.
+
+    Ray Train itself forgets the group of workers that are lost while it hands them their work; where no cores are left
+    beside it, the next attempt would wait forever.
+    """
+    context = ray.get_runtime_context()
+    filters: list[Any] = [("job_id", "=", context.get_job_id()), ("class_name", "=", "RayTrainWorker")]
+    workers = list_actors(context.gcs_address, filters, limit=10_000, detail=True, raise_on_missing_output=False)
+    held = {worker.placement_group_id for worker in workers if worker.placement_group_id}
+    used = {worker.placement_group_id for worker in workers if worker.state != "DEAD"}
+    for found in held - used:
+        group = PlacementGroup(ray.PlacementGroupID.from_hex(found))
+        if placement_group_table(group).get("state") != "REMOVED":
+            remove_placement_group(group)
+
+
+def raised_by_workers(error: TrainingFailedError | ray.exceptions.RayActorError) -> Exception | None:
     """The exception that ended a training and would end it again; None: processes or machines were lost, or the
     connections between them, which is how workers notice the loss of another one.
     """

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from ray.util.placement_group import get_current_placement_group, placement_group_table
 
 from mavis_dist.actors import start_progress_actor
 from mavis_dist.config import Config, parse
@@ -52,6 +55,43 @@ def test_a_lost_worker_is_replaced_and_an_exception_is_not(config: Config, tmp_p
     with pytest.raises(StageError, match=r"^train i0 x: ValueError: no SDPA here \(.*\)$"):
         attempt(config, tmp_path, [None, ValueError("no SDPA\nhere"), None])
     assert (tmp_path / "attempts").stat().st_size == 2
+
+
+class Fatal:
+    """Ends a process that unpickles it: once the controller, or once a worker while it is handed its work."""
+
+    def __init__(self, death_file: Path, of_controller: bool):
+        self.death_file, self.of_controller = death_file, of_controller
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return unpickled, (self.death_file, self.of_controller)
+
+
+def unpickled(death_file: Path, of_controller: bool) -> Fatal:
+    is_handed_work = any(frame.function == "run_train_fn" for frame in inspect.stack())
+    is_worker = get_current_placement_group() is not None
+    is_fatal = not is_worker if of_controller else is_handed_work
+    if is_fatal and not death_file.exists():
+        death_file.touch()
+        os._exit(1)
+    return Fatal(death_file, of_controller)
+
+
+def finish(fatal: Fatal, group: WorkerGroup) -> None:
+    assert fatal.death_file.exists()
+
+
+@pytest.mark.parametrize("of_controller", [False, True])
+def test_a_process_that_is_lost_before_the_work_begins_leaves_no_cores_behind(
+    config: Config, tmp_path: Path, of_controller: bool
+) -> None:
+    fatal = Fatal(tmp_path / "death", of_controller)
+    launch.run(Launch("train i0 x", "train i0", partial(finish, fatal), config, start_progress_actor()))
+    assert fatal.death_file.exists()
+    deadline = time.monotonic() + 60
+    while any(group["state"] != "REMOVED" for group in placement_group_table().values()):
+        assert time.monotonic() < deadline, placement_group_table()
+        time.sleep(0.2)
 
 
 def test_a_user_error_of_a_worker_keeps_its_line(config: Config, tmp_path: Path) -> None:
