@@ -14,7 +14,7 @@ import httpx
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.context import _get_global_client
+from ray.serve.context import _get_global_client, _set_global_client
 
 from mavis_dist import cluster
 from mavis_dist.config import Config
@@ -34,6 +34,7 @@ from serve.value.replica import Value
 
 MAIN = "main"
 DRAIN_MARGIN_S = 30
+STOP_LIMIT_S = 30
 HEAD = "node:__internal_head__"  # Ray's resource of the machine that the proxy runs on
 BASE_ROUTER = "serve.router.AnotherReplicaRouter"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -111,7 +112,28 @@ def undeploy() -> None:
     for name in ours:
         serve.delete(name)
     if ours == applications:
-        serve.shutdown()
+        _stop_serve()
+
+
+def _stop_serve() -> None:
+    """Stop Serve. Its own `shutdown` has Ray print that a call of the controller failed, which ends by being killed.
+
+    Raises:
+        DeployError: if it takes too long.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        client.shutdown_cached_handles()
+        ended = client._controller.graceful_shutdown.options(max_task_retries=0).remote()
+        try:
+            ray.get(ended, timeout=STOP_LIMIT_S)
+        except ray.exceptions.RayActorError:
+            pass  # it never returns
+        except ray.exceptions.GetTimeoutError as error:
+            raise DeployError(
+                f"Serve has not stopped within {STOP_LIMIT_S} s: stop it with `serve shutdown`"
+            ) from error
+        _set_global_client(None)
 
 
 def _start(host: str, port: int) -> set[str]:
@@ -130,7 +152,7 @@ def _start(host: str, port: int) -> set[str]:
                 f"it runs: set serve.host={running.host} serve.port={running.port}, or stop its applications "
                 f"({', '.join(sorted(applications))}) with `serve shutdown`"
             )
-        serve.shutdown()
+        _stop_serve()
         running = None
     if running is None:
         # Serve itself would not notice another Serve: its proxies share a port, and answer in turn.
@@ -157,7 +179,7 @@ def _nothing_left_behind(before: set[str]) -> Iterator[None]:
                 serve.delete(name)
         if not before:
             with suppress(Exception):
-                serve.shutdown()
+                _stop_serve()
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_an_address_of_another_machine(ray_address, folder):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_service_moves_to_another_address_when_it_has_ended(ray_address, folder, host):
+def test_a_service_moves_to_another_address_when_it_has_ended(ray_address, folder, host, capsys):
     from serve.app import DeployError, deploy, undeploy
 
     with taken_port(host) as port:
@@ -102,6 +103,9 @@ def test_a_service_moves_to_another_address_when_it_has_ended(ray_address, folde
     assert [choice["index"] for choice in answer.json()["choices"]] == [0, 1]
     undeploy()
     assert not is_serve_running()
+    time.sleep(1)  # for the lines that Ray collects
+    printed = capsys.readouterr()
+    assert "failed" not in printed.out + printed.err
 
 
 def test_applications_that_fail_are_removed(ray_address, folder, tmp_path):
