@@ -61,13 +61,16 @@ class Contender:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
+            with suppress(subprocess.TimeoutExpired):  # its last words may come after the end of its answers
+                self._process.wait(5)
             self._log.seek(0)
             raise UserError(f"the process of {self._name} has ended: {self._log.read()[-LOG_CHARACTERS:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def _signal(self, number: int) -> None:
-        os.killpg(self._process.pid, number)
+        with suppress(ProcessLookupError):  # it has ended, and the answer says why
+            os.killpg(self._process.pid, number)
 
 
 @contextmanager
