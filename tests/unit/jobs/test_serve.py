@@ -39,7 +39,7 @@ def test_a_signal_ends_a_deployment_that_is_not_ready(monkeypatch, undeployed):
     applications, deleted, stopped = {"other", "main"}, set(), []
     monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(applications=applications - deleted))
     monkeypatch.setattr(app.serve, "delete", deleted.add)
-    monkeypatch.setattr(app.serve, "shutdown", lambda: stopped.append("Serve"))
+    monkeypatch.setattr(app, "_stop_serve", lambda: stopped.append("Serve"))
 
     def deploy(before: set[str]) -> None:
         with app._nothing_left_behind(before):
@@ -64,7 +64,7 @@ def test_the_errors_of_cleaning_up_do_not_replace_the_first(monkeypatch):
         raise ConnectionError("no controller")
 
     monkeypatch.setattr(app.serve, "status", failing)
-    monkeypatch.setattr(app.serve, "shutdown", lambda: stopped.append("Serve") or failing())
+    monkeypatch.setattr(app, "_stop_serve", lambda: stopped.append("Serve") or failing())
     with pytest.raises(app.DeployError, match="no room"), app._nothing_left_behind(set()):
         raise app.DeployError("no room")
     assert stopped == ["Serve"]
