@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from packaging.requirements import Requirement
@@ -39,6 +40,17 @@ def parser(job: str, purpose: str) -> argparse.ArgumentParser:
 def config_of(arguments: argparse.Namespace) -> Config:
     """The config of a parsed command line, checked as in `parse`."""
     return refusing(lambda: config_module.load(arguments.config, arguments.overrides))
+
+
+def add_answers(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that compare methods: `answers`, a Path or None, and `sources`, a list of Paths."""
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="also keep all answers in this parquet file")
+    files = "make the figures from such files instead of the run; several are put side by side"
+    parser.add_argument("--from", dest="sources", type=_paths, default=[], metavar="FILE,FILE", help=files)
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(part) for part in text.split(",") if part]
 
 
 def refusing(function: Callable[[], T]) -> T:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import command, figures
 from benchmarks.common.markdown import write_part
+from jobs.arguments import add_answers
 from mavis_dist.config import Config
 
 if TYPE_CHECKING:
@@ -39,18 +40,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="FILE",
         help="page with the part about the comparison (default: docs/comparison.md)",
     )
+    add_answers(parser)
     command.add_page_only(parser)
     arguments = parser.parse_args(argv)
     file = arguments.json or figures.default_file(NAME)
-    found = command.of_config(parser, arguments, file, lambda config: run(config).to_json(), argv)
+
+    def measure(config: Config) -> dict[str, Any]:
+        return run(config, arguments.answers, arguments.sources).to_json()
+
+    found = command.of_config(parser, arguments, file, measure, argv)
     write_page(found, file, arguments.markdown)
 
 
-def run(config: Config) -> Comparison:
+def run(config: Config, answers: Path | None = None, sources: Sequence[Path] = ()) -> Comparison:
     """All figures; raises UserError before anything is computed, naming what is missing."""
     from mavis_dist.compare.run import compare
 
-    return compare(config)[0]
+    return compare(config, answers, sources)[0]
 
 
 def write_page(found: Mapping[str, Any], file: Path, markdown: Path) -> None:

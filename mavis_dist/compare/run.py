@@ -9,18 +9,21 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
 from mavis_dist import cluster
 from mavis_dist.actors import WorkerPool
+from mavis_dist.compare import archive
+from mavis_dist.compare.archive import Collected
 from mavis_dist.compare.cells import Cell, Weights, plan_cells, read
 from mavis_dist.compare.figures import reference_of, summarise
 from mavis_dist.compare.judged import check_judge, judge
 from mavis_dist.compare.measured import Measured
 from mavis_dist.compare.method import Method, make_methods
 from mavis_dist.compare.report import examples_of, write_report
-from mavis_dist.compare.results import Comparison
+from mavis_dist.compare.results import Comparison, Judged
 from mavis_dist.compare.worker import Finished, worker_factory
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
@@ -39,13 +42,38 @@ STAGE = "compare"
 PACKAGES = ("mavis-dist", "torch", "transformers", "ray", "moocore")
 
 
-def compare(config: Config) -> tuple[Comparison, str]:
-    """The figures of a comparison, and the path of its page.
+def compare(config: Config, answers: Path | None = None, sources: Sequence[Path] = ()) -> tuple[Comparison, str]:
+    """The figures of a comparison, and the path of its page in the run's folder.
+
+    Args:
+        answers: a file to keep all answers in (`archive`).
+        sources: such files, from which the figures are made instead of the run; a judge takes no part then.
 
     Raises:
         UserError: before anything is computed, naming what is missing or cannot be used.
         Stopped: after SIGTERM or SIGINT; finished cells are saved.
     """
+    collected = archive.load(sources) if sources else collect(config)
+    if answers is not None:
+        archive.save(collected, answers)
+    return conclude(config, collected, has_judge=not sources)
+
+
+def conclude(config: Config, collected: Collected, has_judge: bool) -> tuple[Comparison, str]:
+    """Figures and page."""
+    workspace, measured = Workspace(config), collected.measured
+    judged: dict[str, Judged] = {}
+    if has_judge and config.compare.judge is not None:
+        reference = reference_of(measured.methods)
+        judged = judge(config.compare.judge, workspace, measured, collected.prompts, reference)
+    comparison = summarise(measured, collected.training_s, collected.conditions, judged)
+    workspace.store.write_json(layout.COMPARISON_FILE, comparison.to_json())
+    shown = examples_of(measured, collected.prompts)
+    return comparison, write_report(config, workspace.store, comparison, shown)
+
+
+def collect(config: Config) -> Collected:
+    """All answers of a comparison; those that are missing are computed."""
     if config.evaluate.limit_answers == 0:
         raise UserError(
             "config key 'evaluate.limit_answers' is 0: many answers of the base model are what gains and the limit of "
@@ -80,11 +108,7 @@ def compare(config: Config) -> tuple[Comparison, str]:
         kl=config.compare.kl,
     )
     training_s = {name: training_of(method, measured.common(name)) for name, method in methods.items()}
-    reference = reference_of(measured.methods)
-    judged = {} if settings is None else judge(settings, workspace, measured, prompts, reference)
-    comparison = summarise(measured, training_s, describe(config), judged)
-    workspace.store.write_json(layout.COMPARISON_FILE, comparison.to_json())
-    return comparison, write_report(config, workspace.store, comparison, examples_of(measured, prompts))
+    return Collected(measured, prompts, training_s, describe(config))
 
 
 def training_of(method: Method, vectors: Sequence[Weights]) -> tuple[float, float]:

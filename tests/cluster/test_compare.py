@@ -98,6 +98,17 @@ def test_tables_come_from_stored_answers_without_a_cluster(
     assert [line.split()[0] for line in lines[2:-1]] == ["base", *METHODS]
 
 
+def test_a_file_of_answers_gives_the_same_figures_without_the_run(
+    finished: Config, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "compute", lambda *_: pytest.fail("nothing is left to compute"))
+    before, _ = compare(load(config_file), answers=tmp_path / "answers.parquet")
+    elsewhere = [f"storage={tmp_path / 'elsewhere'}", "base.model=/no/such/model"]
+    after, page = compare(load(config_file, elsewhere), sources=[tmp_path / "answers.parquet"])
+    assert after.to_json() == before.to_json()
+    assert Path(page).is_file()
+
+
 def test_lost_cells_and_new_ones_are_computed_and_no_others(finished: Config, config_file: Path) -> None:
     store = Store(finished.storage, finished.run)
     before = files(store)
