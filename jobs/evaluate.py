@@ -1,6 +1,6 @@
 """Compare methods of steering on the unseen prompts of a finished run: figures, plots and a page.
 
-python -m jobs.evaluate --config FILE [--json FILE] [--answers FILE] [dotted.key=value ...]
+    python -m jobs.evaluate --config FILE [--json FILE] [--answers FILE] [dotted.key=value ...]
     python -m jobs.evaluate --config FILE --from FILE,FILE [--json FILE]
 
 `--answers` keeps all answers in one file; `--from` makes the figures of such files, without the run and its models.
