@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import ray
 import ray.train
+from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]  # its module is made at run time
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import RayTrainError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-from ray.util.state import list_actors
 from torch.distributed import DistError
 
 from mavis_dist import cluster
@@ -106,13 +105,14 @@ def free_cores_of_dead_workers() -> None:
     Ray Train itself forgets the group of workers that are lost while it hands them their work; where no cores are left
     beside it, the next attempt would wait forever.
     """
-    context = ray.get_runtime_context()
-    filters: list[Any] = [("job_id", "=", context.get_job_id()), ("class_name", "=", "RayTrainWorker")]
-    workers = list_actors(context.gcs_address, filters, limit=10_000, detail=True, raise_on_missing_output=False)
-    held = {worker.placement_group_id for worker in workers if worker.placement_group_id}
-    used = {worker.placement_group_id for worker in workers if worker.state != "DEAD"}
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    # From the control store itself: the State API is of the dashboard, which not every cluster runs.
+    rows = ray._private.state.state._connect_and_get_accessor().get_actor_table(job, None)
+    workers = [actor for actor in map(ActorTableData.FromString, rows) if actor.class_name == "RayTrainWorker"]
+    held = {worker.placement_group_id for worker in workers}
+    used = {worker.placement_group_id for worker in workers if worker.state != ActorTableData.DEAD}
     for found in held - used:
-        group = PlacementGroup(ray.PlacementGroupID.from_hex(found))
+        group = PlacementGroup(ray.PlacementGroupID(found))
         if placement_group_table(group).get("state") != "REMOVED":
             remove_placement_group(group)
 
