@@ -76,7 +76,7 @@ def test_kills_of_actors_workers_machines_and_drivers_give_the_same_bytes(
     job.send_signal(signal.SIGTERM)
     _, err = finish(job, code=143)
     assert "stopped: finished work is saved" in err
-    assert checkpoints(1)
+    assert checkpoints(1) or list(root.glob(f"values/*/i1/{MARKER}"))  # those of a finished one are deleted
 
     job = start(config_file, machines.address, *arguments)
     wait(job, lambda: workers(machines, "ray::RayTrainWorker"), "a training worker")
