@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mavis_dist.compare.cells import REWARD, SCHEMA, Answers, Cell
+from mavis_dist.compare.cells import REWARD, SCHEMA, Answers, Cell, answers_of
 from mavis_dist.compare.measured import Measured
 from mavis_dist.types import Prompt, RewardScale, UserError
 
@@ -63,7 +63,7 @@ def load(files: Sequence[Path]) -> Collected:
     first, *others = [_read(file) for file in files]
     cells, training_s = dict(first.measured.cells), dict(first.training_s)
     for file, other in zip(files[1:], others, strict=True):
-        if difference := _difference(first, other):
+        if difference := _difference(first, other) or _changed(cells, other.measured.cells):
             raise UserError(f"{files[0]} and {file} are about other {difference}: give files of the same comparison")
         cells |= other.measured.cells
         training_s |= other.training_s
@@ -113,10 +113,7 @@ def _collected(table: pa.Table, about: Mapping[str, Any]) -> Collected:
 def _cell(table: pa.Table) -> tuple[Cell, Answers]:
     same = {name: table[name][0].as_py() for name in CELL.names}
     weights = tuple((name, share) for name, share in json.loads(same.pop("weights")))
-    columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("prompt_id", "text")}
-    rewards = {name for name in table.column_names if name.startswith(REWARD)}
-    reward = {name.removeprefix(REWARD): table[name].to_numpy() for name in rewards}
-    return Cell(weights=weights, **same), Answers(text=table["text"].to_pylist(), **columns, reward=reward)
+    return Cell(weights=weights, **same), answers_of(table)
 
 
 def _difference(one: Collected, other: Collected) -> str | None:
@@ -128,3 +125,10 @@ def _difference(one: Collected, other: Collected) -> str | None:
     if any(not np.array_equal(rewards, other.measured.base_PN[name]) for name, rewards in one.measured.base_PN.items()):
         return "answers of the base model"
     return None if one.measured.kl == other.measured.kl else "divergences (compare.kl)"
+
+
+def _changed(cells: Mapping[Cell, Answers], others: Mapping[Cell, Answers]) -> str | None:
+    """Methods whose answers depend on something else in the others, which would pass for further seeds."""
+    paths = {replace(cell, path=""): cell.path for cell in cells}
+    methods = {cell.method for cell in others if paths.get(replace(cell, path=""), cell.path) != cell.path}
+    return f"answers of {', '.join(sorted(methods))}" if methods else None

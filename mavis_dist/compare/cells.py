@@ -169,9 +169,14 @@ def read(store: Store, cell: Cell, prompts: Sequence[Prompt]) -> Answers:
     try:
         table = pq.read_table(io.BytesIO(data))
         assert table["prompt_id"].to_pylist() == [prompt.id for prompt in prompts]
-        columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("prompt_id", "text")}
-        rewards = {name for name in table.column_names if name.startswith(REWARD)}
-        reward = {name.removeprefix(REWARD): table[name].to_numpy() for name in rewards}
-        return Answers(text=table["text"].to_pylist(), **columns, reward=reward)
+        return answers_of(table)
     except (pa.ArrowException, AssertionError, KeyError) as error:
         raise StoreError(f"{store.root}/{cell.path} is damaged ({error}): delete it and run again") from None
+
+
+def answers_of(table: pa.Table) -> Answers:
+    """The answers in the rows of a table; raises KeyError if it lacks a column."""
+    columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("prompt_id", "text")}
+    rewards = {name for name in table.column_names if name.startswith(REWARD)}
+    reward = {name.removeprefix(REWARD): table[name].to_numpy() for name in rewards}
+    return Answers(text=table["text"].to_pylist(), **columns, reward=reward)

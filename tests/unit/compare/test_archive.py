@@ -56,11 +56,15 @@ def test_files_of_different_comparisons_are_refused(tmp_path: Path) -> None:
     save(whole, one)
     measured = whole.measured
     shifted = {name: rewards + 1 for name, rewards in measured.base_PN.items()}
+    retrained = {
+        replace(cell, path="other") if cell.method == "weak" else cell: found for cell, found in measured.cells.items()
+    }
     for changed, word in (
         (replace(whole, prompts=[Prompt("0", "changed"), *PROMPTS[1:]]), "prompts"),
         (replace(whole, measured=replace(measured, scales={**measured.scales, "a": RewardScale(0, 1)})), "scales"),
         (replace(whole, measured=replace(measured, base_PN=shifted)), "answers of the base model"),
         (replace(whole, measured=replace(measured, kl=1.0)), "compare.kl"),
+        (replace(whole, measured=replace(measured, cells=retrained)), "answers of weak"),  # no further seeds
     ):
         save(changed, other)
         with pytest.raises(UserError, match=rf"one\.parquet and \S+other\.parquet are about other .*{word}"):
