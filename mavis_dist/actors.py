@@ -101,11 +101,17 @@ class WorkerPool(Generic[Settings, Item, Result]):
     Ray's own ActorPool neither replaces dead actors nor streams the results of an item.
     """
 
-    def __init__(self, start: Callable[[], ActorHandle[Any]], count: int):
+    def __init__(
+        self,
+        start: Callable[[], ActorHandle[Any]],
+        count: int,
+        stop: Callable[[ActorHandle[Any]], None] = ray.kill,
+    ):
         """`start` creates an actor with a method `work(settings: Settings, item: tuple[int, Item] | None) -> Turn`. It
-        starts a numbered item, or continues what it has if given None, until there is a result.
+        starts a numbered item, or continues what it has if given None, until there is a result. `stop` ends one, also
+        after its death.
         """
-        self._start = start
+        self._start, self._stop = start, stop
         self._calls: dict[ray.ObjectRef[Any], ActorHandle[Any]] = {}  # under way
         self._idle: list[ActorHandle[Any]] = []  # actors that have loaded their models
         self._busy: dict[ActorHandle[Any], dict[int, Item]] = {}  # their unfinished items by number
@@ -167,7 +173,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
     def release(self) -> None:
         """Kill the actors to free their cores."""
         for actor in self._actors:
-            ray.kill(actor)
+            self._stop(actor)
 
     @property
     def _actors(self) -> list[ActorHandle[Any]]:
@@ -181,7 +187,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
     def _replace(self, stage: str, actor: ActorHandle[Any], error: ray.exceptions.RayError) -> None:
         """Replace a dead actor."""
         self._num_deaths += 1
-        ray.kill(actor)  # an unreachable actor may still be alive
+        self._stop(actor)  # an unreachable one may still be alive
         if getattr(error, "actor_init_failed", False):
             raise failure_of(stage, error) from error
         if self._num_deaths > DEATHS_WITHOUT_RESULT:

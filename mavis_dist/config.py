@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticUndefined
 
 from mavis_dist.sections import (
@@ -79,6 +79,16 @@ class Config(Section):
                 raise ValueError(f"the name {name!r} must consist of letters, digits and underscores")
         return objectives
 
+    @model_validator(mode="after")
+    def _states_of_one_process(self) -> Config:
+        size = self.base.tensor_parallel
+        if self.value.kind == "states" and size > 1:
+            raise ValueError(
+                f"value.kind='states' reads the base model's states in one process, and base.tensor_parallel={size} "
+                "shares them out: use value.kind=model or shared"
+            )
+        return self
+
     @property
     def learns_prefixes(self) -> bool:
         """Whether value models are trained to predict rewards of unfinished answers as well."""
@@ -91,6 +101,7 @@ FREE_KEYS = frozenset(
         "storage",
         "iterations",
         "base.device",
+        "base.tensor_parallel",
         "rollout.actors",
         "rollout.cpus_per_actor",
         "rollout.gpus_per_actor",

@@ -29,10 +29,13 @@ HOME                                   where it is no folder that this user may 
 from __future__ import annotations
 
 import os
+import platform
 import pwd
 import stat
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 from mavis_dist.paths import absolute
@@ -92,6 +95,7 @@ ALLOWED = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": FLAG,
     "OMP_WAIT_POLICY": ("passive", "active"),
 }
+COMPUTING = ("mavis-dist", "torch", "transformers")  # packages that decide what a model computes
 FOLDERS = ("MAVIS_CACHE", "HF_HOME")  # that all processes of a run share
 
 
@@ -121,6 +125,17 @@ def forwarded() -> dict[str, str]:
     """The variables that the processes of all machines get, with absolute folders: they have other working folders."""
     folders = {name: _folder(name) for name in FOLDERS if variable(name) is not None}
     return {name: os.environ[name] for name in ENVIRONMENT} | folders
+
+
+def versions(packages: Iterable[str] = COMPUTING) -> dict[str, str]:
+    """The versions of Python and of these packages in this process."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
 
 
 def key_file() -> str | None:

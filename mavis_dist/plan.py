@@ -39,9 +39,17 @@ class Plan:
 def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     """Raises PlanError with the key, its value and the remedy if something can never run on these machines."""
     has = ", ".join(f"{n.cpus:g} CPU + {n.gpus:g} GPU" for n in nodes) or "no machine"
-    rollout, train = config.rollout, config.train
+    rollout, train, size = config.rollout, config.train, config.base.tensor_parallel
 
-    actors = sum(node.slots(rollout.cpus_per_actor, rollout.gpus_per_actor) for node in nodes)
+    _check_gpus(config, rollout.gpus_per_actor, "rollout.gpus_per_actor")
+    processes = sum(node.slots(rollout.cpus_per_actor, rollout.gpus_per_actor) for node in nodes)
+    if 0 < processes < size:
+        raise PlanError(
+            f"base.tensor_parallel={size} processes with {rollout.cpus_per_actor:g} CPU + {rollout.gpus_per_actor:g} "
+            f"GPU each (rollout.cpus_per_actor, rollout.gpus_per_actor) do not fit on the cluster ({has}, room for "
+            f"{processes}): lower one of the keys or add machines"
+        )
+    actors = processes // size
     if actors < 1:
         raise PlanError(
             f"rollout.cpus_per_actor={rollout.cpus_per_actor:g} and rollout.gpus_per_actor={rollout.gpus_per_actor:g} "
@@ -69,13 +77,26 @@ def check_serving(config: Config, nodes: Sequence[Node]) -> None:
     Only the lower end of a range counts: the cluster may grow before more replicas are needed.
     """
     serve = config.serve
-    num_models = bounds(serve.base_replicas).min
+    _check_gpus(config, serve.gpus_per_replica, "serve.gpus_per_replica")
+    num_models = bounds(serve.base_replicas).min * config.base.tensor_parallel
     if serve.placement == "replicas":
         num_models += bounds(serve.value_replicas).min * len(config.objectives)
     cpus, gpus = (num_models + 1) * serve.cpus_per_replica, num_models * serve.gpus_per_replica
     if cpus > sum(n.cpus for n in nodes) or gpus > sum(n.gpus for n in nodes):
         has = ", ".join(f"{n.cpus:g} CPU + {n.gpus:g} GPU" for n in nodes)
+        remedy = ", base.tensor_parallel" if config.base.tensor_parallel > 1 else ""
         raise PlanError(
-            f"the service needs {cpus:g} CPU + {gpus:g} GPU for {num_models} model replicas and a gateway, the cluster "
-            f"has {has}: lower serve.cpus_per_replica, serve.base_replicas or serve.value_replicas, or add machines"
+            f"the service needs {cpus:g} CPU + {gpus:g} GPU for {num_models} processes with models and a gateway, the "
+            f"cluster has {has}: lower serve.cpus_per_replica, serve.base_replicas{remedy} or serve.value_replicas, or "
+            "add machines"
+        )
+
+
+def _check_gpus(config: Config, gpus: float, key: str) -> None:
+    """Raises PlanError if processes that share a model would have to share a GPU, which NCCL refuses."""
+    base = config.base
+    if base.tensor_parallel > 1 and base.device.startswith("cuda") and (gpus < 1 or base.device != "cuda"):
+        raise PlanError(
+            f"base.tensor_parallel={base.tensor_parallel} with base.device={base.device} and {key}={gpus:g}: each "
+            f"process needs a GPU of its own, set base.device=cuda and {key}=1"
         )

@@ -10,7 +10,7 @@ from typing import overload
 
 import yaml
 
-from mavis_dist import cluster
+from mavis_dist import cluster, environment
 from mavis_dist import config as config_module
 from mavis_dist.actors import Progress, WorkerPool, on_every_machine, start_progress_actor
 from mavis_dist.config import Config
@@ -27,7 +27,7 @@ from mavis_dist.progress import metered, say
 from mavis_dist.prompts import held_out
 from mavis_dist.rewards import build
 from mavis_dist.rollout.labels import reward_scale
-from mavis_dist.rollout.worker import Answer, Answered, Ask, Batch, Grow, Grown, Result, worker_factory
+from mavis_dist.rollout.worker import Answer, Answered, Ask, Batch, Grow, Grown, Result, worker_starter
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import label_folder
@@ -56,7 +56,8 @@ class RunState:
     def worker_pool(self) -> Pool:
         """The rollout actors, started on first use."""
         if self._pool is None:
-            self._pool = WorkerPool(worker_factory(self.config), self.config.rollout.actors)
+            workers = worker_starter(self.config)
+            self._pool = WorkerPool(workers.start, self.config.rollout.actors, workers.stop)
         return self._pool
 
     def release_workers(self) -> None:
@@ -97,7 +98,7 @@ def check_machines(store: Store, config: Config, prompts: Sequence[str]) -> None
     can score answers to some prompts.
     """
     with store.probe() as name:
-        on_every_machine(check_machine, config, name, stage="check", limit_s=MACHINE_CHECK_S)
+        on_every_machine(check_machine, config, name, environment.versions(), stage="check", limit_s=MACHINE_CHECK_S)
     on_every_machine(check_rewards, config, prompts, stage="check rewards")
 
 

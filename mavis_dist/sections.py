@@ -55,6 +55,11 @@ class Base(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of base and value models")
     device: str = Field("cpu", description="torch device of every model, such as cpu or cuda")
+    tensor_parallel: Count = Field(
+        1,
+        description="processes that share a copy of the base model, each with a part of every layer; each reserves "
+        "rollout.cpus_per_actor and gpus_per_actor, in the service serve.cpus_per_replica and gpus_per_replica",
+    )
     system: str = Field(NEUTRAL_SYSTEM, description="system prompt of conversations that have none")
 
 

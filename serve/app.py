@@ -19,8 +19,10 @@ from ray.serve.context import _get_global_client, _set_global_client
 from mavis_dist import cluster
 from mavis_dist.config import Config
 from mavis_dist.failures import reason_in, user_error_in
+from mavis_dist.groups import STRATEGY, bundles
 from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.load import load_skeleton
+from mavis_dist.models.lockstep import check_shards
 from mavis_dist.plan import check_serving
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
@@ -49,7 +51,7 @@ class DeployError(UserError):
 
 def build_main(args: MainArgs) -> Application:
     router = {"request_router_class": BASE_ROUTER}
-    base = _deployment(Base, **_model_options(args), request_router_config=router).bind(args)
+    base = _deployment(Base, **_model_options(args), **_group_options(args), request_router_config=router).bind(args)
     gateway = _deployment(
         serve.ingress()(Gateway),
         max_ongoing_requests=10_000,
@@ -78,7 +80,9 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
     check_serving(config, cluster.nodes())
     args = main_args(config)
     open_keys(args)  # reports a missing file here, in one line
-    base_decoder(load_skeleton(config.base.model).model, use_hf_forward=True)  # and an unusable model
+    model = load_skeleton(config.base.model).model
+    base_decoder(model, use_hf_forward=True)  # and an unusable model
+    check_shards(model, config.base.model, config.base.tensor_parallel)
     targets = [serve.RunTarget(build_main(args), MAIN, "/", external_scaler_enabled=is_fixed(args))]
     if config.serve.placement == "replicas":
         targets += [_value_target(config, name) for name in objectives]
@@ -212,6 +216,14 @@ def _model_options(args: Arguments) -> dict[str, Any]:
         },
         **replica_options(args),
     }
+
+
+def _group_options(args: MainArgs) -> dict[str, Any]:
+    """Reserves room for all processes of a base replica."""
+    if args.tensor_parallel == 1:
+        return {}
+    reserved = bundles(args.tensor_parallel, args.cpus, args.gpus)
+    return {"placement_group_bundles": reserved, "placement_group_strategy": STRATEGY}
 
 
 def _environment(variables: dict[str, str]) -> dict[str, Any]:

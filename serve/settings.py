@@ -68,6 +68,7 @@ class MainArgs(Arguments, MainSettings, Steer):
     """Gateway and base. Objectives are not named: they come from the store."""
 
     system: str = _like(Base, "system")
+    tensor_parallel: Count = _like(Base, "tensor_parallel")
     value_sessions: Count = Field(
         1,
         description="groups of a base replica's rows, each served by one value replica; jobs.serve sets value replicas "
@@ -103,6 +104,7 @@ def main_args(config: Config) -> MainArgs:
         **_shared(config.steer, Steer),
         replicas=serve.base_replicas,
         system=config.base.system,
+        tensor_parallel=config.base.tensor_parallel,
         value_sessions=-(-bounds(serve.value_replicas).max // bounds(serve.base_replicas).min),
     )
 

@@ -5,9 +5,7 @@ Needs a finished run. Without anything missing, it needs no cluster and loads no
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 
@@ -24,10 +22,11 @@ from mavis_dist.compare.measured import Measured
 from mavis_dist.compare.method import Method, make_methods
 from mavis_dist.compare.report import examples_of, write_report
 from mavis_dist.compare.results import Comparison, Judged
-from mavis_dist.compare.worker import Finished, worker_factory
+from mavis_dist.compare.worker import Finished, worker_starter
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
 from mavis_dist.core.limit import largest_divergence
+from mavis_dist.environment import versions
 from mavis_dist.evaluate import base_answers
 from mavis_dist.models.load import fetch, fingerprint_model
 from mavis_dist.pipeline import score_base
@@ -142,7 +141,8 @@ def compute(config: Config, missing: Sequence[Cell]) -> None:
         finally:
             state.release_workers()
         lists = [list(cells) for _, cells in groupby(missing, key=lambda cell: (cell.method, cell.seed))]
-        pool: WorkerPool[None, list[Cell], Finished] = WorkerPool(worker_factory(config), config.rollout.actors)
+        workers = worker_starter(config)
+        pool: WorkerPool[None, list[Cell], Finished] = WorkerPool(workers.start, config.rollout.actors, workers.stop)
         try:
             for _ in metered(pool.run(STAGE, None, lists), STAGE, "cells", len(missing)):
                 pass
@@ -168,15 +168,5 @@ def describe(config: Config) -> dict[str, str]:
         f"{largest_divergence(config.evaluate.limit_answers):.2f} nats",
         **judged,
         "hypervolume": "of mean gains in standard deviations; reference point: the base model (0 in every objective)",
-        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions(PACKAGES).items()),
     }
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from mavis_dist.models.decoder import text_logits
 from mavis_dist.models.load import BaseModel
 
 REPEATED = 4  # words
@@ -68,7 +69,7 @@ def _surprise(base: BaseModel, rows: Sequence[Row]) -> list[float]:
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     # Padding on the right: no token attends to it.
     ids = torch.tensor([[*prompt, *answer, *[0] * (length - len(prompt) - len(answer))] for prompt, answer in rows])
-    logits_BLV = base.model(input_ids=ids.to(base.model.device)).logits
+    logits_BLV = text_logits(base.model, ids)
     found = []
     for b, (prompt, answer) in enumerate(rows):
         logits_AV = logits_BLV[b, len(prompt) - 1 : len(prompt) + len(answer) - 1].float().cpu()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
-from ray.actor import ActorHandle
 
 from mavis_dist.actors import Turn
 from mavis_dist.compare.cells import Cell, compute
 from mavis_dist.compare.method import make_methods
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
+from mavis_dist.groups import LeaderStarter, rollout_group
 from mavis_dist.prompts import load_prompts
 
 
@@ -30,7 +30,7 @@ class CellWorker:
     """Computes the cells of a config."""
 
     def __init__(self, config: Config):
-        self._workspace = Workspace(config)
+        self._workspace = Workspace(config, lambda: rollout_group(config).base)
         self._methods = make_methods(config.compare, self._workspace)
         _, self._prompts = load_prompts(config.prompts, config.seed)
         self._left: dict[int, deque[Cell]] = {}
@@ -48,9 +48,6 @@ class CellWorker:
         return Turn([Finished(cell.name)], frozenset(self._left), has_room=False)
 
 
-def worker_factory(config: Config) -> Callable[[], ActorHandle[CellWorker]]:
-    """A function that starts an actor with `rollout.cpus_per_actor` and `rollout.gpus_per_actor`."""
-    options = CellWorker.options(  # type: ignore[attr-defined]
-        num_cpus=config.rollout.cpus_per_actor, num_gpus=config.rollout.gpus_per_actor
-    )
-    return lambda: options.remote(config)
+def worker_starter(config: Config) -> LeaderStarter:
+    """Starts actors with `rollout.cpus_per_actor` and `rollout.gpus_per_actor`."""
+    return LeaderStarter(CellWorker, config)

@@ -6,7 +6,7 @@ Everything is loaded on first use. Shapes: P prompts, N answers to each.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,8 +49,10 @@ class Generated:
 class Workspace:
     """The models and rewards of one run."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, load: Callable[[], BaseModel] | None = None):
+        """`load` gives the base model; left out: this process loads all of it."""
         self.config, self.store = config, Store(config.storage, config.run)
+        self._load = load
         self._engine: tuple[dict[str, Path], Engine] | None = None
         self._scores: dict[tuple[str, str, str], float] = {}  # by objective, prompt, answer
         self._surprises: dict[tuple[Prompt, str], Surprise] = {}  # by prompt, answer
@@ -58,7 +60,8 @@ class Workspace:
 
     @cached_property
     def base(self) -> BaseModel:
-        torch.set_num_threads(max(1, int(self.config.rollout.cpus_per_actor)))
+        if self._load is not None:
+            return self._load()
         return load_base(self.config.base.model, self.config.base.dtype, self.config.base.device)
 
     @cached_property

@@ -1,6 +1,6 @@
 """Decoders over the slot cache: one for any transformers decoder, and a faster one for the Llama family.
 
-Shapes: R read tokens, O outputs of the head, V vocabulary.
+Shapes: R read tokens, O outputs of the head, V vocabulary, B texts, L tokens of the longest.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from mavis_dist.models.cache import Decoder, Step
 from mavis_dist.models.fused import FusedDecoder, linear_head
 from mavis_dist.models.hf import HFDecoder
+from mavis_dist.models.lockstep import leader_of
 from mavis_dist.models.native import NativeDecoder, forward
 from mavis_dist.models.packed import pack_linears, packed_head
 from mavis_dist.models.qhead import Student
@@ -22,11 +23,22 @@ from mavis_dist.models.value import ValueModel
 
 def base_decoder(model: Any, use_hf_forward: bool = False) -> Decoder:
     """Logits [R, V] of a causal language model, by the fastest decoder for its architecture."""
+    if (leader := leader_of(model)) is not None:
+        return leader.decoder(lambda **inputs: model(**inputs).logits)
     if not use_hf_forward and NativeDecoder.supports(model.base_model):
         return NativeDecoder(model.base_model, logits=packed_head(model))
     if not use_hf_forward and FusedDecoder.supports(model.base_model):
         return FusedDecoder(model.base_model, linear_head(model.lm_head))
     return _hf_decoder(model.base_model, lambda **inputs: model(**inputs).logits)
+
+
+@torch.inference_mode()
+def text_logits(model: Any, ids_BL: torch.Tensor) -> torch.Tensor:
+    """Logits [B, L, V] of a causal language model for whole texts, without a cache."""
+    if (leader := leader_of(model)) is not None:
+        return leader.logits(ids_BL)
+    found: torch.Tensor = model(input_ids=ids_BL.to(model.device)).logits
+    return found
 
 
 def value_decoder(model: ValueModel, use_hf_forward: bool = False) -> Decoder:

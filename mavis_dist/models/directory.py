@@ -52,14 +52,26 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_model(
-    auto: Any, directory: Path, dtype: str = "float32", optional: tuple[str, ...] = (), config: Any = None
+    auto: Any,
+    directory: Path,
+    dtype: str = "float32",
+    optional: tuple[str, ...] = (),
+    config: Any = None,
+    num_shards: int = 1,
 ) -> Any:
     """The model of an Auto class, in eval mode and without gradients; `config` replaces its own.
+
+    Of several shards, one for each process of torch's process group, only this process's is read.
 
     Missing weights are an error, because transformers would initialise them at random; only those whose names start
     with one of `optional` may be missing. Raises ModelError.
     """
     check_directory(directory)
+    sharding = {}
+    if num_shards > 1:
+        from transformers.distributed import DistributedConfig
+
+        sharding["distributed_config"] = DistributedConfig(tp_size=num_shards)
     with loading(directory), quiet():
         model, info = auto.from_pretrained(
             directory,
@@ -68,6 +80,7 @@ def read_model(
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **sharding,
         )
     if missing := missing_weights(info, optional):
         raise ModelError(

@@ -25,12 +25,13 @@ class HFDecoder:
     is_batch_invariant = False
     states: torch.Tensor | None = None
 
-    def __init__(self, backbone: PreTrainedModel, forward: Callable[..., torch.Tensor]):
+    def __init__(self, backbone: PreTrainedModel, forward: Callable[..., torch.Tensor], cache: KVCache | None = None):
         """`forward` has the interface of a Hugging Face decoder and returns head outputs [B, T, O]; `backbone` is the
         same model without the head, for steps whose outputs are not read. Not every model decodes so; see `try_model`.
+        `cache`: an empty one, for keys and values that others follow.
         """
         self._backbone, self._forward, self.device = backbone, forward, backbone.device
-        self.cache = KVCache(text_config(backbone).num_hidden_layers)
+        self.cache = cache or KVCache(text_config(backbone).num_hidden_layers)
         self._cached = [_HFCacheLayer(self.cache, layer) for layer in range(self.cache.num_layers)]
         self._hf_cache = Cache(layers=list(self._cached))
 

@@ -63,8 +63,11 @@ class BaseModel:
         return tuple(chat_ids(self.tokenizer, conversation, system))
 
 
-def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseModel:
+def load_base(name: str, dtype: str = "float32", device: str = "cpu", num_shards: int = 1) -> BaseModel:
     """Fetch and load a causal language model; `name` as in `fetch`, `dtype` and `device` as torch names them.
+
+    Of several shards, one for each process of torch's process group, only this process's is loaded; `lockstep` decodes
+    with them.
 
     Raises:
         ModelError: naming the model or file and the remedy.
@@ -75,7 +78,9 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> BaseMod
     fingerprint = fingerprint_model(directory)
     check_seal(directory, fingerprint)
     tokenizer = _tokenizer(directory)
-    model = move(read_model(AutoModelForCausalLM, directory, dtype), device)
+    model = read_model(AutoModelForCausalLM, directory, dtype, num_shards=num_shards)
+    if num_shards == 1:  # shards are where the process group computes
+        model = move(model, device)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mavis_dist.models.directory import WITHOUT_WEIGHTS, ModelError, quiet, read_config, read_model
+from mavis_dist.models.lockstep import leader_of
 from mavis_dist.models.states import first_layers, states_width, truncate
 from mavis_dist.models.trial import try_model
 from mavis_dist.types import R2_KEY, RewardScale, UserError
@@ -290,4 +291,9 @@ def _base_layers(card: Card, layer: int, base: BaseModel | None) -> PreTrainedMo
         name = ", ".join(card.objectives)
         raise ValueModelError(f"the value model of {name!r} reads its base model's states: load it with a base model")
     card.check(base.fingerprint, base.tokenizer_fingerprint)
+    if leader_of(base.model) is not None:
+        raise ValueModelError(
+            f"the value model of {', '.join(card.objectives)!r} reads its base model's states, which several processes "
+            "share: use base.tensor_parallel=1, or value models of kind model or shared"
+        )
     return first_layers(base.model, layer)

@@ -20,6 +20,7 @@ from mavis_dist.models.chat import ChatError
 from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.directory import ModelError, loading, missing_weights, quiet
 from mavis_dist.models.load import BaseModel, context_length, fetch, load_skeleton, load_tokenizer
+from mavis_dist.models.lockstep import check_shards
 from mavis_dist.models.masks import text_config
 from mavis_dist.models.states import first_layers, state_layer
 from mavis_dist.models.trial import SHORTAGES, try_first_layers
@@ -80,6 +81,7 @@ def check_base(config: Config) -> BaseModel:
     """The base model without weights: its files, architecture, tokenizer, ids that end answers, and context."""
     base = load_skeleton(config.base.model, config.base.dtype)
     base_decoder(base.model, use_hf_forward=True)  # refuses architectures by name
+    check_shards(base.model, config.base.model, config.base.tensor_parallel)
     _check_device(config.base.device)
     return base
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 
 from mavis_dist import sections
 from mavis_dist.config import Config
+from mavis_dist.environment import versions
 from mavis_dist.rewards.protocol import RewardError
 from mavis_dist.rewards.trial import try_reward
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.types import UserError
 
 
-def check_machine(config: Config, probe: str) -> None:
-    """Raises UserError unless this machine has the packages and local models that the config needs, can write to the
-    run's storage, and finds the driver's file `probe` there.
+def check_machine(config: Config, probe: str, driver_versions: Mapping[str, str]) -> None:
+    """Raises UserError unless this machine has the packages and local models that the config needs, in the versions of
+    the driver, can write to the run's storage, and finds the driver's file `probe` there.
     """
     check_packages(config)
+    for name, own in versions().items():
+        if own != driver_versions[name]:
+            raise UserError(
+                f"machine {platform.node()} has {name} {own}, and the driver's machine {driver_versions[name]}: "
+                "install the same version on all machines"
+            )
     store, here = Store(config.storage, config.run), platform.node()
     if not store.exists(probe):
         raise StoreError(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
 import torch
-from ray.actor import ActorHandle
 
 from mavis_dist.actors import Turn
 from mavis_dist.config import Config
@@ -15,7 +14,7 @@ from mavis_dist.core.tree import Shape, Tree
 from mavis_dist.decode import Choice, Engine, LocalGuide, Request
 from mavis_dist.decode.load_guide import load_models
 from mavis_dist.decode.request import Update
-from mavis_dist.models.load import load_base
+from mavis_dist.groups import LeaderStarter, rollout_group
 from mavis_dist.models.value import ValueModel, load_card
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store import values
@@ -90,9 +89,8 @@ class Worker:
     """
 
     def __init__(self, config: Config):
-        torch.set_num_threads(max(1, int(config.rollout.cpus_per_actor)))
         self._config = config
-        self._base = load_base(config.base.model, config.base.dtype, config.base.device)
+        self._base = rollout_group(config).base
         self._growers: dict[Policy, TreeGrower] = {}
         self._answers: dict[str, list[Answer | None]] = {}  # by request id, until all n are there
         self._guides: dict[str, tuple[ValueModel, int]] = {}
@@ -177,9 +175,6 @@ def make_grower(config: Config, engine: Engine, policy: Policy) -> TreeGrower:
     return TreeGrower(engine, shape, policy, sampling, config.seed)
 
 
-def worker_factory(config: Config) -> Callable[[], ActorHandle[Worker]]:
-    """A function that starts an actor with `rollout.cpus_per_actor` and `rollout.gpus_per_actor`."""
-    options = Worker.options(  # type: ignore[attr-defined]
-        num_cpus=config.rollout.cpus_per_actor, num_gpus=config.rollout.gpus_per_actor
-    )
-    return lambda: options.remote(config)
+def worker_starter(config: Config) -> LeaderStarter:
+    """Starts actors with `rollout.cpus_per_actor` and `rollout.gpus_per_actor`."""
+    return LeaderStarter(Worker, config)

@@ -9,7 +9,7 @@ import torch
 
 from mavis_dist import cluster
 from mavis_dist.decode import LocalGuide, Request, Update
-from mavis_dist.models.load import load_base
+from mavis_dist.groups import BaseGroup
 from mavis_dist.store.files import Store
 from serve.base.engine_loop import EngineLoop
 from serve.base.feeds import Feeds
@@ -42,7 +42,8 @@ class Base:
         """Raises Unavailable if no published model can be used with this base model."""
         configure_logs()
         torch.set_num_threads(num_threads(args))
-        base, store = load_base(args.base, args.dtype, args.device), Store(args.storage, args.run)
+        self._group = BaseGroup(args.base, args.dtype, args.device, args.tensor_parallel, args.cpus, args.gpus)
+        base, store = self._group.base, Store(args.storage, args.run)
         is_remote = args.placement == "replicas"
         guide = RemoteGuide((), ValueHandles(), args.value_sessions) if is_remote else LocalGuide({})
         self._rows = args.rows
@@ -84,5 +85,6 @@ class Base:
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {LOAD: sum(self._loop.load) / self._rows}
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         self._loop.check()
+        await self._group.check()

@@ -26,7 +26,7 @@ FLOORS = [
     {"decode"},
     {"llm"},
     {"cluster"},
-    {"actors"},
+    {"actors", "groups"},
     {"rollout", "train", "evaluate"},
     {"preflight"},
     {"run_state"},
@@ -34,7 +34,7 @@ FLOORS = [
     {"compare"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-RAY = {"cluster.py", "actors.py", "rollout/worker.py", "train/launch.py", "compare/worker.py"}
+RAY = {"cluster.py", "actors.py", "groups.py", "rollout/worker.py", "train/launch.py", "compare/worker.py"}
 PROCESSES = {"gateway", "base", "value"}  # folders of serve/, one per process
 SERVE_MAY_USE = {
     "environment",
@@ -46,6 +46,7 @@ SERVE_MAY_USE = {
     "types",
     "plan",
     "cluster",
+    "groups",
     "core",
 } | {"failures"}
 

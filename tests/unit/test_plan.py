@@ -40,9 +40,29 @@ def test_objectives_of_one_model_do_not_queue(kind: str) -> None:
     assert "1 of 3 objectives" in note  # later iterations train a model each
 
 
+def test_a_group_of_processes_may_span_machines_and_counts_as_one_actor() -> None:
+    shared = config(base={"tensor_parallel": 3}, rollout={"actors": 3, "cpus_per_actor": 2})
+    assert "2 fit" in make_plan(shared, [Node(8), Node(5)]).notes[0]
+    check_serving(
+        config(base={"tensor_parallel": 3}, serve={"cpus_per_replica": 1, "placement": "colocated"}), [Node(4)]
+    )
+    with pytest.raises(PlanError, match=r"needs 8 CPU .* 7 processes with models .* base.tensor_parallel"):
+        check_serving(config(base={"tensor_parallel": 4}, serve={"cpus_per_replica": 1}), [Node(4)])
+
+
+@pytest.mark.parametrize("section", ["rollout", "serve"])
+def test_processes_of_a_group_do_not_share_a_gpu(section: str) -> None:
+    key = {"rollout": "gpus_per_actor", "serve": "gpus_per_replica"}[section]
+    for device, gpus in (("cuda", 0.5), ("cuda:1", 1)):
+        shared = config(base={"tensor_parallel": 2, "device": device}, **{section: {key: gpus}})
+        with pytest.raises(PlanError, match=f"{section}.{key}={gpus:g}: each process needs a GPU of its own"):
+            (make_plan if section == "rollout" else check_serving)(shared, [Node(8, 8)])
+
+
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
+        ({"base": {"tensor_parallel": 5}}, "base.tensor_parallel=5"),
         ({"rollout": {"cpus_per_actor": 8}}, "rollout.cpus_per_actor=8"),
         ({"rollout": {"gpus_per_actor": 1}}, "rollout.gpus_per_actor=1"),
         ({"train": {"workers": 5, "trees_per_step": 5}}, "train.workers=5"),

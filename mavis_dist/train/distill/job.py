@@ -79,9 +79,14 @@ def plan_job(config: Config, validation_ids: frozenset[str]) -> DistillJob:
     """The distillation of the published value models of a config's objectives.
 
     Raises:
-        DistillError: if an objective has no published value model, or the extended model has nothing to add or was
-            distilled from other teachers.
+        DistillError: if several processes share the base model, an objective has no published value model, or the
+            extended model has nothing to add or was distilled from other teachers.
     """
+    if config.base.tensor_parallel > 1:
+        raise DistillError(
+            f"base.tensor_parallel={config.base.tensor_parallel}: distillation reads the base model in one process; "
+            "give base.tensor_parallel=1 if it fits, or serve the value models as they are"
+        )
     store = Store(config.storage, config.run)
     iterations = values.published(store)
     for name in config.objectives:

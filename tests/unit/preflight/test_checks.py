@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.models.architectures import tiny_model
 from jobs import check as job
 from mavis_dist.config import Config, parse
+from mavis_dist.environment import versions
 from mavis_dist.models.load import load_base, load_skeleton
 from mavis_dist.models.value import from_base
 from mavis_dist.preflight import describe, machine
@@ -278,16 +279,28 @@ def test_a_device_that_another_machine_may_have_passes(base: Path, device: str) 
     check_base(config(base, base={"model": str(base), "device": device}))
 
 
+def test_a_base_model_that_so_many_processes_cannot_share_is_refused(base: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"'base.tensor_parallel' is 3: .* 4 attention heads and 2 key-value heads: use 1 or 2"
+    ):
+        check(config(base, base={"model": str(base), "tensor_parallel": 3}))
+    check_base(config(base, base={"model": str(base), "tensor_parallel": 2}))
+
+
 def test_a_machine_that_sees_another_storage_or_lacks_a_model_is_named(base: Path, tmp_path: Path) -> None:
     made = config(base, storage=str(tmp_path / "runs"))
     store = Store(made.storage, made.run)
     with store.probe() as probe:
-        check_machine(made, probe)
+        check_machine(made, probe, versions())
         with pytest.raises(UserError, match=r"is another folder on machine .* than on the driver's"):
-            check_machine(made, "of-another-storage")
+            check_machine(made, "of-another-storage", versions())
+        with pytest.raises(
+            UserError, match=r"machine .* has torch .*, and the driver's machine 1\.0: install the same"
+        ):
+            check_machine(made, probe, {**versions(), "torch": "1.0"})
         lacking = config(base, storage=made.storage, value={"backbone": "/only/there"})
         with pytest.raises(UserError, match=r"'value.backbone' is '/only/there', which machine .* does not have"):
-            check_machine(lacking, probe)
+            check_machine(lacking, probe, versions())
     assert not os.path.exists(store.root)
     check_rewards(made, ["How?"])
     broken = {"x": {"reward": "function", "path": "not_on_this_machine:score"}}
@@ -301,7 +314,7 @@ def test_a_package_that_training_lacks_is_named(
 ) -> None:
     monkeypatch.setattr(machine, "find_spec", lambda name: None if name == package else find_spec(name))
     made, heads = config(base, value=value), config(base, value={"kind": "states"})
-    for try_it in (check, lambda config: check_machine(config, "probe")):
+    for try_it in (check, lambda config: check_machine(config, "probe", versions())):
         with pytest.raises(UserError, match=rf"{package} is not installed on machine .*mavis-dist\[train\]"):
             try_it(made)
     check_packages(heads)

@@ -1,0 +1,170 @@
+"""A base model that several processes share: the same trees and answers as from one process, also when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import ray
+
+from mavis_dist import LLM, config
+from mavis_dist.actors import WorkerPool
+from mavis_dist.config import Config
+from mavis_dist.core.tree import Tree
+from mavis_dist.groups import LeaderStarter, rollout_group
+from mavis_dist.models.lockstep import GroupLost
+from mavis_dist.rollout.worker import Grow, worker_starter
+from mavis_dist.types import Policy, Prompt
+from tests.tiny import MODEL, write_base, write_run
+
+pytestmark = pytest.mark.usefixtures("ray_address")
+
+PROMPTS = [Prompt(id=f"p{n}", text=f"Tell me about the number {n}.") for n in range(8)]
+
+
+def settings(folder: Path, size: int) -> Config:
+    return config.parse(
+        {
+            "run": "run",
+            "storage": str(folder / "runs"),
+            "objectives": {"brief": {"reward": "brevity"}},
+            "base": {"model": str(folder / MODEL), "dtype": "float32", "tensor_parallel": size},
+            "rollout": {
+                "first": {"root": 2, "children": 2, "layers": 2},
+                "max_tokens": 16,
+                "cpus_per_actor": 0.5,
+                "rows": 8,
+            },
+        }
+    )
+
+
+def grow(config: Config, is_struck: bool = False) -> dict[str, Tree]:
+    """Trees by prompt; a process of the group dies before the last of them if it `is_struck`."""
+    workers, trees, deaths = worker_starter(config), dict[str, Tree](), 0
+    pool = WorkerPool(workers.start, 1, workers.stop)
+    try:
+        for grown in pool.run("grow", {}, [[Grow(Policy(), prompt) for prompt in PROMPTS[n : n + 4]] for n in (0, 4)]):
+            trees[grown.tree.prompt_id] = grown.tree
+            if is_struck and not deaths:
+                [follower] = followers()
+                follower.kill()
+                deaths += 1
+    finally:
+        pool.release()
+    assert deaths == is_struck
+    return trees
+
+
+def followers() -> list[psutil.Process]:
+    """Processes of groups, other than their leaders."""
+    return [one for one in psutil.process_iter(["cmdline"]) if "Follower" in "".join(one.info["cmdline"] or [])]
+
+
+def wait_until_gone(limit_s: float = 20.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while followers():
+        assert time.monotonic() < deadline, "processes of a group outlive it"
+        time.sleep(0.1)
+
+
+def test_a_group_grows_the_trees_of_one_process_also_when_a_member_dies(tmp_path: Path) -> None:
+    write_base(tmp_path, eos_weight=1.0)
+    alone, together, struck = (
+        grow(settings(tmp_path, 1)),
+        grow(settings(tmp_path, 2)),
+        grow(settings(tmp_path, 2), True),
+    )
+    assert alone.keys() == together.keys() == struck.keys() == {prompt.id for prompt in PROMPTS}
+    for prompt, tree in alone.items():
+        assert tree.tokens.tolist() == together[prompt].tokens.tolist() == struck[prompt].tokens.tolist()
+    wait_until_gone()
+
+
+@ray.remote(num_cpus=0)
+class Leading:
+    """A leader that does nothing but ask its followers."""
+
+    def __init__(self, config: Config):
+        self._group = rollout_group(config)
+
+    def check(self) -> str:
+        try:
+            asyncio.run(self._group.check())
+        except GroupLost as error:
+            return str(error)
+        return ""
+
+
+def test_a_member_that_hangs_is_noticed(tmp_path: Path) -> None:
+    write_base(tmp_path)
+    starter = LeaderStarter(Leading, settings(tmp_path, 2))
+    leader = starter.start()
+    try:
+        assert ray.get(leader.check.remote()) == ""
+        [follower] = followers()
+        follower.send_signal(signal.SIGSTOP)
+        assert "does not answer" in ray.get(leader.check.remote())
+    finally:
+        starter.stop(leader)
+        for follower in followers():
+            follower.send_signal(signal.SIGCONT)
+    wait_until_gone()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """URL of a service whose only base replica is a group, and the folder of its run."""
+    from serve.app import deploy, undeploy
+
+    run = write_run(tmp_path, "run", ("brief",))
+    serve = {"port": free_port(), "placement": "colocated", "cpus_per_replica": 0.1, "max_tokens": 200}
+    shared = settings(tmp_path, 2).model_dump(mode="json")
+    shared |= {"serve": serve, "steer": {"beta": 2.0, "tilt_cap": 2.5}}  # as `write_run` has it
+    yield deploy(config.parse(shared), limit_s=180), run
+    undeploy()
+
+
+def test_a_service_on_a_group_answers_as_one_process_and_survives_a_member(served: tuple[str, Path]) -> None:
+    url, run = served
+    question = {
+        "model": str(run.parents[1] / MODEL),
+        "temperature": 0,
+        "max_tokens": 120,
+        "objective_weights": {"brief": 1},
+    }
+    question["messages"] = [{"role": "system", "content": "Be good."}, {"role": "user", "content": "Tell me more"}]
+    expected = LLM.from_run(run).chat(question["messages"], weights={"brief": 1.0}, temperature=0.0, max_tokens=120)
+    with httpx.Client(timeout=120, trust_env=False) as http:
+        body = http.post(f"{url}/v1/chat/completions", json=question).json()
+        assert body["choices"][0]["message"]["content"] == expected.text
+        text = ""
+        with http.stream("POST", f"{url}/v1/chat/completions", json={**question, "stream": True}) as response:
+            lines = []
+            for count, line in enumerate(line for line in response.iter_lines() if line):
+                if count == 20:
+                    [follower] = followers()
+                    os.kill(follower.pid, signal.SIGKILL)
+                lines.append(line.removeprefix("data: "))
+        assert lines[-1] == "[DONE]"
+        for chunk in map(json.loads, lines[:-1]):
+            assert "error" not in chunk, chunk
+            text += chunk["choices"][0]["delta"].get("content", "")
+        assert text == expected.text
