@@ -29,12 +29,10 @@ from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
 from serve.base.replica import Base
 from serve.gateway.replica import Gateway, open_keys
-from serve.ray_handles import value_application
 from serve.scaling import is_fixed, replica_options
-from serve.settings import Arguments, MainArgs, ValueArgs, authority, main_args, value_args
+from serve.settings import MAIN, Arguments, MainArgs, ValueArgs, authority, main_args, value_application, value_args
 from serve.value.replica import Value
 
-MAIN = "main"
 DRAIN_MARGIN_S = 30
 STOP_LIMIT_S = 30
 HEAD = "node:__internal_head__"  # Ray's resource of the machine that the proxy runs on

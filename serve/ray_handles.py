@@ -28,16 +28,13 @@ from serve.messages import (
     ReplicaLost,
     Reply,
 )
+from serve.settings import value_application
 
 # By value, calls go over gRPC, which has errors of its own for a lost peer. A replica whose engine has stopped exists
 # until Serve's next health check, but is of no use.
 LOST = (RayActorError, grpc.RpcError, EngineStopped)
 
 VALUE_DEPLOYMENT = "Value"
-
-
-def value_application(objective: str) -> str:
-    return f"value-{objective}"
 
 
 def value_replicas() -> dict[str, int]:

@@ -28,7 +28,13 @@ from mavis_dist.sections import (
 ROOT = Path(__file__).resolve().parents[1]
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 NO_KEYS = "none"
+MAIN = "main"  # the application of gateway and base
 KEY_FILE = "keys.json"
+
+
+def value_application(objective: str) -> str:
+    """The application of an objective's value model."""
+    return f"value-{objective}"
 
 
 def authority(host: str, port: int) -> str:

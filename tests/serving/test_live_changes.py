@@ -20,7 +20,8 @@ from mavis_dist.decode.load_guide import fetch_published, load_guide
 from mavis_dist.models.load import chat_ids, load_base
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
-from serve.app import deploy_objective, value_application
+from serve.app import deploy_objective
+from serve.settings import value_application
 from tests.serving.conftest import RUN
 from tests.serving.test_survival import LONG, replica_pids, whole_text
 from tests.tiny import publish_next

@@ -15,8 +15,9 @@ import pytest
 import ray
 from ray import serve
 
+from jobs import scale as job
 from mavis_dist.config import Config
-from serve.app import MAIN, value_application
+from serve.dashboard import Dashboard, ScaleError
 from serve.settings import main_args, value_args
 from tests.serving.test_live_changes import streamed
 from tests.serving.test_survival import LONG, replica_pids, whole_text
@@ -126,17 +127,49 @@ def test_another_count_in_the_file_does_not_restart_running_replicas(declare):
     assert set(begun[0]) | set(begun[2]) <= set(begun[1])
 
 
-def test_the_rest_call_scales_a_fixed_count(http, url, dashboard, bodies):
-    value = value_application("positive")
+def test_the_job_scales_a_fixed_count(http, url, dashboard, bodies, capsys):
+    address = str(dashboard.base_url)
     with streaming(http, url, bodies[:3]):
-        scale(dashboard, MAIN, "Base", 1)
-        scale(dashboard, value, "Value", 2)
-        wait_for_replicas(MAIN, "Base", 1)
-        wait_for_replicas(value, "Value", 2)
-        scale(dashboard, MAIN, "Base", 2)
-        scale(dashboard, value, "Value", 1)
-        wait_for_replicas(MAIN, "Base", 2)
-        wait_for_replicas(value, "Value", 1)
+        job.main(["base=1", "positive=2", "--dashboard", address, "--wait", str(LIMIT_S)])
+        table = capsys.readouterr().out
+        assert rows_of(table)["base"] == ["1", "1", "healthy"]
+        assert rows_of(table)["positive"] == ["2", "2", "healthy"]
+        job.main(["base=2", "positive=1", "--dashboard", address, "--wait", str(LIMIT_S)])
+    capsys.readouterr()
+    job.main(["--dashboard", address])
+    table = capsys.readouterr().out
+    assert rows_of(table) == {
+        "base": ["2", "2", "healthy"],
+        "brief": ["1", "1", "healthy"],
+        "positive": ["1", "1", "healthy"],
+    }
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    lines = [line.split() for line in table.splitlines()[2:]]
+    return {name: counts for name, *counts in lines}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["baze=2"], "'baze' has no replicas of its own: there are base, brief"),
+        (["base=0"], "'base=0' is not NAME=COUNT with a count of at least 1"),
+        (["base=2", "--dashboard", "http://127.0.0.1:9"], "--dashboard http://127.0.0.1:9 does not answer"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused_in_one_line(url, dashboard, arguments, problem, capsys):
+    with pytest.raises(SystemExit) as ended:
+        job.main(["--dashboard", str(dashboard.base_url), *arguments])
+    assert ended.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_another_token_is_refused(url, dashboard, monkeypatch):
+    other = Dashboard(str(dashboard.base_url))
+    other._http.headers["Authorization"] = "Bearer 0123456789abcdef0123456789abcdef"
+    with pytest.raises(ScaleError, match=r"refuses the token \(40[13]\)"):
+        other.replicas()
 
 
 def test_the_rest_call_is_refused_with_autoscaling(declare, dashboard):

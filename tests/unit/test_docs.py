@@ -100,6 +100,8 @@ def named_keys() -> Iterator[Named]:
             if KEY.fullmatch(key) and not is_file_of_ours(text):
                 yield Named(page, key)
         for command in COMMAND.finditer(page.read_text()):
+            if command[0].split()[2] == "jobs.scale":  # its arguments are names of deployments
+                continue
             overrides = re.sub(r"--\S+ \S+", "", command[3])  # an option's value may have an = as well
             yield from (Named(page, key) for key in re.findall(r"(?<=\s)([a-z_.]+)=\S", overrides))
         for node in configs(page):
