@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from mavis_dist import environment  # isort: split
@@ -23,13 +23,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mavis_dist.config import Config
 from mavis_dist.failures import failure_of, last_words
-from mavis_dist.models.load import BaseModel, fetch, fingerprint_model, load_base
+from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.models.lockstep import GroupLost, Leader, Place, Shard, meeting_point
 from mavis_dist.types import UserError
 
 HEALTH_S = 5.0  # that a follower has to answer
 STRATEGY = "PACK"  # on one machine, if it has room
 STAGE = "base model"
+FINGERPRINT = "the fingerprint of base.model"
+Alike = tuple[str, Mapping[str, str]]  # a machine, and what has to be the same on all machines of a group
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +44,17 @@ class Follower:
         torch.set_num_threads(max(1, int(cpus)))
         self._shard: Shard | None = None
 
-    def about(self, model: str) -> tuple[str, dict[str, str]]:
-        """See the function of this name."""
-        return about(model)
+    def versions(self) -> Alike:
+        """Of this process."""
+        return platform.node(), environment.versions()
 
-    def join(self, place: Place, model: str, dtype: str, device: str) -> None:
-        """Load the shard of this place."""
+    def join(self, place: Place, model: str, dtype: str, device: str) -> Alike:
+        """Load the shard of this place; the fingerprint of the model's files."""
         _hide_gpus(device)
         self._shard = Shard(place, device)
-        self._shard.hold(load_base(model, dtype, device, place.size).model)
+        base = load_base(model, dtype, device, place.size)
+        self._shard.hold(base.model)
+        return platform.node(), {FINGERPRINT: base.fingerprint}
 
     def follow(self) -> None:
         """Make the leader's calls until the group ends; the process ends with it."""
@@ -81,7 +85,7 @@ class BaseGroup:
         _hide_gpus(device)
         self._followers = [_follower(rank, cpus, gpus) for rank in range(1, size)]
         try:
-            self._check_alike(model)
+            _check_alike(environment.versions(), _get([one.versions.remote() for one in self._followers]))
             self._gather(model, dtype, device, size)
         except ray.exceptions.RayActorError as error:
             _end(GroupLost(f"a process of the group has died while it started ({last_words(error)})"))
@@ -112,19 +116,8 @@ class BaseGroup:
         except (RuntimeError, UserError):
             _get(joining)  # where another process has failed first, its reason is the better one
             raise
-        _get(joining)
+        _check_alike({FINGERPRINT: self.base.fingerprint}, _get(joining))
         Leader(shard, self.base.model, _end)
-
-    def _check_alike(self, model: str) -> None:
-        """Raises UserError unless all processes have the same model and versions."""
-        own = about(model)
-        for machine, theirs in _get([follower.about.remote(model) for follower in self._followers]):
-            for topic, value in own[1].items():
-                if theirs[topic] != value:
-                    raise UserError(
-                        f"base.tensor_parallel: {topic} is {value} on machine {own[0]} and {theirs[topic]} on machine "
-                        f"{machine}: make them the same"
-                    )
 
 
 def rollout_group(config: Config) -> BaseGroup:
@@ -168,10 +161,15 @@ def bundles(size: int, cpus: float, gpus: float) -> list[dict[str, float]]:
     return [one or {"CPU": 0.001}] * size  # Ray refuses empty ones
 
 
-def about(model: str) -> tuple[str, dict[str, str]]:
-    """This machine's name, and what has to be the same on all machines."""
-    versions = {f"the version of {name}": number for name, number in environment.versions().items()}
-    return platform.node(), {**versions, f"the fingerprint of {model!r}": fingerprint_model(fetch(model))}
+def _check_alike(own: Mapping[str, str], others: Sequence[Alike]) -> None:
+    """Raises UserError unless all processes have the same as this one."""
+    for machine, theirs in others:
+        for topic, value in own.items():
+            if theirs[topic] != value:
+                raise UserError(
+                    f"base.tensor_parallel: {topic} is {value} on machine {platform.node()}, and {theirs[topic]} on "
+                    f"machine {machine}: make them the same"
+                )
 
 
 def _follower(rank: int, cpus: float, gpus: float) -> ActorHandle[Follower]:

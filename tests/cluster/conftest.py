@@ -12,40 +12,13 @@ import pytest
 import yaml
 
 from mavis_dist.store.files import Store
-from tests.cluster.jobs import finish, start
-from tests.tiny import write_base
+from tests.cluster.jobs import finish, start, write_config
 
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    base = os.environ.get("MAVIS_FAULTS_MODEL") or write_base(folder, eos_weight=1.0)
-    settings = {
-        "run": "undisturbed",
-        "storage": str(folder / "runs"),
-        "iterations": 2,
-        "objectives": {
-            "vowels": {"reward": "function", "path": "tests.tiny:count_vowels"},
-            "brief": {"reward": "brevity"},
-        },
-        "base": {"model": str(base), "dtype": "float32"},
-        "prompts": {"train": 8, "validation": 2, "evaluation": 4},
-        "rollout": {
-            "first": {"root": 2, "children": 2, "layers": 2},
-            "later": {"root": 2, "children": 2, "layers": 2},
-            "max_tokens": 12,
-            "cpus_per_actor": 1,
-            "prompts_per_shard": 4,
-        },
-        "steer": {"beta": 2},
-        "evaluate": {"limit_answers": 8},
-        "value": {"layers": 1},
-        # Long enough to be interrupted.
-        "train": {"epochs": 24, "trees_per_step": 2, "learning_rate": 1e-4},
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return write_config(folder, os.environ.get("MAVIS_FAULTS_MODEL"))
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,43 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from mavis_dist.store.files import Store
 from tests.root import ROOT
+from tests.tiny import write_base
 
 LIMIT_S = 420
+
+
+def write_config(folder: Path, model: str | None = None) -> Path:
+    """The config of a short run of two iterations; left out, the model is a tiny random one."""
+    settings = {
+        "run": "undisturbed",
+        "storage": str(folder / "runs"),
+        "iterations": 2,
+        "objectives": {
+            "vowels": {"reward": "function", "path": "tests.tiny:count_vowels"},
+            "brief": {"reward": "brevity"},
+        },
+        "base": {"model": model or str(write_base(folder, eos_weight=1.0)), "dtype": "float32"},
+        "prompts": {"train": 8, "validation": 2, "evaluation": 4},
+        "rollout": {
+            "first": {"root": 2, "children": 2, "layers": 2},
+            "later": {"root": 2, "children": 2, "layers": 2},
+            "max_tokens": 12,
+            "cpus_per_actor": 1,
+            "prompts_per_shard": 4,
+        },
+        "steer": {"beta": 2},
+        "evaluate": {"limit_answers": 8},
+        "value": {"layers": 1},
+        # Long enough to be interrupted.
+        "train": {"epochs": 24, "trees_per_step": 2, "learning_rate": 1e-4},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
 
 
 def start(config_file: Path, address: str, *overrides: str) -> subprocess.Popen[str]:

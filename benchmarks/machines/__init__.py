@@ -1,0 +1,1 @@
+"""The pipeline on several Ray nodes of one computer."""

@@ -1,0 +1,150 @@
+"""The pipeline on several Ray nodes of one computer: the time on 1, 2 and 4, and the same results whatever is lost.
+
+    python -m benchmarks.machines [--only NAME] [--json FILE]
+
+With a tiny random model in float32; nodes of one core each. Nodes that are lost in every stage, join late or are
+drained, and a head whose state is restarted (needs redis-server), must not change a byte of the results. Writes
+docs/figures/machines.json and its part of docs/clusters.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+from benchmarks.common import command, figures
+from benchmarks.common.command import say
+from benchmarks.common.figures import machine_line
+from benchmarks.common.markdown import table, write_part
+
+NAME = "machines"
+PAGE = figures.DOCS / "clusters.md"
+TIMED = (1, 2, 4)  # machines of undisturbed runs
+LIMIT_S = 900.0
+POLL_S = 0.05
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{NAME}", description="The pipeline on several nodes.")
+    parser.add_argument("--only", default="", metavar="NAME", help="scenarios whose names begin so")
+    command.add_json(parser, NAME)
+    command.add_page_only(parser)
+    arguments = parser.parse_args(argv)
+    file = command.file_of(NAME, arguments)
+    if not arguments.page_only:
+        found = measure(arguments.only)
+        figures.write(file, {**found, **figures.provenance(command.line(NAME, argv))})
+    if not arguments.only:
+        write_part(PAGE, NAME, render(figures.read(file)))
+
+
+def measure(only: str) -> dict[str, Any]:
+    """Seconds of undisturbed runs by number of machines, and the scenarios' outcomes."""
+    from benchmarks.machines.scenarios import scenarios
+    from tests.cluster.jobs import hashes, write_config
+
+    with tempfile.TemporaryDirectory(prefix="mavis-machines-") as folder:
+        config, found, undisturbed = write_config(Path(folder)), [], {}
+        timings: dict[str, Any] = {}
+        for nodes in TIMED:
+            store, seconds, _ = run(config, f"undisturbed-{nodes}", nodes)
+            timings[str(nodes)] = {"seconds": seconds, "stages": stages(store)}
+            undisturbed[nodes] = hashes(store)
+            say(f"{nodes} machines: {seconds:.0f} s")
+        for number, scenario in enumerate(one for one in scenarios() if one.name.startswith(only)):
+            if scenario.has_redis and which("redis-server") is None:
+                say(f"{scenario.name}: left out, redis-server is not installed")
+                continue
+            store, seconds, lines = run(config, f"disturbed-{number}", scenario.nodes, scenario)
+            is_same = hashes(store) == undisturbed[4]
+            found.append({"name": scenario.name, "same": is_same, "seconds": seconds, "lines": lines})
+            say(f"{scenario.name}: {'same' if is_same else 'OTHER'} results, {seconds:.0f} s")
+    same_everywhere = all(found_ == undisturbed[4] for found_ in undisturbed.values())
+    return {"undisturbed": timings, "same_on_all_counts": same_everywhere, "scenarios": found}
+
+
+def run(config: Path, name: str, nodes: int, scenario: Any = None) -> tuple[Any, float, list[str]]:
+    """The store of a run on so many machines, its seconds, and its lines about losses."""
+    from mavis_dist.store.files import Store
+    from tests.cluster.jobs import start
+
+    with machines(nodes, has_redis=scenario is not None and scenario.has_redis) as cluster:
+        began = time.monotonic()
+        job = start(config, cluster.address, f"run={name}", "rollout.actors=4")
+        store = Store(str(config.parent / "runs"), name)
+        try:
+            if scenario is not None:
+                wait_until_due(job, store, scenario)
+                scenario.act(cluster)
+            _, err = job.communicate(timeout=LIMIT_S)
+        finally:
+            job.kill()
+        if job.returncode:
+            raise RuntimeError(f"{name} ends with {job.returncode}: {err[-2000:]}")
+        told = [line for line in err.splitlines() if "died" in line or "lost" in line]
+        return store, time.monotonic() - began, told
+
+
+def wait_until_due(job: subprocess.Popen[str], store: Any, scenario: Any) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not scenario.is_due(store):
+        if job.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{scenario.name}: the run ends before: {job.communicate()[1][-2000:]}")
+        time.sleep(POLL_S)
+
+
+@contextmanager
+def machines(count: int, has_redis: bool) -> Iterator[Any]:
+    """A cluster of so many machines, the head among them."""
+    from ray.cluster_utils import Cluster
+
+    from benchmarks.machines.scenarios import CPUS_PER_NODE, redis
+
+    with ExitStack() as stack:
+        if has_redis:
+            os.environ["RAY_REDIS_ADDRESS"] = stack.enter_context(redis())
+            stack.callback(os.environ.pop, "RAY_REDIS_ADDRESS")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_NODE})
+        stack.callback(cluster.shutdown)
+        for _ in range(count - 1):
+            cluster.add_node(num_cpus=CPUS_PER_NODE)
+        yield cluster
+
+
+def stages(store: Any) -> dict[str, float]:
+    """Seconds by stage, as the run recorded them."""
+    from mavis_dist.evaluate.collect import stages_of
+
+    return {stage.name: stage.seconds or 0.0 for stage in stages_of(store)}
+
+
+def render(found: Mapping[str, Any]) -> str:
+    rows = [
+        [one["name"], "same bytes" if one["same"] else "other results", f"{one['seconds']:.0f}"]
+        for one in found["scenarios"]
+    ]
+    counts = [
+        [
+            f"undisturbed, {nodes}",
+            "same bytes" if found["same_on_all_counts"] else "other results",
+            f"{one['seconds']:.0f}",
+        ]
+        for nodes, one in found["undisturbed"].items()
+    ]
+    return (
+        f"Measured by `{found['command']}`: the pipeline with two objectives and iterations, a tiny random model in "
+        f"float32, on Ray nodes of one core each on one computer. {machine_line(found)}.\n\n"
+        + table(["machines", "results", "seconds"], [*counts, *rows])
+    )
+
+
+if __name__ == "__main__":
+    main()
