@@ -50,7 +50,7 @@ GPUS = {
         Chip("B200", 180, 2250, 8000),
     )
 }
-# What the decoder and a training step reach on each of two cores of an AMD EPYC (docs/figures/decode.json, values.json).
+# What decoding and training reach on each of two cores of an AMD EPYC (docs/figures/decode.json, values.json).
 CORE = Chip("core", 0, 0.144, 11.5, read_fraction=1, matmul_fraction=1, train_fraction=0.4, layer_s=0)
 
 

@@ -7,7 +7,7 @@ estimates are tested against.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -22,6 +22,7 @@ WIDTHS = {"float32": 4, "bfloat16": 2}
 RUNTIME = GIB  # of a process: libraries, and on a GPU its context; an estimate
 USABLE = 0.95  # of a memory: the rest is lost to fragments
 LOGIT_COPIES = 3  # of a step's logits in float32: as computed, sorted out, and for the noise
+PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}  # of new prompts per step
 BUCKET = 500_000_000  # elements that ZeRO 1 and 2 gather gradients in, DeepSpeed's default
 TREE_PART = 512  # tokens of the parts that training splits a longer tree into
 ADAM = 2  # moments per parameter
@@ -72,18 +73,31 @@ def num_value_models(config: Config) -> int:
 
 
 def decoding(
-    config: Config, models: Models, rows: int, row_tokens: int, candidates: int, num_values: int, is_leader: bool = True
+    config: Config,
+    models: Models,
+    rows: int,
+    row_tokens: int,
+    candidates: int,
+    num_values: int,
+    is_leader: bool = True,
+    new_tokens: int | None = None,
 ) -> dict[str, float]:
     """Bytes of a process that decodes, by part.
 
     Weights: width of `base.dtype` x parameters, of a group's matrices 1 / `base.tensor_parallel`. Keys and values:
     rows x tokens of the longest row x 2 x layers x channels of the keys x width, shared by heads. The leader of a group
-    also holds the value models, with the same rows and the cells of a step's candidates, and the logits.
+    also holds the value models, with the same rows and the cells of a step's candidates, and the logits. The largest
+    pass, over so many new tokens of prompts (None: as many as the engine takes at a time) or the candidates of all
+    rows, takes what one layer of `activation_bytes` does.
     """
     width, size = WIDTHS[config.base.dtype], config.base.tensor_parallel
+    if new_tokens is None:
+        new_tokens = PREFILL_TOKENS["cuda" if config.base.device.startswith("cuda") else "cpu"]
+    largest = max(new_tokens, rows * (candidates if is_leader and models.value else 1))
     parts = {
         "weights": models.base.weight_bytes(width, size),
         "keys and values": rows * row_tokens * models.base.token_bytes(width, size),
+        "largest pass": activation_bytes(replace(models.base, layers=1), largest, config.base.dtype),
     }
     if is_leader:
         parts["logits"] = LOGIT_COPIES * 4 * rows * models.base.vocabulary
@@ -183,7 +197,10 @@ def _serving_needs(config: Config, models: Models, lengths: Lengths) -> Iterator
         yield Need("its follower (serve)", replicas * (size - 1), decoding(*shared, is_leader=False))
     if not is_colocated and models.value is not None:
         width, cells = WIDTHS[config.base.dtype], serve.rows * (row_tokens + config.rollout.top_k)
-        parts = {"weights": models.value.weight_bytes(width), "keys and values": cells * models.value.token_bytes(width)}
+        parts = {
+            "weights": models.value.weight_bytes(width),
+            "keys and values": cells * models.value.token_bytes(width),
+        }
         count = len(config.objectives) * bounds(serve.value_replicas).min
         yield Need("value replica", count, {**parts, "runtime": RUNTIME})
     yield Need("gateway", 1, {"runtime": RUNTIME}, has_model=False)

@@ -29,6 +29,7 @@ from mavis_dist.sizing.rates import (
 from mavis_dist.sizing.simulate import Faults, Gang, Queue, Ran, simulate
 from mavis_dist.sizing.workload import Decoding, Labels, Lengths, Stage, Training, stages
 
+ESTIMATED, ASSUMED, NONE = Rates(), Lengths(), Faults()
 ALL = 1_000_000  # more actors than fit anywhere
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)  # of machines
 TAIL = 1.25  # times as long as with equally busy actors
@@ -68,9 +69,9 @@ def predict(
     config: Config,
     models: Models | None,
     machines: Machines,
-    rates: Rates = Rates(),
-    lengths: Lengths = Lengths(),
-    faults: Faults = Faults(),
+    rates: Rates = ESTIMATED,
+    lengths: Lengths = ASSUMED,
+    faults: Faults = NONE,
 ) -> Prediction:
     """Simulate all stages of a run.
 
@@ -100,9 +101,9 @@ def scaling(
     config: Config,
     models: Models | None,
     machines: Machines,
-    rates: Rates = Rates(),
-    lengths: Lengths = Lengths(),
-    faults: Faults = Faults(),
+    rates: Rates = ESTIMATED,
+    lengths: Lengths = ASSUMED,
+    faults: Faults = NONE,
 ) -> list[Prediction]:
     """The same run on 1 to 1,000 of these machines with as many rollout actors as fit, where it fits."""
     wide, found = with_changes(config, ("rollout.actors", ALL)), []

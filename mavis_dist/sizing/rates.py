@@ -102,9 +102,7 @@ def actor_start_s(config: Config, models: Models | None, rates: Rates) -> float:
     return PROCESS_START_S + weights / STORAGE_BYTES_PER_S
 
 
-def train_step_s(
-    config: Config, models: Models | None, machines: Machines, rates: Rates, stage: Training
-) -> float:
+def train_step_s(config: Config, models: Models | None, machines: Machines, rates: Rates, stage: Training) -> float:
     """Seconds of an optimiser step: 6 operations per parameter and token, and the exchange of gradients in float32.
 
     Heads on the base model's states take a forward pass through two thirds of its layers in place of it.

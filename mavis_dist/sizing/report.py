@@ -82,8 +82,8 @@ def _placement(config: Config, machines: Machines) -> list[str]:
     return [
         f"rollout actors      {num_actors(config, machines)}{group}, {rollout.cpus_per_actor:g} cores + "
         f"{rollout.gpus_per_actor:g} GPU each",
-        f"training workers    {train.workers} per objective, {plan.fits_at_once} of {len(config.objectives)} objectives "
-        f"at a time, {train.cpus_per_worker:g} cores + {train.gpus_per_worker:g} GPU each",
+        f"training workers    {train.workers} per objective, {plan.fits_at_once} of {len(config.objectives)} "
+        f"objectives at a time, {train.cpus_per_worker:g} cores + {train.gpus_per_worker:g} GPU each",
         f"service             {config.serve.placement}, {config.serve.cpus_per_replica:g} cores + "
         f"{config.serve.gpus_per_replica:g} GPU per process",
         *plan.notes,
@@ -107,8 +107,8 @@ def _notes(
     yield f"lengths: prompts of {lengths.prompt} tokens, answers of {answer}: assumed"
     yield "memory: arithmetic; activations, logits and 1 GiB of libraries are estimates, tested against one H100"
     yield (
-        f"machines of the table by number: {faults.slow_share:.0%} are {faults.slowdown:g} times as slow, each fails once "
-        f"in {faults.mtbf_s / 3600:,.0f} hours and is back after {faults.restart_s:g} s: assumed, seed {faults.seed}"
+        f"by number of machines: {faults.slow_share:.0%} are {faults.slowdown:g} times as slow, each fails once in "
+        f"{faults.mtbf_s / 3600:,.0f} hours and is back after {faults.restart_s:g} s: assumed, seed {faults.seed}"
     )
 
 
@@ -138,10 +138,11 @@ def _memory_table(memory: Iterable[Fit]) -> str:
 
 
 def _stage_table(run: Prediction) -> str:
-    rows = []
-    for one in run.ran:
-        rows.append([one.name, _time(one.seconds), _cost(run, one.seconds), f"{one.utilisation:.0%}"])
-    rows.append(["all", _time(run.total_s), _cost(run, run.total_s), f"{run.utilisation:.0%}"])
+    parts = [(one.name, one.seconds, one.utilisation) for one in run.ran]
+    rows = [
+        [name, _time(seconds), _cost(run, seconds), f"{busy:.0%}"]
+        for name, seconds, busy in [*parts, ("all", run.total_s, run.utilisation)]
+    ]
     return text_table(["stage", "time", "cost", "busy"], rows, [16, 10, 12, 7])
 
 
