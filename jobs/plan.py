@@ -109,7 +109,7 @@ def run(config: Config, given: argparse.Namespace, argv: Sequence[str]) -> bool:
     if given.json is not None:
         line = f"python -m jobs.plan {shlex.join(argv)}"
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({**report.to_json(sizing), **_provenance(line)}, indent=1) + "\n")
+        given.json.write_text(json.dumps({"plan": report.to_json(sizing), **_provenance(line)}, indent=1) + "\n")
     return not sizing.problems
 
 
@@ -154,10 +154,13 @@ def _models(config: Config, given: argparse.Namespace) -> Models:
 
 
 def _provenance(line: str) -> dict[str, Any]:
-    """Command line, and the versions of what counts parameters."""
-    names = ("torch", "transformers")
-    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-    return {"command": line, "versions": versions}
+    """Command line, the machine that it ran on, and the versions of what counts parameters."""
+    from mavis_dist.sizing.machines import this_machine
+
+    here, packages = this_machine(), ("torch", "transformers")
+    machine = {"processor": platform.machine(), "cores": here.cpus, "memory_gib": here.memory_gib, "gpus": []}
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    return {"command": line, "machine": machine, "versions": versions}
 
 
 if __name__ == "__main__":

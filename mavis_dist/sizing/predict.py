@@ -86,9 +86,12 @@ def predict(
     ran, reasons, busy, was_decoding = [], {}, 0.0, False
     for stage in stages(config, lengths):
         simulated = _simulated(config, models, machines, rates, lengths, at_once, stage)
-        if was_decoding and isinstance(simulated, Queue):  # the same actors
+        if was_decoding and isinstance(stage, Decoding) and isinstance(simulated, Queue):  # the same actors
             simulated = replace(simulated, start_s=0.0)
-        was_decoding = isinstance(stage, Decoding)
+        # The driver scores answers while the actors wait.
+        was_decoding = isinstance(stage, Decoding) or (
+            was_decoding and isinstance(stage, Labels) and stage.is_in_driver
+        )
         one = simulate(simulated, faults)
         ran.append(one)
         reasons[one.name] = _reason(config, machines, stage, simulated, one)
@@ -140,7 +143,7 @@ def _simulated(
         pairs = zip(stage.answers, stage.objectives, strict=True)
         item_s = [answers / answers_per_s(config, objective, rates) for answers, objective in pairs]
         cores = max(1, int(machines.cpus))
-        places = min(len(item_s), cores * machines.count)
+        places = 1 if stage.is_in_driver else min(len(item_s), cores * machines.count)
         return Queue(stage.stage, item_s, [task // cores for task in range(places)])
     train = config.train
     slots = machines.node.slots(train.cpus_per_worker, train.gpus_per_worker)
@@ -188,7 +191,9 @@ def _devices(config: Config, machines: Machines, stage: Stage) -> float:
 def _reason(config: Config, machines: Machines, stage: Stage, simulated: Queue | Gang, ran: Ran) -> str:
     """What holds a stage up, and the config key that changes it if there is one."""
     if simulated.start_s > ran.seconds / 2:
-        return f"starting takes {simulated.start_s:.0f} of {ran.seconds:.0f} s, fewer machines are as fast"
+        return f"starting takes {simulated.start_s:.0f} of {ran.seconds:.0f} s, which more machines do not shorten"
+    if isinstance(stage, Labels) and stage.is_in_driver:
+        return "the driver scores all answers, whatever the machines are"
     if isinstance(stage, Labels):
         return f"{len(stage.answers)} tasks of one core, one per policy and objective, whatever the machines are"
     if isinstance(stage, Training):

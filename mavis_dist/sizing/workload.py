@@ -33,11 +33,12 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Labels:
-    """Tasks of one core that score answers."""
+    """Tasks of one core that score answers, or the driver, which scores those of its own stages."""
 
     stage: str
     answers: tuple[float, ...]  # of each task
     objectives: tuple[str, ...]  # of each task
+    is_in_driver: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,14 @@ def stages(config: Config, lengths: Lengths) -> list[Stage]:
         found += [_rollouts(config, lengths, iteration), _labels(config, lengths, iteration)]
         found.append(_training(config, lengths, iteration))
         if iteration > 0:
-            found.append(_gate(config, lengths, iteration))
+            found += _scored(config, _gate(config, lengths, iteration), lengths, each=1)
     num, asked = config.evaluate.limit_answers, config.prompts.evaluation
     if num:
-        found.append(_answers(config, lengths, "limit", asked, num, batch=max(1, LIMIT_BATCH // num), is_guided=False))
+        limit = _answers(config, lengths, "limit", asked, num, batch=max(1, LIMIT_BATCH // num), is_guided=False)
+        found += _scored(config, limit, lengths, len(config.objectives))
     points = num_points(len(config.objectives), config.evaluate.grid)
-    found.append(_answers(config, lengths, "evaluate", asked, config.evaluate.samples, groups=points))
-    return found
+    sweep = _answers(config, lengths, "evaluate", asked, config.evaluate.samples, groups=points)
+    return [*found, *_scored(config, sweep, lengths, len(config.objectives))]
 
 
 def num_points(num_objectives: int, grid: int) -> int:
@@ -151,6 +153,14 @@ def _answers(
     counts = [samples * asked for asked in _chunks(prompts, batch)]
     items = tuple((lengths.answer or config.rollout.max_tokens) * n for _ in range(groups) for n in counts)
     return Decoding(stage, items, max(counts), is_guided, LAZY_CANDIDATES)
+
+
+def _scored(config: Config, stage: Decoding, lengths: Lengths, each: int) -> tuple[Decoding, Labels]:
+    """A stage and the scores of its answers, each by so many objectives."""
+    names = tuple(config.objectives)
+    num_answers = sum(stage.items) / (lengths.answer or config.rollout.max_tokens)
+    answers = (num_answers * each / len(names),) * len(names)
+    return stage, Labels(f"labels {stage.stage}", answers, names, is_in_driver=True)
 
 
 def _chunks(total: int, size: int) -> list[int]:

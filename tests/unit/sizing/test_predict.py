@@ -39,7 +39,9 @@ def test_one_machine_takes_the_sum_of_its_work() -> None:
             "labels i0": 2 * 12 * 4 / 10,
             "train i0": 2 * (20 + 2 * 2 * 2),  # two objectives, one after the other, two epochs of two steps
             "limit": 5 + 4 * 10 * 20 / 100,
-            "evaluate": 4 * 4 * 20 / 50,  # the same actors; four points of the grid
+            "labels limit": 2 * 4 * 10 / 10,
+            "evaluate": 4 * 4 * 20 / 50,  # the same actors; the base model, two objectives and a point between
+            "labels evaluate": 2 * 4 * 4 / 10,
         }
     )
     assert run.total_s == pytest.approx(sum(run.seconds.values()))
@@ -139,10 +141,11 @@ def test_the_command_prints_all_tables_and_writes_all_figures(
     shown = capsys.readouterr().out
     for text in ("everything fits", "rollout actor", "weights 12.6", "bottleneck: ", "an estimate", "restarts"):
         assert text in shown
-    figures = json.loads((tmp_path / "plan.json").read_text())
+    written = json.loads((tmp_path / "plan.json").read_text())
+    figures = written["plan"]
     assert figures["memory"][0]["bytes"]["weights"] == 2 * 6_738_415_616
     assert figures["run"]["cost"] == pytest.approx(2 * 30 * sum(figures["run"]["seconds"].values()) / 3600)
-    assert figures["command"].startswith("python -m jobs.plan --config")
+    assert written["command"].startswith("python -m jobs.plan --config")
     assert [run["machines"] for run in figures["by_machines"]][:3] == [1, 2, 4]
     assert not (tmp_path / "runs").exists()
 
