@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mavis_dist.sizing.memory import Models
 
 HOUR = 3600.0
+MAY_BE_ZERO = {"--price-per-hour", "--actor-start-seconds", "--train-start-seconds", "--prompt-tokens", "--mtbf-hours"}
+MAY_BE_ZERO |= {"--restart-seconds", "--slow-share", "--seed"}
 # Option, metavar, default, meaning. Without a default the number is estimated, or that of the table of GPUs.
 OPTIONS: tuple[tuple[str, str, float | None, str], ...] = (
     ("--gpu-memory", "GIB", None, "memory of a GPU"),
@@ -87,6 +89,7 @@ def run(config: Config, given: argparse.Namespace, argv: Sequence[str]) -> bool:
     from mavis_dist.sizing.simulate import Faults
     from mavis_dist.sizing.workload import Lengths
 
+    _check_options(given)
     machines = _machines(given)
     rates = Rates(
         given.tokens_per_second,
@@ -130,12 +133,17 @@ def _machines(given: argparse.Namespace) -> Machines:
 
 
 def _present(options: dict[str, float | None]) -> dict[str, Any]:
-    """The options that were given; raises UserError for one that is 0."""
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_options(given: argparse.Namespace) -> None:
+    """Raises UserError for a number of 0 where it means nothing."""
     from mavis_dist.types import UserError
 
-    if zero := [name for name, value in options.items() if value == 0]:
-        raise UserError(f"{zero[0]} is 0: give a number above 0, or leave the option out")
-    return {name: value for name, value in options.items() if value is not None}
+    for option, *_ in OPTIONS:
+        if option not in MAY_BE_ZERO and getattr(given, option[2:].replace("-", "_")) == 0:
+            raise UserError(f"{option} is 0: give a number above 0, or leave the option out")
 
 
 def _models(config: Config, given: argparse.Namespace) -> Models:

@@ -171,6 +171,9 @@ def needs(config: Config, models: Models, lengths: Lengths) -> Iterator[Need]:
         num_fits = 1 if num_value_models(config) == 1 else len(config.objectives)
         parts, on_host = training(models.value, config.train, config.value.lora_rank, pass_tokens(config, lengths))
         yield Need("training worker", num_fits * config.train.workers, parts, on_host)
+    else:  # it solves for heads on the states of the base model
+        weights = models.base.weight_bytes(WIDTHS[config.base.dtype])
+        yield Need("training worker", config.train.workers, {"weights": weights, "runtime": RUNTIME})
     yield from _serving_needs(config, models, lengths)
 
 

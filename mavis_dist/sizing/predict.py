@@ -30,7 +30,7 @@ from mavis_dist.sizing.simulate import Faults, Gang, Queue, Ran, simulate
 from mavis_dist.sizing.workload import Decoding, Labels, Lengths, Stage, Training, stages
 
 ESTIMATED, ASSUMED, NONE = Rates(), Lengths(), Faults()
-ALL = 1_000_000  # more actors than fit anywhere
+ALL = 16_000  # actors, more than fit on any number of COUNTS
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)  # of machines
 TAIL = 1.25  # times as long as with equally busy actors
 

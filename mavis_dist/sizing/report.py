@@ -9,7 +9,7 @@ from typing import Any
 from mavis_dist.config import Config
 from mavis_dist.plan import PlanError, check_serving, make_plan
 from mavis_dist.sizing.machines import GIB, Machines
-from mavis_dist.sizing.memory import Fit, Models, fits
+from mavis_dist.sizing.memory import Fit, Models, fits, group_sizes
 from mavis_dist.sizing.predict import Prediction, num_actors, predict, scaling
 from mavis_dist.sizing.rates import Rates, tokens_per_s, train_step_s
 from mavis_dist.sizing.simulate import Faults
@@ -37,7 +37,7 @@ def size_up(
 ) -> Sizing:
     """Raises UserError if machines fail too often to simulate them."""
     memory = fits(config, models, lengths, machines)
-    problems = [*_device_problems(config, machines), *_memory_problems(memory)]
+    problems = [*_device_problems(config, models, machines), *_memory_problems(memory)]
     placement: list[str] = []
     run = None
     try:
@@ -54,7 +54,11 @@ def size_up(
     return Sizing(machines, placement, memory, problems, run, curve, notes)
 
 
-def _device_problems(config: Config, machines: Machines) -> Iterator[str]:
+def _device_problems(config: Config, models: Models, machines: Machines) -> Iterator[str]:
+    size, sizes = config.base.tensor_parallel, group_sizes(models.base)
+    if size not in sizes:
+        possible = ", ".join(map(str, sizes))
+        yield f"base.tensor_parallel={size} does not divide the heads of keys: set one of {possible}"
     if not config.base.device.startswith("cuda"):
         return
     if machines.gpu is None:

@@ -201,3 +201,13 @@ def test_processes_on_cores_share_the_memory_of_their_machine() -> None:
 )
 def test_value_models_side_by_side(value: str, iterations: int, count: int) -> None:
     assert num_value_models(run_config(3, value={"kind": value}, iterations=iterations)) == count
+
+
+def test_heads_on_states_are_fitted_beside_the_base_model() -> None:
+    config = run_config(2, value={"kind": "states"})
+    found = {
+        fit.need.process: fit.need for fit in fits(config, Models(SIZE_7B, None), Lengths(), parse_machines("1x8cpu"))
+    }
+    assert found["training worker"].on_device["weights"] == SIZE_7B.weight_bytes(2)
+    assert "value models" not in found["rollout actor"].on_device
+    assert "value replica" not in found

@@ -156,6 +156,8 @@ def test_what_does_not_fit_is_a_line_and_an_exit_code(config_file: Path, capsys:
     shown = capsys.readouterr().out
     assert "does not fit: rollout actor needs" in shown
     assert "does not fit: base.device=cuda and train.gpus_per_worker=0" in shown
+    assert run_plan(*words, "base.tensor_parallel=3") == 1
+    assert "base.tensor_parallel=3 does not divide the heads of keys: set one of 1, 2, 4" in capsys.readouterr().out
     assert run_plan("--config", str(config_file), "--machines", "2x16cpu") == 1
     assert "the machines have no GPU" in capsys.readouterr().out
 
@@ -167,7 +169,8 @@ def test_what_does_not_fit_is_a_line_and_an_exit_code(config_file: Path, capsys:
         (["--machines", "4x8xFOO"], "use one of A10, L4"),
         (["--shape", "9b"], "use one of 1b, 7b"),
         (["--machines", "2x16cpu", "--gpu-memory", "80"], "need machines with GPUs"),
-        (["--cpus", "0"], "cpus is 0"),
+        (["--cpus", "0"], "--cpus is 0"),
+        (["--tokens-per-second", "0"], "--tokens-per-second is 0"),
         (["base.model=no/such/model/here"], "no/such/model/here"),
         (["base.tensor_parallel=0"], "base.tensor_parallel"),
     ],
