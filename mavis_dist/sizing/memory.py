@@ -1,7 +1,7 @@
 """Memory of every process of a run and of a service, and which config key to change where it does not fit.
 
-All of it is arithmetic. `docs/figures/device.json` has measured peaks of decoding and training on one H100, which the
-estimates are tested against.
+All of it is arithmetic. It is compared with the peaks of decoding and training that were measured on one H100
+(docs/figures/device.json), where the part `largest pass` was added to meet them; no other GPU was tried.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Seconds of a decoding step and of a training step, from what the device reads and multiplies; or as measured.
 
 A decoding step takes as long as it takes to read every weight once, to read the keys and values of its rows, and to
-multiply every weight once per row, and 0.1 ms per layer on a GPU. On one H100 this is within 15 % of the measured steps
-of models of 1 and 7 billion parameters with 1 to 256 rows, but for the smaller one with 256. What value models take
-is less regular: `GUIDE_FACTOR` times their reads and products is within a factor of 2.5 (docs/figures/device.json;
-tests/unit/sizing/test_rates.py).
+multiply every weight once per row, and 0.1 ms per layer on a GPU. The constants were chosen on the figures of one H100
+(docs/figures/device.json), so how well they fit there says little about other GPUs: steps of 7 billion parameters with
+1 to 256 rows are within 10 %, of 1 billion within 16 % up to 64 rows and 38 % too short with 256. Value models take
+`GUIDE_FACTOR` times their reads and products, within a factor of 1.5 beside the larger model, 2.4 beside the smaller.
 """
 
 from __future__ import annotations

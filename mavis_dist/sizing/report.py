@@ -106,10 +106,11 @@ def _notes(
         if isinstance(stage, Training) and stage.stage == "train i0":
             seconds = train_step_s(config, models, machines, rates, stage)
             yield f"train i0: {seconds:.3g} s for each of {stage.steps} steps, {_source(rates.step_s)}"
-    yield f"labels: {_source(rates.answers_per_s)}; they depend on the rewards' models"
+    source = "as given" if rates.answers_per_s is not None else "estimates; rules and embedder measured on one core"
+    yield f"labels: {source}; they depend on the rewards' models"
     answer = f"{lengths.answer:g}" if lengths.answer else f"{config.rollout.max_tokens} (rollout.max_tokens)"
     yield f"lengths: prompts of {lengths.prompt} tokens, answers of {answer}: assumed"
-    yield "memory: arithmetic; activations, logits and 1 GiB of libraries are estimates, tested against one H100"
+    yield "memory: arithmetic; activations, passes, logits and 1 GiB of libraries are estimates, adjusted to one H100"
     yield (
         f"by number of machines: {faults.slow_share:.0%} are {faults.slowdown:g} times as slow, each fails once in "
         f"{faults.mtbf_s / 3600:,.0f} hours and is back after {faults.restart_s:g} s: assumed, seed {faults.seed}"
@@ -117,7 +118,7 @@ def _notes(
 
 
 def _source(given: float | None) -> str:
-    return "as given" if given is not None else "an estimate"
+    return "as given" if given is not None else "an estimate, whose constants come from one H100 or two cores"
 
 
 def text(sizing: Sizing) -> str:

@@ -35,10 +35,11 @@ def test_a_step_on_an_h100_takes_what_was_measured(shape: str, rows: int) -> Non
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64, 256])
-def test_value_models_take_what_was_measured_within_a_factor(rows: int) -> None:
-    figures = DEVICE["shapes"]["7b"]["rows"][str(rows)]
+@pytest.mark.parametrize("shape", ["1b", "7b"])
+def test_value_models_take_what_was_measured_within_a_factor(shape: str, rows: int) -> None:
+    figures = DEVICE["shapes"][shape]["rows"][str(rows)]
     measured = figures["step_ms"]["lazy_2"] - figures["step_ms"]["unguided"]
-    value = SHAPES["7b"].backbone(4)
+    value = SHAPES[shape].backbone(4)
     estimate = 1000 * 2 * guide_s(H100, value, rows, figures["candidates"]["lazy_2"], width=2)
     assert 1 / 2.5 < estimate / measured < 2.5
 
