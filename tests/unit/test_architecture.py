@@ -22,7 +22,7 @@ FLOORS = [
     {"plan", "prompts", "native"},
     {"core"},
     {"models", "store"},
-    {"rewards"},
+    {"rewards", "sizing"},
     {"decode"},
     {"llm"},
     {"cluster"},
@@ -162,6 +162,7 @@ def test_the_service_does_not_train(path: Path) -> None:
         ("evaluate", ["--json", "compare.methods"]),
         ("ask", ["--compare", "MAVIS_API_KEY"]),
         ("keys", ["create a key"]),
+        ("plan", ["--machines", "rollout.max_tokens"]),
     ],
 )
 def test_help_is_instant_and_loads_no_framework(job: str, shown: list[str]) -> None:
