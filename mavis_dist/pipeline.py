@@ -17,6 +17,7 @@ from mavis_dist.evaluate import base_answers, gate
 from mavis_dist.evaluate import sweep as sweeping
 from mavis_dist.evaluate.collect import write_report
 from mavis_dist.evaluate.sweep import Sweep
+from mavis_dist.plan import tasks_of
 from mavis_dist.progress import metered, say
 from mavis_dist.prompts import held_out
 from mavis_dist.rollout.labels import label_shards
@@ -101,18 +102,21 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
         (policy, name) for policy in policies for name in state.config.objectives if policy.objective in (None, name)
     ]
     todo = [pair for pair in pairs if not finished(state, label_folder(*pair), stage)]
-    tasks = []
+    if not todo:
+        return
+    state.release_workers()  # labelling needs the cores of the rollout actors
+    owners, tasks = [], []
     for policy, name in todo:
         source, target = rollout_folder(policy), label_folder(policy, name)
         shards = [(f"{source}/{shard}", f"{target}/{shard}") for shard in shard_names(state.store, source)]
-        tasks.append((state.config, name, state.train, shards))
-    if not tasks:
-        return
-    state.release_workers()  # labelling needs the cores of the rollout actors
-    with timed(state, stage, f"{len(tasks)} sets of leaves"):
-        counts = map_tasks(label_shards, tasks, stage, "sets of leaves")
-    for (policy, name), count in zip(todo, counts, strict=True):
-        state.store.finish(label_folder(policy, name), {"leaves": count})
+        for part in tasks_of(shards, len(todo), cluster.nodes()):
+            owners.append((policy, name))
+            tasks.append((state.config, name, state.train, part))
+    with timed(state, stage, f"{len(todo)} sets of leaves"):
+        counts = map_tasks(label_shards, tasks, stage, "parts")
+    for pair in todo:
+        leaves = sum(count for owner, count in zip(owners, counts, strict=True) if owner == pair)
+        state.store.finish(label_folder(*pair), {"leaves": leaves})
 
 
 def fit(state: RunState, iteration: int) -> None:

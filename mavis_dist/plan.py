@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 from mavis_dist.config import Config
 from mavis_dist.sections import bounds
 from mavis_dist.types import UserError
+
+Shard = TypeVar("Shard")
 
 
 class PlanError(UserError):
@@ -69,6 +73,16 @@ def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     if fits_at_once < len(config.objectives) and not is_one_fit:
         notes.append(f"{fits_at_once} of {len(config.objectives)} objectives train at the same time, the others wait")
     return Plan(fits_at_once, tuple(notes))
+
+
+def tasks_of(shards: Sequence[Shard], num_sets: int, nodes: Sequence[Node]) -> list[Sequence[Shard]]:
+    """The shards of one of several sets, in as few parts as let tasks of one core keep all machines busy: each task
+    loads the model behind its reward.
+    """
+    cores = sum(int(node.cpus) for node in nodes)
+    num_parts = max(1, min(len(shards), -(-cores // num_sets)))
+    ends = [part * len(shards) // num_parts for part in range(num_parts + 1)]
+    return [shards[start:end] for start, end in pairwise(ends)]
 
 
 def check_serving(config: Config, nodes: Sequence[Node]) -> None:

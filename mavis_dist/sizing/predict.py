@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mavis_dist.config import Config
-from mavis_dist.plan import PlanError, make_plan
+from mavis_dist.plan import PlanError, make_plan, tasks_of
 from mavis_dist.sizing.machines import Machines
 from mavis_dist.sizing.memory import Models, with_changes
 from mavis_dist.sizing.rates import (
@@ -140,9 +140,13 @@ def _simulated(
     if isinstance(stage, Decoding):
         return _decoding(config, models, machines, rates, lengths, stage)
     if isinstance(stage, Labels):
-        pairs = zip(stage.answers, stage.objectives, strict=True)
-        item_s = [answers / answers_per_s(config, objective, rates) for answers, objective in pairs]
         cores = max(1, int(machines.cpus))
+        parts = 1 if stage.is_in_driver else len(tasks_of(range(stage.num_shards), len(stage.answers), machines.nodes))
+        item_s = [
+            answers / parts / answers_per_s(config, objective, rates)
+            for answers, objective in zip(stage.answers, stage.objectives, strict=True)
+            for _ in range(parts)
+        ]
         places = 1 if stage.is_in_driver else min(len(item_s), cores * machines.count)
         return Queue(stage.stage, item_s, [task // cores for task in range(places)])
     train = config.train
@@ -195,7 +199,9 @@ def _reason(config: Config, machines: Machines, stage: Stage, simulated: Queue |
     if isinstance(stage, Labels) and stage.is_in_driver:
         return "the driver scores all answers, whatever the machines are"
     if isinstance(stage, Labels):
-        return f"{len(stage.answers)} tasks of one core, one per policy and objective, whatever the machines are"
+        if len(stage.answers) * stage.num_shards <= ran.places:
+            return f"{ran.places} tasks of one core, one per objective and shard{_smaller_shards(config)}"
+        return "tasks of one core are busy, add machines or a faster reward"
     if isinstance(stage, Training):
         if ran.places < stage.num_fits:
             return f"{ran.places} of {stage.num_fits} objectives train at the same time, add machines"
@@ -208,7 +214,7 @@ def _decoding_reasons(
 ) -> Iterator[str]:
     is_growing, num_items = stage.stage.startswith("rollouts"), len(stage.items)
     unit = "shards" if is_growing else "batches of requests"
-    remedy = f", lower rollout.prompts_per_shard (is {config.rollout.prompts_per_shard})" if is_growing else ""
+    remedy = _smaller_shards(config) if is_growing else ""
     even_s = simulated.start_s + ran.busy_s / ran.places
     fitting = num_actors(with_changes(config, ("rollout.actors", ALL)), machines)
     if num_items <= ran.places:
@@ -219,3 +225,7 @@ def _decoding_reasons(
         yield f"rollout.actors is {ran.places} and {fitting} fit, raise it"
     else:
         yield "actors are busy, add machines"
+
+
+def _smaller_shards(config: Config) -> str:
+    return f", lower rollout.prompts_per_shard (is {config.rollout.prompts_per_shard})"

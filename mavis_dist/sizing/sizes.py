@@ -63,8 +63,8 @@ class Size:
         return self.layers * self.matrices + (self.embedding if self.is_tied else self.head)
 
     def weight_bytes(self, width: int, num_shards: int = 1) -> float:
-        """Of one process of a group; matrices of layers and output are shared out, embeddings and norms are not."""
-        shared = self.layers * self.matrices + self.head
+        """Of one process of a group; matrices, embeddings and output are shared out, norms are not."""
+        shared = self.layers * self.matrices + self.embedding + self.head
         return width * (shared / num_shards + self.num_parameters - shared)
 
     def token_bytes(self, width: int, num_shards: int = 1) -> float:

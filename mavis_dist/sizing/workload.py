@@ -33,11 +33,12 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Labels:
-    """Tasks of one core that score answers, or the driver, which scores those of its own stages."""
+    """Sets of answers that tasks of one core score, or the driver, which scores those of its own stages."""
 
     stage: str
-    answers: tuple[float, ...]  # of each task
-    objectives: tuple[str, ...]  # of each task
+    answers: tuple[float, ...]  # of each set
+    objectives: tuple[str, ...]  # of each set
+    num_shards: int = 1  # of each set: its tasks take whole ones
     is_in_driver: bool = False
 
 
@@ -115,7 +116,8 @@ def _labels(config: Config, lengths: Lengths, iteration: int) -> Labels:
     per_tree = float(num_leaves(shape))
     if config.learns_prefixes:
         per_tree += tree_tokens(shape, config.rollout.max_tokens, lengths) / PREFIX_TOKENS
-    return Labels(f"labels i{iteration}", (config.prompts.train * per_tree,) * len(names), names)
+    shards = len(_chunks(config.prompts.train, config.rollout.prompts_per_shard))
+    return Labels(f"labels i{iteration}", (config.prompts.train * per_tree,) * len(names), names, shards)
 
 
 def _training(config: Config, lengths: Lengths, iteration: int) -> Training:

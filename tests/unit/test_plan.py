@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mavis_dist.config import parse
-from mavis_dist.plan import Node, PlanError, check_serving, make_plan
+from mavis_dist.plan import Node, PlanError, check_serving, make_plan, tasks_of
 
 
 def config(**sections: Any) -> Any:
@@ -87,3 +87,14 @@ def test_only_the_lower_end_of_a_range_must_fit() -> None:
     check_serving(config(serve=several), [Node(2)])
     with pytest.raises(PlanError, match=r"serve\.base_replicas"):
         check_serving(config(serve={**several, "base_replicas": {"min": 9, "max": 9}}), [Node(2)])
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "num_sets", "cores", "expected"),
+    [(8, 1, 4, [2, 2, 2, 2]), (5, 2, 4, [2, 3]), (3, 1, 64, [1, 1, 1]), (4, 6, 2, [4]), (1, 1, 8, [1])],
+)
+def test_labels_are_scored_on_all_cores(num_shards: int, num_sets: int, cores: int, expected: list[int]) -> None:
+    shards = [f"part-{n}" for n in range(num_shards)]
+    parts = tasks_of(shards, num_sets, [Node(cores - 1), Node(1.5)])
+    assert [shard for part in parts for shard in part] == shards
+    assert sorted(map(len, parts)) == expected

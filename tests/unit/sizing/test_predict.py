@@ -53,6 +53,14 @@ def test_later_iterations_train_every_objective_and_compare() -> None:
     assert num_points(3, 6) == 1 + 3 + 3 * 4
 
 
+def test_labels_are_scored_on_all_cores_by_whole_shards() -> None:
+    config, answers = run_config(2, **SMALL), 12 * 4  # of each objective, in three shards
+    for cores, parts in ((1, 1), (2, 1), (4, 2), (64, 3)):
+        run = predict(config, None, Machines(1, cores, 8), RATES, Lengths(prompt=10))
+        rounds = -(-2 * parts // cores)
+        assert run.seconds["labels i0"] == pytest.approx(rounds * answers / parts / 10)
+
+
 def test_what_holds_a_stage_up_is_named_with_its_key() -> None:
     slow_start = Rates(100.0, 50.0, 2.0, 1e6, actor_start_s=0.0, train_start_s=0.0)
     rollout = {**SMALL["rollout"], "actors": 8}

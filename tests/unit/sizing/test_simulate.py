@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import ceil
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mavis_dist.sizing.simulate import Faults, Gang, Queue, simulate
@@ -26,6 +26,7 @@ def gang(fits: int, places: int, workers: int = 2, steps: int = 20, step_s: floa
     return Gang("train", fits, machines, steps, step_s, start_s=7.0, checkpoint_every_s=10.0)
 
 
+@settings(derandomize=True, deadline=None)
 @given(ITEMS)
 def test_one_actor_takes_all_items_one_after_the_other(items: list[float]) -> None:
     ran = simulate(queue(items, 1), NOTHING)
@@ -33,12 +34,14 @@ def test_one_actor_takes_all_items_one_after_the_other(items: list[float]) -> No
     assert (ran.restarts, ran.lost_s) == (0, 0)
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8))
 def test_fits_take_as_many_turns_as_places_leave(fits: int, places: int) -> None:
     ran = simulate(gang(fits, places), NOTHING)
     assert ran.seconds == pytest.approx(ceil(fits / places) * (7 + 20 * 2))
 
 
+@settings(derandomize=True, deadline=None)
 @given(ITEMS, st.integers(1, 6), st.integers(1, 3))
 def test_more_machines_are_never_slower(items: list[float], machines: int, each: int) -> None:
     fewer, more = (simulate(queue(items, count, each), NOTHING) for count in (machines, machines + 1))
@@ -46,20 +49,24 @@ def test_more_machines_are_never_slower(items: list[float], machines: int, each:
     assert more.seconds >= 5 + max(max(items), sum(items) / ((machines + 1) * each)) - 1e-9
 
 
+@settings(derandomize=True, deadline=None)
 @given(ITEMS, st.integers(1, 5), st.integers(1, 3), FAULTS)
 def test_failures_never_make_it_faster(items: list[float], machines: int, each: int, faults: Faults) -> None:
     stage = queue(items, machines, each)
     assert simulate(stage, faults).seconds >= simulate(stage, NOTHING).seconds - 1e-9
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 3), FAULTS)
 def test_failures_never_make_training_faster(fits: int, places: int, faults: Faults) -> None:
     stage = gang(fits, places)
     failed, whole = simulate(stage, faults), simulate(stage, NOTHING)
     assert failed.seconds >= whole.seconds - 1e-9
-    assert (failed.restarts == 0) == (failed.lost_s == 0 and failed.seconds == whole.seconds)
+    if failed.restarts == 0:
+        assert failed == whole
 
 
+@settings(derandomize=True, deadline=None)
 @given(ITEMS, FAULTS)
 def test_the_same_seed_gives_the_same_run(items: list[float], faults: Faults) -> None:
     assert simulate(queue(items, 3), faults) == simulate(queue(items, 3), faults)

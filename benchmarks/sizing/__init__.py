@@ -1,0 +1,1 @@
+"""What large base models need, as a page."""

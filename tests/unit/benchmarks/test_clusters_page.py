@@ -1,0 +1,44 @@
+"""docs/clusters.md shows the recorded figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.common import figures
+from benchmarks.machines import __main__ as machines
+from benchmarks.sharding import __main__ as sharding
+from benchmarks.sizing import __main__ as sizing
+
+PAGE = (figures.DOCS / "clusters.md").read_text()
+
+
+def read(name: str) -> dict:
+    return figures.read(figures.default_file(name))
+
+
+@pytest.mark.parametrize(
+    "render",
+    [
+        lambda: sharding.render(read(sharding.NAME)),
+        lambda: machines.render(read(machines.NAME)),
+        lambda: sizing.render({shape: read(f"plan-{shape}") for shape in sizing.SHAPES}),
+    ],
+    ids=["sharding", "machines", "sizing"],
+)
+def test_a_part_is_rendered_from_its_figures(render: Callable[[], str]) -> None:
+    assert render() in PAGE
+
+
+def test_a_group_answers_as_one_process() -> None:
+    found = read(sharding.NAME)
+    assert found["greedy_answers_equal"] == found["greedy_answers"]
+    assert found["trees_equal"] == found["trees"]
+    assert found["lost_process"]["is_same"]
+
+
+def test_whatever_is_lost_the_results_are_the_same() -> None:
+    found = read(machines.NAME)
+    assert found["same_on_all_counts"]
+    assert all(scenario["same"] for scenario in found["scenarios"])
