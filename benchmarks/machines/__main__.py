@@ -82,8 +82,7 @@ def run(config: Path, name: str, nodes: int, scenario: Any = None) -> tuple[Any,
         store = Store(str(config.parent / "runs"), name)
         try:
             if scenario is not None:
-                wait_until_due(job, store, scenario)
-                scenario.act(cluster)
+                scenario.act(cluster, wait_until_due(job, store, scenario, cluster))
             _, err = job.communicate(timeout=LIMIT_S)
         finally:
             job.kill()
@@ -93,12 +92,14 @@ def run(config: Path, name: str, nodes: int, scenario: Any = None) -> tuple[Any,
         return store, time.monotonic() - began, told
 
 
-def wait_until_due(job: subprocess.Popen[str], store: Any, scenario: Any) -> None:
+def wait_until_due(job: subprocess.Popen[str], store: Any, scenario: Any, cluster: Any) -> Any:
+    """The machine that the scenario is about; raises RuntimeError if the run ends before."""
     deadline = time.monotonic() + LIMIT_S
-    while not scenario.is_due(store):
+    while not scenario.is_due(store) or (scenario.nodes > 1 and (node := scenario.victim(cluster)) is None):
         if job.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{scenario.name}: the run ends before: {job.communicate()[1][-2000:]}")
         time.sleep(POLL_S)
+    return node if scenario.nodes > 1 else None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,62 +17,57 @@ from mavis_dist.store.files import MARKER, Store
 
 CPUS_PER_NODE = 1
 DRAINED_S = 10  # between the notice and the end of a machine
-ROLLOUT, TRAINING = "ray::Worker", "ray::RayTrainWorker"  # begin the titles of processes
+# Begin the titles of processes: actors while they work, and at any time; tasks; training workers.
+DECODING, ACTOR, LABELLING, TRAINING = "ray::Worker.work", "ray::Worker", "ray::label_shards", "ray::RayTrainWorker"
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One disturbance of a run."""
+    """One disturbance of a run, once a file is there and a machine, other than the head, has such a process."""
 
     name: str
     nodes: int  # at the start
-    is_due: Callable[[Store], object]
-    act: Callable[[Any], None]  # on a ray.cluster_utils.Cluster
+    pattern: str  # of the file, in the run's folder
+    title: str  # of the process; empty: none
+    act: Callable[[Any, Any], None]  # on a ray.cluster_utils.Cluster, and that machine
     has_redis: bool = False
+
+    def is_due(self, store: Store) -> bool:
+        return any(Path(store.root).glob(self.pattern))
+
+    def victim(self, cluster: Any) -> Any:
+        """The machine; None: there is none yet."""
+        return next((node for node in cluster.worker_nodes if not self.title or _has(node, self.title)), None)
 
 
 def scenarios() -> list[Scenario]:
-    """On four machines; one that joins late begins with one."""
-    lost = {
-        "rollouts": (has("rollouts/base/*.parquet"), ROLLOUT),
-        "labels": (has(f"rollouts/base/{MARKER}"), "ray::label"),
-        "training": (has("train/*/i0/checkpoints/step-*"), TRAINING),
-        "rollouts of the second iteration": (has("rollouts/brief-i1/*.parquet"), ROLLOUT),
-        "gate": (has(f"values/*/i1/{MARKER}"), ROLLOUT),
-        "evaluation": (has("eval/limit/**/*.json"), ROLLOUT),
-    }
+    """On four machines; those that join late find one."""
+    checkpoint = "train/*/i0/checkpoints/step-*"
     return [
-        *(Scenario(f"lost: {stage}", 4, due, lose(title)) for stage, (due, title) in lost.items()),
-        Scenario("three join late", 1, has("rollouts/base/*.parquet"), join),
-        Scenario("drained: training", 4, has("train/*/i0/checkpoints/step-*"), drain),
-        Scenario("head's state restarted", 4, has("train/*/i0/checkpoints/step-*"), restart_head, has_redis=True),
+        Scenario("lost: rollouts", 4, "run.yaml", DECODING, lose),
+        Scenario("lost: labels", 4, f"rollouts/base/{MARKER}", LABELLING, lose),
+        Scenario("lost: training", 4, checkpoint, TRAINING, lose),
+        Scenario("lost: rollouts of the second iteration", 4, f"values/*/i0/{MARKER}", DECODING, lose),
+        Scenario("lost: gate", 4, f"values/*/i1/{MARKER}", ACTOR, lose),
+        Scenario("lost: evaluation", 4, f"gate/*/i1/{MARKER}", ACTOR, lose),
+        Scenario("drained: training", 4, checkpoint, TRAINING, drain),
+        Scenario("three join late", 1, "run.yaml", "", join),
+        Scenario("head's state restarted", 4, checkpoint, TRAINING, restart_head, has_redis=True),
     ]
 
 
-def has(pattern: str) -> Callable[[Store], bool]:
-    """Whether the run has such a file."""
-    from pathlib import Path
-
-    return lambda store: any(Path(store.root).glob(pattern))
+def lose(cluster: Any, node: Any) -> None:
+    cluster.remove_node(node, allow_graceful=False)
 
 
-def lose(title: str) -> Callable[[Any], None]:
-    """Lose a machine, if possible one with such a process."""
-
-    def act(cluster: Any) -> None:
-        cluster.remove_node(_node_with(cluster, title), allow_graceful=False)
-
-    return act
-
-
-def join(cluster: Any) -> None:
+def join(cluster: Any, node: Any) -> None:
     for _ in range(3):
         cluster.add_node(num_cpus=CPUS_PER_NODE)
 
 
-def drain(cluster: Any) -> None:
+def drain(cluster: Any, node: Any) -> None:
     """As a cloud announces the end of a preempted machine, and then ends it."""
-    node, deadline = _node_with(cluster, TRAINING), time.monotonic() + DRAINED_S
+    deadline = time.monotonic() + DRAINED_S
     subprocess.run(
         [
             "ray",
@@ -90,7 +86,7 @@ def drain(cluster: Any) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
 
-def restart_head(cluster: Any) -> None:
+def restart_head(cluster: Any, node: Any) -> None:
     """The control store dies and comes back with its state, which Redis has."""
     cluster.head_node.kill_gcs_server(check_alive=False)
     cluster.head_node.start_gcs_server()
@@ -111,12 +107,11 @@ def redis() -> Iterator[str]:
         server.wait()
 
 
-def _node_with(cluster: Any, title: str) -> Any:
-    """A machine other than the head, which runs such a process if any of them does."""
-    for node in cluster.worker_nodes:
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        for process in raylet.children(recursive=True):
-            with suppress(psutil.Error):
-                if title in " ".join(process.cmdline()):
-                    return node
-    return next(iter(cluster.worker_nodes))
+def _has(node: Any, title: str) -> bool:
+    """Whether a machine runs a process whose title begins so."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for process in raylet.children(recursive=True):
+        with suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith(title):
+                return True
+    return False
