@@ -61,8 +61,9 @@ class Follower:
         assert self._shard is not None
         try:
             self._shard.follow()
-        finally:
-            os._exit(1)
+        except Exception:  # the leader has ended, or this process's part of a call has failed
+            logger.exception("the group has ended")
+        os._exit(1)
 
     @ray.method(concurrency_group="health")
     def check(self) -> None:

@@ -22,6 +22,8 @@ from weakref import WeakKeyDictionary, finalize
 
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from mavis_dist.models.cache import KVCache, Layout, Step
@@ -33,6 +35,7 @@ from mavis_dist.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SHARDS_SINCE = "5.21"  # the version of transformers
 COLLECTIVE_S = 60.0  # that a process may be behind the others within a call
 IDLE_DAYS = 3650  # that followers wait for the next call
 Forward = Callable[..., torch.Tensor]
@@ -61,6 +64,11 @@ def check_shards(model: PreTrainedModel, name: str, size: int) -> None:
     if size == 1:
         return
     key = f"config key 'base.tensor_parallel' is {size}: base.model {name!r}"
+    if Version(transformers.__version__) < Version(SHARDS_SINCE):
+        raise ShardError(
+            f"config key 'base.tensor_parallel' is {size}: transformers {transformers.__version__} does not split "
+            f"embeddings, install {SHARDS_SINCE} or newer, or use 1"
+        )
     if not model.supports_tp_plan:
         raise ShardError(f"{key} has no tensor-parallel plan in transformers: use 1, or another model")
     config = text_config(model)
@@ -96,6 +104,11 @@ class Shard:
         self._model: Any = None
         self._decoders: dict[int, HFDecoder] = {}
 
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return int(text_config(self._model).num_hidden_layers)
+
     def hold(self, model: PreTrainedModel) -> None:
         """Compute this model, which is sharded over the group."""
         self._model = model
@@ -111,10 +124,6 @@ class Shard:
             dist.broadcast_object_list(call, src=0, group=self._calls)
             name, arguments = call
             getattr(self, name)(*arguments)
-
-    def leave(self) -> None:
-        """End this process's part, so that the others fail at once."""
-        dist.destroy_process_group()
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -206,7 +215,7 @@ class Leader:
         """A decoder over the shards; `forward` is this process's own, and returns the outputs of its head."""
         with self._lock:
             self._num_opened += 1
-            number, cache = self._num_opened, RecordedCache(text_config(self._shard._model).num_hidden_layers)
+            number, cache = self._num_opened, RecordedCache(self._shard.num_layers)
             own = self._call("open", (number,), lambda: self._shard.open(number, forward, cache))
         decoder = LeadingDecoder(self, number, own, cache)
         finalize(decoder, self._closed.append, number)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,7 +85,7 @@ def test_a_follower_has_the_keys_and_values_of_the_leader(base: BaseModel, opera
             assert all(map(torch.equal, tensors(decoder.cache), tensors(decoder.other)))
 
 
-def test_a_model_is_shared_by_as_many_processes_as_its_heads_allow(tmp_path: Path) -> None:
+def test_a_model_is_shared_by_as_many_processes_as_its_heads_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = load_skeleton("smollm2-135m-instruct").model
     for size in (1, 3):
         check_shards(skeleton, "smollm", size)
@@ -96,6 +96,10 @@ def test_a_model_is_shared_by_as_many_processes_as_its_heads_allow(tmp_path: Pat
     with pytest.raises(ShardError) as caught:
         check_shards(skeleton, "smollm", 2)
     assert str(caught.value) == sentence
+    monkeypatch.setattr(transformers, "__version__", "5.20.1")
+    with pytest.raises(ShardError, match=r"transformers 5\.20\.1 does not split embeddings, install 5\.21 or newer"):
+        check_shards(skeleton, "smollm", 3)
+    monkeypatch.undo()
     skeleton._tp_plan, skeleton.base_model._tp_plan, skeleton.config.base_model_tp_plan = {}, {}, None
     with pytest.raises(ShardError, match="has no tensor-parallel plan in transformers: use 1"):
         check_shards(skeleton, "smollm", 3)
