@@ -98,7 +98,7 @@ class Store:
     def read_bytes(self, path: str) -> bytes:
         data = self._read(path, self._fs.cat_file)
         if data is None:
-            raise self._unreadable(path, FileNotFoundError())
+            raise self._problem("read", path, FileNotFoundError())
         return data
 
     def _read(self, path: str, action: Callable[[str], Result]) -> Result | None:
@@ -112,14 +112,14 @@ class Store:
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except Exception as error:  # every file system raises its own errors
-                problem = self._unreadable(path, error)
+                problem = self._problem(do, path, error)
                 if getattr(error, "errno", None) != errno.ESTALE:  # opening it again finds the new file
                     break
         raise problem
 
-    def _unreadable(self, path: str, error: Exception) -> StoreError:
+    def _problem(self, do: str, path: str, error: Exception) -> StoreError:
         return StoreError(
-            f"{self._full(path)} cannot be read ({_reason(error)}): check the storage, and its address and credentials "
+            f"{self._full(path)} cannot be {do} ({_reason(error)}): check the storage, and its address and credentials "
             f"on machine {platform.node()}"
         )
 
@@ -227,7 +227,8 @@ class Store:
             return Path(self._full(folder))
         target = Path(tempfile.mkdtemp(prefix="mavis-"))
         try:
-            self._read(folder, lambda full: self._fs.get(f"{full}/", f"{target}/", recursive=True))
+            if self._read(folder, lambda full: [self._fs.get(f"{full}/", f"{target}/", recursive=True)]) is None:
+                raise self._problem("read", folder, FileNotFoundError())
         except StoreError:
             shutil.rmtree(target, ignore_errors=True)
             raise
