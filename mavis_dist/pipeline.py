@@ -112,8 +112,8 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
     with timed(state, stage, f"{len(tasks)} sets of leaves"):
         counts = map_tasks(label_shards, tasks, stage, "sets of leaves")
     for (policy, name), count in zip(todo, counts, strict=True):
-        shards = shard_names(state.store, rollout_folder(policy))
-        state.store.finish(label_folder(policy, name), {"leaves": count}, shards)
+        written = shard_names(state.store, rollout_folder(policy))
+        state.store.finish(label_folder(policy, name), {"leaves": count}, written)
 
 
 def fit(state: RunState, iteration: int) -> None:

@@ -48,11 +48,9 @@ def reads_an_object(request: dict[str, Any]) -> bool:
 def test_a_bucket_that_does_not_exist_is_named_and_not_created(s3: S3Server) -> None:
     store = Store("s3://misspelt/runs", "run")
     assert store.list("") == []
-    with pytest.raises(
-        StoreError, match=r"^storage 's3://misspelt/runs' cannot be written \(The specified bucket does"
-    ):
+    with pytest.raises(StoreError, match=r"^storage 's3://misspelt/runs' cannot be written \(The specified bucket"):
         store.check_writable()
-    with pytest.raises(StoreError, match=r"^s3://misspelt/runs/run/f cannot be written \(The specified bucket does"):
+    with pytest.raises(StoreError, match=r"^s3://misspelt/runs/run/f cannot be written \(The specified bucket"):
         store.write_bytes("f", b"")
     with pytest.raises(StoreError, match=r"^s3://misspelt/runs/run/f cannot be read \(no such file\)"):
         store.read_bytes("f")
@@ -114,9 +112,7 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, s3: S3Se
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     forget_connections()
     for operation in all_operations(Store("s3://bucket/runs", "run")):
-        with pytest.raises(
-            StoreError, match=r"^s3://bucket/runs/run.* cannot be .*Could not connect.*: check the storage"
-        ):
+        with pytest.raises(StoreError, match=r"^s3://bucket/runs/run.* cannot be .*not connect.*: check the storage"):
             operation()
 
 
