@@ -241,6 +241,6 @@ def test_cluster_runs_in_token_mode(cluster):
 
 def test_cluster_installs_this_project_with_the_tested_versions(cluster):
     (source,) = (remote for remote, local in cluster["file_mounts"].items() if local == ".")
-    assert f"cd {source} && pip install -c constraints.txt -e ." in cluster["setup_commands"]
+    assert f'cd {source} && pip install -c constraints.txt -e ".[train,s3]"' in cluster["setup_commands"]
     assert f"-e PYTHONPATH={source}" in cluster["docker"]["run_options"]
     assert f":{RAY_VERSION}-" in cluster["docker"]["image"]
