@@ -8,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1-}" in
-  serve) package=. proof="import serve.app" ;;
-  train) package=".[train]" proof="import jobs.pipeline, mavis_dist.pipeline, mavis_dist.train.engine, deepspeed" ;;
+  serve) package=".[s3]" proof="import serve.app" ;;
+  train) package=".[train,s3]" proof="import jobs.pipeline, mavis_dist.pipeline, mavis_dist.train.engine, deepspeed" ;;
   *) echo "usage: $0 serve|train" >&2; exit 2 ;;
 esac
 python -m pip install --quiet --no-cache-dir --constraint constraints.txt --editable "$package"

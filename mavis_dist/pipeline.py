@@ -116,7 +116,8 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
         counts = map_tasks(label_shards, tasks, stage, "parts")
     for pair in todo:
         leaves = sum(count for owner, count in zip(owners, counts, strict=True) if owner == pair)
-        state.store.finish(label_folder(*pair), {"leaves": leaves})
+        written = shard_names(state.store, rollout_folder(pair[0]))
+        state.store.finish(label_folder(*pair), {"leaves": leaves}, written)
 
 
 def fit(state: RunState, iteration: int) -> None:

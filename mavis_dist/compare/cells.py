@@ -22,7 +22,7 @@ from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
 from mavis_dist.run_state import answer_params
 from mavis_dist.store import layout
-from mavis_dist.store.files import Store, StoreError, digest
+from mavis_dist.store.files import DamagedFile, Store, digest
 from mavis_dist.types import Prompt, UserError
 
 Weights = tuple[tuple[str, float], ...]  # by objective, positive, in the order of the config; the sum is 1
@@ -171,7 +171,7 @@ def read(store: Store, cell: Cell, prompts: Sequence[Prompt]) -> Answers:
         assert table["prompt_id"].to_pylist() == [prompt.id for prompt in prompts]
         return answers_of(table)
     except (pa.ArrowException, AssertionError, KeyError) as error:
-        raise StoreError(f"{store.root}/{cell.path} is damaged ({error}): delete it and run again") from None
+        raise DamagedFile(f"{store.root}/{cell.path} is damaged ({error}): delete it and run again") from None
 
 
 def answers_of(table: pa.Table) -> Answers:

@@ -13,7 +13,7 @@ from mavis_dist.evaluate.metadata import ModelMetadata, StageMetadata
 from mavis_dist.evaluate.report import render
 from mavis_dist.evaluate.sweep import Estimate, Sweep
 from mavis_dist.store import layout
-from mavis_dist.store.files import Store, StoreError
+from mavis_dist.store.files import DamagedFile, Store
 from mavis_dist.types import R2_KEY
 
 SHOWN_TOKENS = (1, 4)  # of the sibling test
@@ -72,5 +72,5 @@ def _sibling_figures(metadata: Mapping[str, Any], name: str) -> dict[int, Estima
 def _stages(store: Store) -> list[dict[str, Any]]:
     try:
         return store.read_json(layout.STAGES_FILE) if store.exists(layout.STAGES_FILE) else []
-    except StoreError:
+    except DamagedFile:
         return []  # a damaged file: the times are lost

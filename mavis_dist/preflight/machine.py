@@ -28,7 +28,7 @@ def check_machine(config: Config, probe: str, driver_versions: Mapping[str, str]
                 "install the same version on all machines"
             )
     store, here = Store(config.storage, config.run), platform.node()
-    if not store.exists(probe):
+    if not store.file_appears(probe):
         raise StoreError(
             f"storage {config.storage!r} is another folder on machine {here} than on the driver's: give a folder "
             "that all machines share, or a URI"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mavis_dist.core.tree import Tree
-from mavis_dist.store.files import Store, StoreError
+from mavis_dist.store.files import DamagedFile, Store, StoreError
 
 TREE_SCHEMA = pa.schema(
     {
@@ -51,7 +51,9 @@ class Labels:
 
 
 def shard_names(store: Store, folder: str) -> list[str]:
-    """Files of trees or labels in a folder, in order."""
+    """Files of trees or labels in a finished folder, in order; raises StoreError if it is not finished."""
+    if not store.appears(folder):
+        raise StoreError(f"{store.root}/{folder} is not finished: run the pipeline again")
     return [name for name in store.list(folder) if name.endswith(".parquet")]
 
 
@@ -86,7 +88,7 @@ def _read(store: Store, path: str, schema: pa.Schema, optional: Sequence[str] = 
         found = [column for column in schema if column.name not in optional or column.name in table.column_names]
         rows = table.cast(pa.schema(found)).to_pylist()
     except (pa.ArrowException, ValueError, KeyError) as error:
-        raise StoreError(f"{store.root}/{path} is damaged ({error}): delete it and run again") from None
+        raise DamagedFile(f"{store.root}/{path} is damaged ({error}): delete it and run again") from None
     types = {column.name: column.type.value_type for column in found if pa.types.is_list(column.type)}
     return [
         {name: np.array(x, dtype=types[name].to_pandas_dtype()) if name in types else x for name, x in row.items()}

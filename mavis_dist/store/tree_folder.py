@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mavis_dist.core.tree import Tree
-from mavis_dist.store.files import Store, StoreError
+from mavis_dist.store.files import DamagedFile, Store
 from mavis_dist.store.shards import read_trees, write_trees
 
 
@@ -44,5 +44,5 @@ class TreeFolder:
     def _ids(self, path: str) -> list[str]:
         try:
             return [tree.prompt_id for tree in read_trees(self._store, path)] if self._store.exists(path) else []
-        except StoreError:
+        except DamagedFile:
             return []  # damaged: its trees are generated again

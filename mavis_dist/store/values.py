@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mavis_dist.store.files import Store, StoreError
+from mavis_dist.store.files import DamagedFile, Store, StoreError
 from mavis_dist.store.layout import VALUES, distilled_folder, published_file, value_folder
 
 # Folder names are built from the parts of this pattern, so that a version cannot name any other folder.
@@ -66,7 +66,7 @@ def publish(store: Store, objective: str, iteration: int) -> None:
     pointer = published_file(objective)
     try:
         is_served = store.exists(pointer) and store.read_json(pointer)["iteration"] == iteration
-    except StoreError:
+    except DamagedFile:
         is_served = False  # damaged: written again
     if not is_served:
         store.write_json(pointer, {"iteration": iteration})
@@ -75,7 +75,7 @@ def publish(store: Store, objective: str, iteration: int) -> None:
 def publish_distilled(store: Store, objective: str, iteration: int, name: str | None) -> None:
     """Serve a distilled model instead of the iteration it was distilled from; None: the iteration itself."""
     _check_finished(store, objective, iteration)
-    if name is not None and store.metadata(distilled_folder(name)) is None:
+    if name is not None and not store.appears(distilled_folder(name)):
         raise StoreError(f"the distilled model {name!r} is not finished in {store.root}: distil it first")
     store.write_json(published_file(objective), {"iteration": iteration} | ({"distilled": name} if name else {}))
 
@@ -104,8 +104,8 @@ def fetch(store: Store, objective: str, iteration: int) -> Path:
 
 def fetch_folder(store: Store, path: str) -> Path:
     """A local folder with the finished value model of a folder of an objective or of a distilled model."""
-    folder = model_folder(store, path)
-    if store.metadata(folder) is None:
+    # In turn: a marker that is not visible yet does not say which folder is shared.
+    if not (store.appears(path) and store.appears(folder := model_folder(store, path))):
         raise StoreError(f"there is no finished value model {path!r} in {store.root}")
     return store.download(folder)
 
@@ -117,5 +117,5 @@ def model_folder(store: Store, path: str) -> str:
 
 
 def _check_finished(store: Store, objective: str, iteration: int) -> None:
-    if store.metadata(value_folder(objective, iteration)) is None:
+    if not store.appears(value_folder(objective, iteration)):
         raise StoreError(f"iteration {iteration} of {objective!r} is not finished in {store.root}: train it first")

@@ -44,8 +44,7 @@ class Checkpoints:
 
     def save(self, engine: Any, state: State) -> None:
         """Call it on all workers."""
-        name = f"step-{state.step:08d}"
-        target = f"{self._folder}/{name}"
+        target = f"{self._folder}/step-{state.step:08d}"
         if self._group.rank == 0:
             self._store.delete(target)  # remains of an attempt that died while saving
         self._group.barrier()
@@ -55,11 +54,12 @@ class Checkpoints:
             folder.mkdir(exist_ok=True)
             if self._group.rank == 0:
                 _write_state(folder, state)
-            for file in sorted(folder.iterdir()):
-                self._store.write_bytes(f"{target}/{file.name}", file.read_bytes())
-        self._group.barrier()
+            names = sorted(file.name for file in folder.iterdir())
+            for name in names:
+                self._store.write_bytes(f"{target}/{name}", (folder / name).read_bytes())
+        written = [name for names in self._group.gather(names) for name in names]
         if self._group.rank == 0:
-            self._store.finish(target, self._sharding)
+            self._store.finish(target, self._sharding, written)
             for old in self._store.list(self._folder)[:-KEPT]:
                 self._store.delete(f"{self._folder}/{old}")
 

@@ -26,7 +26,10 @@ def load_trees(store: Store, policy: Policy, objective: str) -> list[tuple[Tree,
     """All labelled trees of a policy, in the order of their shards."""
     folder, labels = rollout_folder(policy), label_folder(policy, objective)
     pairs = []
-    for name in shard_names(store, folder):
+    names = shard_names(store, folder)
+    if shard_names(store, labels) != names:
+        raise StoreError(f"{store.root}/{labels} does not belong to its trees: delete it and run again")
+    for name in names:
         trees, scores = read_trees(store, f"{folder}/{name}"), read_labels(store, f"{labels}/{name}")
         if [t.prompt_id for t in trees] != [s.prompt_id for s in scores]:
             raise StoreError(f"{store.root}/{labels}/{name} does not belong to its trees: delete it and run again")

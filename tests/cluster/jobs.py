@@ -1,4 +1,4 @@
-"""The pipeline as a user runs it, and hashes of its results."""
+"""The pipeline and other jobs as a user runs them, and hashes of its results."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def write_config(folder: Path, model: str | None = None) -> Path:
     return path
 
 
-def start(config_file: Path, address: str, *overrides: str) -> subprocess.Popen[str]:
+def start(config_file: Path, address: str, *overrides: str, job: str = "pipeline") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs.pipeline", "--config", str(config_file), *overrides],
+        [sys.executable, "-m", f"jobs.{job}", "--config", str(config_file), *overrides],
         cwd=ROOT,
         env={**os.environ, "RAY_ADDRESS": address},
         stdout=subprocess.PIPE,

@@ -74,9 +74,11 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grower = TreeGrower(Engine(base), Shape(2, 2, 2, 12), Policy(), Sampling(), 0)
     trees = sorted(grower.grow(prompts, [[5 + i, 6, 7] for i in range(24)]), key=lambda tree: tree.prompt_id)
     write_trees(store, f"{rollout_folder(Policy())}/part-00000.parquet", trees)
+    store.finish(rollout_folder(Policy()), {})
     labels = [Labels(t.prompt_id, t.leaves(), 1.0 * t.leaves()) for t in trees]
     for name in (*NAMES, *ON_STATES):
         write_labels(store, f"{label_folder(Policy(), name)}/part-00000.parquet", labels)
+        store.finish(label_folder(Policy(), name), {})
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

@@ -45,10 +45,12 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grower = TreeGrower(Engine(base), Shape(2, 2, 2, 12), Policy(), Sampling(), 0)
     trees = sorted(grower.grow(prompts, [[5 + i, 6, 7] for i in range(8)]), key=lambda tree: tree.prompt_id)
     write_trees(store, f"{rollout_folder(Policy())}/part-00000.parquet", trees)
+    store.finish(rollout_folder(Policy()), {})
     labels = [
         Labels(t.prompt_id, t.leaves(), np.array([float(t.answer(n).sum() % 7) for n in t.leaves()])) for t in trees
     ]
     write_labels(store, f"{label_folder(Policy(), 'vowels')}/part-00000.parquet", labels)
+    store.finish(label_folder(Policy(), "vowels"), {})
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

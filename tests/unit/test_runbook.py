@@ -16,7 +16,7 @@ STORE = [ast.parse((ROOT / "mavis_dist" / "store" / name).read_text()) for name 
 OTHERS = [ast.parse(file.read_text()) for room in ("decode", "models") for file in ROOT.glob(f"mavis_dist/{room}/*.py")]
 PLAN = ast.parse((ROOT / "mavis_dist" / "plan.py").read_text())
 [CHECK_SERVING] = [node for node in PLAN.body if isinstance(node, ast.FunctionDef) and node.name == "check_serving"]
-FOR_OPERATORS = {"DeployError", "EngineStopped", "KeyFileError", "PlanError", "StoreError"}
+FOR_OPERATORS = {"DamagedFile", "DeployError", "EngineStopped", "KeyFileError", "PlanError", "StoreError"}
 
 
 def constant_words(text: str) -> str:

@@ -23,6 +23,7 @@ from mavis_dist.models.value import from_base
 from mavis_dist.preflight import describe, machine
 from mavis_dist.preflight.checks import check, check_base, check_value
 from mavis_dist.preflight.machine import check_machine, check_packages, check_rewards
+from mavis_dist.store import files
 from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
 from tests.tiny import make_tokenizer, write_base
@@ -287,7 +288,10 @@ def test_a_base_model_that_so_many_processes_cannot_share_is_refused(base: Path)
     check_base(config(base, base={"model": str(base), "tensor_parallel": 2}))
 
 
-def test_a_machine_that_sees_another_storage_or_lacks_a_model_is_named(base: Path, tmp_path: Path) -> None:
+def test_a_machine_that_sees_another_storage_or_lacks_a_model_is_named(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LATE_S", 0.1)
     made = config(base, storage=str(tmp_path / "runs"))
     store = Store(made.storage, made.run)
     with store.probe() as probe:

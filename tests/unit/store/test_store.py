@@ -14,17 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from mavis_dist.core.tree import Finish, Tree, TreeBuilder
-from mavis_dist.store import layout, values
+from mavis_dist.store import files, layout, values
 from mavis_dist.store.files import MARKER, Store, StoreError
 from mavis_dist.store.shards import Labels, read_labels, read_trees, write_labels, write_trees
 from mavis_dist.store.tree_folder import TreeFolder
 
 
-@pytest.fixture(params=["file", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "file":
-        return Store(str(tmp_path), "run")
-    return Store(f"memory://{tmp_path.name}", "run")
+@pytest.fixture(params=["file", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr(files, "LATE_S", 0.1)
+    if request.param == "s3":
+        return Store(f"s3://{request.getfixturevalue('s3').bucket}/{tmp_path.name}", "run")
+    return Store(str(tmp_path) if request.param == "file" else f"memory://{tmp_path.name}", "run")
 
 
 def tree() -> Tree:

@@ -182,9 +182,11 @@ def test_stored_objectives_share_a_model_and_a_later_iteration_starts_from_its_o
     trees = sorted(grower.grow([Prompt(f"p{i}", "") for i in range(24)], [[5 + i, 6] for i in range(24)]), key=id_of)
     for policy, labelled in ((Policy(), names), (Policy("brief", 1), ("brief",))):
         write_trees(store, f"{rollout_folder(policy)}/part-00000.parquet", trees)
+        store.finish(rollout_folder(policy), {})
         for k, name in enumerate(labelled, 1):
             scores = [Labels(t.prompt_id, t.leaves(), np.sin(1.0 * k * t.leaves())) for t in trees]
             write_labels(store, f"{label_folder(policy, name)}/part-00000.parquet", scores)
+            store.finish(label_folder(policy, name), {})
     held_out, scale = frozenset(f"p{i}" for i in range(8)), RewardScale(0.0, 1.0)
 
     heads.train(Fit(names, 0, None, (scale, scale), held_out), config, store, WorkerGroup())

@@ -1,0 +1,94 @@
+"""Runs in a bucket: one that is killed and resumed gives the results of a local run, and its models can be served."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+from mavis_dist.store.files import MARKER, Store
+from tests.cluster.jobs import LIMIT_S, finish, hashes, start
+from tests.s3 import S3Server, s3_server
+from tests.serving.conftest import free_port
+from tests.tiny import MODEL, write_models
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def submitted(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives jobs the credentials as `ray job submit --runtime-env-json` does: the cluster was started without."""
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": {"env_vars": s3.environment}}))
+
+
+def test_a_killed_run_in_a_bucket_gives_the_same_bytes(
+    undisturbed: Store, config_file: Path, ray_address: str, s3: S3Server, submitted: None
+) -> None:
+    arguments = (f"storage=s3://{s3.bucket}/runs", "run=remote", "iterations=1")
+    store = Store(f"s3://{s3.bucket}/runs", "remote")
+
+    job = start(config_file, ray_address, *arguments)
+    deadline = time.monotonic() + LIMIT_S
+    checkpoints = "train/brief/i0/checkpoints"
+    while not any(store.exists(f"{checkpoints}/{name}/{MARKER}") for name in store.list(checkpoints)):
+        assert job.poll() is None, job.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    job.kill()
+    job.communicate()
+
+    _, err = finish(start(config_file, ray_address, *arguments))
+    assert err.count("finished before, skipped") == 1 + 2
+    local = store.download("")
+    stored, expected = hashes(Store(str(local.parent), local.name)), hashes(undisturbed)
+    assert len(stored) == 2 + 2 * 2 + 2 + 2 + (1 + 2) + 1
+    second = ("gate/", "eval/sweep/")  # what a second iteration adds to
+    assert {path for path in stored if stored[path] != expected[path] and not path.startswith(second)} == set()
+    assert list(local.glob("train/*/i0/tensorboard/events.*"))
+    assert not list(local.glob("train/.ray/*/*"))
+
+
+def test_a_service_loads_its_models_from_a_bucket(
+    ray_address: str, s3: S3Server, submitted: None, tmp_path: Path
+) -> None:
+    write_models(tmp_path, "served", ("brief",))
+    store, run = Store(f"s3://{s3.bucket}/runs", "served"), tmp_path / "runs" / "served"
+    for file in run.rglob("*.*"):
+        store.write_bytes(str(file.relative_to(run)), file.read_bytes())
+    settings = {
+        "run": "served",
+        "storage": store.storage,
+        "objectives": {"brief": {"reward": "brevity"}},
+        "base": {"model": str(tmp_path / MODEL), "dtype": "float32"},
+        "serve": {"port": free_port(), "cpus_per_replica": 0.1},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    job = start(config, ray_address, job="serve")
+    try:
+        assert job.stdout is not None
+        url = re.findall(r"http://\S+/v1", job.stdout.readline())[0]
+        asked = {
+            "model": settings["base"]["model"],
+            "prompt": "a",
+            "objective_weights": {"brief": 1.0},
+            "max_tokens": 3,
+        }
+        answer = httpx.post(f"{url}/completions", json=asked, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 3
+    finally:
+        job.terminate()
+        _, err = job.communicate(timeout=LIMIT_S)
+    assert job.returncode in (0, 143), err[-3000:]
