@@ -20,7 +20,7 @@ from mavis_dist.decode.load_guide import fetch_published, load_guide, load_model
 from mavis_dist.models import value
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.sections import Limits
-from mavis_dist.store import layout, values
+from mavis_dist.store import files, layout, values
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.train.data import Fit
 from mavis_dist.train.model import trainable_model
@@ -391,7 +391,8 @@ def break_model(store: Store, path: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["weights", "unfinished", "other base"])
-def test_a_version_that_cannot_be_loaded_ends_its_own_requests(bases, folder, store, base, damage):
+def test_a_version_that_cannot_be_loaded_ends_its_own_requests(bases, folder, store, base, damage, monkeypatch):
+    monkeypatch.setattr(files, "LATE_S", 0.1)
     publish_next(folder, RUN, "positive", 1, seed=8)
     path = layout.value_folder("positive", 1)
     if damage == "weights":
