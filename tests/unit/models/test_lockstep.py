@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mavis_dist.models import lockstep
 from mavis_dist.models.cache import KVCache
 from mavis_dist.models.hf import HFDecoder
 from mavis_dist.models.kv import SlotModel
@@ -96,7 +96,7 @@ def test_a_model_is_shared_by_as_many_processes_as_its_heads_allow(monkeypatch: 
     with pytest.raises(ShardError) as caught:
         check_shards(skeleton, "smollm", 2)
     assert str(caught.value) == sentence
-    monkeypatch.setattr(transformers, "__version__", "5.20.1")
+    monkeypatch.setattr(lockstep.transformers, "__version__", "5.20.1")
     with pytest.raises(ShardError, match=r"transformers 5\.20\.1 does not split embeddings, install 5\.21 or newer"):
         check_shards(skeleton, "smollm", 3)
     monkeypatch.undo()

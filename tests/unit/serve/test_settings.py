@@ -95,7 +95,19 @@ OTHER_SETTINGS = {
 }
 ELSEWHERE = {"host", "port"}  # of Serve itself: http_options in a file
 # What the arguments take from other sections of the config.
-OTHERS = {"storage", "run", "dtype", "device", "base", "system", "beta", "tilt_cap", "residual_cap", "objective"}
+OTHERS = {
+    "storage",
+    "run",
+    "dtype",
+    "device",
+    "base",
+    "tensor_parallel",
+    "system",
+    "beta",
+    "tilt_cap",
+    "residual_cap",
+    "objective",
+}
 
 
 def changed(args: MainArgs | ValueArgs, others: MainArgs | ValueArgs) -> set[str]:
