@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar
 from packaging.requirements import Requirement
 
 from mavis_dist import config as config_module
+from mavis_dist import environment
 from mavis_dist.config import Config
 from mavis_dist.types import Stopped, UserError
 
@@ -47,6 +48,12 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=Path, metavar="FILE", help="also keep all answers in this parquet file")
     files = "make the figures from such files instead of the run; several are put side by side"
     parser.add_argument("--from", dest="sources", type=_paths, default=[], metavar="FILE,FILE", help=files)
+
+
+def add_dashboard(parser: argparse.ArgumentParser) -> None:
+    """The address of Ray's dashboard."""
+    text = "default: RAY_API_SERVER_ADDRESS, or else %(default)s"
+    parser.add_argument("--dashboard", default=environment.dashboard(), metavar="URL", help=text)
 
 
 def _paths(text: str) -> list[Path]:

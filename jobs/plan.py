@@ -15,12 +15,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import arguments
+from mavis_dist import environment
 
 if TYPE_CHECKING:
     from mavis_dist.config import Config
@@ -165,10 +165,9 @@ def _provenance(line: str) -> dict[str, Any]:
     """Command line, the machine that it ran on, and the versions of what counts parameters."""
     from mavis_dist.sizing.machines import this_machine
 
-    here, packages = this_machine(), ("torch", "transformers")
+    here = this_machine()
     machine = {"processor": platform.machine(), "cores": here.cpus, "memory_gib": here.memory_gib, "gpus": []}
-    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-    return {"command": line, "machine": machine, "versions": versions}
+    return {"command": line, "machine": machine, "versions": environment.versions(("torch", "transformers"))}
 
 
 if __name__ == "__main__":

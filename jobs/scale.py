@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jobs import arguments
-from mavis_dist import environment  # with the mode of authentication, which Ray reads once
 from mavis_dist.types import UserError
 
 if TYPE_CHECKING:
@@ -23,17 +22,12 @@ if TYPE_CHECKING:
 
 STAGE = "scale"
 POLL_S = 1.0
-DASHBOARD = "http://127.0.0.1:8265"
-HEALTHY = "HEALTHY"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.scale", description="Show or change numbers of replicas.")
     parser.add_argument("counts", nargs="*", metavar="NAME=COUNT", help="base, or an objective, and its replicas")
-    address = environment.variable("RAY_API_SERVER_ADDRESS") or DASHBOARD
-    parser.add_argument(
-        "--dashboard", default=address, metavar="URL", help="default: RAY_API_SERVER_ADDRESS, or else %(default)s"
-    )
+    arguments.add_dashboard(parser)
     parser.add_argument(
         "--wait", type=float, default=600.0, metavar="SECONDS", help="until the replicas run (default: %(default)s)"
     )

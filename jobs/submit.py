@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import arguments
 from mavis_dist import config as config_module
-from mavis_dist import environment
 from mavis_dist.progress import say
 from mavis_dist.types import UserError, one_line
 
@@ -28,21 +27,18 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ("pipeline", "distill", "evaluate", "serve", "quickstart", "check")
-DASHBOARD = "http://127.0.0.1:8265"
 EXCLUDED = [".git"]  # .gitignore names the rest
 # That a stopped job has to save its work; Ray's own limit is 3.
 STOP_S = 120
 FAILED = 1
+ACTIVE = ("PENDING", "RUNNING")  # statuses of a job that has not ended
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.submit", description="Run a job on a cluster through Ray's Jobs API, and follow it."
     )
-    address = environment.variable("RAY_API_SERVER_ADDRESS") or DASHBOARD
-    parser.add_argument(
-        "--dashboard", default=address, metavar="URL", help="default: RAY_API_SERVER_ADDRESS, or else %(default)s"
-    )
+    arguments.add_dashboard(parser)
     parser.add_argument("--no-wait", action="store_true", help="do not follow the job")
     parser.add_argument("--stop", action="store_true", help="stop the job of this name, which saves its work")
     parser.add_argument("--again", action="store_true", help="run a finished job again")
@@ -65,11 +61,11 @@ def run(given: argparse.Namespace) -> int:
     if status == "SUCCEEDED" and not given.again:
         say(name, "finished before; --again runs it again")
         return 0
-    if status not in ("PENDING", "RUNNING"):
+    if status not in ACTIVE:
         if status is not None:
             client.delete_job(name)  # frees the name; the run's results are in its storage
         submit(client, name, command)
-    say(name, "submitted" if status is None else "runs already" if status in ("PENDING", "RUNNING") else "resumes")
+    say(name, "submitted" if status is None else "runs already" if status in ACTIVE else "resumes")
     return 0 if given.no_wait else follow(client, name)
 
 
@@ -117,7 +113,7 @@ def submit(client: JobSubmissionClient, name: str, command: str) -> None:
 
 
 def stop(client: JobSubmissionClient, name: str, status: str | None) -> int:
-    if status not in ("PENDING", "RUNNING"):
+    if status not in ACTIVE:
         say(name, "does not run" if status is None else f"does not run any more ({status.lower()})")
         return 0
     client.stop_job(name)

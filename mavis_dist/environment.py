@@ -21,6 +21,7 @@ MAVIS_KEYS                             file of API keys that `jobs.serve` requir
 MAVIS_API_KEY                          API key that `jobs.ask` sends to a service
 MAVIS_CACHE                            folder of prepared models and compiled operators (default ~/.cache/mavis_dist)
 RAY_ADDRESS                            cluster to join; without it a local one is started
+RAY_API_SERVER_ADDRESS                 Ray's dashboard, for jobs.submit and jobs.scale (default http://127.0.0.1:8265)
 HOME                                   where it is no folder that this user may write to, as in many containers (/, none
                                        or another user's), the one in the list of users, else a private folder below
                                        the temporary files: libraries store settings and caches there
@@ -95,6 +96,7 @@ ALLOWED = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": FLAG,
     "OMP_WAIT_POLICY": ("passive", "active"),
 }
+DASHBOARD = "http://127.0.0.1:8265"  # where Ray puts it
 COMPUTING = ("mavis-dist", "torch", "transformers")  # packages that decide what a model computes
 FOLDERS = ("MAVIS_CACHE", "HF_HOME")  # that all processes of a run share
 
@@ -136,6 +138,11 @@ def versions(packages: Iterable[str] = COMPUTING) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed as a package"
     return found
+
+
+def dashboard() -> str:
+    """The address of Ray's dashboard: RAY_API_SERVER_ADDRESS, or that of a cluster on this machine."""
+    return variable("RAY_API_SERVER_ADDRESS") or DASHBOARD
 
 
 def key_file() -> str | None:

@@ -140,14 +140,15 @@ class LeaderStarter:
     def start(self) -> ActorHandle[Any]:
         size, rollout = self._config.base.tensor_parallel, self._config.rollout
         options: dict[str, Any] = {"num_cpus": rollout.cpus_per_actor, "num_gpus": rollout.gpus_per_actor}
-        if size == 1:
-            return self._actor.options(**options).remote(self._config)
-        placed = placement_group(bundles(size, rollout.cpus_per_actor, rollout.gpus_per_actor), strategy=STRATEGY)
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-            placed, 0, placement_group_capture_child_tasks=True
-        )
-        actor = self._actor.options(**options).remote(self._config)
-        self._placed[actor] = placed
+        placed = None
+        if size > 1:
+            placed = placement_group(bundles(size, rollout.cpus_per_actor, rollout.gpus_per_actor), strategy=STRATEGY)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                placed, 0, placement_group_capture_child_tasks=True
+            )
+        actor: ActorHandle[Any] = self._actor.options(**options).remote(self._config)
+        if placed is not None:
+            self._placed[actor] = placed
         return actor
 
     def stop(self, actor: ActorHandle[Any]) -> None:

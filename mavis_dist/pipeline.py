@@ -105,10 +105,11 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
     if not todo:
         return
     state.release_workers()  # labelling needs the cores of the rollout actors
-    owners, tasks = [], []
+    owners, tasks, names = [], [], {}
     for policy, name in todo:
         source, target = rollout_folder(policy), label_folder(policy, name)
-        shards = [(f"{source}/{shard}", f"{target}/{shard}") for shard in shard_names(state.store, source)]
+        names[policy, name] = shard_names(state.store, source)
+        shards = [(f"{source}/{shard}", f"{target}/{shard}") for shard in names[policy, name]]
         for part in tasks_of(shards, len(todo), cluster.nodes()):
             owners.append((policy, name))
             tasks.append((state.config, name, state.train, part))
@@ -116,8 +117,7 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
         counts = map_tasks(label_shards, tasks, stage, "parts")
     for pair in todo:
         leaves = sum(count for owner, count in zip(owners, counts, strict=True) if owner == pair)
-        written = shard_names(state.store, rollout_folder(pair[0]))
-        state.store.finish(label_folder(*pair), {"leaves": leaves}, written)
+        state.store.finish(label_folder(*pair), {"leaves": leaves}, names[pair])
 
 
 def fit(state: RunState, iteration: int) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
+from mavis_dist.environment import DASHBOARD
 from mavis_dist.types import UserError, one_line
 from serve.settings import MAIN, value_application
 
-DEFAULT = "http://127.0.0.1:8265"
 ANSWER_S = 30.0
 
 
@@ -40,7 +40,7 @@ class Dashboard:
             self._http = httpx.Client(base_url=address, headers=headers, timeout=ANSWER_S, trust_env=False)
         except (httpx.InvalidURL, RuntimeError, ValueError) as error:
             raise ScaleError(
-                f"--dashboard {address} cannot be used ({one_line(error)}): give a URL, {DEFAULT}"
+                f"--dashboard {address} cannot be used ({one_line(error)}): give a URL, {DASHBOARD}"
             ) from None
         self._address = address
 

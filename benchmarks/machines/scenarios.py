@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.common.service import free_port
 from mavis_dist.store.files import MARKER, Store
 
 CPUS_PER_NODE = 1
@@ -95,9 +95,7 @@ def restart_head(cluster: Any, node: Any) -> None:
 @contextmanager
 def redis() -> Iterator[str]:
     """The address of a Redis server on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--daemonize", "no"]
     server = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
     try:

@@ -74,12 +74,16 @@ def check_shards(model: PreTrainedModel, name: str, size: int) -> None:
     config = text_config(model)
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    most = gcd(heads, key_heads)
-    if most % size:
-        possible = [str(count) for count in range(1, most + 1) if most % count == 0]
+    sizes = group_sizes(gcd(heads, key_heads))
+    if size not in sizes:
         raise ShardError(
-            f"{key} has {heads} attention heads and {key_heads} key-value heads: use {' or '.join(possible)}"
+            f"{key} has {heads} attention heads and {key_heads} key-value heads: use {' or '.join(map(str, sizes))}"
         )
+
+
+def group_sizes(num_heads: int) -> list[int]:
+    """Numbers of processes that can share so many heads out evenly."""
+    return [size for size in range(1, num_heads + 1) if num_heads % size == 0]
 
 
 def meeting_point(host: str, size: int) -> dist.TCPStore:

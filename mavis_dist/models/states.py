@@ -38,7 +38,12 @@ def state_layer(config: Any, chosen: int | None) -> int:
         raise StateLayerError(
             f"value.layers is {chosen} but the base model has {available} layers: use at most {available}, or null"
         )
-    return max(1, round(DEPTH * available)) if chosen is None else chosen
+    return default_layer(available) if chosen is None else chosen
+
+
+def default_layer(available: int) -> int:
+    """The layer that heads read where `value.layers` is null, of so many."""
+    return max(1, round(DEPTH * available))
 
 
 def states_width(config: Any) -> int:

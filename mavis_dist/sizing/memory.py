@@ -266,11 +266,15 @@ def _candidates(config: Config, models: Models, process: str) -> Iterator[tuple[
     if process == "training worker":
         yield from _training_candidates(config)
         return
+    from mavis_dist.models.lockstep import group_sizes  # here: a simulation with given rates needs no torch
+
     key, rows = ("rollout.rows", config.rollout.rows)
     if process not in ("rollout actor", "its follower"):
         key, rows = ("serve.rows", config.serve.rows)
     yield from (((key, fewer),) for fewer in _halves(rows))
-    yield from ((("base.tensor_parallel", n),) for n in group_sizes(models.base) if n > config.base.tensor_parallel)
+    yield from (
+        (("base.tensor_parallel", n),) for n in group_sizes(models.base.key_heads) if n > config.base.tensor_parallel
+    )
 
 
 def _training_candidates(config: Config) -> Iterator[tuple[Change, ...]]:
@@ -287,11 +291,6 @@ def _training_candidates(config: Config) -> Iterator[tuple[Change, ...]]:
             accumulation: Change = ("train.accumulation", max(1, int(steps[1]) // workers))
             change = (("train.zero_stage", 3), ("train.workers", workers), steps, accumulation)
             yield (*change, ("train.offload", True)) if offload else change
-
-
-def group_sizes(size: Size) -> list[int]:
-    """Numbers of processes that can share a model: they divide its heads of keys."""
-    return [n for n in range(1, size.key_heads + 1) if size.key_heads % n == 0]
 
 
 def _halves(count: int) -> Iterator[int]:

@@ -115,7 +115,9 @@ def train_step_s(config: Config, models: Models | None, machines: Machines, rate
     chip = engine_of(config, machines, train.cpus_per_worker, train.gpus_per_worker)
     tokens, flops_per_s = stage.tokens / train.workers, chip.tflops * 1e12 * chip.train_fraction
     if models.value is None:
-        layers = config.value.layers or round(models.base.layers * 2 / 3)
+        from mavis_dist.models.states import default_layer  # here: a simulation with given rates needs no torch
+
+        layers = config.value.layers or default_layer(models.base.layers)
         return tokens * FORWARD_FLOPS * layers * models.base.matrices / flops_per_s
     parameters = models.value.layers * models.value.matrices
     exchanged = 2 * 4 * parameters * (train.workers - 1) / train.workers / NETWORK_BYTES_PER_S

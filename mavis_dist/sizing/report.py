@@ -9,7 +9,7 @@ from typing import Any
 from mavis_dist.config import Config
 from mavis_dist.plan import PlanError, check_serving, make_plan
 from mavis_dist.sizing.machines import GIB, Machines
-from mavis_dist.sizing.memory import Fit, Models, fits, group_sizes
+from mavis_dist.sizing.memory import Fit, Models, fits
 from mavis_dist.sizing.predict import Prediction, num_actors, predict, scaling
 from mavis_dist.sizing.rates import Rates, tokens_per_s, train_step_s
 from mavis_dist.sizing.simulate import Faults
@@ -55,7 +55,9 @@ def size_up(
 
 
 def _device_problems(config: Config, models: Models, machines: Machines) -> Iterator[str]:
-    size, sizes = config.base.tensor_parallel, group_sizes(models.base)
+    from mavis_dist.models.lockstep import group_sizes
+
+    size, sizes = config.base.tensor_parallel, group_sizes(models.base.key_heads)
     if size not in sizes:
         possible = ", ".join(map(str, sizes))
         yield f"base.tensor_parallel={size} does not divide the heads of keys: set one of {possible}"

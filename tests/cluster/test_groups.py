@@ -15,6 +15,7 @@ import psutil
 import pytest
 import ray
 
+from benchmarks.common.service import free_port
 from mavis_dist import LLM, config
 from mavis_dist.actors import WorkerPool
 from mavis_dist.config import Config
@@ -118,15 +119,6 @@ def test_a_member_that_hangs_is_noticed(tmp_path: Path) -> None:
         for follower in followers():
             follower.send_signal(signal.SIGCONT)
     wait_until_gone()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from benchmarks.common.service import free_port
 from mavis_dist.store.files import MARKER, Store
 from tests.cluster.jobs import LIMIT_S, finish, hashes, start
 from tests.s3 import S3Server, s3_server
-from tests.serving.conftest import free_port
 from tests.tiny import MODEL, write_models
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from benchmarks.common.service import free_port
 from mavis_dist.core.tree import Shape
 from mavis_dist.decode import Engine
 from mavis_dist.models.load import load_base
@@ -96,12 +96,6 @@ def runs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         log.seek(0)
         assert code == 0, log.read()[-3000:]
     return output
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def weights(runs: Path, name: str) -> dict[str, torch.Tensor]:
