@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -12,8 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models on shared cores: more threads only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# Clusters of other sessions on this machine have another one: a submitted job joins the newest cluster of its folder.
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
-import mavis_dist.environment  # noqa: F401  before libraries that need a home folder
+import mavis_dist.environment  # noqa: E402, F401  before libraries that need a home folder
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 import ray
 import yaml
 from ray._private.runtime_env import packaging
+from ray._private.utils import write_ray_address
 
 from jobs import submit
 from mavis_dist import cluster
@@ -81,10 +82,13 @@ def test_a_job_is_stopped_resumed_and_not_repeated(
 ) -> None:
     context = ray.init(ignore_reinit_error=True)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://{context.dashboard_url}")
+    write_ray_address(ray_address)  # other tests have started and ended clusters since
     store = Store(str(checkout.parent / "runs"), "short")
     assert run_job("--no-wait") == 0
+    client, name = submit.connect(f"http://{context.dashboard_url}"), "pipeline-short"
     deadline = time.monotonic() + LIMIT_S
     while not list(Path(store.root).glob(f"train/brief/i0/checkpoints/step-*/{MARKER}")):
+        assert submit.known(client, name) in submit.ACTIVE, client.get_job_logs(name)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert run_job("--stop") == 0
