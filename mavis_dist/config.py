@@ -89,6 +89,21 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _vllm_in_one_process(self) -> Config:
+        if self.base.engine == "vllm":
+            if self.base.tensor_parallel > 1:
+                raise ValueError(
+                    f"base.engine=vllm computes the base model in one process, and base.tensor_parallel="
+                    f"{self.base.tensor_parallel} shares it out: use base.tensor_parallel=1, or base.engine=builtin"
+                )
+            if self.value.kind == "states":
+                raise ValueError(
+                    "value.kind='states' reads the base model's states, which base.engine=vllm does not give: use "
+                    "value.kind=model or shared"
+                )
+        return self
+
     @property
     def learns_prefixes(self) -> bool:
         """Whether value models are trained to predict rewards of unfinished answers as well."""
@@ -101,6 +116,7 @@ FREE_KEYS = frozenset(
         "storage",
         "iterations",
         "base.device",
+        "base.engine",
         "base.tensor_parallel",
         "rollout.actors",
         "rollout.cpus_per_actor",

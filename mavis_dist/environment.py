@@ -19,6 +19,9 @@ GOMP_SPINCOUNT=1000                    but waking a thread costs as much as a sm
 MAVIS_KEYS                             file of API keys that `jobs.serve` requires (default: no keys on loopback, else
                                        keys.json); "none": no keys on any address
 MAVIS_API_KEY                          API key that `jobs.ask` sends to a service
+MAVIS_VALUES                           value models that a vLLM server steers with: a run's folder or URI, or pairs
+                                       name=folder (docs/vllm.md)
+MAVIS_ANY_VLLM                         set: versions of vLLM that were not tested may be used
 MAVIS_CACHE                            folder of prepared models and compiled operators (default ~/.cache/mavis_dist)
 RAY_ADDRESS                            cluster to join; without it a local one is started
 RAY_API_SERVER_ADDRESS                 Ray's dashboard, for jobs.submit and jobs.scale (default http://127.0.0.1:8265)

@@ -26,6 +26,7 @@ from mavis_dist.failures import failure_of, last_words
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.models.lockstep import GroupLost, Leader, Place, Shard, meeting_point
 from mavis_dist.types import UserError
+from mavis_dist.vllm import rows as vllm_rows
 
 HEALTH_S = 5.0  # that a follower has to answer
 STRATEGY = "PACK"  # on one machine, if it has room
@@ -73,15 +74,30 @@ class Follower:
 class BaseGroup:
     """A base model, computed by this process alone or as the leader of a group."""
 
-    def __init__(self, model: str, dtype: str, device: str, size: int, cpus: float, gpus: float):
-        """Load it; `cpus` and `gpus` are those of every process.
+    base: BaseModel
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        device: str,
+        size: int,
+        cpus: float,
+        gpus: float,
+        engine: str = "builtin",
+        rows: int = 1,
+    ):
+        """Load it; `cpus` and `gpus` are those of every process, `rows` the most that vLLM computes at a time.
 
         Raises:
             UserError: a machine has another model, or other versions of what computes it.
         """
         self._followers: list[ActorHandle[Follower]] = []
+        if engine == "vllm":
+            self.base = vllm_rows.load_base(model, dtype, device, rows)
+            return
         if size == 1:
-            self.base: BaseModel = load_base(model, dtype, device)
+            self.base = load_base(model, dtype, device)
             return
         _hide_gpus(device)
         self._followers = [_follower(rank, cpus, gpus) for rank in range(1, size)]
@@ -126,7 +142,7 @@ def rollout_group(config: Config) -> BaseGroup:
     base, rollout = config.base, config.rollout
     torch.set_num_threads(max(1, int(rollout.cpus_per_actor)))
     size, cpus, gpus = base.tensor_parallel, rollout.cpus_per_actor, rollout.gpus_per_actor
-    return BaseGroup(base.model, base.dtype, base.device, size, cpus, gpus)
+    return BaseGroup(base.model, base.dtype, base.device, size, cpus, gpus, base.engine, rollout.rows)
 
 
 class LeaderStarter:

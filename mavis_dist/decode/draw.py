@@ -54,6 +54,8 @@ class Drawn:
     faults: Mapping[int, str]  # by b, of the rows that fail: the reason
     alternatives: dict[int, list[Alternative]]  # by b, of the rows that request them
     logprobs: dict[int, TokenLogprobs]  # by b, of the rows that request them
+    drafts: Drafts  # the candidates and
+    scores: Scores  # their tilt, for who draws from them
 
 
 tree(Filters)
@@ -117,6 +119,8 @@ def draw(
         faults=_faults(batch, read["soundness"], read["likeliest"]),
         alternatives=_alternatives(batch, drafts, outcome.scores) if batch.has_draws else {},
         logprobs=token_logprobs(drafts, outcome.scores, outcome.index_B, batch.top_logprobs),
+        drafts=drafts,
+        scores=outcome.scores,
     )
 
 

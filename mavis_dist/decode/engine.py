@@ -19,13 +19,14 @@ from mavis_dist.decode.batch import Batch, Values, named
 from mavis_dist.decode.draw import Drawn, DrawReplays, draw
 from mavis_dist.decode.guide import Guide, GuideRow, Valuation
 from mavis_dist.decode.preference_step import PreferenceStep
-from mavis_dist.decode.request import Choice, FinishReason, Request, Scorer, Update
+from mavis_dist.decode.request import Choice, FinishReason, Request, RequestError, Scorer, Update
 from mavis_dist.decode.scheduler import Piece, Row, Scheduler
 from mavis_dist.decode.text import StoppedText
 from mavis_dist.decode.validate import Bounds, validate
 from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.kv import SlotModel
 from mavis_dist.models.load import BaseModel
+from mavis_dist.models.rows import Rows
 
 # Tokens of new prompts that a step encodes: few enough not to delay running answers noticeably.
 PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}
@@ -66,9 +67,12 @@ class Engine:
         self.max_context, self.max_rows, self.cache_tokens = base.max_context, max_rows, cache_tokens
         self._guide = guide
         self._scheduler = Scheduler(max_rows, cache_tokens)
-        self._device = base.model.device
-        self._static_shapes = self._device.type != "cpu" if static_shapes is None else static_shapes
-        self._base = SlotModel(base_decoder(base.model, use_hf_forward), self._static_shapes)
+        if base.rows is None:
+            is_static = base.model.device.type != "cpu" if static_shapes is None else static_shapes
+            self._base: Rows = SlotModel(base_decoder(base.model, use_hf_forward), is_static)
+        else:
+            is_static, self._base = False, base.rows()
+        self._static_shapes, self._device = is_static, self._base.device
         # A LocalGuide, or one around it: no other has students.
         self._states_guide: Any = guide if hasattr(guide, "accept_states") else None
         if self._states_guide is not None:
@@ -119,6 +123,8 @@ class Engine:
             self.cache_tokens,
             self._scheduler.max_rows,
         )
+        if request.preferences and not self._base.reads_answers:
+            raise RequestError("preferences", "this engine's base model cannot read them: use base.engine=builtin")
         return validate(request, bounds)
 
     def submit(self, request: Request, first: bool = False) -> Request:

@@ -37,6 +37,8 @@ def bucket(count: int) -> int:
 class SlotModel:
     """A decoder with its rows. The caller numbers the rows and keeps their tokens."""
 
+    reads_answers = True
+
     def __init__(self, decoder: Decoder, static_shapes: bool | None = None):
         """`static_shapes`: the shapes of `append`, `branch` and `keep` depend on buckets only, so that a device can
         replay them; passes then cover more tokens than needed. None: on all devices but CPUs.
@@ -54,6 +56,10 @@ class SlotModel:
 
     def __contains__(self, row: int) -> bool:
         return row in self._slot_of
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     @property
     def is_batch_invariant(self) -> bool:

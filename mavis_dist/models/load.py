@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ from mavis_dist.types import NEUTRAL_SYSTEM, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from mavis_dist.models.rows import Rows
+
 __all__ = [
     "PLAIN_TEMPLATE",
     "BaseModel",
@@ -46,7 +48,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The language model that is steered, in eval mode and without gradients."""
+    """The language model that is steered, in eval mode and without gradients; with `rows` it has shapes only."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -55,6 +57,7 @@ class BaseModel:
     tokenizer_fingerprint: str
     eos_ids: tuple[int, ...]  # every id that ends an answer
     max_context: int  # longest sequence, in tokens
+    rows: Callable[[], Rows] | None = None  # where another engine computes it; None: this process does
 
     def chat(self, conversation: str | Sequence[Mapping[str, str]], system: str = NEUTRAL_SYSTEM) -> tuple[int, ...]:
         """Token ids of a question, or of a conversation as in `chat_ids`, for `Request.prompt`."""

@@ -291,6 +291,11 @@ def _base_layers(card: Card, layer: int, base: BaseModel | None) -> PreTrainedMo
         name = ", ".join(card.objectives)
         raise ValueModelError(f"the value model of {name!r} reads its base model's states: load it with a base model")
     card.check(base.fingerprint, base.tokenizer_fingerprint)
+    if base.rows is not None:
+        raise ValueModelError(
+            f"the value model of {', '.join(card.objectives)!r} reads its base model's states, which base.engine=vllm "
+            "does not give: use base.engine=builtin, or value models of kind model or shared"
+        )
     if leader_of(base.model) is not None:
         raise ValueModelError(
             f"the value model of {', '.join(card.objectives)!r} reads its base model's states, which several processes "

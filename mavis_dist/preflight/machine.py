@@ -14,6 +14,7 @@ from mavis_dist.rewards.protocol import RewardError
 from mavis_dist.rewards.trial import try_reward
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.types import UserError
+from mavis_dist.vllm.versions import check_installed
 
 
 def check_machine(config: Config, probe: str, driver_versions: Mapping[str, str]) -> None:
@@ -53,7 +54,9 @@ def check_rewards(config: Config, prompts: Sequence[str]) -> None:
 
 
 def check_packages(config: Config) -> None:
-    """Raises UserError unless this machine has what the training of this config imports."""
+    """Raises UserError unless this machine has what this config imports."""
+    if config.base.engine == "vllm":
+        check_installed()
     needed = {"deepspeed": config.value.kind != "states", "peft": config.value.lora_rank > 0}
     for package, is_needed in needed.items():
         if is_needed and find_spec(package) is None:

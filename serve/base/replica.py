@@ -42,7 +42,9 @@ class Base:
         """Raises Unavailable if no published model can be used with this base model."""
         configure_logs()
         torch.set_num_threads(num_threads(args))
-        self._group = BaseGroup(args.base, args.dtype, args.device, args.tensor_parallel, args.cpus, args.gpus)
+        self._group = BaseGroup(
+            args.base, args.dtype, args.device, args.tensor_parallel, args.cpus, args.gpus, args.engine, args.rows
+        )
         base, store = self._group.base, Store(args.storage, args.run)
         is_remote = args.placement == "replicas"
         guide = RemoteGuide((), ValueHandles(), args.value_sessions) if is_remote else LocalGuide({})

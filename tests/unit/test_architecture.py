@@ -25,6 +25,7 @@ FLOORS = [
     {"rewards", "sizing"},
     {"decode"},
     {"llm"},
+    {"vllm"},
     {"cluster"},
     {"actors", "groups"},
     {"rollout", "train", "evaluate"},
@@ -34,6 +35,7 @@ FLOORS = [
     {"compare"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+VLLM = {"vllm/processor.py", "vllm/interrupt.py"}
 RAY = {"cluster.py", "actors.py", "groups.py", "rollout/worker.py", "train/launch.py", "compare/worker.py"}
 PROCESSES = {"gateway", "base", "value"}  # folders of serve/, one per process
 SERVE_MAY_USE = {
@@ -47,6 +49,7 @@ SERVE_MAY_USE = {
     "plan",
     "cluster",
     "groups",
+    "vllm",
     "core",
 } | {"failures"}
 
@@ -98,8 +101,9 @@ def test_the_package_does_not_know_its_users(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", files("mavis_dist"), ids=name)
-def test_ray_and_deepspeed_stay_in_their_places(path: Path) -> None:
+def test_ray_deepspeed_and_vllm_stay_in_their_places(path: Path) -> None:
     tops = {module.split(".")[0] for module in imports(path)}
+    assert "vllm" not in tops or name(path) in VLLM
     assert "ray" not in tops or name(path) in RAY
     assert "deepspeed" not in tops or name(path) == "train/engine.py"
     assert "deepspeed" not in {module.split(".")[0] for module in imports(path, top_level=True)}
