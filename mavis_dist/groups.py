@@ -26,7 +26,6 @@ from mavis_dist.failures import failure_of, last_words
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.models.lockstep import GroupLost, Leader, Place, Shard, meeting_point
 from mavis_dist.types import UserError
-from mavis_dist.vllm import rows as vllm_rows
 
 HEALTH_S = 5.0  # that a follower has to answer
 STRATEGY = "PACK"  # on one machine, if it has room
@@ -94,7 +93,9 @@ class BaseGroup:
         """
         self._followers: list[ActorHandle[Follower]] = []
         if engine == "vllm":
-            self.base = vllm_rows.load_base(model, dtype, device, rows)
+            from mavis_dist.vllm.rows import load_base as load_for_vllm  # needs packages that only vLLM's users have
+
+            self.base = load_for_vllm(model, dtype, device, rows)
             return
         if size == 1:
             self.base = load_base(model, dtype, device)

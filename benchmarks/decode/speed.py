@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.common import contender
+from benchmarks.common.contender import Contender
 from benchmarks.common.interleave import in_turn
 from benchmarks.common.interleave import ratio as median_ratio
-from benchmarks.decode import contender
-from benchmarks.decode.contender import Contender
+from benchmarks.decode.contender import programs as all_programs
 from mavis_dist.decode import SamplingParams
 
 WARMUP_TOKENS = 3
@@ -38,7 +39,7 @@ def measure(
     longest = max(map(len, work.prompts[: max(work.sizes)])) + max(work.lengths)
     options = {"threads": threads, "top_k": SamplingParams().top_k, "max_rows": max(work.sizes), "max_length": longest}
     with TemporaryDirectory(prefix="mavis-") as folder:
-        programs = contender.programs(run, base, options, pythons, Path(folder))
+        programs = all_programs(run, base, options, pythons, Path(folder))
         with contender.start(programs) as contenders:
             return take_turns(contenders, work), list(dict.fromkeys(found.version for found in contenders))
 

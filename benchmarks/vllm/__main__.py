@@ -19,12 +19,12 @@ from mavis_dist.types import UserError
 
 NAME = "vllm"
 PAGE = figures.DOCS / "vllm.md"
-PARTS = ("answers", "speed", "plain", "load")
+PARTS = ("answers", "speed", "load")
 LABELS = {
     "built_in": "this project's engine",
-    "vllm": "vLLM",
-    "vllm_plugin": "vLLM with `Steering`",
-    "rows": "this project's engine over vLLM (`base.engine: vllm`)",
+    "vllm": "vLLM, not compiled",
+    "compiled": "vLLM, compiled",
+    "rows": "this project's engine over vLLM (`base.engine: vllm`), not compiled",
 }
 
 
@@ -58,8 +58,6 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
             found["answers"] = measure.answers(work)
         if "speed" in parts:
             found["speed"] = measure.speed(work, arguments.quick)
-        if "plain" in parts:
-            found["plain"] = measure.plain(work, arguments.quick)
         if "load" in parts:
             found["load"] = measure.load(work, arguments.minutes)
     return found
@@ -69,25 +67,21 @@ def render(found: Mapping[str, Any]) -> str:
     parts = [
         f"Measured by `{found['command']}` with {found['model']}, two value models of {found['value_layers']} layers "
         f"({' and '.join(found['objectives'])}) and 2 threads; vLLM for "
-        f"processors, not compiled (`enforce_eager`). {machine_line(found)}."
+        f"processors. {machine_line(found)}."
     ]
     if (speed := found.get("speed")) is not None:
         counts = list(next(iter(speed["tokens_per_s"].values())))
         rows = [
-            [f"{LABELS[name.partition(' ')[0]]}, {name.partition(' ')[2]}", *(f"{per_s[c]:.0f}" for c in counts)]
+            [f"{LABELS[name.partition(' ')[0]]}: {name.partition(' ')[2]}", *(f"{per_s[c]:.0f}" for c in counts)]
             for name, per_s in speed["tokens_per_s"].items()
         ]
-        parts.append(
+        parts += [
             f"Tokens per second at so many requests of {speed['tokens']} tokens each, in bfloat16, medians of "
-            f"{speed['repetitions']} in turn; steered: scorer `lazy`, beta {speed['beta']:g}, half and half.\n\n"
-            + table(["", *counts], rows)
-        )
-    if (plain := found.get("plain")) is not None:
-        parts.append(
-            f"Requests without weights on an engine with `Steering`, beside one without: {plain['ratio']:.3f} of the "
-            f"speed (median of {plain['repetitions']} pairs of 16 requests, quartiles {plain['low']:.3f} and "
-            f"{plain['high']:.3f})."
-        )
+            f"{speed['repetitions']} in turn; steered: scorer `lazy`, beta {speed['beta']:g}, half and half.",
+            table(["", *counts], rows),
+            "Where `Steering` is loaded, plain requests run at "
+            f"{speed['plain_with_processor']['compiled']:.3f} of their speed without it (16 requests, compiled).",
+        ]
     if (answers := found.get("answers")) is not None:
         parts.append(
             f"In float32, {answers['greedy_equal']} of {answers['greedy']} greedy and {answers['sampled_equal']} of "

@@ -1,4 +1,7 @@
-"""Engines that answer the same prompts: the built-in one, vLLM, vLLM with steering, the built-in one over vLLM."""
+"""Engines that answer the same prompts: the built-in one, vLLM, vLLM with steering, the built-in one over vLLM.
+
+As programs (benchmarks/common/lines.py), each with the threads that suit it best.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,11 +27,14 @@ from mavis_dist.store import values
 from mavis_dist.vllm import rows
 from mavis_dist.vllm.served import VARIABLE
 
+if TYPE_CHECKING:
+    from benchmarks.common.lines import Decode
+
 MAX_ROWS, MAX_LENGTH, THREADS = 32, 1024, 2
+NUM_PROMPTS = 50  # unseen ones, at least
 BETA, CAP = 3.0, 3.0
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -50,7 +56,6 @@ class Work:
     @contextmanager
     def of_run(cls, run: Path) -> Iterator[Work]:
         """The first two objectives; heads on one trunk are split into two models. Raises UserError."""
-        os.environ |= SETTINGS
         torch.set_num_threads(THREADS)
         config, store = open_run(run)
         published = values.published_folders(store)
@@ -62,10 +67,19 @@ class Work:
                 model, card = value.load_objective(values.fetch_folder(store, published[name]), name)
                 folders[name] = Path(folder, name)
                 value.save(model, card, folders[name])
-            os.environ[VARIABLE] = ",".join(f"{name}={path}" for name, path in folders.items())
-            _, unseen = load_prompts(config.prompts, config.seed)
+            drawn = config.prompts.model_copy(update={"evaluation": max(NUM_PROMPTS, config.prompts.evaluation)})
+            _, unseen = load_prompts(drawn, config.seed)
             prompts = [base.chat(prompt.messages, config.base.system) for prompt in unseen]
-            yield cls(config.base.model, objectives, model.backbone.config.num_hidden_layers, folders, prompts)  # type: ignore[arg-type]
+            layers = model.backbone.config.num_hidden_layers
+            work = cls(config.base.model, objectives, layers, folders, prompts)  # type: ignore[arg-type]
+            work.enter()
+            yield work
+
+    def enter(self) -> None:
+        """Let engines of this process use the value models."""
+        torch.set_num_threads(THREADS)
+        os.environ |= SETTINGS
+        os.environ[VARIABLE] = ",".join(f"{name}={path}" for name, path in self.folders.items())
 
     @property
     def weights(self) -> dict[str, float]:
@@ -75,7 +89,7 @@ class Work:
     def directory(self) -> str:
         return str(fetch(self.model))
 
-    def vllm(self, dtype: str, is_steered: bool) -> Any:
+    def vllm(self, dtype: str, is_steered: bool, is_compiled: bool = False) -> Any:
         """vLLM's engine in this process."""
         from vllm import LLM
 
@@ -86,7 +100,7 @@ class Work:
             dtype=dtype,
             max_model_len=MAX_LENGTH,
             max_num_seqs=MAX_ROWS,
-            enforce_eager=True,
+            enforce_eager=not is_compiled,
             logits_processors=[Steering] if is_steered else [],
         )
 
@@ -142,3 +156,34 @@ def ask_vllm(
     ]
     outs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
     return [list(out.outputs[0].token_ids) for out in outs]
+
+
+def load(options: dict[str, Any]) -> dict[str, Decode]:
+    """The variants of one engine, whose name is an option."""
+    name, folders = options["name"], {objective: Path(folder) for objective, folder in options["folders"].items()}
+    work = Work(options["model"], tuple(folders), 0, folders, [])
+    work.enter()
+    if name in ("built_in", "rows"):
+        engine = work.engine("bfloat16", is_over_vllm=name == "rows", is_endless=True)
+
+        def ask(weights: dict[str, float], prompts: list[list[int]], tokens: int, seed: int) -> int:
+            return sum(map(len, ask_engine(engine, prompts, weights, tokens)))
+
+        variants = {"plain": {}, "steered": work.weights}
+        return {f"{name} {variant}": partial(ask, weights) for variant, weights in variants.items()}
+    engines = {is_steered: work.vllm("bfloat16", is_steered, options["is_compiled"]) for is_steered in (False, True)}
+
+    def ask_of(is_steered: bool, weights: dict[str, float], prompts: list[list[int]], tokens: int, seed: int) -> int:
+        return sum(map(len, ask_vllm(engines[is_steered], prompts, weights, tokens, least=tokens)))
+
+    return {
+        f"{name} plain": partial(ask_of, False, {}),
+        f"{name} plain, with the processor": partial(ask_of, True, {}),
+        f"{name} steered": partial(ask_of, True, work.weights),
+    }
+
+
+if __name__ == "__main__":
+    from benchmarks.common.lines import serve
+
+    serve("torch", load)

@@ -6,20 +6,19 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import psutil
 
+from benchmarks.common import contender, peers
 from benchmarks.common.command import say
-from benchmarks.common.interleave import in_turn, take_turns
-from benchmarks.vllm.contenders import BETA, MAX_ROWS, Work, ask_engine, ask_vllm
+from benchmarks.common.contender import Program
+from benchmarks.common.interleave import in_turn, ratio
+from benchmarks.vllm.contenders import BETA, MAX_ROWS, NUM_PROMPTS, THREADS, Work, ask_engine, ask_vllm
 from mavis_dist.decode import Request, SamplingParams, Scorer
 
 COUNTS = (1, 4, 16, 32)
 TOKENS, REPETITIONS = 64, 5
-NUM_PROMPTS = 50
 STEPS_CHECKED = 400
 
 
@@ -70,52 +69,48 @@ def answers(work: Work) -> dict[str, Any]:
 
 
 def speed(work: Work, is_quick: bool) -> dict[str, Any]:
-    """Tokens per second of all engines, plain and steered, by the number of requests."""
-    repetitions = 2 if is_quick else REPETITIONS
-    dtype = "bfloat16"
-    plain_llm, llm = work.vllm(dtype, is_steered=False), work.vllm(dtype, is_steered=True)
-    engine = work.engine(dtype, is_endless=True)
-    over_vllm = work.engine(dtype, is_over_vllm=True, is_endless=True)
-    none: dict[str, float] = {}
-    found: dict[str, dict[str, float]] = {}
-    for count in COUNTS:
-        prompts = [work.prompts[i % len(work.prompts)] for i in range(count)]
-        asked: dict[str, Callable[[], list[list[int]]]] = {
-            "built_in plain": partial(ask_engine, engine, prompts, none, TOKENS),
-            "built_in steered": partial(ask_engine, engine, prompts, work.weights, TOKENS),
-            "vllm plain": partial(ask_vllm, plain_llm, prompts, none, TOKENS, least=TOKENS),
-            "vllm_plugin steered": partial(ask_vllm, llm, prompts, work.weights, TOKENS, least=TOKENS),
-            "rows plain": partial(ask_engine, over_vllm, prompts, none, TOKENS),
-            "rows steered": partial(ask_engine, over_vllm, prompts, work.weights, TOKENS),
-        }
-        for ask in asked.values():
-            ask()  # warm-up
-        speeds = take_turns({name: partial(_tokens, ask) for name, ask in asked.items()}, repetitions).per_s
-        for name, per_s in speeds.items():
-            found.setdefault(name, {})[str(count)] = statistics.median(per_s)
-        say(f"{count} requests: " + ", ".join(f"{name} {per_s[str(count)]:.0f}" for name, per_s in found.items()))
-    return {"tokens": TOKENS, "repetitions": repetitions, "beta": BETA, "tokens_per_s": found}
+    """Tokens per second of all engines, plain and steered, by the number of requests.
 
+    Each engine has a process of its own, which stands still while another one is measured.
+    """
+    repetitions, found = (2 if is_quick else REPETITIONS), dict[str, dict[str, list[float]]]()
+    options = {"model": work.model, "folders": {name: str(folder) for name, folder in work.folders.items()}}
+    vllm = peers.vllm_settings(THREADS)["vllm_all_cores"]
 
-def _tokens(ask: Callable[[], list[list[int]]], repetition: int) -> float:
-    return float(sum(map(len, ask())))
+    def program(name: str, settings: dict[str, str], is_compiled: bool = False) -> Program:
+        return Program("benchmarks.vllm.contenders", {**options, "name": name, "is_compiled": is_compiled}, settings)
 
-
-def plain(work: Work, is_quick: bool) -> dict[str, Any]:
-    """The speed of requests without weights on an engine with steering, by that on one without."""
-    engines = {is_steered: work.vllm("bfloat16", is_steered) for is_steered in (False, True)}
-    prompts, pairs = work.prompts[:16], 5 if is_quick else 20
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for llm in engines.values():
-        ask_vllm(llm, prompts, {}, TOKENS, least=TOKENS)
-    for _, is_steered in in_turn(list(engines), pairs):
-        started = time.perf_counter()
-        ask_vllm(engines[is_steered], prompts, {}, TOKENS, least=TOKENS)
-        seconds[is_steered].append(time.perf_counter() - started)
-    ratios = [without / with_ for without, with_ in zip(seconds[False], seconds[True], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    say(f"plain requests: {median:.3f} [{low:.3f}, {high:.3f}]")
-    return {"repetitions": pairs, "ratio": median, "low": low, "high": high}
+    programs = {
+        "built_in": program("built_in", {}),
+        "vllm": program("vllm", vllm),
+        "compiled": program("compiled", vllm, is_compiled=True),
+        "rows": program("rows", {}),
+    }
+    with contender.start(programs) as started:
+        variants = {variant: one for one in started for variant in one.variants}
+        for count in COUNTS:
+            prompts = [work.prompts[i % len(work.prompts)] for i in range(count)]
+            for variant, one in variants.items():
+                one.tokens_per_s(variant, prompts, TOKENS, 0)  # warm-up
+            for repetition, variant in in_turn(list(variants), repetitions):
+                per_s = variants[variant].tokens_per_s(variant, prompts, TOKENS, repetition)
+                found.setdefault(variant, {}).setdefault(str(count), []).append(per_s)
+            say(
+                f"{count} requests: "
+                + ", ".join(f"{n} {statistics.median(s[str(count)]):.0f}" for n, s in found.items())
+            )
+    medians = {name: {count: statistics.median(s) for count, s in by.items()} for name, by in found.items()}
+    with_processor = {
+        name: ratio(found[f"{name} plain, with the processor"]["16"], found[f"{name} plain"]["16"])
+        for name in ("vllm", "compiled")
+    }
+    return {
+        "tokens": TOKENS,
+        "repetitions": repetitions,
+        "beta": BETA,
+        "tokens_per_s": medians,
+        "plain_with_processor": with_processor,
+    }
 
 
 def load(work: Work, minutes: float) -> dict[str, Any]:

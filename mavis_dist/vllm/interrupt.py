@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import vllm
 from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
@@ -57,7 +58,7 @@ def start(
             max_num_batched_tokens=batched_tokens,
             enable_chunked_prefill=False,  # whoever is in a step has logits
             async_scheduling=False,
-            enforce_eager=True,
+            enforce_eager=current_platform.is_cpu(),  # compiling takes minutes there, and recording is not possible
             disable_log_stats=True,
         )
     )

@@ -7,9 +7,8 @@ has value models, and sends the steered rows to the others, so that all of them 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as RunnerV2
 
-from mavis_dist.core import noise
-from mavis_dist.decode import Request
+from mavis_dist.decode import Request, Scorer
 from mavis_dist.types import UserError
 from mavis_dist.vllm.arguments import is_cut_by_vllm, request_of
 from mavis_dist.vllm.served import ends_of, served
@@ -56,7 +54,6 @@ class Steering(RunnerV1, RunnerV2):
             raise SystemExit(f"mavis_dist.vllm: {error}") from None
         self._state = host if isinstance(host, LogitsProcRequestState) else None
         self._answers: dict[int, Steered] = {}  # by row (V1) or slot (V2)
-        self._unseeded = count()
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -135,23 +132,19 @@ class Steering(RunnerV1, RunnerV2):
         request = request_of(params, self._served, self._vocabulary)
         if request is None:
             return None
-        if params.seed is None and (params.extra_args or {}).get("seed") is None:
-            # The noise of an answer of n, or of one that comes again, is its own.
-            seed = noise.stream(request.params.seed or 0, next(self._unseeded))
-            request = replace(request, params=replace(request.params, seed=seed))
         answer = Steered(replace(request, prompt=tuple(prompt or ())), generated)
         answer.is_drawn_here = not _is_sampled_by_vllm(params, request)
         if prompt is None:
             answer.error = "its prompt is given as embeddings, which value models cannot read"
         return answer
 
-    def _close(self, answers: Any) -> None:
+    def _close(self, answers: Collection[Steered]) -> None:
         if self._steerer is not None and answers:
             self._steerer.close(answers)
 
 
 def _is_sampled_by_vllm(params: Any, request: Request) -> bool:
-    return request.scorer.value == "full" and not is_cut_by_vllm(params, request)
+    return request.scorer is Scorer.FULL and not is_cut_by_vllm(params, request)
 
 
 def _steerer(vllm_config: Any, vocabulary: int, device: torch.device) -> Steerer | None:

@@ -2,8 +2,8 @@
 
 `VllmRows` stands where `SlotModel` stands otherwise. A row is a request to vLLM that never ends by itself. A step of
 vLLM computes logits and samples from them; here a logits processor interrupts it between the two: `append` returns the
-logits, and the next call of `append` brings the tokens with which the step goes on. So vLLM runs in a thread of its
-own, which waits whenever this project's engine computes.
+logits, and the next call of `append` brings the tokens with which the step goes on. Both take turns in one thread: with
+two of them, the threads that each has for its matrix products would take the cores from each other.
 
 Shapes: B rows, V vocabulary.
 """
@@ -11,14 +11,12 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import os
-import queue
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
 
 import torch
+from greenlet import greenlet
 
 from mavis_dist.models.directory import check_seal, fingerprint_model
 from mavis_dist.models.fetch import fetch
@@ -42,7 +40,7 @@ class _Row:
 
 
 @dataclass
-class _Interrupted:
+class Interrupted:
     """A step that waits for tokens."""
 
     requests: list[str]  # in the order of the logits
@@ -58,66 +56,49 @@ class VllmHost:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its steps are made in this process
         for name, value in DEFAULTS.items():
             os.environ.setdefault(name, value)
-        from mavis_dist.vllm.interrupt import interrupting, start
+        from mavis_dist.vllm.interrupt import interrupting, start  # loads vLLM
 
         self.max_rows, self.max_context, self.device = max_rows, max_context, torch.device(device)
         self._engine = start(
             model, dtype, interrupting(self._interrupt), max_context, max_rows, max(MOST_BATCHED_TOKENS, max_context)
         )
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._events: queue.SimpleQueue[_Interrupted | Exception | None] = queue.SimpleQueue()
-        self._tokens: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
         self._names = map(str, count())
-        threading.Thread(target=self._run, name="vllm", daemon=True).start()
+        self._step: greenlet | None = None  # interrupted
 
     def add(self, tokens: Sequence[int]) -> str:
         """A request that continues these tokens, between two steps; its name."""
         from mavis_dist.vllm.interrupt import endless
 
         name = next(self._names)
-        prompt, params = {"prompt_token_ids": list(tokens)}, endless(name, len(tokens), self.max_context)
-        self._do(lambda: self._engine.add_request(name, prompt, params))
+        prompt = {"prompt_token_ids": list(tokens)}
+        self._engine.add_request(name, prompt, endless(name, len(tokens), self.max_context))
         return name
 
     def abort(self, requests: Sequence[str]) -> None:
         """End requests, between two steps."""
         if requests:
-            self._do(lambda: self._engine.abort_request(list(requests)))
+            self._engine.abort_request(list(requests))
 
-    def begin(self) -> _Interrupted | None:
-        """Begin a step; None if it computed nothing."""
-        self._commands.put(self._engine.step)
-        return self._next()
+    def begin(self) -> Interrupted | None:
+        """Begin a step; None if it computes nothing."""
+        self._step = greenlet(self._engine.step)
+        with torch.inference_mode():  # a property of the thread, which vLLM sets at the begin of its step
+            interrupted = self._step.switch()
+        return interrupted if isinstance(interrupted, Interrupted) else None
 
     def finish(self, tokens: Sequence[int]) -> None:
-        """Let the interrupted step append these tokens, one for each of its requests."""
-        self._tokens.put(tokens)
-        self._next()
-
-    def _do(self, command: Callable[[], Any]) -> None:
-        self._commands.put(command)
-        self._next()
-
-    def _next(self) -> _Interrupted | None:
-        event = self._events.get()
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    def _run(self) -> None:
-        while True:
-            command = self._commands.get()
-            try:
-                command()
-            except Exception as error:  # told to whoever waits
-                self._events.put(error)
-            else:
-                self._events.put(None)
+        """Let the interrupted step append these tokens, one for each of its requests; in the thread that began it."""
+        assert self._step is not None
+        with torch.inference_mode():
+            self._step.switch(tokens)
+        self._step = None
 
     def _interrupt(self, requests: list[str], logits_BV: torch.Tensor) -> Sequence[int]:
-        """In the engine's thread: hand over the logits, and wait for the tokens."""
-        self._events.put(_Interrupted(requests, logits_BV.clone()))
-        return self._tokens.get()
+        """Within a step: hand over the logits, and go on with the tokens."""
+        parent = greenlet.getcurrent().parent
+        assert parent is not None
+        tokens: Sequence[int] = parent.switch(Interrupted(requests, logits_BV.clone()))
+        return tokens
 
 
 class VllmRows:
@@ -131,7 +112,7 @@ class VllmRows:
         self._host, self._vocabulary = host, vocabulary
         self.device = host.device
         self._rows: dict[int, _Row] = {}
-        self._step: _Interrupted | None = None
+        self._step: Interrupted | None = None
         self._closed: list[str] = []
 
     def __contains__(self, row: int) -> bool:

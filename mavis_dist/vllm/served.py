@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ class Served:
         """The objectives that a student predicts."""
         return frozenset(name for name, card in self.cards.items() if card.teachers)
 
-    @property
+    @cached_property
     def failure_id(self) -> int | None:
         """The token that ends an answer whose value models failed: one that begins or pads texts, but ends none. None
         if the tokenizer has no such token.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ import vllm
 
 from mavis_dist.vllm import Steering
 from mavis_dist.vllm.served import VARIABLE, served
+from tests.root import ROOT
 from tests.tiny import write_base
 
 
@@ -76,3 +80,12 @@ def test_folders_may_be_named_one_by_one(run, monkeypatch):
     monkeypatch.setenv(VARIABLE, ",".join(f"{name}={folder}" for name, folder in folders.items()))
     assert served().folders == folders
     assert served().steer.beta != 2.0  # the default, not that of a run
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_of_vllms_processes_wait_as_without_it(given):
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    program = "import os; from mavis_dist.vllm import Steering; print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {**variables, "PYTHONPATH": str(ROOT), **({"OMP_WAIT_POLICY": given} if given else {})}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(given)

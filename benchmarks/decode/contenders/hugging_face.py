@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.decode.contenders import lines
+from benchmarks.common import lines
 
 
 def load(options: dict[str, Any]) -> dict[str, lines.Decode]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import llama_cpp
 
-from benchmarks.decode.contenders import lines
+from benchmarks.common import lines
 
 MAX_TOKENS = 2048  # of a pass
 

@@ -13,10 +13,9 @@ import mavis_dist.environment  # noqa: F401  before torch: OpenMP reads its sett
 # isort: split
 import torch
 
-from benchmarks.common import workload
+from benchmarks.common import lines, workload
 from benchmarks.common.workload import Workload, weight_settings
 from benchmarks.decode import naive
-from benchmarks.decode.contenders import lines
 from mavis_dist.decode import Engine, LocalGuide, Scorer
 from mavis_dist.types import RESIDUAL_CAP, TILT_CAP
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
-from benchmarks.decode.contenders import lines
+from benchmarks.common import lines
 
 
 def load(options: dict[str, Any]) -> dict[str, lines.Decode]:

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.decode.contenders import lines
+from benchmarks.common import lines
 
 
 def load(options: dict[str, Any]) -> dict[str, lines.Decode]:

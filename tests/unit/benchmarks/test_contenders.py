@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.common import figures, peers, workload
-from benchmarks.decode import contender, gguf_files, page, speed
-from benchmarks.decode.contender import Contender, Program
+from benchmarks.common import contender, figures, peers, workload
+from benchmarks.common.contender import Contender, Program
+from benchmarks.decode import gguf_files, page, speed
 from benchmarks.decode.contenders import hugging_face, own_engine
 from benchmarks.decode.speed import Work
 from mavis_dist.types import UserError
