@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     file = command.file_of(NAME, arguments)
     if not arguments.page_only:
-        command.record(NAME, arguments, lambda: measured(arguments), argv)
+        command.record(NAME, arguments, lambda: measured(arguments, command.line(NAME, argv)), argv)
     if file.exists():
         write_part(PAGE, NAME, render(figures.read(file)))
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of the parts that are named, and those known of the others."""
+def measured(arguments: argparse.Namespace, line: str) -> dict[str, Any]:
+    """The figures of the parts that are named, each with its command line, and those known of the others."""
     from benchmarks.vllm import measure
     from benchmarks.vllm.contenders import Work
 
@@ -54,6 +54,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         found = figures.read(command.file_of(NAME, arguments))
     with Work.of_run(arguments.run) as work:
         found |= {"model": work.model, "objectives": list(work.objectives), "value_layers": work.layers}
+        found["commands"] = {**found.get("commands", {}), **dict.fromkeys(parts, line)}
         if "answers" in parts:
             found["answers"] = measure.answers(work)
         if "speed" in parts:
@@ -64,8 +65,9 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(found: Mapping[str, Any]) -> str:
+    measured_by = " and ".join(f"`{line}`" for line in dict.fromkeys(found["commands"].values()))
     parts = [
-        f"Measured by `{found['command']}` with {found['model']}, two value models of {found['value_layers']} layers "
+        f"Measured by {measured_by} with {found['model']}, two value models of {found['value_layers']} layers "
         f"({' and '.join(found['objectives'])}) and 2 threads; vLLM for "
         f"processors. {machine_line(found)}."
     ]
