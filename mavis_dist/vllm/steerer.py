@@ -114,7 +114,6 @@ class Steerer:
         return bool(answer.generated) and answer.generated[-1] in self._end_ids
 
     def _steer_sound(self, answers: Sequence[Steered], logits_BV: torch.Tensor) -> None:
-        given_BV = logits_BV.clone() if len(answers) > 1 else logits_BV
         try:
             self._steer_together(answers, logits_BV)
             return
@@ -124,10 +123,10 @@ class Steerer:
                 answers[0].error = one_line(f"{type(error).__name__}: {error}")
                 logger.exception("an answer fails, because its value models failed")
                 return
-        # Not to fail all of them for one, they are tried one by one.
-        for answer, row_V, given_V in zip(answers, logits_BV, given_BV, strict=True):
-            row_V.copy_(given_V)
-            self._steer_sound([answer], row_V[None])
+        # Not to fail all of them for one, they are tried one by one; the logits are as they were, but for ends that no
+        # answer begins with.
+        for b, answer in enumerate(answers):
+            self._steer_sound([answer], logits_BV[b : b + 1])
 
     def _steer_together(self, answers: Sequence[Steered], logits_BV: torch.Tensor) -> None:
         batch = self._follow(answers, logits_BV.device)
@@ -295,12 +294,10 @@ def _stream(request: Request) -> int:
 def _write(answers: Sequence[Steered], drawn: Drawn, logits_BV: torch.Tensor) -> None:
     logits_BV.fill_(-math.inf)
     logits_BV.scatter_(1, drawn.tokens_B[:, None], 0.0)
-    tilted = [b for b, answer in enumerate(answers) if not answer.is_drawn_here]
-    if tilted:
-        tilted_BK = drawn.drafts.logprobs_BK[tilted] + drawn.scores.delta_BK[tilted]
-        logits_BV[tilted] = torch.full_like(logits_BV[tilted], -math.inf).scatter(
-            1, drawn.drafts.ids_BK[tilted], tilted_BK.to(logits_BV.dtype)
-        )
+    for b, answer in enumerate(answers):
+        if not answer.is_drawn_here:
+            tilted_K = drawn.drafts.logprobs_BK[b] + drawn.scores.delta_BK[b]
+            logits_BV[b].scatter_(0, drawn.drafts.ids_BK[b], tilted_K.to(logits_BV.dtype))
 
 
 def _leave_only(logits_V: torch.Tensor, token: int) -> None:

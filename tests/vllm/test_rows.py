@@ -19,7 +19,7 @@ from tests.vllm.test_steered_engine import MIXED, PROMPTS
 ROWS = 8
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def host(model, llm):
     return load_base(model, "float32", "cpu", ROWS)
 

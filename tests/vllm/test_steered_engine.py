@@ -112,7 +112,7 @@ def test_an_end_is_never_first_and_ends_the_answer(llm):
 # --- what vLLM does with its batch ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cramped(start):
     """Prompts in parts, room for few of the rows: they are preempted and computed again.
 

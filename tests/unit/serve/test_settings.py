@@ -101,6 +101,7 @@ OTHERS = {
     "dtype",
     "device",
     "base",
+    "engine",
     "tensor_parallel",
     "system",
     "beta",
