@@ -95,7 +95,8 @@ def render(found: Mapping[str, Any]) -> str:
         parts.append(
             f"{load['minutes']:.0f} minutes of mixed load (plain and steered requests, several answers, some aborted; "
             f"{load['requests']} requests): memory {load['mib_first']:.0f} MiB after the first tenth, "
-            f"{load['mib_last']:.0f} MiB at the end; rows that value models still followed: {load['rows_left']}."
+            f"{load['mib_last']:.0f} MiB at the end, with 1 GiB for vLLM's "
+            f"keys and values that fills meanwhile; rows that value models still followed: {load['rows_left']}."
         )
     return "\n\n".join(parts)
 
