@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from mavis_dist.decode import GuideRow, LocalGuide
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import QHead, Student
 from mavis_dist.models.states import first_layers
@@ -28,6 +30,29 @@ class Letters:
 
     def decode(self, ids: list[int], **_: object) -> str:
         return "".join(chr(ord(" ") + token) for token in ids if token != EOS)
+
+
+class CountingGuide(LocalGuide):
+    """Records the rows that it follows, and counts kept candidates and encoded tokens."""
+
+    def __init__(self, models: Mapping[str, ValueModel]):
+        super().__init__(models)
+        self.rows: set[int] = set()
+        self.num_kept, self.num_read, self.num_from_start = 0, 0, 0
+
+    def open(self, rows: Sequence[GuideRow]) -> torch.Tensor:
+        self.rows |= {row.row for row in rows}
+        self.num_read += sum(len(row.tokens) - row.shared for row in rows)
+        self.num_from_start += sum(row.source is None for row in rows)
+        return super().open(rows)
+
+    def keep(self, rows: Sequence[int], index_B: torch.Tensor) -> None:
+        self.num_kept += len(rows)
+        super().keep(rows, index_B)
+
+    def close(self, rows: Sequence[int]) -> None:
+        self.rows.difference_update(rows)
+        super().close(rows)
 
 
 def peaked(model: PreTrainedModel, scale: float) -> PreTrainedModel:

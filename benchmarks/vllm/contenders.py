@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
+from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams
 from mavis_dist.decode.load_guide import load_guide
 from mavis_dist.llm import open_run
 from mavis_dist.models import value
@@ -121,12 +121,10 @@ def ask_engine(
     weights: dict[str, float],
     tokens: int,
     temperature: float = 1.0,
-    scorer: str = "lazy",
 ) -> list[list[int]]:
     params = SamplingParams(tokens, temperature)
     requests = [
-        Request(str(i), tuple(prompt), weights, BETA, CAP, replace(params, seed=i), scorer=Scorer(scorer))
-        for i, prompt in enumerate(prompts)
+        Request(str(i), tuple(prompt), weights, BETA, CAP, replace(params, seed=i)) for i, prompt in enumerate(prompts)
     ]
     return [choices[0].tokens for choices in engine.generate(requests)]
 

@@ -1,6 +1,6 @@
 """Steering inside vLLM: `vllm serve MODEL --logits-processors mavis_dist.vllm:Steering`.
 
-Nothing here is imported by the rest of the package, and vLLM by nothing else. docs/vllm.md shows how to use it.
+vLLM is imported nowhere else, and here by `processor` and `interrupt` alone. docs/vllm.md shows how to use it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,8 @@ def engine(run: Path, base: BaseModel) -> Engine:
     return Engine(base, load_guide(fetch_published(store)))
 
 
-@pytest.fixture
-def steerer(llm: Any) -> Iterator[Any]:
-    """The processor's part that holds the value models."""
-    return steerer_of(llm)
-
-
 def steerer_of(llm: Any) -> Any:
+    """The processor's part that holds the value models."""
     worker = llm.llm_engine.model_executor.driver_worker.worker
     processors = worker.model_runner.input_batch.logitsprocs.non_argmax_invariant
     [steering] = [p for p in processors if type(p).__name__ == "Steering"]

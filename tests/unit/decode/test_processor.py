@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from mavis_dist.core.tilt import candidates, tilt
 from mavis_dist.decode import Engine, LocalGuide, Request, RequestError, SamplingParams, TiltProcessor
 from mavis_dist.models.value import ValueModelError
-from tests.fakes import EOS, tiny_base, tiny_value
+from tests.fakes import EOS, CountingGuide, tiny_base, tiny_value
 
 PAD = 0
 BASE = tiny_base(seed=0, eos_boost=2.0)
@@ -20,28 +20,6 @@ MODELS = {"brief": tiny_value(1), "kind": tiny_value(2, layers=2)}
 WEIGHTS = {"kind": 3.0, "brief": 1.0}
 PROMPTS = [(1, 5), (1, 6, 20, 21, 22, 23), (1, 7, 7), (1, 8, 30, 31), (1, EOS, 9), (1, 10, 11, 12, 13)]
 MANY = [*PROMPTS, *((1, 40 + i, 20 + 2 * i)[i % 2 :] for i in range(18))]
-
-
-class Counting(LocalGuide):
-    """Records the rows that it follows, and counts kept candidates and encoded tokens."""
-
-    def __init__(self, models=MODELS):
-        super().__init__(models)
-        self.rows, self.num_kept, self.num_read, self.num_from_start = set(), 0, 0, 0
-
-    def open(self, rows):
-        self.rows |= {row.row for row in rows}
-        self.num_read += sum(len(row.tokens) - row.shared for row in rows)
-        self.num_from_start += sum(row.source is None for row in rows)
-        return super().open(rows)
-
-    def keep(self, rows, index_B):
-        self.num_kept += len(rows)
-        super().keep(rows, index_B)
-
-    def close(self, rows):
-        self.rows.difference_update(rows)
-        super().close(rows)
 
 
 def processor(guide=None, weights=WEIGHTS, beta=2.0, **fields):
@@ -116,7 +94,7 @@ class Checked(TiltProcessor):
 @pytest.mark.parametrize("cap", [None, 0.8])
 def test_greedy_generation_matches_the_engine_at_temperature_zero(cap):
     """Token for token, in a batch of prompts of different lengths whose answers end at different times."""
-    guide = Counting()
+    guide = CountingGuide(MODELS)
     tilted = processor(guide, tilt_cap=cap)
     answers = generate(tilted, MANY, do_sample=False)
     params = SamplingParams(max_tokens=12, temperature=0.0)
@@ -145,7 +123,7 @@ def test_greedy_generation_matches_the_engine_at_temperature_zero(cap):
 def test_the_distribution_is_correct_however_rows_are_rearranged(options, fields):
     """Sampling, several answers to a prompt, and beams that are dropped, duplicated and reordered."""
     torch.manual_seed(0)
-    guide = Counting()
+    guide = CountingGuide(MODELS)
     tilted = Checked(guide, WEIGHTS, 2.0, eos_ids=(EOS,), pad_id=PAD, **fields)
     generate(tilted, PROMPTS, **options)
     assert tilted.num_checked > 20
@@ -185,7 +163,7 @@ def test_rows_may_continue_in_any_way():
 
 def test_finished_answers_are_not_scored():
     """Their distribution must still be valid: transformers draws a token for them and discards it."""
-    guide = Counting()
+    guide = CountingGuide(MODELS)
     tilted = processor(guide)
     tilted(torch.tensor([[1, 5], [1, 6]]), torch.randn(2, 97))
     out = tilted(torch.tensor([[1, 5, EOS], [1, 6, 7]]), torch.randn(2, 97))

@@ -18,7 +18,7 @@ from mavis_dist.core.tilt import candidates, choose, tilt
 from mavis_dist.decode import Engine, LocalGuide, Request, SamplingParams, Scorer
 from mavis_dist.decode.validate import Bounds, validate
 from mavis_dist.vllm.steerer import Steered, Steerer
-from tests.fakes import EOS, VOCAB, tiny_base, tiny_student, tiny_value
+from tests.fakes import EOS, VOCAB, CountingGuide, tiny_base, tiny_student, tiny_value
 
 BASE = tiny_base(seed=0, eos_boost=1.5)
 MODELS = {"brief": tiny_value(1), "kind": tiny_value(2, layers=2)}
@@ -34,27 +34,6 @@ OTHER_SETTINGS = (
     {"beta": 0.5},
 )
 OTHER_SAMPLING = ({}, {"temperature": 0.0}, {"temperature": 0.7}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.05})
-
-
-class Counting(LocalGuide):
-    """Knows which rows it follows."""
-
-    def __init__(self, models=MODELS, students=None):
-        super().__init__(models, students)
-        self.rows, self.num_from_start, self.num_kept = set(), 0, 0
-
-    def open(self, rows):
-        self.rows |= {row.row for row in rows}
-        self.num_from_start += sum(row.source is None for row in rows)
-        return super().open(rows)
-
-    def keep(self, rows, index_B):
-        self.num_kept += len(rows)
-        super().keep(rows, index_B)
-
-    def close(self, rows):
-        self.rows.difference_update(rows)
-        super().close(rows)
 
 
 def request(prompt, weights=None, n=1, seed=0, max_tokens=14, beta=2.0, tilt_cap=2.5, **fields):
@@ -203,7 +182,7 @@ def test_students_predict_as_in_this_engine(scorer):
 
 
 def test_no_law_is_wrong_however_the_host_arranges_its_rows():
-    chance, law, guide = random.Random(7), Law(), Counting()
+    chance, law, guide = random.Random(7), Law(), CountingGuide(MODELS)
     host = Host(steerer(guide), chance)
     seed = 0
     while law.num_checked < FUZZED:
@@ -250,7 +229,7 @@ def test_a_host_that_samples_draws_from_the_tilted_distribution():
 
 
 def test_rows_are_followed_while_they_grow_and_prompts_are_shared():
-    guide = Counting()
+    guide = CountingGuide(MODELS)
     host = Host(steerer(guide))
     for seed in range(6):
         host.add(request((1, 5, 20), seed=seed))
@@ -263,7 +242,7 @@ def test_rows_are_followed_while_they_grow_and_prompts_are_shared():
 def test_an_answer_that_comes_back_continues_its_noise():
     one = request((1, 9, 40), seed=4, max_tokens=12)
     [expected] = engine_tokens([one])
-    guide = Counting()
+    guide = CountingGuide(MODELS)
     host = Host(steerer(guide))
     answer = host.add(one)
     for _ in range(4):
