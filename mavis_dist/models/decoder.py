@@ -24,7 +24,7 @@ from mavis_dist.models.value import ValueModel
 def base_decoder(model: Any, use_hf_forward: bool = False) -> Decoder:
     """Logits [R, V] of a causal language model, by the fastest decoder for its architecture."""
     if (leader := leader_of(model)) is not None:
-        return leader.decoder(lambda **inputs: model(**inputs).logits)
+        return leader.decoder(model, lambda **inputs: model(**inputs).logits)
     if not use_hf_forward and NativeDecoder.supports(model.base_model):
         return NativeDecoder(model.base_model, logits=packed_head(model))
     if not use_hf_forward and FusedDecoder.supports(model.base_model):
@@ -43,6 +43,8 @@ def text_logits(model: Any, ids_BL: torch.Tensor) -> torch.Tensor:
 
 def value_decoder(model: ValueModel, use_hf_forward: bool = False) -> Decoder:
     """Values [R, O] in float32 of all heads of a value model."""
+    if (leader := leader_of(model.backbone)) is not None:
+        return leader.decoder(model.backbone, model)
     if not use_hf_forward and NativeDecoder.supports(model.backbone):
         return NativeDecoder(model.backbone, values=model.heads)
     if not use_hf_forward and FusedDecoder.supports(model.backbone):

@@ -58,10 +58,12 @@ def read_model(
     optional: tuple[str, ...] = (),
     config: Any = None,
     num_shards: int = 1,
+    renamed: Mapping[str, str] | None = None,
 ) -> Any:
     """The model of an Auto class, in eval mode and without gradients; `config` replaces its own.
 
-    Of several shards, one for each process of torch's process group, only this process's is read.
+    Of several shards, one for each process of torch's process group, only this process's is read. `renamed`: regular
+    expressions in the names of the weights, and what stands there in the model's.
 
     Missing weights are an error, because transformers would initialise them at random; only those whose names start
     with one of `optional` may be missing. Raises ModelError.
@@ -80,6 +82,7 @@ def read_model(
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
+            key_mapping=None if renamed is None else dict(renamed),
             **sharding,
         )
     if missing := missing_weights(info, optional):

@@ -1,4 +1,5 @@
-"""One model computed by a group of processes in lockstep, behind the narrow call of a decoder.
+"""Models computed by a group of processes in lockstep, behind the narrow call of a decoder: a base model, and value
+models that are too large for one of the processes.
 
 Each process holds its shard of the weights, by the tensor-parallel plan that transformers has for the architecture, and
 of the keys and values, by heads. The leader, rank 0, drives: it sends every call to the followers, who make it at the
@@ -10,13 +11,17 @@ Shapes: B rows, L tokens of the longest, V vocabulary; those of a step as in `ca
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from math import gcd
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, finalize
 
@@ -27,6 +32,7 @@ from packaging.version import Version
 from torch import nn
 
 from mavis_dist.models.cache import KVCache, Layout, Step
+from mavis_dist.models.directory import read_model
 from mavis_dist.models.hf import HFDecoder
 from mavis_dist.models.masks import text_config
 from mavis_dist.models.trial import try_model
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
 SHARDS_SINCE = "5.21"  # the version of transformers
 COLLECTIVE_S = 60.0  # that a process may be behind the others within a call
 IDLE_DAYS = 3650  # that followers wait for the next call
+BASE = 0  # the number of the base model among a group's models and decoders
+BACKBONE_PREFIX = "backbone."  # of the weights in a value model's folder that are not heads
 Forward = Callable[..., torch.Tensor]
 
 
@@ -105,17 +113,12 @@ class Shard:
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=limit)
         # Calls have a group of their own, in which a follower may wait for long.
         self._calls = dist.new_group(backend="gloo", timeout=timedelta(days=IDLE_DAYS))
-        self._model: Any = None
+        self._models: dict[int, Any] = {}  # by number; the leader's own are held by those who use them
         self._decoders: dict[int, HFDecoder] = {}
 
-    @property
-    def num_layers(self) -> int:
-        """Of the model."""
-        return int(text_config(self._model).num_hidden_layers)
-
     def hold(self, model: PreTrainedModel) -> None:
-        """Compute this model, which is sharded over the group."""
-        self._model = model
+        """Compute this base model, which is sharded over the group."""
+        self._models[BASE] = model
 
     def send(self, name: str, arguments: Sequence[Any]) -> None:
         """Let the followers make a call."""
@@ -127,21 +130,47 @@ class Shard:
             call: list[Any] = [None, None]
             dist.broadcast_object_list(call, src=0, group=self._calls)
             name, arguments = call
-            getattr(self, name)(*arguments)
+            with suppress(UserError):  # the leader raises it as well, to whoever has asked
+                getattr(self, name)(*arguments)
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
-    def open(self, number: int, forward: Forward | None = None, cache: KVCache | None = None) -> HFDecoder:
-        """Start a decoder; the leader gives its own forward pass and cache."""
-        model = self._model
-        try_model(model.base_model)
-        self._decoders[number] = HFDecoder(
-            model.base_model, forward or (lambda **inputs: model(**inputs).logits), cache
+    def load(self, number: int, folder: str, dtype: str) -> None:
+        """A follower's shard of a value model's backbone."""
+        self._models[number] = self.read_backbone(folder, dtype)
+
+    def read_backbone(self, folder: str, dtype: str) -> PreTrainedModel:
+        """This process's shard of the backbone in a value model's folder.
+
+        Raises:
+            ShardError: a process of the group does not have the folder.
+            ModelError: it cannot be read.
+        """
+        from transformers import AutoModel
+
+        is_there = torch.tensor([Path(folder).is_dir()], dtype=torch.int32)
+        dist.all_reduce(is_there, dist.ReduceOp.MIN, group=self._calls)
+        if not is_there.item():
+            raise ShardError(
+                f"the value model in {folder} is shared out like the base model, and another machine of the group does "
+                "not have this folder: keep the run in a folder that all machines have"
+            )
+        renamed = {f"^{re.escape(BACKBONE_PREFIX)}": ""}
+        backbone: PreTrainedModel = read_model(
+            AutoModel, Path(folder), dtype, num_shards=self.place.size, renamed=renamed
         )
-        return self._decoders[number]
+        return backbone
+
+    def drop(self, number: int) -> None:
+        del self._models[number]
+
+    def open(self, number: int, model: int) -> None:
+        """A follower's decoder of a model."""
+        held = self._models[model]
+        self._decoders[number] = decoder_of(held, lambda **inputs: held(**inputs)[0])
 
     def close(self, number: int) -> None:
-        self._decoders.pop(number, None)
+        del self._decoders[number]
 
     @torch.inference_mode()
     def step(self, number: int, changes: Sequence[tuple[str, Any]], message: StepMessage) -> None:
@@ -154,8 +183,17 @@ class Shard:
     @torch.inference_mode()
     def logits(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """Logits [B, L, V] of whole texts."""
-        found: torch.Tensor = self._model(input_ids=ids_BL.to(self._model.device)).logits
+        model = self._models[BASE]
+        found: torch.Tensor = model(input_ids=ids_BL.to(model.device)).logits
         return found
+
+
+def decoder_of(model: Any, forward: Forward, cache: KVCache | None = None) -> HFDecoder:
+    """A process's part of a decoder. `forward` returns the outputs of a head, which all processes need to compute only
+    where the head is sharded.
+    """
+    try_model(model.base_model)
+    return HFDecoder(model.base_model, forward, cache)
 
 
 class StepMessage(NamedTuple):
@@ -204,25 +242,46 @@ class StepMessage(NamedTuple):
 
 
 class Leader:
-    """Drives a group. Thread-safe."""
+    """Drives a group. Thread-safe: while a model loads, the others wait."""
 
     def __init__(self, shard: Shard, model: PreTrainedModel, on_loss: Callable[[GroupLost], None]):
         """`on_loss` is called, before GroupLost is raised, when the group is lost."""
         self._shard, self._on_loss = shard, on_loss
         self._lock = threading.RLock()
-        self._num_opened = 0
-        self._closed: deque[int] = deque()  # decoders that nobody uses any more; those who drop them may be any thread
+        self._numbers = count(BASE + 1)
+        self._unused: deque[tuple[str, int]] = deque()  # calls that free what was dropped, maybe by another thread
         shard.hold(model)
-        _LEADERS[model.base_model] = self
+        _LED[model.base_model] = self, BASE
 
-    def decoder(self, forward: Forward) -> LeadingDecoder:
-        """A decoder over the shards; `forward` is this process's own, and returns the outputs of its head."""
+    @property
+    def size(self) -> int:
+        """Processes of the group."""
+        return self._shard.place.size
+
+    def load(self, folder: Path, dtype: str) -> PreTrainedModel:
+        """The backbone in a value model's folder, shared out; the followers' parts are freed with it.
+
+        Raises:
+            ShardError, ModelError: as in `Shard.read_backbone`.
+        """
         with self._lock:
-            self._num_opened += 1
-            number, cache = self._num_opened, RecordedCache(self._shard.num_layers)
-            own = self._call("open", (number,), lambda: self._shard.open(number, forward, cache))
+            number, where = next(self._numbers), str(folder)
+            backbone: PreTrainedModel = self._call(
+                "load", (number, where, dtype), lambda: self._shard.read_backbone(where, dtype)
+            )
+        _LED[backbone.base_model] = self, number
+        finalize(backbone, self._unused.append, ("drop", number))
+        return backbone
+
+    def decoder(self, model: Any, forward: Forward) -> LeadingDecoder:
+        """A decoder over the shards; `forward` is this process's own, and returns the outputs of its head."""
+        _, led = _LED[model.base_model]
+        cache = RecordedCache(int(text_config(model).num_hidden_layers))
+        with self._lock:
+            number = next(self._numbers)
+            own = self._call("open", (number, led), lambda: decoder_of(model, forward, cache))
         decoder = LeadingDecoder(self, number, own, cache)
-        finalize(decoder, self._closed.append, number)
+        finalize(decoder, self._unused.append, ("close", number))
         return decoder
 
     def step(self, number: int, cache: RecordedCache, own: HFDecoder, step: Step) -> torch.Tensor:
@@ -238,24 +297,24 @@ class Leader:
     def _call(self, name: str, arguments: tuple[Any, ...], own: Callable[[], Any]) -> Any:
         """Let the followers make a call, and this process its own part of it."""
         try:
-            while self._closed:
-                number = self._closed.popleft()
-                self._shard.send("close", (number,))
-                self._shard.close(number)
+            while self._unused:
+                freeing, number = self._unused.popleft()
+                self._shard.send(freeing, (number,))
             self._shard.send(name, arguments)
             return own()
         except RuntimeError as error:  # torch raises it for whatever happens in a group
-            lost = GroupLost(f"a process of the group of {self._shard.place.size} is lost ({error})")
+            lost = GroupLost(f"a process of the group of {self.size} is lost ({error})")
             self._on_loss(lost)
             raise lost from error
 
 
-_LEADERS: WeakKeyDictionary[nn.Module, Leader] = WeakKeyDictionary()  # by decoder, without the head
+# By decoder, without the head: who drives it, and which of the group's models it is.
+_LED: WeakKeyDictionary[nn.Module, tuple[Leader, int]] = WeakKeyDictionary()
 
 
 def leader_of(model: Any) -> Leader | None:
     """The leader of the group that computes a model; None: this process computes it alone."""
-    return _LEADERS.get(model.base_model)
+    return _LED.get(model.base_model, (None, BASE))[0]
 
 
 class RecordedCache(KVCache):

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from mavis_dist.models.directory import WITHOUT_WEIGHTS, ModelError, quiet, read_config, read_model
-from mavis_dist.models.lockstep import leader_of
+from mavis_dist.models.lockstep import Leader, ShardError, check_shards, leader_of
 from mavis_dist.models.states import first_layers, states_width, truncate
 from mavis_dist.models.trial import try_model
 from mavis_dist.types import R2_KEY, RewardScale, UserError
@@ -255,34 +255,69 @@ def load(
 ) -> tuple[ValueModel, Card]:
     """A value model ready for use.
 
+    Where a group of processes computes the base model, one that is larger than a process's share of the base model is
+    shared out like it.
+
     Args:
-        dtype, device: of a model with a backbone of its own.
+        dtype, device: of a model with a backbone of its own; a group has a device of its own.
         base: the base model, which heads on its hidden states need.
 
     Raises:
         ValueModelError: a file or tensor is missing or damaged, or heads were trained on states of another base model.
+        ShardError: a process of the group does not have the folder.
     """
     card = load_card(folder)
     try:
         config = read_config(folder)
-        weights = load_file(folder / "model.safetensors")
+        leader = _sharing(card, config, base)
+        weights = _read_weights(folder / "model.safetensors", with_backbone=leader is None)
+        if card.state_layer is not None:
+            backbone = _base_layers(card, card.state_layer, base)
+        elif leader is not None:
+            backbone = leader.load(folder, str(dtype).removeprefix("torch."))
+        else:
+            backbone = _backbone(config)
     except (OSError, ModelError, SafetensorError) as error:
         raise ValueModelError(f"the value model in {folder} cannot be read ({error}): train it again") from None
-    backbone = _backbone(config) if card.state_layer is None else _base_layers(card, card.state_layer, base)
     model = ValueModel(backbone, len(card.objectives))
+    is_whole = card.state_layer is None and leader is None
     try:
-        if card.state_layer is None:
+        if is_whole:
             model.load_state_dict(weights, strict=True)
         else:
             heads = {name.removeprefix(HEADS_PREFIX): tensor for name, tensor in weights.items()}
             model.heads.load_state_dict(heads, strict=True)
     except RuntimeError as error:
         raise ValueModelError(f"the value model in {folder} is incomplete: {' '.join(str(error).split())}") from None
-    if card.state_layer is None:
+    if is_whole:
         model.to_precision(dtype).to(device)
     else:
         model.heads.to(backbone.device)
     return model.eval().requires_grad_(False), card
+
+
+def _read_weights(file: Path, with_backbone: bool) -> dict[str, torch.Tensor]:
+    """All weights in a file, or those of the heads alone."""
+    with safe_open(file, framework="pt") as stored:
+        names = [name for name in stored.keys() if with_backbone or name.startswith(HEADS_PREFIX)]  # noqa: SIM118
+        return {name: stored.get_tensor(name) for name in names}
+
+
+def _sharing(card: Card, config: Any, base: BaseModel | None) -> Leader | None:
+    """The leader of the group that shares out a value model; None: it stays whole."""
+    leader = None if base is None else leader_of(base.model)
+    if leader is None or card.state_layer is not None or card.teachers:  # a student reads states of the whole model
+        return None
+    assert base is not None
+    with torch.device("meta"), quiet():
+        model, whole = (_backbone(c, **WITHOUT_WEIGHTS) for c in (config, base.model.config.get_text_config()))
+    if model.num_parameters() * leader.size <= whole.num_parameters():
+        return None
+    try:
+        check_shards(model, ", ".join(card.objectives), leader.size)
+    except ShardError:
+        return None
+    return leader
 
 
 def _base_layers(card: Card, layer: int, base: BaseModel | None) -> PreTrainedModel:

@@ -35,6 +35,10 @@ class Models:
     base: Size
     value: Size | None  # of one value model; None: heads on the base model's states
 
+    def is_value_shared(self, size: int) -> bool:
+        """Whether the processes of a group of this size share value models out, too."""
+        return self.value is not None and self.value.num_parameters * size > self.base.backbone().num_parameters
+
 
 @dataclass(frozen=True)
 class Need:
@@ -86,9 +90,10 @@ def decoding(
 
     Weights: width of `base.dtype` x parameters, of a group's matrices 1 / `base.tensor_parallel`. Keys and values:
     rows x tokens of the longest row x 2 x layers x channels of the keys x width, shared by heads. The leader of a group
-    also holds the value models, with the same rows and the cells of a step's candidates, and the logits. The largest
-    pass, over so many new tokens of prompts (None: as many as the engine takes at a time) or the candidates of all
-    rows, takes what one layer of `activation_bytes` does.
+    also holds the logits, and the value models, with the same rows and the cells of a step's candidates; those that are
+    larger than a process's share of the base model are shared out like it. The largest pass, over so many new tokens of
+    prompts (None: as many as the engine takes at a time) or the candidates of all rows, takes what one layer of
+    `activation_bytes` does.
     """
     width, size = WIDTHS[config.base.dtype], config.base.tensor_parallel
     if new_tokens is None:
@@ -101,9 +106,10 @@ def decoding(
     }
     if is_leader:
         parts["logits"] = LOGIT_COPIES * 4 * rows * models.base.vocabulary
-        if models.value is not None:
-            cells = rows * (row_tokens + candidates) * models.value.token_bytes(width)
-            parts["value models"] = num_values * (models.value.weight_bytes(width) + cells)
+    if models.value is not None and (is_leader or models.is_value_shared(size)):
+        shards = size if models.is_value_shared(size) else 1
+        cells = rows * (row_tokens + candidates) * models.value.token_bytes(width, shards)
+        parts["value models"] = num_values * (models.value.weight_bytes(width, shards) + cells)
     return {**parts, "runtime": RUNTIME}
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -21,14 +19,19 @@ from mavis_dist.actors import WorkerPool
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Tree
 from mavis_dist.groups import LeaderStarter, rollout_group
+from mavis_dist.models import value
 from mavis_dist.models.lockstep import GroupLost
 from mavis_dist.rollout.worker import Grow, worker_starter
+from mavis_dist.store import values
+from mavis_dist.store.files import Store
 from mavis_dist.types import Policy, Prompt
-from tests.tiny import MODEL, write_base, write_run
+from tests.streams import strike_during
+from tests.tiny import MODEL, write_run
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
-PROMPTS = [Prompt(id=f"p{n}", text=f"Tell me about the number {n}.") for n in range(8)]
+PROMPTS = [Prompt(id=f"p{n}", text=f"Tell me about the number {n}.") for n in range(4)]
+POLICIES = [Policy(), Policy("brief", 1)]
 
 
 def settings(folder: Path, size: int) -> Config:
@@ -48,13 +51,16 @@ def settings(folder: Path, size: int) -> Config:
     )
 
 
-def grow(config: Config, is_struck: bool = False) -> dict[str, Tree]:
-    """Trees by prompt; a process of the group dies before the last of them if it `is_struck`."""
-    workers, trees, deaths = worker_starter(config), dict[str, Tree](), 0
+def grow(config: Config, is_struck: bool = False) -> dict[tuple[Policy, str], Tree]:
+    """Trees of the base model, and steered ones; a process of the group dies before the last of them if it
+    `is_struck`.
+    """
+    workers, trees, deaths = worker_starter(config), dict[tuple[Policy, str], Tree](), 0
     pool = WorkerPool(workers.start, 1, workers.stop)
+    batches = [[Grow(policy, prompt) for prompt in PROMPTS] for policy in POLICIES]
     try:
-        for grown in pool.run("grow", {}, [[Grow(Policy(), prompt) for prompt in PROMPTS[n : n + 4]] for n in (0, 4)]):
-            trees[grown.tree.prompt_id] = grown.tree
+        for grown in pool.run("grow", {"brief": 0}, batches):
+            trees[grown.policy, grown.tree.prompt_id] = grown.tree
             if is_struck and not deaths:
                 [follower] = followers()
                 follower.kill()
@@ -78,15 +84,16 @@ def wait_until_gone(limit_s: float = 20.0) -> None:
 
 
 def test_a_group_grows_the_trees_of_one_process_also_when_a_member_dies(tmp_path: Path) -> None:
-    write_base(tmp_path, eos_weight=1.0)
+    write_run(tmp_path, "run", ("brief",), eos_weight=1.0)
     alone, together, struck = (
         grow(settings(tmp_path, 1)),
         grow(settings(tmp_path, 2)),
         grow(settings(tmp_path, 2), True),
     )
-    assert alone.keys() == together.keys() == struck.keys() == {prompt.id for prompt in PROMPTS}
-    for prompt, tree in alone.items():
-        assert tree.tokens.tolist() == together[prompt].tokens.tolist() == struck[prompt].tokens.tolist()
+    assert len(alone) == len(POLICIES) * len(PROMPTS)
+    assert alone.keys() == together.keys() == struck.keys()
+    for key, tree in alone.items():
+        assert tree.tokens.tolist() == together[key].tokens.tolist() == struck[key].tokens.tolist()
     wait_until_gone()
 
 
@@ -104,12 +111,27 @@ class Leading:
             return str(error)
         return ""
 
+    def value_parameters(self, folder: Path) -> int:
+        """How many parameters of a value model's backbone this process holds."""
+        model, _ = value.load(folder, base=self._group.base)
+        parts = [one.to_local() if hasattr(one, "to_local") else one for one in model.backbone.parameters()]
+        return sum(part.numel() for part in parts)
 
-def test_a_member_that_hangs_is_noticed(tmp_path: Path) -> None:
-    write_base(tmp_path)
+
+def test_value_models_as_large_as_the_base_model_are_shared_out_and_a_member_that_hangs_is_noticed(
+    tmp_path: Path,
+) -> None:
+    run = write_run(tmp_path, "run", ("brief",))
+    folder = values.fetch(Store(str(run.parent), run.name), "brief", 0)
+    whole = sum(one.numel() for one in value.load(folder)[0].backbone.parameters())
     starter = LeaderStarter(Leading, settings(tmp_path, 2))
     leader = starter.start()
     try:
+        for _ in range(2):  # the first one's parts have been freed
+            assert ray.get(leader.value_parameters.remote(folder)) < 0.52 * whole
+        (folder / "model.safetensors").write_bytes(b"torn")
+        with pytest.raises(value.ValueModelError, match="cannot be read"):
+            ray.get(leader.value_parameters.remote(folder))
         assert ray.get(leader.check.remote()) == ""
         [follower] = followers()
         follower.send_signal(signal.SIGSTOP)
@@ -134,6 +156,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     undeploy()
 
 
+@pytest.mark.long
 def test_a_service_on_a_group_answers_as_one_process_and_survives_a_member(served: tuple[str, Path]) -> None:
     url, run = served
     question = {
@@ -147,16 +170,5 @@ def test_a_service_on_a_group_answers_as_one_process_and_survives_a_member(serve
     with httpx.Client(timeout=120, trust_env=False) as http:
         body = http.post(f"{url}/v1/chat/completions", json=question).json()
         assert body["choices"][0]["message"]["content"] == expected.text
-        text = ""
-        with http.stream("POST", f"{url}/v1/chat/completions", json={**question, "stream": True}) as response:
-            lines = []
-            for count, line in enumerate(line for line in response.iter_lines() if line):
-                if count == 20:
-                    [follower] = followers()
-                    os.kill(follower.pid, signal.SIGKILL)
-                lines.append(line.removeprefix("data: "))
-        assert lines[-1] == "[DONE]"
-        for chunk in map(json.loads, lines[:-1]):
-            assert "error" not in chunk, chunk
-            text += chunk["choices"][0]["delta"].get("content", "")
-        assert text == expected.text
+        answer = strike_during(http, url, question, lambda: followers()[0].kill())
+        assert answer["text"] == expected.text

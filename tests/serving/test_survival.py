@@ -2,59 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
-import httpx
 import pytest
-import ray
-from ray.util.state import list_actors
 
-LONG = {
-    "messages": [{"role": "user", "content": "Tell me more"}],
-    "max_tokens": 100,
-    "top_k": 20,
-    "objective_weights": {"positive": 1.0, "brief": 1.0},
-}
-
-
-def replica_pids(application: str, deployment: str) -> list[int]:
-    actors = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
-    return [actor.pid for actor in actors if actor.name and f"{application}#{deployment}#" in actor.name]
-
-
-def kill_during(http: httpx.Client, url: str, body: dict, pids: list[int]) -> dict:
-    """The choice of a streamed answer during which processes die; checks that the stream ends as it should."""
-    text, endings = "", []
-    with http.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}) as response:
-        lines = list(_kill_on_the_way(response, pids))
-    assert lines[-1] == "[DONE]"
-    for line in lines[:-1]:
-        chunk = json.loads(line)
-        assert "error" not in chunk, chunk
-        [choice] = chunk["choices"]
-        text += choice["delta"].get("content", "")
-        if choice["finish_reason"]:
-            endings.append(choice)
-    [ending] = endings
-    return {**ending, "text": text}
-
-
-def _kill_on_the_way(response: httpx.Response, pids: list[int]) -> Iterator[str]:
-    for count, line in enumerate(line for line in response.iter_lines() if line):
-        if count == 20:
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        yield line.removeprefix("data: ")
-
-
-def whole_text(http: httpx.Client, url: str, body: dict) -> str:
-    return http.post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+from tests.streams import LONG, kill_during, replica_pids, whole_text
 
 
 @pytest.fixture

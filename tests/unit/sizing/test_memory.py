@@ -80,6 +80,19 @@ def test_an_actor_holds_weights_keys_and_values_and_its_value_models() -> None:
     assert set(parts) - set(follower) == {"logits", "value models"}
 
 
+def test_a_group_shares_out_value_models_that_are_larger_than_its_shares_of_the_base_model() -> None:
+    quarter, half = (Models(SIZE_7B, SIZE_7B.backbone(layers)) for layers in (8, 16))
+    assert not quarter.is_value_shared(1)
+    assert not quarter.is_value_shared(3)
+    assert half.is_value_shared(2)
+    config = run_config(2, base={"tensor_parallel": 2})
+    whole = decoding(run_config(2), half, rows=16, row_tokens=128, candidates=40, num_values=2)["value models"]
+    for is_leader in (True, False):
+        parts = decoding(config, half, 16, 128, 40, 2, is_leader)
+        assert parts["value models"] == pytest.approx(whole / 2, rel=1e-3)
+    assert "value models" not in decoding(config, quarter, 16, 128, 40, 2, is_leader=False)
+
+
 @pytest.mark.parametrize(
     ("stage", "parameters", "gradients", "states"),
     [(0, 4, 4, 8), (1, 4, 4, (4 + 8) / 4), (2, 4, 4 / 4, (4 + 8) / 4), (3, 4 / 4, 4 / 4, 8 / 4)],
