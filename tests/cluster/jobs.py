@@ -7,12 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
+from jobs import pipeline
+from mavis_dist.config import load
 from mavis_dist.store.files import Store
 from tests.root import ROOT
 from tests.tiny import write_base
+
+if TYPE_CHECKING:
+    import pytest
 
 LIMIT_S = 420
 
@@ -63,6 +69,13 @@ def finish(job: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == code, err[-3000:]
     return out, err
+
+
+def run_here(capsys: pytest.CaptureFixture[str], config_file: Path, *overrides: str) -> tuple[str, str]:
+    """What the pipeline prints, run in this process: it has loaded already what another one would have to."""
+    pipeline.run(load(config_file, overrides))
+    told = capsys.readouterr()
+    return told.out, told.err
 
 
 def hashes(store: Store) -> dict[str, str]:

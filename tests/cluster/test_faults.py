@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.experimental import internal_kv
 
 from mavis_dist.store.files import MARKER, Store, StoreError
-from tests.cluster.jobs import LIMIT_S, finish, hashes, start
+from tests.cluster.jobs import LIMIT_S, finish, hashes, run_here, start
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.long
 def test_kills_of_actors_workers_machines_and_drivers_give_the_same_bytes(
     undisturbed: Store, config_file: Path, machines: Cluster
 ) -> None:
@@ -115,8 +116,9 @@ def test_a_folder_with_any_damaged_file_is_not_finished(undisturbed: Store, tmp_
     assert unmarked - events == UNMARKED
 
 
+@pytest.mark.long
 def test_damage_in_every_stage_is_repaired_to_the_same_bytes_and_an_objective_added_without_base_rollouts(
-    undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
+    undisturbed: Store, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "undisturbed"
     shutil.copytree(undisturbed.root, root)
@@ -143,7 +145,7 @@ def test_damage_in_every_stage_is_repaired_to_the_same_bytes_and_an_objective_ad
         (root / name).unlink()
     base_trees = {path: path.stat().st_mtime_ns for path in root.glob("rollouts/base/*")}
     more = ["objectives.again.reward=function", "objectives.again.path=tests.tiny:count_vowels"]
-    _, err = finish(start(config_file, ray_address, f"storage={tmp_path}", *more))
+    _, err = run_here(capsys, config_file, f"storage={tmp_path}", *more)
     assert "rollouts/base finished before, skipped" in err
     assert base_trees == {path: path.stat().st_mtime_ns for path in root.glob("rollouts/base/*")}
     before, after = hashes(undisturbed), hashes(Store(str(tmp_path), "undisturbed"))

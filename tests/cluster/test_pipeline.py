@@ -16,7 +16,7 @@ from mavis_dist.evaluate import gate
 from mavis_dist.models.value import ValueModelError
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
-from tests.cluster.jobs import finish, hashes, start
+from tests.cluster.jobs import hashes, run_here
 from tests.tiny import write_base
 
 
@@ -35,19 +35,21 @@ def test_a_run_stores_and_publishes_everything(undisturbed: Store) -> None:
         assert card["explained_variance"] is not None
 
 
-def test_a_second_run_skips_everything(undisturbed: Store, config_file: Path, ray_address: str) -> None:
+def test_a_second_run_skips_everything(
+    undisturbed: Store, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = hashes(undisturbed)
-    out, err = finish(start(config_file, ray_address))
+    out, err = run_here(capsys, config_file)
     assert "hypervolume" in out
     assert err.count("finished before, skipped") == 3 + 4 + 4 + 4 + 1
     assert hashes(undisturbed) == before
 
 
 def test_another_grid_does_not_sample_the_base_model_again(
-    undisturbed: Store, config_file: Path, ray_address: str, tmp_path: Path
+    undisturbed: Store, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(undisturbed.root, tmp_path / "undisturbed")
-    out, err = finish(start(config_file, ray_address, f"storage={tmp_path}", "evaluate.grid=4"))
+    out, err = run_here(capsys, config_file, f"storage={tmp_path}", "evaluate.grid=4")
     assert "0.67 brief + 0.33 vowels" in out
     assert "evaluate  " in err
     assert "limit  " not in err
@@ -56,10 +58,13 @@ def test_another_grid_does_not_sample_the_base_model_again(
     assert {path for path in before if after[path] != before[path]} == {"eval/sweep/sweep.json"}
 
 
-def test_objectives_of_one_model_steer_by_their_own_heads(config_file: Path, ray_address: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_address")
+def test_objectives_of_one_model_steer_by_their_own_heads(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = ["value.kind=shared", "iterations=1", "train.epochs=4", "train.learning_rate=0.01", "steer.beta=20"]
-    settings += ["train.targets=prefix"]  # its heads are dropped
-    out, _ = finish(start(config_file, ray_address, f"storage={tmp_path}", "run=shared", *settings))
+    settings += ["train.targets=prefix", f"storage={tmp_path}", "run=shared"]  # heads of prefixes are dropped
+    out, _ = run_here(capsys, config_file, *settings)
     assert "hypervolume" in out
     store = Store(str(tmp_path), "shared")
     assert values.published_folders(store) == dict.fromkeys(("brief", "vowels"), "shared/brief-vowels/i0")
@@ -71,7 +76,7 @@ def test_objectives_of_one_model_steer_by_their_own_heads(config_file: Path, ray
     weights = Path(store.root) / "shared/brief-vowels/i0/model.safetensors"
     trained = weights.read_bytes()
     weights.unlink()
-    finish(start(config_file, ray_address, f"storage={tmp_path}", "run=shared", *settings))
+    run_here(capsys, config_file, *settings)
     assert weights.read_bytes() == trained
 
 

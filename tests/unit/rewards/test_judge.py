@@ -89,13 +89,12 @@ def test_what_a_judge_cannot_do_is_one_line(script: Script, parts: list[str]) ->
     assert "\n" not in str(error.value)
 
 
-def test_a_judge_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mavis_dist.rewards.judge.RETRIES", 0)
+def test_a_judge_that_is_not_there() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: refused
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
         with pytest.raises(RewardError, match=r"does not answer \(.*refused.*\): check url"):
-            rewards.build(objective(url)).score(["q"], ["a"])
+            rewards.build(objective(url), retries=0).score(["q"], ["a"])
 
 
 def test_a_url_without_a_scheme_is_refused() -> None:

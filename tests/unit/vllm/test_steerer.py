@@ -216,11 +216,11 @@ def test_a_host_that_samples_draws_from_the_tilted_distribution():
     one = request((1, 8, 30), scorer=Scorer.FULL, top_k=4, temperature=0.7, max_tokens=1)
     laws = []
     host = Host(steerer(), chance)
-    for _ in range(2000):
+    for _ in range(10):
         host.answers = []
-        answer = host.add(one, is_drawn_here=False)
+        answers = [host.add(one, is_drawn_here=False) for _ in range(200)]
         host.step(lambda _answer, _logits, tilted: laws.append((tilted / 0.7).softmax(-1)))
-        drawn[answer.tokens[0]] += 1
+        drawn.update(answer.tokens[0] for answer in answers)
     expected = {token: 2000 * p for token, p in enumerate(laws[0].tolist()) if p > 0}
     assert sum((drawn[t] - e) ** 2 / e for t, e in expected.items()) < 16.3  # chi-square, 3 degrees of freedom, .001
 
