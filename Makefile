@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
+SHORT := $(if $(ALL),,-m "not long")
 INSTALLED := .venv/.installed
 PEERS := .peers
 WITH_VLLM := $(PEERS)/vllm
@@ -14,7 +15,7 @@ CLIENTS := .clients
 help:
 	@echo "make quickstart   train on two objectives, evaluate, serve, ask, report"
 	@echo "make serve        serve the published value models of a run (CONFIG=$(CONFIG))"
-	@echo "make test         all tests"
+	@echo "make test         all tests but the long ones; ALL=1: those, too"
 	@echo "make test-models  every architecture that transformers builds tiny (2 minutes)"
 	@echo "make test-pythons unit tests on Python $(PYTHONS), in environments in .pythons"
 	@echo "make test-clients programs of others against the service, installed in $(CLIENTS) (450 MB, needs npm)"
@@ -40,18 +41,20 @@ serve: $(INSTALLED)
 	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
 # In parallel: the unit tests compute, while most of the other tests wait for processes to start and end.
+# ALL=1 adds the long ones, ALSO=test-vllm those inside vLLM.
 test: $(INSTALLED)
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-unit test-cluster test-serving $(ALSO)
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/training
 	$(BIN)/python -m pytest tests/browser
 
 test-cluster: $(INSTALLED)
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest $(SHORT) tests/cluster
 
 test-serving: $(INSTALLED)
-	$(BIN)/python -m pytest tests/serving
+	$(BIN)/python -m pytest $(SHORT) tests/serving
 
 test-models: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models

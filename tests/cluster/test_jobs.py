@@ -77,6 +77,7 @@ def run_job(*arguments: str) -> int:
     return ended.value.code
 
 
+@pytest.mark.long
 def test_a_job_is_stopped_resumed_and_not_repeated(
     ray_address: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

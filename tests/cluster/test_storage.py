@@ -33,6 +33,7 @@ def submitted(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": {"env_vars": s3.environment}}))
 
 
+@pytest.mark.long
 def test_a_killed_run_in_a_bucket_gives_the_same_bytes(
     undisturbed: Store, config_file: Path, ray_address: str, s3: S3Server, submitted: None
 ) -> None:

@@ -23,7 +23,7 @@ from mavis_dist.store.files import Store
 from serve.app import deploy_objective
 from serve.settings import value_application
 from tests.serving.conftest import RUN
-from tests.serving.test_survival import LONG, replica_pids, whole_text
+from tests.streams import LONG, replica_pids, whole_text
 from tests.tiny import publish_next
 
 
@@ -85,6 +85,7 @@ def streamed(http: httpx.Client, url: str, body: dict, begun: threading.Barrier 
     return text
 
 
+@pytest.mark.long
 def test_streams_keep_the_version_they_began_with(http, url, served_config, store, body):
     """Also when the value replica dies, and its successor has to load a version that is no longer published."""
     bodies = [{**body, "max_tokens": 200, "seed": seed} for seed in range(4)]

@@ -20,7 +20,9 @@ from mavis_dist.config import Config
 from serve.dashboard import Dashboard, ScaleError
 from serve.settings import main_args, value_args
 from tests.serving.test_live_changes import streamed
-from tests.serving.test_survival import LONG, replica_pids, whole_text
+from tests.streams import LONG, replica_pids, whole_text
+
+pytestmark = pytest.mark.long
 
 LIMIT_S = 180
 PAUSE_S = 0.2  # of a client between two answers: replicas that start need the cores, too

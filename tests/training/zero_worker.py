@@ -1,4 +1,4 @@
-"""Training workers without Ray: `python -m tests.cluster.zero_worker CONFIG OUTPUT RANK SIZE PORT < variants.json`.
+"""Training workers without Ray: `python -m tests.training.zero_worker CONFIG OUTPUT RANK SIZE PORT < variants.json`.
 
 Standard input maps names to overrides of the config; every variant is trained in turn by the same processes. The
 override `stop=N` interrupts it after N steps and restarts it.

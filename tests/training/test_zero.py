@@ -84,7 +84,7 @@ def runs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             arguments = [str(config_file), str(output), str(rank), str(size), str(port)]
             log = (output / f"{size}-{rank}.log").open("w+")
             worker = subprocess.Popen(
-                [sys.executable, "-m", "tests.cluster.zero_worker", *arguments],
+                [sys.executable, "-m", "tests.training.zero_worker", *arguments],
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
             )  # fmt: skip
             assert worker.stdin is not None

@@ -1,0 +1,102 @@
+"""Actors and replicas whose base model vLLM computes, on real Ray: as with the built-in engine, also when one dies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from benchmarks.common.service import free_port
+from mavis_dist import LLM, config
+from mavis_dist.actors import WorkerPool
+from mavis_dist.config import Config
+from mavis_dist.core.tree import Tree
+from mavis_dist.rollout.worker import Grow, worker_starter
+from mavis_dist.types import Policy, Prompt
+from tests.streams import kill_during, replica_pids, whole_text
+from tests.vllm.conftest import BETA, CAP
+
+pytestmark = pytest.mark.usefixtures("ray_address")
+
+PROMPTS = [Prompt(id=f"p{n}", text=f"Tell me about the number {n}.") for n in range(8)]
+
+
+def settings(run: Path, model: str, engine: str) -> Config:
+    return config.parse(
+        {
+            "run": run.name,
+            "storage": str(run.parent),
+            "objectives": {name: {"reward": "brevity"} for name in ("brief", "positive")},
+            "base": {"model": model, "dtype": "float32", "engine": engine},
+            "rollout": {
+                "first": {"root": 2, "children": 2, "layers": 2},
+                "max_tokens": 16,
+                "cpus_per_actor": 0.5,
+                "rows": 8,
+            },
+            "steer": {"beta": BETA, "tilt_cap": CAP},
+            "serve": {"port": free_port(), "base_replicas": 2, "rows": 4, "cpus_per_replica": 0.1, "max_tokens": 200},
+        }
+    )
+
+
+def rollout_actors() -> list[psutil.Process]:
+    return [one for one in psutil.process_iter(["cmdline"]) if "ray::Worker." in "".join(one.info["cmdline"] or [])]
+
+
+def grow(config: Config, is_struck: bool = False) -> dict[str, Tree]:
+    """Trees by prompt, steered where their policy is; the actor dies before the last of them if it `is_struck`."""
+    workers, trees, deaths = worker_starter(config), dict[str, Tree](), 0
+    pool = WorkerPool(workers.start, 1, workers.stop)
+    batches = [[Grow(Policy("brief", 1), prompt) for prompt in PROMPTS[n : n + 4]] for n in (0, 4)]
+    try:
+        for grown in pool.run("grow", {"brief": 0}, batches):
+            trees[grown.tree.prompt_id] = grown.tree
+            if is_struck and not deaths:
+                [actor] = rollout_actors()
+                actor.kill()
+                deaths += 1
+    finally:
+        pool.release()
+    assert deaths == is_struck
+    return trees
+
+
+def test_an_actor_grows_the_trees_of_the_built_in_engine_also_when_it_dies(run: Path, model: str) -> None:
+    expected = grow(settings(run, model, "builtin"))
+    struck = grow(settings(run, model, "vllm"), is_struck=True)
+    assert struck.keys() == expected.keys() == {prompt.id for prompt in PROMPTS}
+    for prompt, tree in expected.items():
+        assert struck[prompt].tokens.tolist() == tree.tokens.tolist()
+        assert struck[prompt].token_logratio == pytest.approx(tree.token_logratio, abs=1e-4)
+
+
+@pytest.fixture
+def url(run: Path, model: str) -> Iterator[str]:
+    from serve.app import deploy, undeploy
+
+    yield deploy(settings(run, model, "vllm"), limit_s=300)
+    undeploy()
+
+
+def test_a_service_answers_as_the_built_in_engine_and_survives_a_replica(url: str, run: Path, model: str) -> None:
+    messages = [{"role": "system", "content": "Be good."}, {"role": "user", "content": "Tell me more"}]
+    weights = {"brief": 1.0, "positive": 0.5}
+    asked = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 120, "objective_weights": weights}
+    expected = LLM.from_run(run).chat(messages, weights=weights, temperature=0.0, max_tokens=120)
+    with httpx.Client(timeout=120, trust_env=False) as http:
+        answer = http.post(f"{url}/v1/chat/completions", json=asked).json()["choices"][0]
+        assert answer["message"]["content"] == expected.text
+        assert answer["mavis"]["divergence"] == pytest.approx(expected.divergence, abs=1e-3)
+        refused = http.post(f"{url}/v1/chat/completions", json={**asked, "preferences": ["Be kind."]})
+        assert refused.status_code == 400
+        assert "base.engine" in refused.json()["error"]["message"]
+
+        victims = replica_pids("main", "Base")
+        assert len(victims) == 2
+        assert kill_during(http, url, asked, victims[:1])["text"] == expected.text
+        assert kill_during(http, url, asked, victims[1:])["text"] == expected.text
+        assert whole_text(http, url, asked) == expected.text
