@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
+import ray
+from ray.util.state import list_actors
 
 from benchmarks.common.service import free_port
 from mavis_dist import LLM, config
@@ -43,21 +46,18 @@ def settings(run: Path, model: str, engine: str) -> Config:
     )
 
 
-def rollout_actors() -> list[psutil.Process]:
-    return [one for one in psutil.process_iter(["cmdline"]) if "ray::Worker." in "".join(one.info["cmdline"] or [])]
-
-
 def grow(config: Config, is_struck: bool = False) -> dict[str, Tree]:
     """Trees by prompt, steered where their policy is; the actor dies before the last of them if it `is_struck`."""
     workers, trees, deaths = worker_starter(config), dict[str, Tree](), 0
+    address = ray.get_runtime_context().gcs_address
     pool = WorkerPool(workers.start, 1, workers.stop)
     batches = [[Grow(Policy("brief", 1), prompt) for prompt in PROMPTS[n : n + 4]] for n in (0, 4)]
     try:
         for grown in pool.run("grow", {"brief": 0}, batches):
             trees[grown.tree.prompt_id] = grown.tree
             if is_struck and not deaths:
-                [actor] = rollout_actors()
-                actor.kill()
+                [actor] = list_actors(address, filters=[("class_name", "=", "Worker"), ("state", "=", "ALIVE")])
+                os.kill(actor.pid, signal.SIGKILL)
                 deaths += 1
     finally:
         pool.release()
@@ -91,7 +91,7 @@ def test_a_service_answers_as_the_built_in_engine_and_survives_a_replica(url: st
         answer = http.post(f"{url}/v1/chat/completions", json=asked).json()["choices"][0]
         assert answer["message"]["content"] == expected.text
         assert answer["mavis"]["divergence"] == pytest.approx(expected.divergence, abs=1e-3)
-        refused = http.post(f"{url}/v1/chat/completions", json={**asked, "preferences": ["Be kind."]})
+        refused = http.post(f"{url}/v1/chat/completions", json={**asked, "preferences": [{"text": "Be kind."}]})
         assert refused.status_code == 400
         assert "base.engine" in refused.json()["error"]["message"]
 
