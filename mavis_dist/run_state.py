@@ -16,10 +16,10 @@ from mavis_dist.actors import Progress, WorkerPool, on_every_machine, start_prog
 from mavis_dist.config import Config
 from mavis_dist.core.siblings import MIN_TREES
 from mavis_dist.decode import SamplingParams
+from mavis_dist.decode.load_guide import read_card
 from mavis_dist.evaluate import gate
 from mavis_dist.evaluate.collect import record_stage
 from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer
-from mavis_dist.models.value import load_card
 from mavis_dist.plan import Plan, make_plan
 from mavis_dist.preflight.checks import check
 from mavis_dist.preflight.machine import check_machine, check_rewards
@@ -28,7 +28,7 @@ from mavis_dist.prompts import held_out
 from mavis_dist.rewards import build
 from mavis_dist.rollout.labels import reward_scale
 from mavis_dist.rollout.worker import Answer, Answered, Ask, Batch, Grow, Grown, Result, worker_starter
-from mavis_dist.store import layout, values
+from mavis_dist.store import layout
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import label_folder
 from mavis_dist.store.shards import shard_names
@@ -179,7 +179,7 @@ def work(
     directory = fetch(model)
     base, tokenizer = fingerprint_model(directory), fingerprint_tokenizer(directory)
     for name, iteration in value_iterations.items():
-        load_card(values.fetch(state.store, name, iteration)).check(base, tokenizer)
+        read_card(state.store, layout.value_folder(name, iteration)).check(base, tokenizer)
     yield from state.worker_pool().run(stage, value_iterations, batches)
 
 

@@ -11,7 +11,7 @@ from mavis_dist.decode.local_guide import LocalGuide
 from mavis_dist.models import qhead, value
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.qhead import Student
-from mavis_dist.models.value import ValueModel
+from mavis_dist.models.value import Card, ValueModel
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
 
@@ -21,6 +21,17 @@ def fetch_published(store: Store) -> dict[str, Path]:
     folders = values.published_folders(store)
     local = {folder: values.fetch_folder(store, folder) for folder in set(folders.values())}
     return {name: local[folder] for name, folder in folders.items()}
+
+
+def read_card(store: Store, path: str) -> Card:
+    """The card of a stored value model, without its weights; `path` as in `values.fetch_folder`.
+
+    Raises:
+        StoreError: it is not finished.
+        ValueModelError: the card is damaged.
+    """
+    file = f"{values.finished_folder(store, path)}/{value.CARD_FILE}"
+    return value.parse_card(store.read_bytes(file), f"{store.root}/{file}")
 
 
 def load_models(

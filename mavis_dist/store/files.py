@@ -14,18 +14,18 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from mavis_dist.store.copies import local_copy
 from mavis_dist.types import UserError, one_line
 
 MARKER = "_COMPLETE.json"
@@ -222,17 +222,17 @@ class Store:
         self.finish(folder, metadata)
 
     def download(self, folder: str) -> Path:
-        """A local folder with these files: the folder itself if storage is local, otherwise a temporary copy."""
+        """A local folder with these files, not to be changed: the folder itself if storage is local, otherwise a copy,
+        which ends with this process.
+        """
         if self._is_local:
             return Path(self._full(folder))
-        target = Path(tempfile.mkdtemp(prefix="mavis-"))
-        try:
-            if self._read(folder, lambda full: [self._fs.get(f"{full}/", f"{target}/", recursive=True)]) is None:
-                raise self._problem("read", folder, FileNotFoundError())
-        except StoreError:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-        return target
+        marker = self._read(f"{folder}/{MARKER}", self._fs.cat_file)
+        return local_copy(None if marker is None else (self.root, folder, marker), partial(self._get, folder))
+
+    def _get(self, folder: str, target: Path) -> None:
+        if self._read(folder, lambda full: [self._fs.get(f"{full}/", f"{target}/", recursive=True)]) is None:
+            raise self._problem("read", folder, FileNotFoundError())
 
     def uri(self, path: str) -> str:
         """The URI of a path, for libraries that do their own writing."""

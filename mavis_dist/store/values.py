@@ -104,10 +104,15 @@ def fetch(store: Store, objective: str, iteration: int) -> Path:
 
 def fetch_folder(store: Store, path: str) -> Path:
     """A local folder with the finished value model of a folder of an objective or of a distilled model."""
+    return store.download(finished_folder(store, path))
+
+
+def finished_folder(store: Store, path: str) -> str:
+    """As `model_folder`; raises StoreError unless the value model is finished."""
     # In turn: a marker that is not visible yet does not say which folder is shared.
     if not (store.appears(path) and store.appears(folder := model_folder(store, path))):
         raise StoreError(f"there is no finished value model {path!r} in {store.root}")
-    return store.download(folder)
+    return folder
 
 
 def model_folder(store: Store, path: str) -> str:

@@ -8,11 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
-from pathlib import Path
 
 from mavis_dist.decode import Choice, FinishReason, LocalGuide, Request, Update
-from mavis_dist.decode.load_guide import load_models, load_students
-from mavis_dist.models import value
+from mavis_dist.decode.load_guide import load_models, load_students, read_card
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.value import Card
 from mavis_dist.store import values
@@ -86,12 +84,11 @@ class ModelLoader(ABC):
     def _drop(self, names: Names) -> None:
         self._loop.between_steps(partial(self._guide.remove, names))
 
-    def _check(self, folder: str) -> tuple[Path, Card]:
-        """A finished value model of this base model; raises StoreError or ValueModelError."""
-        path = values.fetch_folder(self._store, folder)
-        card = value.load_card(path)
+    def _check(self, folder: str) -> Card:
+        """The card of a finished value model of this base model; raises StoreError or ValueModelError."""
+        card = read_card(self._store, folder)
         card.check(self._base.fingerprint, self._base.tokenizer_fingerprint)
-        return path, card
+        return card
 
 
 class LocalModelLoader(ModelLoader):
@@ -109,8 +106,8 @@ class LocalModelLoader(ModelLoader):
         return values.model_folder(self._store, values.folder_of(version))
 
     def _load(self, key: str) -> Names:
-        path, card = self._check(key)
-        paths = dict.fromkeys(card.objectives, path)
+        card = self._check(key)
+        paths = dict.fromkeys(card.objectives, values.fetch_folder(self._store, key))
         dtype = next(self._base.model.parameters()).dtype
         models = load_models(paths, dtype, str(self._base.model.device), self._base)
         students = load_students(paths, models)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from statistics import fmean
 
-from mavis_dist.models import value
+from mavis_dist.decode.load_guide import read_card
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
 from mavis_dist.store.values import Served
@@ -81,8 +81,7 @@ class Registry:
         return self._served
 
     def _describe(self, model: Served) -> Json:
-        file = f"{values.model_folder(self._store, model.folder)}/{value.CARD_FILE}"
-        card = value.parse_card(self._store.read_bytes(file), file)
+        card = read_card(self._store, model.folder)
         place = card.objectives.index(model.objective)
         scale = card.scales[place]
         return {

@@ -20,6 +20,7 @@ import torch
 
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Tree
+from mavis_dist.decode.load_guide import read_card
 from mavis_dist.models import qhead, value
 from mavis_dist.models.load import BaseModel, fetch, fingerprint_model, load_base
 from mavis_dist.models.qhead import QHead, Student
@@ -291,4 +292,4 @@ def store_student(
 
 
 def _extended_card(store: Store, name: str) -> Card:
-    return value.load_card(values.fetch_folder(store, layout.distilled_folder(name)))
+    return read_card(store, layout.distilled_folder(name))
