@@ -80,9 +80,10 @@ class BaseGroup:
         model: str,
         dtype: str,
         device: str,
-        size: int,
-        cpus: float,
-        gpus: float,
+        *,
+        size: int = 1,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
         engine: str = "builtin",
         rows: int = 1,
     ):
@@ -142,8 +143,16 @@ def rollout_group(config: Config) -> BaseGroup:
     """The base model of an actor that works for a run."""
     base, rollout = config.base, config.rollout
     torch.set_num_threads(max(1, int(rollout.cpus_per_actor)))
-    size, cpus, gpus = base.tensor_parallel, rollout.cpus_per_actor, rollout.gpus_per_actor
-    return BaseGroup(base.model, base.dtype, base.device, size, cpus, gpus, base.engine, rollout.rows)
+    return BaseGroup(
+        base.model,
+        base.dtype,
+        base.device,
+        size=base.tensor_parallel,
+        cpus=rollout.cpus_per_actor,
+        gpus=rollout.gpus_per_actor,
+        engine=base.engine,
+        rows=rollout.rows,
+    )
 
 
 class LeaderStarter:

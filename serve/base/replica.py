@@ -43,7 +43,14 @@ class Base:
         configure_logs()
         torch.set_num_threads(num_threads(args))
         self._group = BaseGroup(
-            args.base, args.dtype, args.device, args.tensor_parallel, args.cpus, args.gpus, args.engine, args.rows
+            args.base,
+            args.dtype,
+            args.device,
+            size=args.tensor_parallel,
+            cpus=args.cpus,
+            gpus=args.gpus,
+            engine=args.engine,
+            rows=args.rows,
         )
         base, store = self._group.base, Store(args.storage, args.run)
         is_remote = args.placement == "replicas"

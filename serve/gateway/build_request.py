@@ -26,8 +26,9 @@ from mavis_dist.models.chat import text_ids
 from mavis_dist.models.load import ModelError
 from mavis_dist.types import MAX_COUNT
 from serve.gateway.logprobs import Speller
-from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, GenerationRequest, TextRequest
+from serve.gateway.protocol import CHAT, TEXT, ApiError
 from serve.gateway.refusals import Overloaded, Refusals
+from serve.gateway.requests import ChatRequest, GenerationRequest, TextRequest
 from serve.gateway.streams import answer_stream
 from serve.gateway.write_response import Completion
 from serve.messages import OpenStream

@@ -21,9 +21,10 @@ from serve.gateway.build_request import Completions
 from serve.gateway.examples import ANSWER, CHAT_BODIES, REFUSALS, TEXT_BODIES, answer
 from serve.gateway.middleware import ID_HEADER, Middleware
 from serve.gateway.playground import playground
-from serve.gateway.protocol import CHAT, TEXT, ApiError, ChatRequest, Json, TextRequest, refusal
+from serve.gateway.protocol import CHAT, TEXT, ApiError, Json
 from serve.gateway.read_body import JsonRoute
 from serve.gateway.registry import Registry
+from serve.gateway.requests import ChatRequest, TextRequest, refusal
 from serve.gateway.responses import (
     ChatChunk,
     ChatCompletion,

@@ -16,7 +16,8 @@ from mavis_dist.decode.request import stream_of
 from mavis_dist.decode.text import StoppedText
 from serve.gateway.failover import Piece
 from serve.gateway.logprobs import Alignment, LogprobEntry, Speller, chat_logprobs, text_logprobs
-from serve.gateway.protocol import DONE, TEXT, ApiError, GenerationRequest, Json, Preference, Shape, event, usage
+from serve.gateway.protocol import DONE, TEXT, ApiError, Json, Shape, event, usage
+from serve.gateway.requests import GenerationRequest, Preference
 from serve.messages import Admission, AnswerFailed, AnswerLate
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from mavis_dist.store.files import Store
 from mavis_dist.types import RESIDUAL_CAP, TILT_CAP
 from serve.base.replica import Base
 from serve.gateway.build_request import Completions
-from serve.gateway.protocol import ApiError, ChatRequest
+from serve.gateway.protocol import ApiError
+from serve.gateway.requests import ChatRequest
 from serve.settings import main_args
 
 HELLO = [{"role": "user", "content": "Hello there"}]

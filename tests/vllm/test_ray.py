@@ -13,7 +13,7 @@ from tests.vllm.test_steered_engine import PROMPTS
 
 
 def test_a_group_of_one_process_lets_vllm_compute(model, base, llm):
-    found = BaseGroup(model, "float32", "cpu", 1, 1, 0, "vllm", 4).base
+    found = BaseGroup(model, "float32", "cpu", engine="vllm", rows=4).base
     assert (found.fingerprint, found.tokenizer_fingerprint) == (base.fingerprint, base.tokenizer_fingerprint)
     asked = [Request(str(i), tuple(prompt), params=SamplingParams(20, seed=i)) for i, prompt in enumerate(PROMPTS[:8])]
     ours, theirs = Engine(found, max_rows=4).generate(asked), Engine(base, max_rows=4).generate(asked)

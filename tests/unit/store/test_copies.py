@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from mavis_dist.store.copies import PREFIX
 from mavis_dist.store.files import Store
 from tests.root import ROOT

@@ -30,7 +30,8 @@ from serve.base.engine_loop import EngineLoop, stream
 from serve.gateway import failover
 from serve.gateway.build_request import Completions
 from serve.gateway.logprobs import Alignment, Speller, text_logprobs
-from serve.gateway.protocol import ApiError, ChatRequest, TextRequest
+from serve.gateway.protocol import ApiError
+from serve.gateway.requests import ChatRequest, TextRequest
 from serve.gateway.responses import ChatChunk, ChatCompletion, TextChunk, TextCompletion
 from serve.messages import Admission, BaseLost
 from tests.fakes import tiny_value

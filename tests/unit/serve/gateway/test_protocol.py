@@ -11,15 +11,14 @@ from pydantic import ValidationError
 
 from mavis_dist.core.preferences import Accumulation
 from mavis_dist.decode import PRESETS
-from serve.gateway.protocol import (
-    ApiError,
+from serve.gateway.protocol import ApiError, event
+from serve.gateway.requests import (
     ChatRequest,
     GenerationRequest,
     Message,
     PreferenceParams,
     StreamOptions,
     TextRequest,
-    event,
     refusal,
 )
 
