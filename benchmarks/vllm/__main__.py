@@ -94,9 +94,9 @@ def render(found: Mapping[str, Any]) -> str:
     if (load := found.get("load")) is not None:
         parts.append(
             f"{load['minutes']:.0f} minutes of mixed load (plain and steered requests, several answers, some aborted; "
-            f"{load['requests']} requests): memory {load['mib_first']:.0f} MiB after the first tenth, "
-            f"{load['mib_last']:.0f} MiB at the end, with 1 GiB for vLLM's "
-            f"keys and values that fills meanwhile; rows that value models still followed: {load['rows_left']}."
+            f"{load['requests']} requests; a cache of {load['cache_tokens']} tokens): memory "
+            f"{', '.join(f'{mib:.0f}' for mib in load['mib'])} MiB, the medians of every tenth of the time; rows that "
+            f"value models still followed: {load['rows_left']}."
         )
     return "\n\n".join(parts)
 

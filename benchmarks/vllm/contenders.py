@@ -89,8 +89,8 @@ class Work:
     def directory(self) -> str:
         return str(fetch(self.model))
 
-    def vllm(self, dtype: str, is_steered: bool, is_compiled: bool = False) -> Any:
-        """vLLM's engine in this process."""
+    def vllm(self, dtype: str, is_steered: bool, is_compiled: bool = False, **options: Any) -> Any:
+        """vLLM's engine in this process; `options` are others of its own."""
         from vllm import LLM
 
         from mavis_dist.vllm import Steering
@@ -102,6 +102,7 @@ class Work:
             max_num_seqs=MAX_ROWS,
             enforce_eager=not is_compiled,
             logits_processors=[Steering] if is_steered else [],
+            **options,
         )
 
     def engine(self, dtype: str, is_over_vllm: bool = False, is_endless: bool = False) -> Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 import time
@@ -14,12 +13,14 @@ from benchmarks.common import contender, peers
 from benchmarks.common.command import say
 from benchmarks.common.contender import Program
 from benchmarks.common.interleave import in_turn, ratio
-from benchmarks.vllm.contenders import BETA, MAX_ROWS, NUM_PROMPTS, THREADS, Work, ask_engine, ask_vllm
-from mavis_dist.decode import Request, SamplingParams, Scorer
+from benchmarks.vllm.contenders import BETA, CAP, MAX_ROWS, NUM_PROMPTS, THREADS, Work, ask_engine, ask_vllm
+from benchmarks.vllm.laws import largest_difference, seen_steps, steerer_of
 
 COUNTS = (1, 4, 16, 32)
 TOKENS, REPETITIONS = 64, 5
 STEPS_CHECKED = 400
+BLOCK, CACHE_BLOCKS = 32, 260  # tokens of vLLM's blocks under mixed load, and how many: for 32 rows, just about
+PARTS = 10  # of the time under load
 
 
 def answers(work: Work) -> dict[str, Any]:
@@ -32,40 +33,10 @@ def answers(work: Work) -> dict[str, Any]:
         theirs = ask_engine(engine, prompts, weights, TOKENS, temperature)
         found |= {name: len(ours), f"{name}_equal": sum(map(list.__eq__, ours, theirs))}
         say(str(found))
-    seen: list[tuple[list[int], list[int], Any]] = []
-    steerer = steerer_of(llm)
-    steer = steerer.steer
-
-    def spied(rows: Any, logits_BV: Any) -> None:
-        contexts = [(list(row.request.prompt), list(row.generated)) for row in rows]
-        steer(rows, logits_BV)
-        seen.extend((*context, law_V) for context, law_V in zip(contexts, logits_BV.double().softmax(-1), strict=True))
-
-    steerer.steer = spied
-    ask_vllm(llm, prompts[:8], weights, TOKENS, scorer="full")
-    steerer.steer = steer
-    seen = seen[:STEPS_CHECKED]
-    requests = [
-        Request(
-            str(i),
-            tuple(prompt),
-            weights,
-            BETA,
-            3.0,
-            SamplingParams(len(answer) + 1, seed=0),
-            tuple(answer),
-            scorer=Scorer.FULL,
-            top_logprobs=40,
-        )
-        for i, (prompt, answer, _) in enumerate(seen)
-    ]
-    largest = 0.0
-    for [choice], (_, _, law_V) in zip(engine.generate(requests), seen, strict=True):
-        left_V = law_V.clone()
-        for candidate in choice.logprobs[0].top:
-            left_V[candidate.token] -= math.exp(candidate.logprob)
-        largest = max(largest, float(left_V.abs().max()))
-    return {**found, "steps": len(seen), "largest_difference": largest}
+    with seen_steps(llm) as steps:
+        ask_vllm(llm, prompts[:8], weights, TOKENS, scorer="full")
+    steps = steps[:STEPS_CHECKED]
+    return {**found, "steps": len(steps), "largest_difference": largest_difference(engine, steps, BETA, CAP)}
 
 
 def speed(work: Work, is_quick: bool) -> dict[str, Any]:
@@ -114,13 +85,17 @@ def speed(work: Work, is_quick: bool) -> dict[str, Any]:
 
 
 def load(work: Work, minutes: float) -> dict[str, Any]:
-    """Memory of the process under requests of all kinds that come, go and are aborted."""
+    """Memory of the process under requests of all kinds that come, go, are preempted and aborted.
+
+    vLLM's cache is so small that it has been filled within the first tenth of the time.
+    """
     from vllm import SamplingParams as Params
 
-    llm, chance, process = work.vllm("bfloat16", is_steered=True), random.Random(0), psutil.Process()
+    llm = work.vllm("bfloat16", is_steered=True, num_gpu_blocks_override=CACHE_BLOCKS, block_size=BLOCK)
+    chance, process = random.Random(0), psutil.Process()
     engine, number = llm.llm_engine, 0
     names: list[str] = []
-    started, memory = time.monotonic(), []
+    started, memory = time.monotonic(), [list[float]() for _ in range(PARTS)]
     while (passed := time.monotonic() - started) < 60 * minutes:
         while len(names) < MAX_ROWS and chance.random() < 0.7:
             weight = chance.random()
@@ -141,24 +116,14 @@ def load(work: Work, minutes: float) -> dict[str, Any]:
             engine.abort_request([aborted])
             finished.add(aborted)
         names = [name for name in names if name not in finished]
-        memory.append((passed, process.memory_info().rss / 2**20))
+        memory[int(PARTS * passed / (60 * minutes))].append(process.memory_info().rss / 2**20)
     engine.abort_request(names)
     ask_vllm(llm, work.prompts[:1], {}, 2)
     ask_vllm(llm, work.prompts[:1], {}, 2)
-    guide = steerer_of(llm)._guide
-    first = [mib for at, mib in memory if at < 6 * minutes]
-    last = [mib for at, mib in memory if at > 54 * minutes]
     return {
         "minutes": minutes,
         "requests": number,
-        "mib_first": statistics.median(first[len(first) // 2 :]),
-        "mib_last": statistics.median(last),
-        "rows_left": sum(len(trunk.slots._rows) for trunk in guide._trunks),
+        "cache_tokens": CACHE_BLOCKS * BLOCK,
+        "mib": [statistics.median(part) for part in memory if part],
+        "rows_left": sum(len(trunk.slots._rows) for trunk in steerer_of(llm)._guide._trunks),
     }
-
-
-def steerer_of(llm: Any) -> Any:
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    processors = runner.input_batch.logitsprocs.non_argmax_invariant
-    [steering] = [one for one in processors if type(one).__name__ == "Steering"]
-    return steering._steerer

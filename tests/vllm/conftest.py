@@ -79,14 +79,6 @@ def engine(run: Path, base: BaseModel) -> Engine:
     return Engine(base, load_guide(fetch_published(store)))
 
 
-def steerer_of(llm: Any) -> Any:
-    """The processor's part that holds the value models."""
-    worker = llm.llm_engine.model_executor.driver_worker.worker
-    processors = worker.model_runner.input_batch.logitsprocs.non_argmax_invariant
-    [steering] = [p for p in processors if type(p).__name__ == "Steering"]
-    return steering._steerer
-
-
 def steered(weights: dict[str, float] | None = None, seed: int = 1, max_tokens: int = 24, **arguments: Any) -> Any:
     """vLLM's SamplingParams of a steered request."""
     from vllm import SamplingParams as Params

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from mavis_dist.decode import Request, SamplingParams, Scorer
+from benchmarks.vllm.laws import largest_difference, seen_steps, steerer_of
 from tests.tiny import ALPHABET, EOS
-from tests.vllm.conftest import BETA, CAP, expected, generate, seeded_by_vllm, steered, steerer_of
+from tests.vllm.conftest import BETA, CAP, expected, generate, seeded_by_vllm, steered
 
 VOCABULARY = len(ALPHABET) + 2
 CHANCE = random.Random(0)
@@ -34,38 +34,12 @@ def test_drawn_answers_are_those_of_this_engine(llm, engine, settings):
     assert generate(llm, PROMPTS[:24], params) == expected(engine, PROMPTS[:24], params)
 
 
-def test_the_law_of_every_step_is_that_of_this_engine(llm, engine, monkeypatch):
+def test_the_law_of_every_step_is_that_of_this_engine(llm, engine):
     """With the scorer `full`, from which vLLM samples."""
-    seen, steerer = [], steerer_of(llm)
-    steer = steerer.steer
-
-    def spied(answers, logits_BV):
-        contexts = [(list(a.request.prompt), list(a.generated), dict(a.request.weights)) for a in answers]
-        steer(answers, logits_BV)
-        seen.extend(zip(contexts, logits_BV.double().softmax(-1), strict=True))
-
-    monkeypatch.setattr(steerer, "steer", spied)
-    generate(llm, PROMPTS[:8], [steered(MIXED[i % 4], seed=i, scorer="full", max_tokens=8) for i in range(8)])
-    assert len(seen) > 20
-    requests = [
-        Request(
-            str(i),
-            tuple(prompt),
-            weights,
-            BETA,
-            CAP,
-            SamplingParams(len(answer) + 1, seed=0),
-            tuple(answer),
-            scorer=Scorer.FULL,
-            top_logprobs=40,
-        )
-        for i, ((prompt, answer, weights), _) in enumerate(seen)
-    ]
-    for [choice], (_, law_V) in zip(engine.generate(requests), seen, strict=True):
-        law = torch.zeros_like(law_V)
-        for candidate in choice.logprobs[0].top:
-            law[candidate.token] = torch.tensor(candidate.logprob).exp()
-        assert (law - law_V).abs().max() < 1e-4
+    with seen_steps(llm) as steps:
+        generate(llm, PROMPTS[:8], [steered(MIXED[i % 4], seed=i, scorer="full", max_tokens=8) for i in range(8)])
+    assert len(steps) > 20
+    assert largest_difference(engine, steps, BETA, CAP) < 1e-4
 
 
 def test_other_requests_of_a_batch_are_left_alone(llm, start):
