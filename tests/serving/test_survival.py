@@ -22,7 +22,8 @@ def test_killing_the_only_value_replica_of_an_objective_changes_no_token(http, u
 
 
 def test_killing_a_base_replica_changes_no_token(http, url, body):
-    bodies = [{**body, "seed": seed, "guide_every": 1 + seed % 2} for seed in range(4)]
+    # So many and so long that some are on the replica, and unfinished, when it dies.
+    bodies = [{**body, "max_tokens": 300, "seed": seed, "guide_every": 1 + seed % 2} for seed in range(6)]
     # An answer that ends by a stop string looks for it across the move.
     bodies[0]["stop"] = whole_text(http, url, bodies[0])[90:94]
     # One with preferences sums the rewards of its tokens again.
