@@ -49,6 +49,7 @@ def attempt(config: Config, tmp_path: Path, errors: list[Exception | None]) -> N
         assert attempts.stat().st_size <= len(errors) + 1
 
 
+@pytest.mark.long
 def test_lost_workers_and_connections_are_replaced_and_an_exception_is_not(config: Config, tmp_path: Path) -> None:
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:4711")
     with pytest.raises(StageError, match=r"^train i0 x: ValueError: no SDPA here \(.*\)$"):
