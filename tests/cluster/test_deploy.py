@@ -85,10 +85,10 @@ def test_an_address_of_another_machine(ray_address, folder):
     assert not is_serve_running()
 
 
-def test_a_service_moves_to_another_address_when_it_has_ended(ray_address, folder, capsys):
+@pytest.mark.parametrize("host", [pytest.param(HOSTS[0], marks=pytest.mark.long), HOSTS[1]])
+def test_a_service_moves_to_another_address_when_it_has_ended(ray_address, folder, host, capsys):
     from serve.app import DeployError, deploy, undeploy
 
-    host = "::1" if has_ipv6() else "127.0.0.1"
     with taken_port(host) as port:
         pass
     url = deploy(settings(folder, host, port, served_model_name="mine"))

@@ -13,22 +13,21 @@ import yaml
 
 from jobs.distill import table
 from mavis_dist.config import Config, load
-from mavis_dist.core.tree import Shape
 from mavis_dist.decode import Engine, Request, SamplingParams, Scorer
 from mavis_dist.decode.load_guide import fetch_published, load_guide
 from mavis_dist.models import qhead, value
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.models.states import first_layers
-from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
-from mavis_dist.store.layout import label_folder, rollout_folder
-from mavis_dist.store.shards import Labels, write_labels, write_trees
+from mavis_dist.store.layout import label_folder
+from mavis_dist.store.shards import Labels, write_labels
 from mavis_dist.train.distill import job as job_module
 from mavis_dist.train.distill.job import DistillError, DistillJob, distill, plan_job
 from mavis_dist.train.worker_group import WorkerGroup
-from mavis_dist.types import Policy, Prompt
+from mavis_dist.types import Policy
 from tests import tiny
+from tests.training.stored import store_trees
 
 NAMES = ("first", "second", "third")
 ON_STATES = ("fourth", "fifth", "sixth")  # heads on the base model's states
@@ -70,11 +69,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "distill": {"epochs": 12, "layers": 1},
     }
     store = Store(settings["storage"], "run")
-    prompts = [Prompt(f"p{i}", "") for i in range(24)]
-    grower = TreeGrower(Engine(base), Shape(2, 2, 2, 12), Policy(), Sampling(), 0)
-    trees = sorted(grower.grow(prompts, [[5 + i, 6, 7] for i in range(24)]), key=lambda tree: tree.prompt_id)
-    write_trees(store, f"{rollout_folder(Policy())}/part-00000.parquet", trees)
-    store.finish(rollout_folder(Policy()), {})
+    trees = store_trees(store, base, 24)
     labels = [Labels(t.prompt_id, t.leaves(), 1.0 * t.leaves()) for t in trees]
     for name in (*NAMES, *ON_STATES):
         write_labels(store, f"{label_folder(Policy(), name)}/part-00000.parquet", labels)

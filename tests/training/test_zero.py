@@ -14,16 +14,14 @@ import yaml
 from safetensors.torch import load_file
 
 from benchmarks.common.service import free_port
-from mavis_dist.core.tree import Shape
-from mavis_dist.decode import Engine
 from mavis_dist.models.load import load_base
-from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store.files import Store
-from mavis_dist.store.layout import label_folder, rollout_folder
-from mavis_dist.store.shards import Labels, write_labels, write_trees
-from mavis_dist.types import Policy, Prompt
+from mavis_dist.store.layout import label_folder
+from mavis_dist.store.shards import Labels, write_labels
+from mavis_dist.types import Policy
 from tests.root import ROOT
 from tests.tiny import write_base
+from tests.training.stored import store_trees
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +39,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"epochs": 2, "trees_per_step": 4, "learning_rate": 1e-2},
     }
     store = Store(settings["storage"], "trees")
-    prompts = [Prompt(f"p{i}", "") for i in range(8)]
-    grower = TreeGrower(Engine(base), Shape(2, 2, 2, 12), Policy(), Sampling(), 0)
-    trees = sorted(grower.grow(prompts, [[5 + i, 6, 7] for i in range(8)]), key=lambda tree: tree.prompt_id)
-    write_trees(store, f"{rollout_folder(Policy())}/part-00000.parquet", trees)
-    store.finish(rollout_folder(Policy()), {})
+    trees = store_trees(store, base, 8)
     labels = [
         Labels(t.prompt_id, t.leaves(), np.array([float(t.answer(n).sum() % 7) for n in t.leaves()])) for t in trees
     ]
