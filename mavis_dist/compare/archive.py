@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from mavis_dist.compare.cells import REWARD, SCHEMA, Answers, Cell, answers_of
 from mavis_dist.compare.measured import Measured
+from mavis_dist.compare.results import TrainingCost
 from mavis_dist.types import Prompt, RewardScale, UserError
 
 KEY = b"mavis_dist.comparison"
@@ -32,7 +33,7 @@ class Collected:
 
     measured: Measured
     prompts: list[Prompt]
-    training_s: Mapping[str, tuple[float, float]]  # by method: for all weights, and for one weight vector
+    training: Mapping[str, TrainingCost]  # by method
     conditions: Mapping[str, str]  # topic -> one line of text
 
 
@@ -46,7 +47,7 @@ def save(collected: Collected, file: Path) -> None:
         "scales": {name: asdict(scale) for name, scale in measured.scales.items()},
         "base": {name: rewards.tolist() for name, rewards in measured.base_PN.items()},
         "kl": measured.kl,
-        "training_s": dict(collected.training_s),
+        "training": {name: asdict(cost) for name, cost in collected.training.items()},
         "conditions": dict(collected.conditions),
     }
     table = pa.concat_tables(tables).replace_schema_metadata({KEY: json.dumps(about).encode()})
@@ -61,15 +62,15 @@ def load(files: Sequence[Path]) -> Collected:
         UserError: a file is missing or none of these, or two of them do not belong together.
     """
     first, *others = [_read(file) for file in files]
-    cells, training_s = dict(first.measured.cells), dict(first.training_s)
+    cells, training = dict(first.measured.cells), dict(first.training)
     for file, other in zip(files[1:], others, strict=True):
         if difference := _difference(first, other) or _changed(cells, other.measured.cells):
             raise UserError(f"{files[0]} and {file} are about other {difference}: give files of the same comparison")
         cells |= other.measured.cells
-        training_s |= other.training_s
+        training |= other.training
     one = first.measured
     measured = Measured(dict(sorted(cells.items(), key=_by_method(cells))), one.base_PN, one.scales, one.kl)
-    return Collected(measured, first.prompts, training_s, first.conditions)
+    return Collected(measured, first.prompts, training, first.conditions)
 
 
 def _by_method(cells: Mapping[Cell, Answers]) -> Any:
@@ -83,8 +84,9 @@ def _table(cell: Cell, answers: Answers, ids: Sequence[str]) -> pa.Table:
     same = {**own, "seed": cell.seed, "path": cell.path}
     columns: dict[str, Any] = {name: pa.array([same[name]] * len(ids), CELL.field(name).type) for name in CELL.names}
     columns["prompt_id"] = pa.array(ids)
+    own_columns = {**vars(answers), "machine": [answers.machine] * len(ids)}
     for name in SCHEMA.names[1:]:
-        columns[name] = pa.array(getattr(answers, name), SCHEMA.field(name).type)
+        columns[name] = pa.array(own_columns[name], SCHEMA.field(name).type)
     return pa.table({**columns, **{f"{REWARD}{name}": pa.array(found) for name, found in answers.reward.items()}})
 
 
@@ -106,8 +108,8 @@ def _collected(table: pa.Table, about: Mapping[str, Any]) -> Collected:
     cells = dict(_cell(table.slice(start, size)) for start in range(0, len(table), size))
     scales = {name: RewardScale(**scale) for name, scale in about["scales"].items()}
     base = {name: np.array(rewards) for name, rewards in about["base"].items()}
-    training_s = {name: (seconds[0], seconds[1]) for name, seconds in about["training_s"].items()}
-    return Collected(Measured(cells, base, scales, about["kl"]), prompts, training_s, about["conditions"])
+    training = {name: TrainingCost(**fields) for name, fields in about["training"].items()}
+    return Collected(Measured(cells, base, scales, about["kl"]), prompts, training, about["conditions"])
 
 
 def _cell(table: pa.Table) -> tuple[Cell, Answers]:

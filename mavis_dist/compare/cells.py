@@ -20,6 +20,7 @@ from mavis_dist.compare.method import Answer, Method
 from mavis_dist.compare.text_quality import Surprise
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
+from mavis_dist.models.hardware import device_name
 from mavis_dist.run_state import answer_params
 from mavis_dist.store import layout
 from mavis_dist.store.files import DamagedFile, Store, digest
@@ -39,6 +40,7 @@ SCHEMA = pa.schema(
         "seconds": pa.float64(),
         "surprise": pa.float64(),  # nats under the base model
         "surprise_tokens": pa.int32(),  # whose surprise it is; 0: not measured
+        "machine": pa.string(),  # that decoded: the processor or GPU
     }
 )
 
@@ -71,6 +73,7 @@ class Answers:
     surprise: np.ndarray
     surprise_tokens: np.ndarray
     reward: dict[str, np.ndarray]  # by objective, in the reward's own unit
+    machine: str = ""  # that decoded; "": unknown
 
 
 def weights_name(weights: Weights) -> str:
@@ -139,7 +142,8 @@ def compute(cell: Cell, method: Method, prompts: Sequence[Prompt], workspace: Wo
     some = list(prompts[:SURPRISE_PROMPTS]) if cell.seed == 0 else []
     surprises = workspace.surprise(some, texts[: len(some)])
     surprises += [Surprise(0.0, 0)] * (len(prompts) - len(some))
-    write(workspace.store, cell.path, prompts, answers, rewards, surprises)
+    machine = device_name(workspace.config.base.device)
+    write(workspace.store, cell.path, prompts, answers, rewards, surprises, machine)
 
 
 def write(
@@ -149,13 +153,14 @@ def write(
     answers: Sequence[Answer],
     rewards: Mapping[str, Sequence[float]],
     surprises: Sequence[Surprise],
+    machine: str,
 ) -> None:
     """Store the answers to all prompts as one whole file."""
     rows = [
         {"prompt_id": prompt.id, **asdict(answer), "surprise": one.nats, "surprise_tokens": one.num_tokens}
         for prompt, answer, one in zip(prompts, answers, surprises, strict=True)
     ]
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    table = pa.Table.from_pylist([{**row, "machine": machine} for row in rows], schema=SCHEMA)
     for name, scores in rewards.items():
         table = table.append_column(f"{REWARD}{name}", pa.array(scores, pa.float64()))
     buffer = io.BytesIO()
@@ -176,7 +181,9 @@ def read(store: Store, cell: Cell, prompts: Sequence[Prompt]) -> Answers:
 
 def answers_of(table: pa.Table) -> Answers:
     """The answers in the rows of a table; raises KeyError if it lacks a column."""
-    columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("prompt_id", "text")}
+    columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("prompt_id", "text", "machine")}
     rewards = {name for name in table.column_names if name.startswith(REWARD)}
     reward = {name.removeprefix(REWARD): table[name].to_numpy() for name in rewards}
-    return Answers(text=table["text"].to_pylist(), **columns, reward=reward)
+    # Cells of older versions do not say where they were computed.
+    machine = table["machine"][0].as_py() if "machine" in table.column_names else ""
+    return Answers(text=table["text"].to_pylist(), **columns, reward=reward, machine=machine)

@@ -17,7 +17,17 @@ from mavis_dist.compare.cells import Answers, Weights, weights_name
 from mavis_dist.compare.equal_kl import Curve
 from mavis_dist.compare.measured import Measured, Setting, inside, nearest_answers
 from mavis_dist.compare.method import BASE
-from mavis_dist.compare.results import AtStrength, Comparison, Cost, Group, Judged, MethodResult, Text, WeightsResult
+from mavis_dist.compare.results import (
+    AtStrength,
+    Comparison,
+    Cost,
+    Group,
+    Judged,
+    MethodResult,
+    Text,
+    TrainingCost,
+    WeightsResult,
+)
 from mavis_dist.compare.text_quality import distinct_2, repetition
 from mavis_dist.evaluate.sweep import Estimate, Limit, limit_curve
 
@@ -31,11 +41,11 @@ def reference_of(methods: Sequence[str]) -> str:
 
 def summarise(
     measured: Measured,
-    training_s: Mapping[str, tuple[float, float]],
+    training: Mapping[str, TrainingCost],
     conditions: Mapping[str, str],
     judged: Mapping[str, Judged] = MappingProxyType({}),
 ) -> Comparison:
-    """All figures; `training_s` by method: seconds for all weights, and the mean for one weight vector."""
+    """All figures; `training` by method."""
     methods, settings, common = measured.methods, measured.settings, measured.common
     reference = reference_of(methods)
     groups = [group for size in (2, 3) for group in combinations(measured.scales, size)] or [tuple(measured.scales)]
@@ -44,6 +54,7 @@ def summarise(
     nearest = {m: [answers for w in common(m) for answers in nearest_answers(measured, m, w)] for m in methods}
     return Comparison(
         conditions=dict(conditions),
+        machine=measured.machine,
         reference=reference,
         kl=measured.kl,
         num_prompts=measured.weights_RP.shape[1],
@@ -70,7 +81,7 @@ def summarise(
                 share_behind=_unless(m == reference, totals.share(reference, m) - totals.share(m, reference)),
                 spearman=_spearman(measured, m, pairs) if m != BASE else None,
                 text=_text(nearest[m]),
-                cost=_cost(nearest[m], *training_s[m]),
+                cost=_cost(nearest[m], training[m], measured.machine),
                 strengths=_by_strength(measured, m),
                 judged=judged.get(m),
             )
@@ -216,12 +227,12 @@ def _text(corpora: Sequence[Answers]) -> Text:
     )
 
 
-def _cost(corpora: Sequence[Answers], training_s: float, training_s_per_weights: float) -> Cost:
-    seconds = sum(float(answers.seconds.sum()) for answers in corpora)
+def _cost(corpora: Sequence[Answers], training: TrainingCost, machine: str) -> Cost:
+    timed = [answers for answers in corpora if answers.machine == machine]
+    seconds = sum(float(answers.seconds.sum()) for answers in timed)
     return Cost(
-        tokens_per_s=sum(float(answers.num_tokens.sum()) for answers in corpora) / seconds if seconds > 0 else None,
+        tokens_per_s=sum(float(answers.num_tokens.sum()) for answers in timed) / seconds if seconds > 0 else None,
         generated=float(np.mean([answers.generated for answers in corpora])),
         reward_calls=float(np.mean([answers.reward_calls for answers in corpora])),
-        training_s=training_s,
-        training_s_per_weights=training_s_per_weights,
+        training=training,
     )

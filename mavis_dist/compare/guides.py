@@ -8,12 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mavis_dist.compare.method import Method
+from mavis_dist.compare.method import Method, Training
 from mavis_dist.evaluate.collect import stages_of
 from mavis_dist.models.directory import fingerprint_model
-from mavis_dist.store import values
+from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
-from mavis_dist.types import UserError
+from mavis_dist.store.shards import read_trees, shard_names
+from mavis_dist.types import BASE_POLICY, UserError
 
 TREES = ("rollouts i0", "labels i0")  # stages that make the base model's trees
 TRAINING = ("rollouts ", "labels ", "train ", "gate ", "distill")  # how the names of all stages of training begin
@@ -22,6 +23,16 @@ TRAINING = ("rollouts ", "labels ", "train ", "gate ", "distill")  # how the nam
 def stage_seconds(store: Store, names: tuple[str, ...]) -> dict[str, float]:
     """How long the stages of a run took whose names begin in one of these ways."""
     return {stage.name: stage.seconds or 0.0 for stage in stages_of(store) if stage.name.startswith(names)}
+
+
+def tree_tokens(store: Store, policy: str) -> int:
+    """Tokens in the trees of a policy; 0 if there are none."""
+    folder = f"{layout.ROLLOUTS}/{policy}"
+    if store.metadata(folder) is None:
+        return 0
+    return sum(
+        len(tree.tokens) for name in shard_names(store, folder) for tree in read_trees(store, f"{folder}/{name}")
+    )
 
 
 class ValueModels(Method):
@@ -63,9 +74,14 @@ class ValueModels(Method):
         fingerprints = {folder: fingerprint_model(folder) for folder in set(folders.values())}
         return {"value_models": {name: fingerprints[folder] for name, folder in folders.items()}}
 
-    def training_s(self) -> float:
-        trees = stage_seconds(self.workspace.store, TREES)  # which another run may have copied
-        return math.fsum({**trees, **stage_seconds(self.store, TRAINING)}.values())
+    def training(self) -> Training:
+        first = self.workspace.store  # whose trees of the base model another run may have copied
+        seconds = {**stage_seconds(first, TREES), **stage_seconds(self.store, TRAINING)}
+        tokens = {
+            BASE_POLICY: tree_tokens(first, BASE_POLICY),
+            **{policy: tree_tokens(self.store, policy) for policy in self.store.list(layout.ROLLOUTS)},
+        }
+        return Training(math.fsum(seconds.values()), sum(tokens.values()))
 
     def equal_weights(self) -> dict[str, float]:
         """Of all objectives."""

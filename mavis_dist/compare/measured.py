@@ -33,6 +33,14 @@ class Measured:
     def methods(self) -> list[str]:
         return list(dict.fromkeys(cell.method for cell in self.cells))
 
+    @cached_property
+    def machine(self) -> str:
+        """The one that has decoded for most methods, whose speeds can thus be compared; "" if that is unknown."""
+        methods_of: dict[str, set[str]] = {}
+        for cell, answers in self.cells.items():
+            methods_of.setdefault(answers.machine, set()).add(cell.method)
+        return max(methods_of, key=lambda machine: len(methods_of[machine]))
+
     @property
     def vectors(self) -> list[Weights]:
         return list(dict.fromkeys(cell.weights for cell in self.cells if cell.weights))

@@ -49,6 +49,15 @@ class Answer:
     seconds: float = 0.0  # its share of the time in a full batch, calls of rewards left out
 
 
+@dataclass(frozen=True)
+class Training:
+    """What comes before the first answer of a method."""
+
+    seconds: float = 0.0
+    tokens: int = 0  # that models generated to learn from
+    machines: frozenset[str] = frozenset()  # where, as far as that is known (`models.hardware`)
+
+
 class Method(ABC):
     """One way of steering; the constructor is quick, and models are loaded by the first answer."""
 
@@ -70,13 +79,13 @@ class Method(ABC):
         """Plain values that its answers depend on besides prompts, weights, strength, seed and settings."""
         return {}
 
-    def training_s(self) -> float:
-        """Seconds in which what it steers with was trained, for all weights that are compared."""
-        return 0.0
+    def training(self) -> Training:
+        """What it took to train what it steers with, for all weights that are compared."""
+        return Training()
 
-    def training_s_for(self, weights: Mapping[str, float]) -> float:
+    def training_for(self, weights: Mapping[str, float]) -> Training:
         """The same for these weights alone; less than for all only where something is trained for exactly one."""
-        return self.training_s()
+        return self.training()
 
     @abstractmethod
     def answer(

@@ -19,7 +19,7 @@ from mavis_dist import config as config_module
 from mavis_dist.compare.cells import weights_name
 from mavis_dist.compare.measured import Measured, nearest_answers
 from mavis_dist.compare.plots import drawings, styles
-from mavis_dist.compare.results import Comparison, Group
+from mavis_dist.compare.results import Comparison, Group, where_measured
 from mavis_dist.config import Config
 from mavis_dist.evaluate.report import environment
 from mavis_dist.store import layout
@@ -63,6 +63,7 @@ def write_report(config: Config, store: Store, comparison: Comparison, shown: Sh
         colours={name: f"var(--{style.colour})" for name, style in styles(comparison).items()},
         groups=_by_objectives(comparison.groups),
         plots=plots,
+        measured=where_measured(comparison),
         shown=_as_script_data(shown),
         script_hash=_hash_of_script(source),
         settings=config_module.flatten(config),

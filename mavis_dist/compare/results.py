@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mavis_dist.evaluate.sweep import Estimate, Limit
@@ -58,14 +58,26 @@ class Text:
 
 
 @dataclass(frozen=True)
+class TrainingCost:
+    """What comes before the first answer: for all weights, and the mean for one weight vector, which is the same unless
+    something is trained for each.
+    """
+
+    seconds: float = 0.0
+    seconds_per_weights: float = 0.0
+    tokens: float = 0.0  # that models generated to learn from
+    tokens_per_weights: float = 0.0
+    machines: list[str] = field(default_factory=list)  # where, as far as that is known
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one answer takes at these strengths, and what came before."""
 
     tokens_per_s: float | None  # of the answer given, in a full batch; None: not timed
     generated: float  # tokens, those of discarded answers included
     reward_calls: float
-    training_s: float  # for all weights
-    training_s_per_weights: float  # for one weight vector, mean: the same unless something is trained for each
+    training: TrainingCost
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,7 @@ class Comparison:
     conditions: dict[str, str]
     reference: str
     kl: float  # nats at which methods are compared
+    machine: str  # whose speeds are shown; "": unknown
     num_prompts: int
     num_weights: int
     objectives: list[str]
@@ -140,6 +153,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def where_measured(comparison: Comparison) -> list[str]:
+    """Sentences about the machines of speeds and training, as far as they are known."""
+    sentences = [f"Speeds are those of {comparison.machine}."] if comparison.machine else []
+    methods_of: dict[str, list[str]] = {}
+    for row in comparison.methods:
+        if row.cost.training.machines not in ([], [comparison.machine]):
+            methods_of.setdefault(" and ".join(row.cost.training.machines), []).append(row.method)
+    return sentences + [
+        f"What {', '.join(methods)} steer{'s' if len(methods) == 1 else ''} with was trained on {machines}."
+        for machines, methods in methods_of.items()
+    ]
+
+
 def table(comparison: Comparison) -> str:
     """One line per method; a * marks a figure that is significantly ahead of every other."""
     head = ["method", "weighted gain, sd", "behind", "hypervolume", "ratio", "share of limit", "Spearman"]
@@ -156,8 +182,8 @@ def table(comparison: Comparison) -> str:
             f"{row.cost.generated:.0f}",
             f"{row.cost.reward_calls:.0f}",
             UNKNOWN if row.cost.tokens_per_s is None else f"{row.cost.tokens_per_s:.0f}",
-            f"{row.cost.training_s:.0f}",
-            f"{row.cost.training_s_per_weights:.0f}",
+            f"{row.cost.training.seconds:.0f}",
+            f"{row.cost.training.seconds_per_weights:.0f}",
         ]
         for row in comparison.methods
     ]
@@ -165,7 +191,7 @@ def table(comparison: Comparison) -> str:
         f"at {comparison.kl:g} nats, {comparison.num_prompts} unseen prompts, 95 % intervals; behind and ratio: "
         f"{comparison.reference} against the method; *: significantly ahead of every other"
     )
-    lines = [text_table(head, rows, [18, *[23] * 5, *[11] * 4, 13, 12]), note]
+    lines = [text_table(head, rows, [18, *[23] * 5, *[11] * 4, 13, 12]), note, *where_measured(comparison)]
     fewer = [row for row in comparison.methods if row.num_weights < comparison.num_weights]
     if fewer:
         counts = ", ".join(f"{row.method} {row.num_weights}" for row in fewer)

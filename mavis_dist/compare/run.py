@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from mavis_dist.compare.judged import check_judge, judge
 from mavis_dist.compare.measured import Measured
 from mavis_dist.compare.method import Method, make_methods
 from mavis_dist.compare.report import examples_of, write_report
-from mavis_dist.compare.results import Comparison, Judged
+from mavis_dist.compare.results import Comparison, Judged, TrainingCost
 from mavis_dist.compare.worker import Finished, worker_starter
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
@@ -65,7 +66,7 @@ def conclude(config: Config, collected: Collected, has_judge: bool) -> tuple[Com
     if has_judge and config.compare.judge is not None:
         reference = reference_of(measured.methods)
         judged = judge(config.compare.judge, workspace, measured, collected.prompts, reference)
-    comparison = summarise(measured, collected.training_s, collected.conditions, judged)
+    comparison = summarise(measured, collected.training, collected.conditions, judged)
     workspace.store.write_json(layout.COMPARISON_FILE, comparison.to_json())
     shown = examples_of(measured, collected.prompts)
     return comparison, write_report(config, workspace.store, comparison, shown)
@@ -106,13 +107,19 @@ def collect(config: Config) -> Collected:
         scales=scales,
         kl=config.compare.kl,
     )
-    training_s = {name: training_of(method, measured.common(name)) for name, method in methods.items()}
-    return Collected(measured, prompts, training_s, describe(config))
+    training = {name: training_of(method, measured.common(name)) for name, method in methods.items()}
+    return Collected(measured, prompts, training, describe(config))
 
 
-def training_of(method: Method, vectors: Sequence[Weights]) -> tuple[float, float]:
-    """Seconds of training for all weights, and the mean for one weight vector."""
-    return method.training_s(), float(np.mean([method.training_s_for(dict(weights)) for weights in vectors]))
+def training_of(method: Method, vectors: Sequence[Weights]) -> TrainingCost:
+    whole, each = method.training(), [method.training_for(dict(weights)) for weights in vectors]
+    return TrainingCost(
+        seconds=whole.seconds,
+        seconds_per_weights=fmean(one.seconds for one in each),
+        tokens=whole.tokens,
+        tokens_per_weights=fmean(one.tokens for one in each),
+        machines=sorted(whole.machines),
+    )
 
 
 def is_base_scored(config: Config, store: Store) -> bool:

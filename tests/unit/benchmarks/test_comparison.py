@@ -219,7 +219,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Store]:
         save_file(adapter_tensors(base, seed), work / "adapter_model.safetensors")
         (work / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
         spec = PolicySpec(name, RL, {"brief": 1.0}, 0.1)
-        store.upload(work, spec.folder, marker(spec, Settings(), base.fingerprint, {"tokens": 1}))
+        store.upload(work, spec.folder, marker(spec, Settings(), base.fingerprint, "", {"tokens": 1}))
     return config, store
 
 
@@ -242,7 +242,7 @@ def test_policies_that_do_not_fit_are_refused(run: tuple[Config, Store]) -> None
     with pytest.raises(StoreError, match="no finished policy 'three'"):
         load_merged(config, store, {"three": 1.0})
     spec = PolicySpec("other-base", RL, {"brief": 1.0}, 0.1)
-    store.upload(store.download("policies/one"), spec.folder, marker(spec, Settings(), "another", {}))
+    store.upload(store.download("policies/one"), spec.folder, marker(spec, Settings(), "another", "", {}))
     with pytest.raises(StoreError, match="another base model"):
         load_merged(config, store, {"other-base": 1.0})
     assert is_stored(store, spec, Settings())

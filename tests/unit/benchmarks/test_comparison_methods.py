@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from benchmarks.comparison.load import load_merged
 from benchmarks.comparison.methods import Policies
 from benchmarks.comparison.policies import DPO, KLS, RL, PolicySpec, Settings, marker, policy
 from mavis_dist.compare.cells import Weights, plan_cells
-from mavis_dist.compare.method import Answer, make_methods
+from mavis_dist.compare.guides import tree_tokens
+from mavis_dist.compare.method import Answer, Training, make_methods
+from mavis_dist.compare.results import TrainingCost
 from mavis_dist.compare.run import training_of
 from mavis_dist.compare.sampling import Base
 from mavis_dist.compare.workspace import Workspace
@@ -67,10 +70,11 @@ def store_policy(work: Path, store: Store, spec: PolicySpec, base: BaseModel, se
         f"base_model.model.{STEM}.lora_{part}.weight": torch.randn(shape, generator=source)
         for part, shape in shapes.items()
     }
+    usage = {"tokens": 1, "seconds": 10.0}
     work.mkdir()
     save_file(tensors, work / "adapter_model.safetensors")
     (work / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
-    store.upload(work, spec.folder, marker(spec, Settings(), base.fingerprint, {"tokens": 1, "seconds": 10.0}))
+    store.upload(work, spec.folder, marker(spec, Settings(), base.fingerprint, "one processor", usage))
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +144,15 @@ def test_inputs_are_the_policies_and_training_is_theirs(workspace: Workspace) ->
     assert rl.inputs()["policies"].keys() == {f"rl-{name}-kl0.2" for name in NAMES}
     assert rl.inputs() == make(workspace, "Mod").inputs() != dpo.inputs()
     assert len(set(rl.inputs()["policies"].values())) == 3
-    assert rl.training_s() == dpo.training_s() == 30.0
+    machines = frozenset({"one processor"})
+    assert rl.training() == Training(30.0, 3, machines)
+    assert dpo.training() == replace(rl.training(), tokens=3 + tree_tokens(workspace.store, "base"))
     record_stage(workspace.store, "rollouts i0", 100.0, "")
-    assert (rl.training_s(), dpo.training_s()) == (30.0, 130.0)
-    assert exact.training_s() == 10.0 * (3 + 2 * 3)
-    assert training_of(exact, [(("a", 1.0),), (("a", 0.25), ("b", 0.75))]) == (90.0, 10.0)
-    assert training_of(rl, [(("a", 1.0),), (("a", 0.25), ("b", 0.75))]) == (30.0, 30.0)
+    assert (rl.training().seconds, dpo.training().seconds) == (30.0, 130.0)
+    assert exact.training() == Training(10.0 * (3 + 2 * 3), 9, machines)
+    vectors = [(("a", 1.0),), (("a", 0.25), ("b", 0.75))]
+    assert training_of(exact, vectors) == TrainingCost(90.0, 10.0, 9, 1, ["one processor"])
+    assert training_of(rl, vectors) == TrainingCost(30.0, 30.0, 3, 3, ["one processor"])
 
 
 def test_a_policy_per_weights_answers_under_these_only(config: Config, workspace: Workspace) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mavis_dist.compare.archive import KEY, Collected, load, save
 from mavis_dist.compare.figures import summarise
 from mavis_dist.compare.measured import Measured
-from mavis_dist.compare.results import Comparison
+from mavis_dist.compare.results import Comparison, TrainingCost
 from mavis_dist.types import Prompt, RewardScale, UserError
 from tests.unit.compare.made_up import NUM_PROMPTS, made_up
 
@@ -24,12 +24,12 @@ def collected(*methods: str) -> Collected:
     whole = made_up()
     cells = {cell: found for cell, found in whole.cells.items() if not methods or cell.method in methods}
     measured = Measured(cells, whole.base_PN, whole.scales, whole.kl)
-    training_s = dict.fromkeys(measured.methods, (60.5, 20.25))
-    return Collected(measured, PROMPTS, training_s, {"base model": "a tiny one"})
+    training = dict.fromkeys(measured.methods, TrainingCost(60.5, 20.25, 9000, 3000, ["a GPU"]))
+    return Collected(measured, PROMPTS, training, {"base model": "a tiny one"})
 
 
 def figures(found: Collected) -> Comparison:
-    return summarise(found.measured, found.training_s, found.conditions)
+    return summarise(found.measured, found.training, found.conditions)
 
 
 def test_a_saved_comparison_has_the_same_figures(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from mavis_dist.compare.cells import Cell, Weights, plan_cells, read, weight_vectors, weights_name, write
@@ -98,18 +99,27 @@ def test_answers_come_back_as_they_were(tmp_path: Path) -> None:
     cell = Cell("mine", weights, 1.0, 0, "comparison/cells/mine.parquet")
     answers = [Answer("héllo\n", 3, 0.5, 7, 4, 0.25), Answer("", 1, None, 1)]
     rewards = {"a": [0.5, -2.0], "b": [1.0, 2.0]}
-    write(store, cell.path, PROMPTS, answers, rewards, [Surprise(1.5, 2), Surprise(0.0, 0)])
+    write(store, cell.path, PROMPTS, answers, rewards, [Surprise(1.5, 2), Surprise(0.0, 0)], "a GPU")
     found = read(store, cell, PROMPTS)
     assert found.text == ["héllo\n", ""]
     assert found.divergence == pytest.approx([0.5, np.nan], nan_ok=True)
     assert (found.generated.tolist(), found.reward_calls.tolist()) == ([7, 1], [4, 0])
     assert {name: scores.tolist() for name, scores in found.reward.items()} == rewards
     assert found.surprise.tolist() == [1.5, 0.0]
+    assert found.machine == "a GPU"
     with pytest.raises(StoreError, match=r"mine\.parquet is damaged"):
         read(store, cell, PROMPTS[::-1])
     (tmp_path / "run" / cell.path).write_bytes(b"no parquet")
     with pytest.raises(StoreError, match="delete it and run again"):
         read(store, cell, PROMPTS)
+
+
+def test_stored_cells_that_do_not_name_their_machine_are_still_read(tmp_path: Path) -> None:
+    store, cell = Store(str(tmp_path), "run"), Cell("mine", (), 0.0, 0, "comparison/cells/mine.parquet")
+    write(store, cell.path, PROMPTS, [Answer("", 1, None, 1)] * 2, {}, [Surprise(0.0, 0)] * 2, "a GPU")
+    file = tmp_path / "run" / cell.path
+    pq.write_table(pq.read_table(file).drop_columns("machine"), file)
+    assert read(store, cell, PROMPTS).machine == ""
 
 
 def test_the_name_of_no_weights() -> None:

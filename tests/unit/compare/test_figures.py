@@ -10,8 +10,10 @@ import pytest
 
 from mavis_dist.compare.figures import summarise
 from mavis_dist.compare.measured import Measured, nearest_answers
-from mavis_dist.compare.results import Comparison, MethodResult, table
+from mavis_dist.compare.results import Comparison, MethodResult, TrainingCost, table, where_measured
 from tests.unit.compare.made_up import VECTORS, cells_of, made_up
+
+TRAINING = TrainingCost(60.0, 20.0, 9000, 3000, ["a GPU"])
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def measured() -> Measured:
 
 @pytest.fixture(scope="module")
 def comparison(measured: Measured) -> Comparison:
-    return summarise(measured, dict.fromkeys(measured.methods, (60.0, 20.0)), {"base model": "a tiny one"})
+    return summarise(measured, dict.fromkeys(measured.methods, TRAINING), {"base model": "a tiny one"})
 
 
 def row(comparison: Comparison, method: str) -> MethodResult:
@@ -77,9 +79,29 @@ def test_correlations_cost_and_text(comparison: Comparison) -> None:
     mavis = row(comparison, "mavis")
     assert mavis.spearman == pytest.approx(1.0)
     assert (mavis.cost.generated, mavis.cost.reward_calls, mavis.cost.tokens_per_s) == (20, 3, 5)
-    assert (mavis.cost.training_s, mavis.cost.training_s_per_weights) == (60.0, 20.0)
+    assert mavis.cost.training == TRAINING
     assert mavis.text.perplexity == pytest.approx(np.e)
     assert mavis.text.distinct_2 < row(comparison, "base").text.distinct_2
+
+
+def test_speeds_are_those_of_the_machine_that_most_methods_ran_on(measured: Measured) -> None:
+    """A method that ran on another machine alone has no speed; one that ran on both has that of the common one."""
+    elsewhere = {"weak": (0, 1), "short": (1,)}  # method -> seeds computed on a faster machine
+    cells = {
+        cell: replace(found, machine="fast", seconds=found.seconds / 100)
+        if cell.seed in elsewhere.get(cell.method, ())
+        else replace(found, machine="slow")
+        for cell, found in measured.cells.items()
+    }
+    mixed = replace(measured, cells=cells)
+    training = dict.fromkeys(measured.methods, TRAINING) | {"mavis": TrainingCost(machines=["slow"])}
+    comparison = summarise(mixed, training, {})
+    assert comparison.machine == "slow"
+    assert [row(comparison, name).cost.tokens_per_s for name in ("mavis", "weak", "short")] == [5, None, 5]
+    assert where_measured(comparison) == [
+        "Speeds are those of slow.",
+        "What base, weak, short, unknown steer with was trained on a GPU.",
+    ]
 
 
 def test_limits_are_those_of_the_kl(measured: Measured) -> None:
@@ -103,7 +125,7 @@ def test_json_has_the_main_figures_first_and_no_infinities(comparison: Compariso
 
 def test_the_table_has_a_line_per_method(comparison: Comparison) -> None:
     lines = table(comparison).splitlines()
-    assert [line.split()[0] for line in lines[2:-1]] == ["base", "mavis", "weak", "short", "unknown"]
+    assert [line.split()[0] for line in lines[2:7]] == ["base", "mavis", "weak", "short", "unknown"]
     assert "4.00 [4.00, 4.00]" in lines[4]
 
 
@@ -112,7 +134,7 @@ def test_a_method_without_some_weights_is_compared_on_the_common_ones() -> None:
     whole = made_up()
     some = [VECTORS[0], VECTORS[2]]
     cells = {**whole.cells, **cells_of("some", some, lambda s: s / 4, lambda s: s)}
-    comparison = summarise(replace(whole, cells=cells), dict.fromkeys([*whole.methods, "some"], (0.0, 0.0)), {})
+    comparison = summarise(replace(whole, cells=cells), dict.fromkeys([*whole.methods, "some"], TrainingCost()), {})
     found, mavis = row(comparison, "some"), row(comparison, "mavis")
     assert (found.num_weights, mavis.num_weights, comparison.num_weights) == (2, 3, 3)
     for figure, expected in (

@@ -22,6 +22,7 @@ from mavis_dist.compare.judged import (
     summary,
 )
 from mavis_dist.compare.measured import Measured
+from mavis_dist.compare.results import TrainingCost
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.rewards import RewardError
 from mavis_dist.types import Prompt
@@ -100,7 +101,7 @@ def test_methods_are_judged_against_the_reference(tmp_path: Path) -> None:
     assert (found["weak"].won, found["weak"].preferred.mean) == (pairs, 1.0)
     assert (found["short"].tied, found["short"].preferred.mean) == (pairs, 0.5)
     assert asked == 1 + 2 * pairs * len(found)
-    comparison = summarise(measured, dict.fromkeys(measured.methods, (0.0, 0.0)), {}, found)
+    comparison = summarise(measured, dict.fromkeys(measured.methods, TrainingCost()), {}, found)
     rows = {row.method: row.judged for row in comparison.methods}
     assert rows["weak"] == found["weak"]
     assert rows["mavis"] is None

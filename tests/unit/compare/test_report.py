@@ -13,7 +13,7 @@ import pytest
 
 from mavis_dist.compare.figures import summarise
 from mavis_dist.compare.report import examples_of, write_report
-from mavis_dist.compare.results import Judged
+from mavis_dist.compare.results import Judged, TrainingCost
 from mavis_dist.config import Config
 from mavis_dist.evaluate.sweep import Estimate
 from mavis_dist.store import layout
@@ -36,7 +36,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     }
     hostile = replace(measured, cells=cells)
     judged = {"weak": Judged(Estimate(0.3125, 0.25, 0.375), 3, 4, 9, 2)}
-    comparison = summarise(hostile, dict.fromkeys(METHODS, (60.0, 20.0)), {"base model": "a <tiny> one"}, judged)
+    comparison = summarise(
+        hostile,
+        dict.fromkeys(METHODS, TrainingCost(60.0, 20.0, 9000, 3000, ["a <tiny> GPU"])),
+        {"base model": "a <tiny> one"},
+        judged,
+    )
     prompts = [Prompt(f"p{i}", f"question {i}?") for i in range(NUM_PROMPTS)]
     config = Config(run="made-up", objectives={"a": {"reward": "sentiment"}, "b": {"reward": "brevity"}})
     store = Store(str(tmp_path_factory.mktemp("report")), "made-up")
