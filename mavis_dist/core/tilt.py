@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 TIE_ROOM = 16
+LEAST_LEFT = 1e-6  # of a sample without one of its candidates, in proportion: what lies below is lost in rounding
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,8 @@ def estimate_distribution(
 
     The sample consists of end-of-answer tokens (weight p) and of the candidates with the largest phi, which are a
     sample without replacement. Its weights are p / q with q = 1 - exp(-p exp(-kappa)) and kappa the next phi
-    (Gumbel-top-k, arXiv 1903.06059), self-normalised. Exact where the sample is all of C; the divergence is biased low
-    for small samples.
+    (Gumbel-top-k, arXiv 1903.06059), self-normalised, and the bias of small samples is taken off divergence and log Z
+    (`_corrections`). Exact where the sample is all of C.
     """
     temperature_B1 = temperature_B.double()[:, None]
     is_drawn_B1 = temperature_B1 > 0
@@ -226,14 +227,43 @@ def estimate_distribution(
     # phi / T = log p / T + G, whose log p / T differs from log p_T by the normaliser.
     shift_B1 = (log_p_BK - logprobs_BK / divisor_B1)[:, :1]
     kappa_B1 = phi_BK.masked_fill(sample_BK, float("-inf")).amax(-1, keepdim=True) / divisor_B1 + shift_B1
-    inclusion_BK = -torch.expm1(-torch.exp(log_p_BK - kappa_B1))
-    is_weighted_BK = ~uncapped_BK & (kappa_B1 > float("-inf"))
-    log_w_BK = log_p_BK - torch.where(is_weighted_BK, inclusion_BK.log(), 0.0)
+    log_omission_BK = -torch.exp(log_p_BK - kappa_B1)  # the probability to be left out is its exponential
+    is_weighted_BK = sample_BK & ~uncapped_BK & (kappa_B1 > float("-inf"))
+    log_w_BK = log_p_BK - torch.where(is_weighted_BK, torch.log(-torch.expm1(log_omission_BK)), 0.0)
     log_w_BK = log_w_BK.masked_fill(~sample_BK, float("-inf"))
     log_tilted_BK = log_w_BK + scaled_BK
     log_z_B = torch.logsumexp(log_tilted_BK, -1) - torch.logsumexp(log_w_BK, -1)
     pi_BK = torch.softmax(log_tilted_BK, -1)
-    mean_tilt_B = torch.where(pi_BK > 0, pi_BK * scaled_BK, 0.0).sum(-1)
+    tilt_BK = torch.where(pi_BK > 0, scaled_BK, 0.0)
+    mean_tilt_B = (pi_BK * tilt_BK).sum(-1)
+    omission_BK = torch.where(is_weighted_BK, log_omission_BK.exp(), 0.0)
+    more_tilt_B, more_log_z_B = _corrections(pi_BK, torch.softmax(log_w_BK, -1), tilt_BK, mean_tilt_B, omission_BK)
     is_drawn_B = is_drawn_B1[:, 0]
-    divergence_B = torch.where(is_drawn_B, mean_tilt_B - log_z_B, float("nan"))
-    return Distribution(pi_BK, divergence_B, torch.where(is_drawn_B, log_z_B, 0.0))
+    log_z_B = log_z_B + more_log_z_B
+    divergence_B = (mean_tilt_B + more_tilt_B - log_z_B).clamp(min=0.0)
+    return Distribution(
+        pi_BK, torch.where(is_drawn_B, divergence_B, float("nan")), torch.where(is_drawn_B, log_z_B, 0.0)
+    )
+
+
+def _corrections(
+    pi_BK: torch.Tensor, p_BK: torch.Tensor, tilt_BK: torch.Tensor, mean_tilt_B: torch.Tensor, omission_BK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to add to the mean tilt and to log Z of a sample, which are nonlinear in its sums and so biased.
+
+    A jackknife for samples of unequal probabilities: candidate i is left out with probability `omission`, and what that
+    changes beyond first order, known in closed form, is in expectation what the sample lacks.
+
+    Args:
+        pi_BK, p_BK: the tilted and the plain distribution on the sample.
+        tilt_BK: finite.
+    """
+    left_BK = (1 - pi_BK).clamp(min=LEAST_LEFT)
+    more_tilt_BK = pi_BK**2 * (tilt_BK - mean_tilt_B[:, None]) / left_BK
+    more_log_z_BK = _beyond_first_order(pi_BK) - _beyond_first_order(p_BK)
+    return (omission_BK * more_tilt_BK).sum(-1), (omission_BK * more_log_z_BK).sum(-1)
+
+
+def _beyond_first_order(share_BK: torch.Tensor) -> torch.Tensor:
+    """-log(1 - x) - x."""
+    return -torch.log1p(-share_BK.clamp(max=1 - LEAST_LEFT)) - share_BK

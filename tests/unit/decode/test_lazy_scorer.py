@@ -97,23 +97,38 @@ def sample_of(drafted: Drafts, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
-def test_the_pooled_divergence_estimate_is_close(temperature: float) -> None:
-    """400 cases with 8 sampled candidates and EOS: the pooled mean is within 3 %, that of log Z too.
+@pytest.mark.parametrize("size", [6, 12])
+def test_the_pooled_estimates_are_close(temperature: float, size: int) -> None:
+    """4,000 cases with a sample of so many candidates and EOS: the pooled divergence and log Z are within 3 %.
 
-    The standard error of the pooled ratio is below 1 %.
+    Without corrections the divergence is 3 to 5 % too low at 6 candidates. Its standard error is below 1 %.
     """
-    num_rows = 400
+    num_rows = 4000
     temperature_B = torch.full((num_rows,), temperature, dtype=torch.float64)
     drafted = drafts(num_rows, 3, temperature_B, 0.0)
     values_BV = torch.randn(num_rows, 60, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     full = scored(drafted, values_BV, torch.full((num_rows,), 2.5, dtype=torch.float64), 0.8, lazy=False)
     _, estimates, log_z = estimate_distribution(
-        drafted.logprobs_BK, drafted.phi_BK, full.delta_BK, sample_of(drafted, 8), temperature_B, drafted.is_eos_BK
+        drafted.logprobs_BK, drafted.phi_BK, full.delta_BK, sample_of(drafted, size), temperature_B, drafted.is_eos_BK
     )
     exact = divergence(drafted.logprobs_BK, full.delta_BK, temperature_B)
     exact_log_z = log_partition(drafted.logprobs_BK, full.delta_BK, temperature_B)
-    assert float(estimates.sum() / exact.sum()) == pytest.approx(1.0, abs=0.06)
-    assert float((log_z - exact_log_z).mean()) == pytest.approx(0.0, abs=0.03 * float(exact_log_z.abs().mean()) + 0.01)
+    assert float(estimates.sum() / exact.sum()) == pytest.approx(1.0, abs=0.03)
+    assert float(log_z.sum() / exact_log_z.sum()) == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("beta", [1.0, 3.0])
+def test_lazy_rows_report_the_divergence_of_full_on_average(beta: float) -> None:
+    """Which candidates are evaluated depends on their tilts, too. Without corrections: 0.88 of the exact one."""
+    num_rows = 8000
+    temperature_B = torch.ones(num_rows, dtype=torch.float64)
+    drafted = drafts(num_rows, 6, temperature_B, 0.0)
+    values_BV = torch.randn(num_rows, 60, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    cap_B = torch.full((num_rows,), 3.0, dtype=torch.float64)
+    full, lazy = (scored(drafted, values_BV, cap_B, beta, lazy=lazy) for lazy in (False, True))
+    assert lazy.num_evaluated_B.sum() < 0.5 * full.num_evaluated_B.sum()
+    assert float(lazy.divergence_B.sum() / full.divergence_B.sum()) == pytest.approx(1.0, abs=0.03)
+    assert (lazy.divergence_B >= 0).all()
 
 
 def test_the_estimate_is_exact_for_a_full_sample_and_zero_without_a_tilt() -> None:
