@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= jobs/configs/quickstart.yaml
-SHORT := $(if $(ALL),,-m "not long")
+SHORT := $(if $(ALL),,-m "not long$(if $(FAULTS), or faults)")
 INSTALLED := .venv/.installed
 PEERS := .peers
 WITH_VLLM := $(PEERS)/vllm
@@ -41,7 +41,7 @@ serve: $(INSTALLED)
 	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
 # In parallel: the unit tests compute, while most of the other tests wait for processes to start and end.
-# ALL=1 adds the long ones, ALSO=test-vllm those inside vLLM.
+# ALL=1 adds the long ones, FAULTS=1 those of them that kill and damage; ALSO=test-vllm those inside vLLM.
 test: $(INSTALLED)
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-unit test-cluster test-serving $(ALSO)
 

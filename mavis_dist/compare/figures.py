@@ -54,7 +54,7 @@ def summarise(
     nearest = {m: [answers for w in common(m) for answers in nearest_answers(measured, m, w)] for m in methods}
     return Comparison(
         conditions=dict(conditions),
-        machine=measured.machine,
+        timed_on=measured.machine,
         reference=reference,
         kl=measured.kl,
         num_prompts=measured.weights_RP.shape[1],

@@ -118,7 +118,7 @@ class Comparison:
     conditions: dict[str, str]
     reference: str
     kl: float  # nats at which methods are compared
-    machine: str  # whose speeds are shown; "": unknown
+    timed_on: str  # the machine whose speeds are shown; "": unknown
     num_prompts: int
     num_weights: int
     objectives: list[str]
@@ -155,10 +155,10 @@ def _finite(value: Any) -> Any:
 
 def where_measured(comparison: Comparison) -> list[str]:
     """Sentences about the machines of speeds and training, as far as they are known."""
-    sentences = [f"Speeds are those of {comparison.machine}."] if comparison.machine else []
+    sentences = [f"Speeds are those of {comparison.timed_on}."] if comparison.timed_on else []
     methods_of: dict[str, list[str]] = {}
     for row in comparison.methods:
-        if row.cost.training.machines not in ([], [comparison.machine]):
+        if row.cost.training.machines not in ([], [comparison.timed_on]):
             methods_of.setdefault(" and ".join(row.cost.training.machines), []).append(row.method)
     return sentences + [
         f"What {', '.join(methods)} steer{'s' if len(methods) == 1 else ''} with was trained on {machines}."

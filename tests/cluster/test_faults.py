@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +49,7 @@ def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
 
 
 @pytest.mark.long
+@pytest.mark.faults
 def test_kills_of_actors_workers_machines_and_drivers_give_the_same_bytes(
     undisturbed: Store, config_file: Path, machines: Cluster
 ) -> None:
@@ -71,13 +71,6 @@ def test_kills_of_actors_workers_machines_and_drivers_give_the_same_bytes(
     _, err = job.communicate()
     assert "an actor died" in err
     assert "a worker died; resuming from the newest checkpoint" in err
-
-    job = start(config_file, machines.address, *arguments)
-    wait(job, lambda: checkpoints(1), "a checkpoint of the second iteration")
-    job.send_signal(signal.SIGTERM)
-    _, err = finish(job, code=143)
-    assert "stopped: finished work is saved" in err
-    assert checkpoints(1) or list(root.glob(f"values/*/i1/{MARKER}"))  # those of a finished one are deleted
 
     job = start(config_file, machines.address, *arguments)
     wait(job, lambda: workers(machines, "ray::RayTrainWorker"), "a training worker")
@@ -117,6 +110,7 @@ def test_a_folder_with_any_damaged_file_is_not_finished(undisturbed: Store, tmp_
 
 
 @pytest.mark.long
+@pytest.mark.faults
 def test_damage_in_every_stage_is_repaired_to_the_same_bytes_and_an_objective_added_without_base_rollouts(
     undisturbed: Store, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

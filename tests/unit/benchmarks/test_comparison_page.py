@@ -10,7 +10,7 @@ import pytest
 from benchmarks.comparison import __main__ as command
 from benchmarks.comparison.page import findings, is_one_answer
 from mavis_dist.compare.figures import summarise
-from mavis_dist.compare.results import Comparison
+from mavis_dist.compare.results import Comparison, TrainingCost
 from tests.unit.compare.made_up import made_up
 
 METHODS = ["base", "mavis", "weak", "short", "unknown"]
@@ -23,7 +23,11 @@ PROVENANCE = {
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    return summarise(made_up(), dict.fromkeys(METHODS, (60.0, 20.0)), {"base model": "tiny", "versions": "many"})
+    return summarise(
+        made_up(),
+        dict.fromkeys(METHODS, TrainingCost(60.0, 20.0, 9000, 3000, ["a GPU"])),
+        {"base model": "tiny", "versions": "many"},
+    )
 
 
 def test_the_page_is_rendered_from_the_file_of_figures(comparison: Comparison, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_speeds_are_those_of_the_machine_that_most_methods_ran_on(measured: Meas
     mixed = replace(measured, cells=cells)
     training = dict.fromkeys(measured.methods, TRAINING) | {"mavis": TrainingCost(machines=["slow"])}
     comparison = summarise(mixed, training, {})
-    assert comparison.machine == "slow"
+    assert comparison.timed_on == "slow"
     assert [row(comparison, name).cost.tokens_per_s for name in ("mavis", "weak", "short")] == [5, None, 5]
     assert where_measured(comparison) == [
         "Speeds are those of slow.",
