@@ -79,7 +79,7 @@ class Policies(Method):
         return {"policies": {name: self._fingerprint(name) for name in self.markers}}
 
     def training(self) -> Training:
-        of_policies = training_of(self.markers.values())
+        of_policies = policies_training(self.markers.values())
         if self.kind != DPO:
             return of_policies
         store = self.workspace.store  # whose trees its pairs are from
@@ -111,7 +111,7 @@ class Policies(Method):
         ).hexdigest()
 
 
-def training_of(markers: Collection[Mapping[str, Any]]) -> Training:
+def policies_training(markers: Collection[Mapping[str, Any]]) -> Training:
     """What it took to train these policies."""
     return Training(
         math.fsum(marker["seconds"] for marker in markers),
@@ -162,7 +162,7 @@ class Morlhf(Mod):
         return {self.name(weights): 1.0}
 
     def training_for(self, weights: Mapping[str, float]) -> Training:
-        return training_of([self.markers[self.name(weights)]])
+        return policies_training([self.markers[self.name(weights)]])
 
     def command(self, names: Sequence[str]) -> str:
         return f"{super().command(names)} --weights {','.join(f'{share:g}' for share in self.settings['pair_weights'])}"

@@ -112,6 +112,7 @@ def collect(config: Config) -> Collected:
 
 
 def training_of(method: Method, vectors: Sequence[Weights]) -> TrainingCost:
+    """What a method takes before its first answer, for all weights and for one of these vectors."""
     whole, each = method.training(), [method.training_for(dict(weights)) for weights in vectors]
     return TrainingCost(
         seconds=whole.seconds,

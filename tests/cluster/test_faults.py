@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,13 @@ def test_kills_of_actors_workers_machines_and_drivers_give_the_same_bytes(
     _, err = job.communicate()
     assert "an actor died" in err
     assert "a worker died; resuming from the newest checkpoint" in err
+
+    job = start(config_file, machines.address, *arguments)
+    wait(job, lambda: checkpoints(1), "a checkpoint of the second iteration")
+    job.send_signal(signal.SIGTERM)
+    _, err = finish(job, code=143)
+    assert "stopped: finished work is saved" in err
+    assert checkpoints(1) or list(root.glob(f"values/*/i1/{MARKER}"))  # those of a finished one are deleted
 
     job = start(config_file, machines.address, *arguments)
     wait(job, lambda: workers(machines, "ray::RayTrainWorker"), "a training worker")

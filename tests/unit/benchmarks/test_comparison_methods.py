@@ -29,6 +29,7 @@ from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.store.files import Store
 from mavis_dist.types import Prompt, UserError
 from tests import tiny
+from tests.training.stored import store_trees
 
 NAMES = ("a", "b", "c")
 PROMPTS = [Prompt(f"p{i}", f"question {i}?") for i in range(4)]
@@ -137,6 +138,13 @@ def test_a_vanishing_strength_is_the_base_model(workspace: Workspace, kind: str)
     found, base = method.answer(PROMPTS, MIXED, 1e-9, 0), Base(workspace, {}).answer(PROMPTS, {}, 0.0, 0)
     assert [answer.text for answer in found] == [answer.text for answer in base]
     assert spent(found) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_tokens_of_trees_are_counted(workspace: Workspace, tmp_path: Path) -> None:
+    store = Store(str(tmp_path), "run")
+    assert tree_tokens(store, "base") == 0
+    trees = store_trees(store, workspace.base, 2)
+    assert tree_tokens(store, "base") == sum(len(tree.tokens) for tree in trees) > 0
 
 
 def test_inputs_are_the_policies_and_training_is_theirs(workspace: Workspace) -> None:
