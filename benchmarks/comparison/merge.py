@@ -50,19 +50,21 @@ def add_deltas(model: nn.Module, deltas: Deltas) -> None:
     """Change a model's weights in place.
 
     Differences may be smaller than the steps of bfloat16, and rounding to the nearest would drop them. They are rounded
-    up or down at random, always in the same way: right on average, and exact where the difference is 0.
+    up or down at random, always in the same way on a kind of device: right on average, and exact where the difference
+    is 0.
     """
     weights = dict(model.named_parameters())
-    source = torch.Generator().manual_seed(0)
+    sources: dict[torch.device, torch.Generator] = {}
     for name, delta in deltas.items():
         weight = weights[name]
         changed = weight.float() + delta.to(weight.device)
         if weight.dtype == torch.bfloat16:
+            source = sources.setdefault(weight.device, torch.Generator(weight.device).manual_seed(0))
             changed = _rounded_at_random(changed, source)
         weight.copy_(changed)
 
 
 def _rounded_at_random(x: torch.Tensor, source: torch.Generator) -> torch.Tensor:
     """One of the two neighbours in bfloat16, which are the upper 16 bits of a float32, with the right mean."""
-    lower = torch.randint(1 << 16, x.shape, dtype=torch.int32, generator=source).to(x.device)
+    lower = torch.randint(1 << 16, x.shape, dtype=torch.int32, generator=source, device=x.device)
     return ((x.view(torch.int32) + lower) & -(1 << 16)).view(torch.float32)

@@ -29,7 +29,7 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from benchmarks.comparison.decode import MixtureDecoder
-from benchmarks.comparison.merge import add_deltas, deltas_of
+from benchmarks.comparison.merge import Deltas, add_deltas, deltas_of
 from benchmarks.comparison.pairs import Pair
 from benchmarks.comparison.policies import PolicySpec, Settings
 from benchmarks.comparison.scoring import score_on_support
@@ -48,12 +48,33 @@ warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
 logging.getLogger("trl").setLevel(logging.ERROR)
 
 
+class Merged:
+    """A policy beside its base model, with weights that change while it is trained."""
+
+    def __init__(self, base: BaseModel, max_rows: int):
+        self._base, self._max_rows = base, max_rows
+        self._plain = copy.deepcopy(base.model)  # decoders rearrange the weights of the models that they run
+        self._policy: BaseModel | None = None
+        self._decoder: MixtureDecoder | None = None
+
+    def decoder(self, deltas: Deltas) -> MixtureDecoder:
+        """Of the base model with these differences; ends the use of the last one."""
+        if self._policy is None or self._decoder is None or self._base.model.device.type == "cpu":
+            self._policy = replace(self._base, model=copy.deepcopy(self._plain))
+            add_deltas(self._policy.model, deltas)
+            self._decoder = MixtureDecoder(self._base, [self._policy], self._max_rows)
+        else:  # decoders there read the model's own weights, and what they have recorded is replayed with others
+            self._policy.model.load_state_dict(self._plain.state_dict())
+            add_deltas(self._policy.model, deltas)
+        return self._decoder
+
+
 class Sampler:
     """Answers of the policy in a trainer, and their rewards."""
 
     def __init__(self, spec: PolicySpec, settings: Settings, config: Config, rewards: Rewards, usage: Usage):
         self._base = load_base(config.base.model, config.base.dtype, config.base.device)
-        self._plain = copy.deepcopy(self._base.model)  # decoders repack the weights of the models that they run
+        self._merged = Merged(self._base, config.rollout.rows)
         self._params = _sampling(config)
         self._spec, self._settings, self._config, self._rewards, self._usage = spec, settings, config, rewards, usage
 
@@ -76,9 +97,7 @@ class Sampler:
 
     def _sample(self, questions: Sequence[str], trainer: Any) -> tuple[list[Request], list[Choice]]:
         adapter = get_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model))
-        merged = copy.deepcopy(self._plain)
-        add_deltas(merged, deltas_of(adapter, self._settings.alpha / self._settings.rank))
-        decoder = MixtureDecoder(self._base, [replace(self._base, model=merged)], self._config.rollout.rows)
+        decoder = self._merged.decoder(deltas_of(adapter, self._settings.alpha / self._settings.rank))
         requests = [self._request(*numbered) for numbered in enumerate(questions, self._usage.answers)]
         choices = decoder.answer(requests)
         self._usage.answers += len(choices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -18,16 +19,18 @@ import yaml
 pytest.importorskip("trl")
 
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.comparison import fit, train, usage
 from benchmarks.comparison.decode import MixtureDecoder
 from benchmarks.comparison.fit import scale_of, train_policy, training_prompts
 from benchmarks.comparison.load import load_merged
+from benchmarks.comparison.merge import add_deltas
 from benchmarks.comparison.mixture import mix
 from benchmarks.comparison.policies import DPO, FOLDER, RL, TRAINING, PolicySpec, Settings
 from benchmarks.comparison.scoring import score_on_support
-from benchmarks.comparison.trainers import Sampler, extremes
+from benchmarks.comparison.trainers import Merged, Sampler, extremes
 from mavis_dist import config as config_module
 from mavis_dist.config import Config
 from mavis_dist.core.tilt import Filters
@@ -52,6 +55,7 @@ SETTINGS = Settings(
     sampled_per_answer=1,
     save_steps=2,
 )
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAYER = {"root": 4, "children": 2, "layers": 1}
 VOWELS = PolicySpec("rl-vowels", RL, {"vowels": 1.0}, 0.01)
 
@@ -193,6 +197,30 @@ def test_the_best_and_the_worst_of_many_answers_are_trained_on(
     first, *_ = map(json.loads, store.read_bytes(f"{VOWELS.folder}/metrics.jsonl").decode().splitlines())
     assert first["sampled/divergence"] == pytest.approx(0, abs=1e-5), "before training it is the base model"
     assert abs(first["sampled/vowels"]) < 1 < first["rewards/vowels/std"], "standardised; the extremes vary more"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_policy_that_changes_answers_as_a_new_one(tmp_path: Path, device: str) -> None:
+    base = load_base(str(write_base(tmp_path, eos_weight=1.0)), device=device)
+    merged, plain = Merged(base, 4), deepcopy(base.model)
+    requests = [Request("", base.chat("Why?"), params=SamplingParams(8, seed=n)) for n in range(6)]
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        deltas = {name: torch.randn_like(weight) / 4 for name, weight in linears(plain)}
+        expected = deepcopy(plain)
+        add_deltas(expected, deltas)
+        choices = merged.decoder(deltas).answer(requests)
+        alone = MixtureDecoder(base, [replace(base, model=expected)], 4).answer(requests)
+        assert [choice.tokens for choice in choices] == [choice.tokens for choice in alone]
+        assert [choice.divergence for choice in choices] == pytest.approx([choice.divergence for choice in alone])
+        found.append([choice.tokens for choice in choices])
+    assert found[0] != found[1] != found[2]
+
+
+def linears(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Those weights of a model that an adapter changes."""
+    return [(name, weight) for name, weight in model.named_parameters() if "_proj" in name]
 
 
 def test_several_objectives_share_one_reward(run: tuple[Config, Store], monkeypatch: pytest.MonkeyPatch) -> None:
