@@ -58,6 +58,8 @@ def save(collected: Collected, file: Path) -> None:
 def load(files: Sequence[Path]) -> Collected:
     """The comparison of a file, or of several that were measured on the same prompts: their methods side by side.
 
+    Of a cell that several files have, the first one counts: its answers may be from another machine.
+
     Raises:
         UserError: a file is missing or none of these, or two of them do not belong together.
     """
@@ -66,8 +68,8 @@ def load(files: Sequence[Path]) -> Collected:
     for file, other in zip(files[1:], others, strict=True):
         if difference := _difference(first, other) or _changed(cells, other.measured.cells):
             raise UserError(f"{files[0]} and {file} are about other {difference}: give files of the same comparison")
-        cells |= other.measured.cells
-        training |= other.training
+        cells |= {cell: answers for cell, answers in other.measured.cells.items() if cell not in cells}
+        training |= {method: cost for method, cost in other.training.items() if method not in training}
     one = first.measured
     measured = Measured(dict(sorted(cells.items(), key=_by_method(cells))), one.base_PN, one.scales, one.kl)
     return Collected(measured, first.prompts, training, first.conditions)

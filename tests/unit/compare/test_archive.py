@@ -51,6 +51,16 @@ def test_methods_of_several_files_stand_side_by_side(tmp_path: Path) -> None:
     assert figures(load([one, other])).to_json() == figures(collected()).to_json()
 
 
+def test_of_a_cell_in_several_files_the_first_one_counts(tmp_path: Path) -> None:
+    one, other, whole = tmp_path / "one.parquet", tmp_path / "other.parquet", collected()
+    save(whole, one)
+    elsewhere = {cell: replace(found, machine="a GPU") for cell, found in whole.measured.cells.items()}
+    cheaper = dict.fromkeys(whole.training, TrainingCost(1.0, 1.0, 1, 1, []))
+    save(replace(whole, measured=replace(whole.measured, cells=elsewhere), training=cheaper), other)
+    assert figures(load([one, other])).to_json() == figures(whole).to_json()
+    assert {found.machine for found in load([other, one]).measured.cells.values()} == {"a GPU"}
+
+
 def test_files_of_different_comparisons_are_refused(tmp_path: Path) -> None:
     one, other, whole = tmp_path / "one.parquet", tmp_path / "other.parquet", collected()
     save(whole, one)
