@@ -15,16 +15,15 @@ import ray
 
 from benchmarks.common.service import free_port
 from mavis_dist import LLM, config
-from mavis_dist.actors import WorkerPool
 from mavis_dist.config import Config
-from mavis_dist.core.tree import Tree
 from mavis_dist.groups import LeaderStarter, rollout_group
 from mavis_dist.models import value
 from mavis_dist.models.lockstep import GroupLost
-from mavis_dist.rollout.worker import Grow, worker_starter
+from mavis_dist.rollout.worker import Grow
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
 from mavis_dist.types import Policy, Prompt
+from tests.growing import grow
 from tests.streams import strike_during
 from tests.tiny import MODEL, write_run
 
@@ -51,29 +50,14 @@ def settings(folder: Path, size: int) -> Config:
     )
 
 
-def grow(config: Config, is_struck: bool = False) -> dict[tuple[Policy, str], Tree]:
-    """Trees of the base model, and steered ones; a process of the group dies before the last of them if it
-    `is_struck`.
-    """
-    workers, trees, deaths = worker_starter(config), dict[tuple[Policy, str], Tree](), 0
-    pool = WorkerPool(workers.start, 1, workers.stop)
-    batches = [[Grow(policy, prompt) for prompt in PROMPTS] for policy in POLICIES]
-    try:
-        for grown in pool.run("grow", {"brief": 0}, batches):
-            trees[grown.policy, grown.tree.prompt_id] = grown.tree
-            if is_struck and not deaths:
-                [follower] = followers()
-                follower.kill()
-                deaths += 1
-    finally:
-        pool.release()
-    assert deaths == is_struck
-    return trees
-
-
 def followers() -> list[psutil.Process]:
     """Processes of groups, other than their leaders."""
     return [one for one in psutil.process_iter(["cmdline"]) if "Follower" in "".join(one.info["cmdline"] or [])]
+
+
+def kill_the_follower() -> None:
+    [follower] = followers()
+    follower.kill()
 
 
 def wait_until_gone(limit_s: float = 20.0) -> None:
@@ -85,11 +69,9 @@ def wait_until_gone(limit_s: float = 20.0) -> None:
 
 def test_a_group_grows_the_trees_of_one_process_also_when_a_member_dies(tmp_path: Path) -> None:
     write_run(tmp_path, "run", ("brief",), eos_weight=1.0)
-    alone, together, struck = (
-        grow(settings(tmp_path, 1)),
-        grow(settings(tmp_path, 2)),
-        grow(settings(tmp_path, 2), True),
-    )
+    batches = [[Grow(policy, prompt) for prompt in PROMPTS] for policy in POLICIES]
+    alone, together = (grow(settings(tmp_path, size), batches) for size in (1, 2))
+    struck = grow(settings(tmp_path, 2), batches, kill_the_follower)
     expected = {(policy, prompt.id) for policy in POLICIES for prompt in PROMPTS}
     assert alone.keys() == together.keys() == struck.keys() == expected
     for key, tree in alone.items():

@@ -14,11 +14,10 @@ from ray.util.state import list_actors
 
 from benchmarks.common.service import free_port
 from mavis_dist import LLM, config
-from mavis_dist.actors import WorkerPool
 from mavis_dist.config import Config
-from mavis_dist.core.tree import Tree
-from mavis_dist.rollout.worker import Grow, worker_starter
+from mavis_dist.rollout.worker import Grow
 from mavis_dist.types import Policy, Prompt
+from tests.growing import grow
 from tests.streams import kill_during, replica_pids, whole_text
 from tests.vllm.conftest import BETA, CAP
 
@@ -46,32 +45,21 @@ def settings(run: Path, model: str, engine: str) -> Config:
     )
 
 
-def grow(config: Config, is_struck: bool = False) -> dict[str, Tree]:
-    """Trees by prompt, steered where their policy is; the actor dies before the last of them if it `is_struck`."""
-    workers, trees, deaths = worker_starter(config), dict[str, Tree](), 0
+def kill_the_actor() -> None:
     address = ray.get_runtime_context().gcs_address
-    pool = WorkerPool(workers.start, 1, workers.stop)
-    batches = [[Grow(Policy("brief", 1), prompt) for prompt in PROMPTS[n : n + 4]] for n in (0, 4)]
-    try:
-        for grown in pool.run("grow", {"brief": 0}, batches):
-            trees[grown.tree.prompt_id] = grown.tree
-            if is_struck and not deaths:
-                [actor] = list_actors(address, filters=[("class_name", "=", "Worker"), ("state", "=", "ALIVE")])
-                os.kill(actor.pid, signal.SIGKILL)
-                deaths += 1
-    finally:
-        pool.release()
-    assert deaths == is_struck
-    return trees
+    [actor] = list_actors(address, filters=[("class_name", "=", "Worker"), ("state", "=", "ALIVE")])
+    os.kill(actor.pid, signal.SIGKILL)
 
 
 def test_an_actor_grows_the_trees_of_the_built_in_engine_also_when_it_dies(run: Path, model: str) -> None:
-    expected = grow(settings(run, model, "builtin"))
-    struck = grow(settings(run, model, "vllm"), is_struck=True)
-    assert struck.keys() == expected.keys() == {prompt.id for prompt in PROMPTS}
-    for prompt, tree in expected.items():
-        assert struck[prompt].tokens.tolist() == tree.tokens.tolist()
-        assert struck[prompt].token_logratio == pytest.approx(tree.token_logratio, abs=1e-4)
+    steered = Policy("brief", 1)
+    batches = [[Grow(steered, prompt) for prompt in PROMPTS[n : n + 4]] for n in (0, 4)]
+    expected = grow(settings(run, model, "builtin"), batches)
+    struck = grow(settings(run, model, "vllm"), batches, kill_the_actor)
+    assert struck.keys() == expected.keys() == {(steered, prompt.id) for prompt in PROMPTS}
+    for key, tree in expected.items():
+        assert struck[key].tokens.tolist() == tree.tokens.tolist()
+        assert struck[key].token_logratio == pytest.approx(tree.token_logratio, abs=1e-4)
 
 
 @pytest.fixture
