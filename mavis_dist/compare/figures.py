@@ -71,7 +71,7 @@ def summarise(
                 behind=_unless(m == reference, totals.weighted(reference, m) - totals.weighted(m, reference)),
                 hypervolume=statistics.estimate(totals.hypervolume(m, m)),
                 hypervolume_anywhere=statistics.estimate(
-                    np.mean([_whole_volume(measured, m, pair) for pair in pairs if inside(common(m), pair)], axis=0)
+                    totals.mean([_whole_volume(measured, m, pair) for pair in pairs if measured.front(pair, m)])
                 ),
                 hypervolume_ratio=_unless(
                     m in (reference, BASE),
@@ -105,29 +105,29 @@ class _Totals:
     def weighted(self, method: str, other: str) -> np.ndarray:
         """The mean gain by weight."""
         measured = self._measured
-        return self._mean([measured.settings[method, w].weighted_R for w in measured.common(method, other)])
+        return self.mean([measured.settings[method, w].weighted_R for w in measured.common(method, other)])
 
     def share(self, method: str, other: str) -> np.ndarray:
         """The mean share of the limit."""
         measured = self._measured
-        return self._mean([measured.settings[method, w].share_R for w in measured.common(method, other)])
+        return self.mean([measured.settings[method, w].share_R for w in measured.common(method, other)])
 
     def hypervolume(self, method: str, other: str) -> np.ndarray:
         """The mean hypervolume of the pairs."""
-        vectors = self._measured.common(method, other)
-        return self._mean([self.volume(method, other, pair) for pair in self._pairs if inside(vectors, pair)])
+        fronts = [pair for pair in self._pairs if self._measured.front(pair, method, other)]
+        return self.mean([self.volume(method, other, pair) for pair in fronts])
 
     def volume(self, method: str, other: str, group: Sequence[str]) -> np.ndarray:
         """The hypervolume of the gains at the KL."""
-        vectors = inside(self._measured.common(method, other), group)
+        vectors = self._measured.front(group, method, other)
         key = method, tuple(group), vectors
         if key not in self._volumes:
             found = [self._measured.settings[method, weights].gain_R for weights in vectors]
             gains_WOR = np.array([[gain_R[name] for name in group] for gain_R in found])
-            self._volumes[key] = statistics.hypervolumes(gains_WOR.transpose(2, 0, 1)) if found else self._mean([])
+            self._volumes[key] = statistics.hypervolumes(gains_WOR.transpose(2, 0, 1)) if found else self.mean([])
         return self._volumes[key]
 
-    def _mean(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+    def mean(self, rows: Sequence[np.ndarray]) -> np.ndarray:
         return np.mean(rows, axis=0) if rows else np.full(len(self._measured.weights_RP), np.nan)
 
 
@@ -143,8 +143,7 @@ def _unless(is_left_out: bool, value_R: np.ndarray) -> Estimate | None:
 
 def _whole_volume(measured: Measured, method: str, group: Sequence[str]) -> np.ndarray:
     """The hypervolume [R] of the gains at all strengths, whatever their KL."""
-    vectors = inside(measured.common(method), group)
-    found = [measured.settings[method, weights].curves for weights in vectors]
+    found = [measured.settings[method, weights].curves for weights in measured.front(group, method)]
     gains = [[measured.weights_RP @ curves[name].gain_SP.T for name in group] for curves in found]
     points_RWSO = np.moveaxis(np.array(gains), (2, 3), (0, 2))  # from [W, O, R, S]
     return statistics.hypervolumes(points_RWSO.reshape(len(points_RWSO), -1, len(group)))

@@ -70,6 +70,14 @@ class Measured:
             for weights in self.common(method)
         }
 
+    def front(self, group: Collection[str], *methods: str) -> tuple[Weights, ...]:
+        """The weights of these objectives alone that all of these methods have; none where they lack all that mix
+        the whole group: without them there is no front.
+        """
+        found, all_of_group = inside(self.common(*methods), group), inside(self.vectors, group)
+        mixed = {weights for weights in all_of_group if len(weights) == len(group)}
+        return found if not mixed or mixed.intersection(found) else ()
+
     def mixture(self, weights: Weights) -> np.ndarray:
         """The weighted mean [P, N] of the rewards of the base model's answers."""
         return np.sum([share * self.base_PN[name] for name, share in weights], axis=0)

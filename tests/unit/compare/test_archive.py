@@ -44,6 +44,15 @@ def test_a_saved_comparison_has_the_same_figures(tmp_path: Path) -> None:
     ]
 
 
+def test_cells_may_name_rewards_in_any_order(tmp_path: Path) -> None:
+    whole = collected()
+    cells = dict(whole.measured.cells)
+    first = next(iter(cells))
+    cells[first] = replace(cells[first], reward=dict(reversed(cells[first].reward.items())))
+    save(replace(whole, measured=replace(whole.measured, cells=cells)), tmp_path / "answers.parquet")
+    assert figures(load([tmp_path / "answers.parquet"])).to_json() == figures(whole).to_json()
+
+
 def test_methods_of_several_files_stand_side_by_side(tmp_path: Path) -> None:
     one, other = tmp_path / "one.parquet", tmp_path / "other.parquet"
     save(collected("base", "mavis", "weak"), one)

@@ -156,6 +156,16 @@ def test_a_method_without_some_weights_is_compared_on_the_common_ones() -> None:
     assert "of 3 weights, these methods have fewer: some 2" in table(comparison)
 
 
+def test_corners_alone_are_no_front() -> None:
+    whole = made_up()
+    cells = {**whole.cells, **cells_of("corners", [VECTORS[0], VECTORS[1]], lambda s: s / 4, lambda s: s)}
+    training = dict.fromkeys([*whole.methods, "corners"], TrainingCost())
+    found = row(summarise(replace(whole, cells=cells), training, {}), "corners")
+    assert found.num_weights == 2
+    assert found.weighted is not None
+    assert (found.hypervolume, found.hypervolume_anywhere, found.hypervolume_ratio) == (None, None, None)
+
+
 def test_a_method_that_is_not_steered_has_the_same_answers_for_all_weights() -> None:
     whole = made_up()
     constant = {
