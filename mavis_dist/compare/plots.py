@@ -55,13 +55,18 @@ class Style:
 
 
 def styles(comparison: Comparison) -> dict[str, Style]:
-    """The reference has the first colour; from the seventh method on colours return with other markers."""
+    """The reference has the first colour; from the seventh method on colours return, each time with another marker."""
     steered = [row.method for row in comparison.methods if row.method != BASE]
     order = sorted(steered, key=lambda name: name != comparison.reference)
     return {BASE: Style("ink", "D", False)} | {
-        name: Style(f"s{index % NUM_SERIES}", MARKERS[index % len(MARKERS)], name == comparison.reference)
+        name: Style(f"s{index % NUM_SERIES}", _marker(index), name == comparison.reference)
         for index, name in enumerate(order)
     }
+
+
+def _marker(index: int) -> str:
+    """Markers in turn, moved on by one whenever they would meet the same colours again."""
+    return MARKERS[(index + index // math.lcm(NUM_SERIES, len(MARKERS))) % len(MARKERS)]
 
 
 def drawings(comparison: Comparison) -> Iterator[Drawing]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mavis_dist.compare.figures import summarise
+from mavis_dist.compare.plots import styles
 from mavis_dist.compare.report import examples_of, write_report
 from mavis_dist.compare.results import Judged, TrainingCost
 from mavis_dist.config import Config
@@ -95,3 +96,10 @@ def test_plots_are_files_in_colours_of_their_own(store: Store) -> None:
         assert svg.startswith("<svg")
         assert "var(--" not in svg
         assert store.read_bytes(layout.comparison_plot(name, "png")).startswith(b"\x89PNG")
+
+
+def test_no_two_methods_look_alike() -> None:
+    whole = summarise(made_up(), dict.fromkeys(METHODS, TrainingCost()), {})
+    rows = [replace(whole.methods[1], method=f"method {n}") for n in range(40)]
+    found = styles(replace(whole, methods=[*whole.methods, *rows]))
+    assert len({(style.colour, style.marker) for style in found.values()}) == len(found) == 45
