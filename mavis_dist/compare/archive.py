@@ -89,9 +89,8 @@ def _table(cell: Cell, answers: Answers, ids: Sequence[str]) -> pa.Table:
     own_columns = {**vars(answers), "machine": [answers.machine] * len(ids)}
     for name in SCHEMA.names[1:]:
         columns[name] = pa.array(own_columns[name], SCHEMA.field(name).type)
-    return pa.table(
-        {**columns, **{f"{REWARD}{name}": pa.array(answers.reward[name]) for name in sorted(answers.reward)}}
-    )
+    rewards = {f"{REWARD}{name}": pa.array(answers.reward[name]) for name in sorted(answers.reward)}
+    return pa.table({**columns, **rewards})
 
 
 def _read(file: Path) -> Collected:
