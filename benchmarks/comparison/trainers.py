@@ -25,7 +25,7 @@ import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from benchmarks.comparison.decode import MixtureDecoder
@@ -54,19 +54,19 @@ class Merged:
     def __init__(self, base: BaseModel, max_rows: int):
         self._base, self._max_rows = base, max_rows
         self._plain = copy.deepcopy(base.model)  # decoders rearrange the weights of the models that they run
-        self._policy: BaseModel | None = None
-        self._decoder: MixtureDecoder | None = None
+        self._kept: tuple[PreTrainedModel, MixtureDecoder] | None = None  # the policy's weights, and what runs them
 
     def decoder(self, deltas: Deltas) -> MixtureDecoder:
         """Of the base model with these differences; ends the use of the last one."""
-        if self._policy is None or self._decoder is None or self._base.model.device.type == "cpu":
-            self._policy = replace(self._base, model=copy.deepcopy(self._plain))
-            add_deltas(self._policy.model, deltas)
-            self._decoder = MixtureDecoder(self._base, [self._policy], self._max_rows)
+        if self._kept is None or self._base.model.device.type == "cpu":
+            policy = copy.deepcopy(self._plain)
+            add_deltas(policy, deltas)
+            self._kept = policy, MixtureDecoder(self._base, [replace(self._base, model=policy)], self._max_rows)
         else:  # decoders there read the model's own weights, and what they have recorded is replayed with others
-            self._policy.model.load_state_dict(self._plain.state_dict())
-            add_deltas(self._policy.model, deltas)
-        return self._decoder
+            policy, _ = self._kept
+            policy.load_state_dict(self._plain.state_dict())
+            add_deltas(policy, deltas)
+        return self._kept[1]
 
 
 class Sampler:
