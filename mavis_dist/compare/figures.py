@@ -15,7 +15,7 @@ import numpy as np
 from mavis_dist.compare import statistics
 from mavis_dist.compare.cells import Answers, Weights, weights_name
 from mavis_dist.compare.equal_kl import Curve
-from mavis_dist.compare.measured import Measured, Setting, inside, nearest_answers
+from mavis_dist.compare.measured import Measured, Setting, nearest_answers
 from mavis_dist.compare.method import BASE
 from mavis_dist.compare.results import (
     AtStrength,
@@ -207,8 +207,8 @@ def _spearman(measured: Measured, method: str, pairs: Sequence[Sequence[str]]) -
     """Mean over pairs and objectives; None if gains are unknown or there is no pair."""
     found = []
     for pair in (pair for pair in pairs if len(pair) == 2):
-        vectors = inside(measured.common(method), pair)
-        for name in pair:
+        vectors = measured.front(pair, method)
+        for name in pair if vectors else ():
             weights_W = np.array([dict(w).get(name, 0.0) for w in vectors])
             gain_W = np.array([measured.settings[method, w].gain_R[name][0] for w in vectors])
             is_known = len(vectors) > 1 and not np.isnan(gain_W).any()

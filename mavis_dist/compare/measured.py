@@ -74,8 +74,8 @@ class Measured:
         """The weights of these objectives alone that all of these methods have; none where they lack all that mix
         the whole group: without them there is no front.
         """
-        found, all_of_group = inside(self.common(*methods), group), inside(self.vectors, group)
-        mixed = {weights for weights in all_of_group if len(weights) == len(group)}
+        found = inside(self.common(*methods), group)
+        mixed = {weights for weights in inside(self.vectors, group) if len(weights) == len(group)}
         return found if not mixed or mixed.intersection(found) else ()
 
     def mixture(self, weights: Weights) -> np.ndarray:

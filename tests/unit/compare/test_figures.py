@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mavis_dist.compare.cells import weight_vectors
 from mavis_dist.compare.figures import summarise
 from mavis_dist.compare.measured import Measured, nearest_answers
 from mavis_dist.compare.results import Comparison, MethodResult, TrainingCost, table, where_measured
-from tests.unit.compare.made_up import VECTORS, cells_of, made_up
+from mavis_dist.types import RewardScale
+from tests.unit.compare.made_up import BASE_PN, SCALES, VECTORS, cells_of, made_up
 
 TRAINING = TrainingCost(60.0, 20.0, 9000, 3000, ["a GPU"])
 
@@ -154,6 +156,22 @@ def test_a_method_without_some_weights_is_compared_on_the_common_ones() -> None:
     assert group.ratio.mean == pytest.approx(4.0)
     assert [s.name for s in comparison.settings if s.method == "some"] == ["a", "0.5 a + 0.5 b"]
     assert "of 3 weights, these methods have fewer: some 2" in table(comparison)
+
+
+def test_ranks_are_those_of_pairs_that_a_method_has() -> None:
+    """Of three objectives it has one pair: a corner of each of the others says nothing."""
+    base = {cell: found for cell, found in made_up().cells.items() if cell.method == "base"}
+    whole = cells_of("mavis", weight_vectors(["a", "b", "c"], 3), lambda s: s / 2, lambda s: s)
+    cells = {**base, **whole, **cells_of("some", VECTORS, lambda s: s / 4, lambda s: s)}
+    base_c_P = BASE_PN["a"].mean(axis=1)
+    third = {
+        cell: replace(found, reward={**found.reward, "c": cell.strength * dict(cell.weights).get("c", 0.0) + base_c_P})
+        for cell, found in cells.items()
+    }
+    measured = Measured(third, {**BASE_PN, "c": BASE_PN["a"]}, {**SCALES, "c": RewardScale(0, 1)}, kl=2.0)
+    found = summarise(measured, dict.fromkeys(measured.methods, TrainingCost()), {})
+    assert row(found, "some").num_weights == 3
+    assert row(found, "some").spearman == row(found, "mavis").spearman == pytest.approx(1.0)
 
 
 def test_corners_alone_are_no_front() -> None:
