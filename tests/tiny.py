@@ -181,3 +181,23 @@ def _publish(
     value.save(model, card, work)
     store.upload(work, layout.value_folder(objective, iteration), {"iteration": iteration})
     values.publish(store, objective, iteration)
+
+
+def publish_shared(store: Store, folder: Path, objectives: tuple[str, ...], like: str) -> None:
+    """Iteration 0 of several objectives as random heads of one model, with the backbone and the scale of another's."""
+    model, card = value.load(values.fetch(store, like, 0))
+    torch.manual_seed(12)
+    shared = value.ValueModel(model.backbone, len(objectives))
+    torch.nn.init.normal_(shared.heads.weight, std=0.3)
+    count = len(objectives)
+    card = replace(card, objectives=objectives, scales=card.scales * count, rewards=card.rewards * count)
+    value.save(shared, card, folder / "shared")
+    target = layout.shared_folder("-".join(objectives), 0)
+    store.upload(folder / "shared", target, {})
+    (folder / "figures").mkdir()
+    for name in objectives:
+        own = layout.value_folder(name, 0)
+        store.delete(own)
+        (folder / "figures" / layout.METRICS_FILE).write_text("")
+        store.upload(folder / "figures", own, {values.SHARED_KEY: target})
+        values.publish(store, name, 0)

@@ -31,6 +31,7 @@ from tests.training.stored import store_trees
 
 NAMES = ("first", "second", "third")
 ON_STATES = ("fourth", "fifth", "sixth")  # heads on the base model's states
+SHARED = ("seventh", "eighth")  # heads of one value model
 HELD_OUT = frozenset({"p0", "p1"})
 
 
@@ -62,7 +63,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "run": "run",
         "storage": str(folder / "runs"),
-        "objectives": dict.fromkeys((*NAMES, *ON_STATES), reward),
+        "objectives": dict.fromkeys((*NAMES, *ON_STATES, *SHARED), reward),
         "base": {"model": str(folder / tiny.MODEL), "dtype": "float32"},
         "rollout": {"first": {"root": 2, "children": 2, "layers": 2}, "max_tokens": 12},
         "train": {"trees_per_step": 4},
@@ -218,3 +219,16 @@ def test_a_student_on_the_base_models_states_has_the_teachers_heads_and_learns_t
     [[predicted]] = Engine(base, guide).generate([replace(request, scorer=Scorer.QHEAD)])
     assert guide.reads_states
     assert predicted.values.keys() == exact.values.keys() == set(ON_STATES)
+
+
+def test_objectives_of_one_value_model_are_labelled_in_one_pass(config_file: Path) -> None:
+    base, store = load_base(str(config_file.parent / tiny.MODEL)), Store(str(config_file.parent / "runs"), "run")
+    tiny.publish_shared(store, config_file.parent, SHARED, like=NAMES[0])
+    job = plan_job(of(config_file, (NAMES[0], *SHARED)), HELD_OUT)
+    alone, first, second = job_module.load_teachers(job, base)
+    assert alone[0] is not first[0]
+    assert first[0] is second[0]
+    inputs = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    for teacher, (model, head) in zip(job.teachers, (alone, first, second), strict=True):
+        expected, _ = job_module.load_teacher(store, teacher, base)
+        assert torch.equal(model(input_ids=inputs)[..., head], expected(input_ids=inputs)[..., 0])

@@ -140,11 +140,7 @@ def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
 def labels_of(job: DistillJob, base: BaseModel, trees: Sequence[Tree], group: WorkerGroup) -> list[DistillLabels]:
     """The teachers' labels of some trees."""
     config, rollout = job.config, job.config.rollout
-    models = [load_teacher(job.store, teacher, base)[0] for teacher in job.teachers]
-    teachers = [(model, 0) for model in models]
-    if all(model.backbone is models[0].backbone for model in models):  # heads on the same states share their pass
-        joint = value.joined(models)
-        teachers = [(joint, m) for m in range(len(models))]
+    teachers = load_teachers(job, base)
     sampling = Sampling(STATES, CANDIDATES, rollout.top_k, rollout.top_p, rollout.min_p)
     labels = []
     for tree in trees:
@@ -152,6 +148,21 @@ def labels_of(job: DistillJob, base: BaseModel, trees: Sequence[Tree], group: Wo
         group.check_stop()
         group.progress("labels", len(labels), len(trees), "")
     return labels
+
+
+def load_teachers(job: DistillJob, base: BaseModel) -> list[tuple[ValueModel, int]]:
+    """The teachers, each as a value model and one of its heads: those on the same states are heads of one model."""
+    folders = {t.objective: values.fetch(job.store, t.objective, t.iteration) for t in job.teachers}
+    loaded = {folder: value.load(folder, device=str(base.model.device), base=base) for folder in {*folders.values()}}
+    by_backbone: dict[int, list[ValueModel]] = {}
+    places = []
+    for name, folder in folders.items():
+        model, card = loaded[folder]
+        parts = by_backbone.setdefault(id(model.backbone), [])
+        places.append((id(model.backbone), len(parts)))
+        parts.append(model.only(card.objectives.index(name)))
+    joint = {backbone: value.joined(parts) for backbone, parts in by_backbone.items()}
+    return [(joint[backbone], head) for backbone, head in places]
 
 
 def load_teacher(store: Store, teacher: Teacher, base: BaseModel) -> tuple[ValueModel, Card]:

@@ -38,7 +38,7 @@ from serve.messages import Admission, AnswerFailed, BaseLost, Call, Reply
 from serve.model_cache import ModelCache, Unavailable, loaded
 from serve.settings import ValueArgs
 from serve.value.replica import Value
-from tests.tiny import MODEL, publish_distilled, publish_next, write_models
+from tests.tiny import MODEL, publish_distilled, publish_next, publish_shared, write_models
 
 RUN = "run"
 LIMITS = Limits(stall_s=20, deadline_s=60)
@@ -332,29 +332,8 @@ def test_objectives_of_a_distilled_model_share_it(folder, store, base, scorer):
     bases.end()
 
 
-def publish_shared(store: Store, folder: Path) -> None:
-    """Iteration 0 of both objectives as heads of one model."""
-    model, card = value.load(values.fetch(store, "positive", 0))
-    model.add_objective()
-    torch.manual_seed(12)
-    torch.nn.init.normal_(model.heads.weight, std=0.3)
-    names = ("positive", "brief")
-    value.save(
-        model, replace(card, objectives=names, scales=card.scales * 2, rewards=card.rewards * 2), folder / "shared"
-    )
-    target = layout.shared_folder("-".join(names), 0)
-    store.upload(folder / "shared", target, {})
-    (folder / "figures").mkdir()
-    for name in names:
-        own = layout.value_folder(name, 0)
-        store.delete(own)
-        (folder / "figures" / layout.METRICS_FILE).write_text("")
-        store.upload(folder / "figures", own, {values.SHARED_KEY: target})
-        values.publish(store, name, 0)
-
-
 def test_objectives_of_a_shared_model_are_served_under_their_own_names(bases, folder, store, base):
-    publish_shared(store, folder)
+    publish_shared(store, folder, ("positive", "brief"), like="positive")
     bases.begin()  # a replica that starts later
     tokens = asyncio.run(bases.answer(make_request(), OLD))
     [[choice]] = Engine(base, load_guide(fetch_published(store))).generate([make_request()])
@@ -366,7 +345,7 @@ def test_objectives_of_a_shared_model_are_served_under_their_own_names(bases, fo
 
 
 def test_a_later_iteration_starts_from_its_own_head_of_a_shared_model(folder, store):
-    publish_shared(store, folder)
+    publish_shared(store, folder, ("positive", "brief"), like="positive")
     shared, _ = value.load(values.fetch(store, "brief", 0))
     fit = Fit(("brief",), 1, 0, (RewardScale(0.0, 1.0),), frozenset())
     own = trainable_model(fit, Config(run=RUN, objectives={"brief": {"reward": "brevity"}}), store)
