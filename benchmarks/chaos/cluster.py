@@ -1,4 +1,4 @@
-"""A tiny random model, served with two replicas of everything except the gateway on two Ray nodes of one computer."""
+"""A tiny random model, served with two replicas of everything except the gateway on several Ray nodes of a computer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import mavis_dist.environment  # noqa: F401  ray reads it
+from benchmarks.common.nodes import ray_nodes
 from mavis_dist.config import Config
 
 RUN, OBJECTIVES = "chaos", ("positive", "brief")
-CPUS_PER_NODE = 4  # gateway, two base replicas and four value replicas do not fit on one node
+NUM_NODES = 4  # of which the head is never killed
+CPUS_PER_NODE = 2  # gateway, two base replicas and four value replicas, of one each, need all nodes
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def tiny_service(tokens: int) -> Iterator[TinyService]:
     """The service, which runs until the end of the block; `tokens`: longest answer."""
     with tempfile.TemporaryDirectory(prefix="mavis-chaos-") as folder:
         config = tiny_config(Path(folder), tokens)
-        with two_nodes() as cluster, deployed_on(cluster, config) as url:
+        with ray_nodes(NUM_NODES, CPUS_PER_NODE) as cluster, deployed_on(cluster, config) as url:
             yield TinyService(url, config.base.model, cluster)
 
 
@@ -51,19 +53,6 @@ def tiny_config(folder: Path, tokens: int) -> Config:
     )
     settings = {"base_replicas": 2, "value_replicas": 2, "cpus_per_replica": 1, "max_tokens": tokens}
     return service_config(config, folder / "runs" / RUN, **settings)
-
-
-@contextmanager
-def two_nodes() -> Iterator[Any]:
-    """A cluster of two nodes; the head node is never killed."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_NODE})
-    try:
-        cluster.add_node(num_cpus=CPUS_PER_NODE)
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @contextmanager

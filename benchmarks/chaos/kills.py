@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.chaos.cluster import CPUS_PER_NODE, tiny_service
+from benchmarks.chaos.cluster import CPUS_PER_NODE, NUM_NODES, tiny_service
 from benchmarks.chaos.killer import NODE, Killer
 from benchmarks.chaos.stream_outcomes import FORBIDDEN, StreamOutcome, classify, count_outcomes, is_kept
 from benchmarks.chaos.traffic import PREFERENCES
@@ -56,7 +56,7 @@ def measure(scale: Scale, seed: int) -> dict[str, Any]:
     failures = [asdict(o) for o in outcomes if classify(o, expected[o.body_index]) in FORBIDDEN]
     results = summarise(outcomes, expected, Counter(kind for _, kind in killer.kills), unexplained)
     say(headline_table({key: figure for key, figure in results.items() if key != "outcomes"}))
-    return {**results, "seed": seed, "scale": asdict(scale), "failures": failures}
+    return {**results, "seed": seed, "nodes": NUM_NODES, "scale": asdict(scale), "failures": failures}
 
 
 def num_unexplained(load: Load, kills: Sequence[tuple[float, str]]) -> int:
@@ -131,9 +131,9 @@ def page(results: Mapping[str, Any]) -> str:
         "## Kill -9 under load\n\n"
         f"{results['kills']} kills with seed {results['seed']} ({killed}), while {NUM_CLIENTS} clients read streams of "
         f"up to {results['scale']['tokens']} tokens from a tiny random model in float32. Everything except the gateway "
-        "has two replicas, on two Ray nodes of one computer. The next kill follows a few seconds after half of the "
-        "processes of every kind are up again, though they may still be loading their models. Every text is compared "
-        "with that of the same request before any kill.\n\n"
+        f"has two replicas, on {results['nodes']} Ray nodes of one computer. The next kill follows a few seconds after "
+        "half of the processes of every kind are up again, though they may still be loading their models. Every text "
+        "is compared with that of the same request before any kill.\n\n"
         f"{table(['outcome', 'requests'], rows)}\n\n"
         "Refused: the connection was refused, or the service answered with a status for being unavailable; the client "
         f"retries. Visibly broken: the connection failed; {unexplained} of these without the death of the gateway, the "

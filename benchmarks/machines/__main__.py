@@ -1,10 +1,10 @@
 """The pipeline on several Ray nodes of one computer: the time on 1, 2 and 4, and the same results whatever is lost.
 
-    python -m benchmarks.machines [--only NAME] [--json FILE]
+    python -m benchmarks.machines [--model NAME] [--only NAME] [--json FILE]
 
-With a tiny random model in float32; nodes of one core each. Nodes that are lost in every stage, join late or are
-drained, and a head whose state is restarted (needs redis-server), must not change a byte of the results. Writes
-docs/figures/machines.json and its part of docs/clusters.md.
+With a tiny random model in float32, or the one that is named; nodes of one core each. Nodes that are lost in every
+stage, join late or are drained, and a head whose state is restarted (needs redis-server), must not change a byte of the
+results. Writes docs/figures/machines.json and its part of docs/clusters.md, both of other names with --model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from benchmarks.common import command, figures
 from benchmarks.common.command import say
 from benchmarks.common.figures import machine_line
 from benchmarks.common.markdown import table, write_part
+from benchmarks.common.nodes import ray_nodes, stage_seconds
 
 NAME = "machines"
+OF_MODEL = "machines-model"  # the name where a model is named
 PAGE = figures.DOCS / "clusters.md"
 TIMED = (1, 2, 4)  # machines of undisturbed runs
 LIMIT_S = 900.0
@@ -34,29 +36,31 @@ POLL_S = 0.05
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{NAME}", description="The pipeline on several nodes.")
-    parser.add_argument("--only", default="", metavar="NAME", help="scenarios whose names begin so")
+    parser.add_argument("--model", metavar="NAME", help="base model (default: a tiny random one)")
+    parser.add_argument("--only", default="", metavar="NAME", help="scenarios whose names begin so; writes no page")
     command.add_json(parser, NAME)
     command.add_page_only(parser)
     arguments = parser.parse_args(argv)
-    file = command.file_of(NAME, arguments)
+    name = OF_MODEL if arguments.model else NAME
+    file = command.file_of(name, arguments)
     if not arguments.page_only:
-        found = measure(arguments.only)
+        found = measure(arguments.model, arguments.only)
         figures.write(file, {**found, **figures.provenance(command.line(NAME, argv))})
     if not arguments.only:
-        write_part(PAGE, NAME, render(figures.read(file)))
+        write_part(PAGE, name, render(figures.read(file)))
 
 
-def measure(only: str) -> dict[str, Any]:
+def measure(model: str | None, only: str) -> dict[str, Any]:
     """Seconds of undisturbed runs by number of machines, and the scenarios' outcomes."""
     from benchmarks.machines.scenarios import scenarios
     from tests.cluster.jobs import hashes, write_config
 
     with tempfile.TemporaryDirectory(prefix="mavis-machines-") as folder:
-        config, found, undisturbed = write_config(Path(folder)), [], {}
+        config, found, undisturbed = write_config(Path(folder), model), [], {}
         timings: dict[str, Any] = {}
         for nodes in TIMED:
             store, seconds, _ = run(config, f"undisturbed-{nodes}", nodes)
-            timings[str(nodes)] = {"seconds": seconds, "stages": stages(store)}
+            timings[str(nodes)] = {"seconds": seconds, "stages": stage_seconds(store)}
             undisturbed[nodes] = hashes(store)
             say(f"{nodes} machines: {seconds:.0f} s")
         for number, scenario in enumerate(one for one in scenarios() if one.name.startswith(only)):
@@ -68,7 +72,7 @@ def measure(only: str) -> dict[str, Any]:
             found.append({"name": scenario.name, "same": is_same, "seconds": seconds, "lines": lines})
             say(f"{scenario.name}: {'same' if is_same else 'OTHER'} results, {seconds:.0f} s")
     same_everywhere = all(found_ == undisturbed[4] for found_ in undisturbed.values())
-    return {"undisturbed": timings, "same_on_all_counts": same_everywhere, "scenarios": found}
+    return {"model": model, "undisturbed": timings, "same_on_all_counts": same_everywhere, "scenarios": found}
 
 
 def run(config: Path, name: str, nodes: int, scenario: Any = None) -> tuple[Any, float, list[str]]:
@@ -105,26 +109,13 @@ def wait_until_due(job: subprocess.Popen[str], store: Any, scenario: Any, cluste
 @contextmanager
 def machines(count: int, has_redis: bool) -> Iterator[Any]:
     """A cluster of so many machines, the head among them."""
-    from ray.cluster_utils import Cluster
-
     from benchmarks.machines.scenarios import CPUS_PER_NODE, redis
 
     with ExitStack() as stack:
         if has_redis:
             os.environ["RAY_REDIS_ADDRESS"] = stack.enter_context(redis())
             stack.callback(os.environ.pop, "RAY_REDIS_ADDRESS")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_NODE})
-        stack.callback(cluster.shutdown)
-        for _ in range(count - 1):
-            cluster.add_node(num_cpus=CPUS_PER_NODE)
-        yield cluster
-
-
-def stages(store: Any) -> dict[str, float]:
-    """Seconds by stage, as the run recorded them."""
-    from mavis_dist.evaluate.collect import stages_of
-
-    return {stage.name: stage.seconds or 0.0 for stage in stages_of(store)}
+        yield stack.enter_context(ray_nodes(count, CPUS_PER_NODE))
 
 
 def render(found: Mapping[str, Any]) -> str:
@@ -139,11 +130,12 @@ def render(found: Mapping[str, Any]) -> str:
         [one["name"], results(one["same"]), "yes" if one["lines"] else "no", f"{one['seconds']:.0f}"]
         for one in found["scenarios"]
     ]
+    model = found.get("model") or "a tiny random model"
     return (
-        f"Measured by `{found['command']}`: the pipeline with two objectives and iterations, a tiny random model in "
-        f"float32, on Ray nodes of one core each on one computer: nodes beyond its cores make nothing faster. "
-        f"{machine_line(found)}. Most stages of so small a model end within a second: where the run reports "
-        "no repeated work, the lost node was starting or idle, or ran a task, which Ray repeats without a word.\n\n"
+        f"Measured by `{found['command']}`: the pipeline with two objectives and iterations, {model} in "
+        "float32, on Ray nodes of one core each on one computer: nodes beyond its cores make nothing faster. "
+        f"{machine_line(found)}. Where the run reports no repeated work, the lost node was starting or idle, or ran a "
+        "task, which Ray repeats without a word.\n\n"
         + table(["machines", "results", "repeated work reported", "seconds"], [*counts, *scenarios])
     )
 

@@ -183,6 +183,7 @@ MEASURED = {
     "kills": {
         **kills.summarise([Outcome(0, 0.0, status=503)], ["a"], {"proxy": 2}, unexplained=0),
         "seed": 0,
+        "nodes": 4,
         "scale": asdict(kills.QUICK),
     },
     "fuzz": {**fuzz.summarise([FuzzResult("description", "GET /", 200)], 200), "seed": 0, "scale": asdict(fuzz.QUICK)},
