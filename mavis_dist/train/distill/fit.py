@@ -116,14 +116,14 @@ class TrunkStatistics:
 
 
 @torch.no_grad()
-def trunk_statistics(model: ValueModel, labels: Sequence[DistillLabels]) -> TrunkStatistics:
-    """One forward pass over every labelled tree."""
+def trunk_statistics(model: ValueModel, labels: Sequence[DistillLabels], group: WorkerGroup) -> TrunkStatistics:
+    """One forward pass over every labelled tree, on every worker."""
     device = model.heads.weight.device
     size = model.heads.in_features + 1
     gram_HH = torch.zeros(size, size, dtype=torch.float64, device=device)
     moment_HM = torch.zeros(size, model.heads.out_features, dtype=torch.float64, device=device)
     states = []
-    for label in labels:
+    for done, label in enumerate(labels):
         hidden_SH = model.backbone(**packed_inputs(model.backbone, label.tree)).last_hidden_state[0].float()
         index_X, state_C, candidate_C = (
             torch.from_numpy(x).to(device) for x in (label.index_X, label.state_C, label.candidate_C)
@@ -138,6 +138,8 @@ def trunk_statistics(model: ValueModel, labels: Sequence[DistillLabels]) -> Trun
             gram_HH += x_YH.T @ x_YH / len(x_YH)
             moment_HM += x_YH.T @ residual_YM / len(x_YH)
         states.append(hidden_XH[state_C])
+        group.check_stop()
+        group.progress("states", done + 1, len(labels), "")
     return TrunkStatistics(
         gram_HH,
         moment_HM,

@@ -187,7 +187,7 @@ def train(
         assert not unknown, unknown
         student.to(device)
     student.eval().requires_grad_(False)
-    statistics = trunk_statistics(student.model, labels)
+    statistics = trunk_statistics(student.model, labels, group)
     if layer is None:
         fit_heads(student.model, statistics, first)
     head_settings = settings.model_copy(update={"learning_rate": QHEAD_LEARNING_RATE})

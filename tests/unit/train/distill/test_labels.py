@@ -19,6 +19,7 @@ from mavis_dist.train.distill.labels import (
     values_of,
     with_candidates,
 )
+from mavis_dist.train.worker_group import WorkerGroup
 from tests.fakes import EOS, VOCAB, tiny_base, tiny_student, tiny_value
 
 BASE = tiny_base(seed=0, eos_boost=1.0)
@@ -114,8 +115,10 @@ def test_heads_fit_a_teacher_on_the_same_trunk_and_old_heads_do_not_change() -> 
     torch.nn.init.normal_(teacher.heads.weight)
     torch.nn.init.normal_(teacher.heads.bias)
     labels = [label_tree(BASE, [(teacher, 0), (teacher, 1)], some_tree(seed), SAMPLING, 0) for seed in range(8)]
-    old = student.heads.weight[0].clone()
-    fit_heads(student, trunk_statistics(student, labels), first=1)
+    old, told = student.heads.weight[0].clone(), []
+    group = WorkerGroup(progress=lambda *step: told.append(step))
+    fit_heads(student, trunk_statistics(student, labels, group), first=1)
+    assert told == [("states", done, 8, "") for done in range(1, 9)]
     assert torch.equal(student.heads.weight[0], old)
     wanted = np.concatenate([label.values_XM[:, 1] for label in labels])
     pred = np.concatenate([values_of(student, label.tree)[:, 1] for label in labels])
