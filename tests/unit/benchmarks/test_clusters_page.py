@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.common import figures
 from benchmarks.machines import __main__ as machines
+from benchmarks.scaling import __main__ as scaling
 from benchmarks.sharding import __main__ as sharding
 from benchmarks.sizing import __main__ as sizing
 
@@ -23,9 +24,10 @@ def read(name: str) -> dict:
     [
         lambda: sharding.render(read(sharding.NAME)),
         lambda: machines.render(read(machines.NAME)),
+        lambda: scaling.render(read(scaling.NAME)),
         lambda: sizing.render({shape: read(f"plan-{shape}") for shape in sizing.SHAPES}),
     ],
-    ids=["sharding", "machines", "sizing"],
+    ids=["sharding", "machines", "scaling", "sizing"],
 )
 def test_a_part_is_rendered_from_its_figures(render: Callable[[], str]) -> None:
     assert render() in PAGE

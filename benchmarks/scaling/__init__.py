@@ -1,0 +1,1 @@
+"""What a run takes on several machines beside what its plan says."""
