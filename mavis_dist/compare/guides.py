@@ -17,7 +17,7 @@ from mavis_dist.store.shards import read_trees, shard_names
 from mavis_dist.types import BASE_POLICY, UserError
 
 TREES = ("rollouts i0", "labels i0")  # stages that make the base model's trees
-TRAINING = ("rollouts ", "labels ", "train ", "gate ", "distill")  # how the names of all stages of training begin
+TRAINING = ("rollouts ", "labels ", "train ", "gate ")  # how the names of all stages of training begin
 
 
 def stage_seconds(store: Store, names: tuple[str, ...]) -> dict[str, float]:
@@ -81,7 +81,15 @@ class ValueModels(Method):
             BASE_POLICY: tree_tokens(first, BASE_POLICY),
             **{policy: tree_tokens(self.store, policy) for policy in self.store.list(layout.ROLLOUTS)},
         }
-        return Training(math.fsum(seconds.values()), sum(tokens.values()))
+        return Training(math.fsum(seconds.values()) + self._distilling_s(), sum(tokens.values()))
+
+    def _distilling_s(self) -> float:
+        """How long the training of the distilled models took that it steers with."""
+        if not self.is_distilled:
+            return 0.0
+        found = values.served(self.store)
+        folders = {found[name].folder for name in self.workspace.config.objectives}
+        return math.fsum((self.store.metadata(folder) or {}).get("seconds", 0.0) for folder in folders)
 
     def equal_weights(self) -> dict[str, float]:
         """Of all objectives."""

@@ -11,10 +11,11 @@ import copy
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -116,6 +117,7 @@ def plan_job(config: Config, validation_ids: frozenset[str]) -> DistillJob:
 def distill(job: DistillJob, group: WorkerGroup) -> None:
     """Label, train, evaluate and store the distilled model. Call it on all workers of a process group."""
     config, store = job.config, job.store
+    began = time.monotonic()
     torch.manual_seed(config.seed)
     base = load_base(config.base.model, config.base.dtype, config.base.device)
     trees = stored_trees(store, job.teachers)
@@ -126,7 +128,8 @@ def distill(job: DistillJob, group: WorkerGroup) -> None:
     student, layer = train(job, base, training, group)
     if group.rank == 0:
         validation = [label for label in labels if label.tree.prompt_id in job.validation_ids]
-        store_student(job, student, layer, report(job, base, student, validation))
+        figures = report(job, base, student, validation)
+        store_student(job, student, layer, {"figures": figures, "seconds": time.monotonic() - began})
 
 
 def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
@@ -272,14 +275,12 @@ def _r2(model: ValueModel, trees: TreeSet) -> float | None:
     return predict(model, [trees])[0].r2 if len(trees) else None
 
 
-def store_student(
-    job: DistillJob, student: Student, layer: int | None, figures: dict[str, dict[str, float | None]]
-) -> None:
-    """Store the student with its card; the marker holds the report."""
+def store_student(job: DistillJob, student: Student, layer: int | None, metadata: dict[str, Any]) -> None:
+    """Store the student with its card; the marker holds `metadata`, with the report as `figures`."""
     store = job.store
     folders = {t.objective: values.fetch(store, t.objective, t.iteration) for t in job.teachers}
     cards = [value.load_card(folder).only(name) for name, folder in folders.items()]
-    explained = [f["student_explained_variance"] for f in figures.values()]
+    explained = [row["student_explained_variance"] for row in metadata["figures"].values()]
     known = [e for e in explained if e is not None]
     extended = job.config.distill.extends
     card = Card(
@@ -299,7 +300,7 @@ def store_student(
     with tempfile.TemporaryDirectory() as folder:
         value.save(student.model, card, Path(folder))
         qhead.save(student.qhead, Path(folder))
-        store.upload(Path(folder), layout.distilled_folder(job.name), {"figures": figures})
+        store.upload(Path(folder), layout.distilled_folder(job.name), metadata)
 
 
 def _extended_card(store: Store, name: str) -> Card:
