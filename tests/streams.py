@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import httpx
+import psutil
 import ray
 from ray.util.state import list_actors
 
@@ -32,6 +33,21 @@ def replica_pids(application: str, deployment: str) -> list[int]:
 def whole_text(http: httpx.Client, url: str, body: Body) -> str:
     text: str = http.post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
     return text
+
+
+def cpu_seconds(pids: Sequence[int]) -> dict[int, float]:
+    """What each process that still runs has used so far."""
+    used = {}
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            used[pid] = sum(psutil.Process(pid).cpu_times()[:2])
+    return used
+
+
+def kill_busiest(since: dict[int, float]) -> None:
+    """Kills that of the processes which has used most CPU since `cpu_seconds`."""
+    used = cpu_seconds(list(since))
+    _kill([max(used, key=lambda pid: used[pid] - since[pid])])
 
 
 def kill_during(http: httpx.Client, url: str, body: Body, pids: Sequence[int]) -> Body:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
-from tests.streams import LONG, kill_during, replica_pids, whole_text
+from tests.streams import LONG, cpu_seconds, kill_busiest, kill_during, replica_pids, strike_during, whole_text
 
 
 @pytest.fixture
@@ -29,9 +30,11 @@ def test_killing_a_base_replica_changes_no_token(http, url, body):
     # One with preferences sums the rewards of its tokens again.
     bodies[2]["preferences"] = bodies[3]["preferences"] = [{"text": "Be brief.", "weight": 2}, {"text": "Be kind."}]
     expected = [whole_text(http, url, body) for body in bodies]
-    victims = replica_pids("main", "Base")[:1]
+    # Chance may deal all answers to one replica: the one that works on them dies, by the blow of the last one alone.
+    strike = partial(kill_busiest, cpu_seconds(replica_pids("main", "Base")))
+    strikes = [lambda: None] * (len(bodies) - 1) + [strike]
     with ThreadPoolExecutor(len(bodies)) as pool:
-        choices = list(pool.map(lambda body: kill_during(http, url, body, victims), bodies))
+        choices = list(pool.map(partial(strike_during, http, url), bodies, strikes))
     assert [choice["text"] for choice in choices] == expected
     # The divergence spent before a death is not known: at least one answer moved, and says so.
     assert None in [choice["mavis"]["divergence"] for choice in choices]
