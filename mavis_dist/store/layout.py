@@ -84,6 +84,21 @@ def checkpoint_folder(objective: str, iteration: int) -> str:
     return f"{_training_folder(objective, iteration)}/checkpoints"
 
 
+def distilling_folder(name: str) -> str:
+    """What an unfinished distillation has so far."""
+    return f"{TRAINING}/.distilled/{name}"
+
+
+def distilling_checkpoints(name: str) -> str:
+    """Checkpoints of the trunk of an unfinished distillation."""
+    return f"{distilling_folder(name)}/checkpoints"
+
+
+def teacher_value_file(name: str, part: int) -> str:
+    """The teachers' values of some trees, for a distillation."""
+    return f"{distilling_folder(name)}/labels/part-{part:05d}.parquet"
+
+
 def tensorboard_folder(objective: str, iteration: int) -> str:
     """TensorBoard's files of a value model's training; kept afterwards."""
     return f"{_training_folder(objective, iteration)}/tensorboard"

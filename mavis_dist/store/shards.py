@@ -37,6 +37,15 @@ LABEL_SCHEMA = pa.schema(
         "prefix_score": pa.list_(pa.float64()),
     }
 )
+TEACHER_SCHEMA = pa.schema(
+    {
+        "prompt_id": pa.string(),
+        "policy": pa.string(),
+        "state": pa.list_(pa.int32()),
+        "candidate": pa.list_(pa.int32()),
+        "values": pa.list_(pa.float32()),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +57,17 @@ class Labels:
     score: np.ndarray  # float64, in the reward's own unit
     token: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # the last of each unfinished answer
     prefix_score: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64, of the answer up to it
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherValues:
+    """The values of one tree's tokens, and of candidates at some of them, by the teachers of a distillation."""
+
+    prompt_id: str
+    policy: str
+    state: np.ndarray  # int32, which labelled token each candidate follows
+    candidate: np.ndarray  # int32, tokens
+    values: np.ndarray  # float32, of labelled tokens and then candidates, all teachers' side by side
 
 
 def shard_names(store: Store, folder: str) -> list[str]:
@@ -73,7 +93,15 @@ def read_labels(store: Store, path: str) -> list[Labels]:
     return [Labels(**row) for row in _read(store, path, LABEL_SCHEMA, optional=("token", "prefix_score"))]
 
 
-def _write_rows(store: Store, path: str, items: Sequence[Tree] | Sequence[Labels], schema: pa.Schema) -> None:
+def write_teacher_values(store: Store, path: str, found: Sequence[TeacherValues]) -> None:
+    _write_rows(store, path, found, TEACHER_SCHEMA)
+
+
+def read_teacher_values(store: Store, path: str) -> list[TeacherValues]:
+    return [TeacherValues(**row) for row in _read(store, path, TEACHER_SCHEMA)]
+
+
+def _write_rows(store: Store, path: str, items: Sequence[Any], schema: pa.Schema) -> None:
     rows = [{name: getattr(item, name) for name in schema.names} for item in items]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mavis_dist.sections import Train
 from mavis_dist.store.files import Store
 from mavis_dist.train.journal import Metrics
 from mavis_dist.train.worker_group import WorkerGroup
 
+EVERY_S = 60.0
 KEPT = 2  # the newest may be unreadable
 ENGINE, STATE_FILE, BEST_FILE = "engine", "state.json", "best.safetensors"
 
@@ -36,11 +39,29 @@ class State:
 
 
 class Checkpoints:
-    """The checkpoints of one value model's training."""
+    """The checkpoints of one training."""
 
-    def __init__(self, store: Store, folder: str, group: WorkerGroup, sharding: dict[str, Any]):
-        """Only checkpoints of the same `sharding` are loaded: states are split by workers and ZeRO stage."""
-        self._store, self._folder, self._group, self._sharding = store, folder, group, sharding
+    def __init__(self, store: Store, folder: str, group: WorkerGroup, settings: Train):
+        """Only checkpoints of the same sharding are loaded: states are split by workers and ZeRO stage."""
+        self._store, self._folder, self._group = store, folder, group
+        self._sharding = {
+            "workers": group.size,
+            "zero_stage": settings.zero_stage,
+            "offload": settings.offload,
+        }
+        self._saved_at = time.monotonic()
+
+    def save_if_due(self, engine: Any, state: State, is_due: bool = False) -> bool:
+        """Save if `is_due`, after EVERY_S, and before a stop. Call it on all workers, after every step.
+
+        Returns whether the driver has asked for a stop.
+        """
+        is_late = time.monotonic() - self._saved_at > EVERY_S
+        is_stopping, is_late = self._group.broadcast((self._group.wants_stop(), is_late))
+        if is_stopping or is_late or is_due:
+            self.save(engine, state)
+            self._saved_at = time.monotonic()
+        return is_stopping
 
     def save(self, engine: Any, state: State) -> None:
         """Call it on all workers."""

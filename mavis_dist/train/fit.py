@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,8 +23,6 @@ from mavis_dist.train.metrics import Predictions, ceilings, sibling_tests, summa
 from mavis_dist.train.model import make_card, merge_adapters, store_model, trainable_model
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import R2_KEY
-
-CHECKPOINT_EVERY_S = 60.0  # and at the end of every epoch
 
 
 class ValueFunction(Protocol):
@@ -162,15 +159,13 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
     model.to(device)
     trees_per_pass = settings.trees_per_step // (group.size * settings.accumulation)
     engine = make_engine(model, settings, len(schedule), trees_per_pass)
-    sharding = {"workers": group.size, "zero_stage": settings.zero_stage, "offload": settings.offload}
-    checkpoints = Checkpoints(store, layout.checkpoint_folder(fit.name, fit.iteration), group, sharding)
+    checkpoints = Checkpoints(store, layout.checkpoint_folder(fit.name, fit.iteration), group, settings)
     state = checkpoints.load(engine)
     journal = (
         Journal(store.uri(layout.tensorboard_folder(fit.name, fit.iteration)), state.step) if group.rank == 0 else None
     )
 
     engine.train()
-    saved_at = time.monotonic()
     while state.step < len(schedule) and not stops_early(state, schedule[state.step][0], settings.patience):
         epoch, indices = schedule[state.step]
         torch.manual_seed(noise.stream(config.seed, state.step, group.rank))  # dropout
@@ -181,11 +176,7 @@ def train(fit: Fit, config: Config, store: Store, group: WorkerGroup) -> bool:
         ends_epoch = state.step % (len(schedule) // settings.epochs) == 0
         if ends_epoch:
             end_epoch(engine, fit.objectives, data.validation, epoch, state, journal, group)
-        is_stopping, is_due = group.broadcast((group.wants_stop(), time.monotonic() - saved_at > CHECKPOINT_EVERY_S))
-        if is_stopping or is_due or ends_epoch:
-            checkpoints.save(engine, state)
-            saved_at = time.monotonic()
-        if is_stopping:
+        if checkpoints.save_if_due(engine, state, ends_epoch):
             return False
     group.progress(fit.name, len(schedule), len(schedule), "done")
     if group.rank == 0:

@@ -63,7 +63,7 @@ def fit_all(fits: Sequence[Fit], config: Config, at_once: int, progress: Progres
 
 
 def distill(job: DistillJob, progress: Progress) -> None:
-    """Run one distillation, with progress on stderr. It cannot resume: a stop discards its work."""
+    """Run one distillation, with progress on stderr."""
     run_all([Launch("distill", "distill", partial(_distill, job), job.config, progress)], at_once=1)
 
 

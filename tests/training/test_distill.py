@@ -25,7 +25,7 @@ from mavis_dist.store.shards import Labels, write_labels
 from mavis_dist.train.distill import job as job_module
 from mavis_dist.train.distill.job import DistillError, DistillJob, distill, plan_job
 from mavis_dist.train.worker_group import WorkerGroup
-from mavis_dist.types import Policy
+from mavis_dist.types import Policy, Stopped
 from tests import tiny
 from tests.training.stored import store_trees
 
@@ -233,3 +233,50 @@ def test_objectives_of_one_value_model_are_labelled_in_one_pass(config_file: Pat
     for teacher, (model, head) in zip(job.teachers, (alone, first, second), strict=True):
         expected, _ = job_module.load_teacher(store, teacher, base)
         assert torch.equal(model(input_ids=inputs)[..., head], expected(input_ids=inputs)[..., 0])
+
+
+class Attempt:
+    """A distillation that is asked to stop once a part of its work is so far, and what it has posted of each part."""
+
+    def __init__(self, job: DistillJob, part: str = "", steps: int = 0):
+        self.posted: dict[str, list[int]] = {}
+        group = WorkerGroup(progress=self._post, wants_stop=lambda: steps in self.posted.get(part, []))
+        if part:
+            with pytest.raises(Stopped):
+                distill(job, group)
+        else:
+            distill(job, group)
+
+    def _post(self, part: str, done: int, total: int, text: str) -> None:
+        self.posted.setdefault(part, []).append(done)
+
+
+def test_a_stopped_distillation_continues_to_the_same_model(config_file: Path) -> None:
+    job = plan_job(of(config_file, NAMES[:2], "distill.epochs=3"), HELD_OUT)
+    folder, unfinished = (
+        Path(job.store.root) / path(job.name) for path in (layout.distilled_folder, layout.distilling_folder)
+    )
+    num_trees, num_stored = 24, job_module.TREES_PER_PART
+
+    def result() -> dict[str, bytes]:
+        found = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+        assert len(found) == 2
+        job.store.delete(layout.distilled_folder(job.name))
+        return found
+
+    undisturbed = Attempt(job)
+    assert undisturbed.posted["labels"] == list(range(1, num_trees + 1))
+    steps = undisturbed.posted["trunk"]
+    expected = result()
+    assert not unfinished.exists()
+
+    Attempt(job, "labels", num_stored + 2)
+    again = Attempt(job, "trunk", 5)
+    assert again.posted["labels"] == list(range(num_stored + 1, num_trees + 1))
+    [damaged, _] = sorted(unfinished.glob("labels/*"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    last = Attempt(job)
+    assert last.posted["labels"] == list(range(1, num_stored + 1))
+    assert last.posted["trunk"] == steps[5:]
+    assert not unfinished.exists()
+    assert result() == expected

@@ -12,7 +12,6 @@ Shapes: S tokens of a packed tree, X labelled tokens, P states, C candidates, M 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,14 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mavis_dist.core import noise
 from mavis_dist.models.masks import tree_inputs
 from mavis_dist.models.qhead import QHead, Student, deltas
 from mavis_dist.models.value import ValueModel
 from mavis_dist.sections import Train
+from mavis_dist.train.checkpoints import Checkpoints
 from mavis_dist.train.data import steps
 from mavis_dist.train.distill.labels import DistillBatch, DistillLabels, collate, packed_inputs
 from mavis_dist.train.metrics import r2
 from mavis_dist.train.worker_group import WorkerGroup
+from mavis_dist.types import Stopped
 
 RIDGE = 1e-4  # of the heads' least squares, in units of the mean square of a hidden unit
 CANDIDATES_PER_STEP = 2048  # of the QHead, over all workers
@@ -69,11 +71,15 @@ def fit_trunk(
     epochs: int,
     seed: int,
     group: WorkerGroup,
+    checkpoints: Checkpoints,
 ) -> dict[str, torch.Tensor]:
     """Train everything except the token embeddings; returns the trained parameters of the student by name.
 
     The loss of a step is the mean over all values of its trees plus the means over all deltas, however the trees are
-    spread over the workers. Needs a process group.
+    spread over the workers. Needs a process group. Resumes from the newest checkpoint.
+
+    Raises:
+        Stopped: the driver has asked for a stop; a checkpoint is saved.
     """
     from mavis_dist.train.engine import make_engine, trained_state
 
@@ -81,25 +87,27 @@ def fit_trunk(
     per_step = settings.trees_per_step
     student.requires_grad_(True)
     student.model.backbone.get_input_embeddings().requires_grad_(False)
-    num_steps = epochs * math.ceil(len(labels) / per_step)
-    engine = make_engine(DistillLoss(student), settings, num_steps, per_step // world_size)
-    engine.train()
     lengths = [len(label.tree.prompt_tokens) + len(label.tree.tokens) for label in labels]
-    done = 0
-    for epoch in range(epochs):
-        for indices in steps(lengths, per_step, epoch, seed):
-            mine = indices[rank::world_size]
-            num_values = sum(labels[i].values_XM.size for i in indices)
-            num_deltas = sum(labels[i].deltas_CM.size for i in indices)
-            values, *candidates = engine(collate([labels[i] for i in mine or indices[:1]], device))
-            # Workers average their gradients; one without a tree adds a zero of the right shape.
-            share = world_size if mine else 0.0
-            loss = share * (values / num_values + sum(candidates) / num_deltas)
-            engine.backward(loss)
-            engine.step()
-            done += 1
-            group.check_stop()
-            group.progress("trunk", done, num_steps, f"loss {loss.item():.4f}")
+    schedule = [indices for epoch in range(epochs) for indices in steps(lengths, per_step, epoch, seed)]
+    engine = make_engine(DistillLoss(student), settings, len(schedule), per_step // world_size)
+    state = checkpoints.load(engine)
+    engine.train()
+    while state.step < len(schedule):
+        indices = schedule[state.step]
+        mine = indices[rank::world_size]
+        num_values = sum(labels[i].values_XM.size for i in indices)
+        num_deltas = sum(labels[i].deltas_CM.size for i in indices)
+        torch.manual_seed(noise.stream(seed, state.step, rank))  # dropout
+        values, *candidates = engine(collate([labels[i] for i in mine or indices[:1]], device))
+        # Workers average their gradients; one without a tree adds a zero of the right shape.
+        share = world_size if mine else 0.0
+        loss = share * (values / num_values + sum(candidates) / num_deltas)
+        engine.backward(loss)
+        engine.step()
+        state.step += 1
+        group.progress("trunk", state.step, len(schedule), f"loss {loss.item():.4f}")
+        if checkpoints.save_if_due(engine, state, state.step == len(schedule)):
+            raise Stopped
     prefix = "student."
     return {name.removeprefix(prefix): tensor for name, tensor in trained_state(engine).items()}
 

@@ -27,12 +27,13 @@ from mavis_dist.models.load import BaseModel, fetch, fingerprint_model, load_bas
 from mavis_dist.models.qhead import QHead, Student
 from mavis_dist.models.value import Card, Teacher, ValueModel
 from mavis_dist.store import layout, values
-from mavis_dist.store.files import Store
+from mavis_dist.store.files import DamagedFile, Store
 from mavis_dist.store.layout import rollout_folder
-from mavis_dist.store.shards import read_trees, shard_names
+from mavis_dist.store.shards import read_teacher_values, read_trees, shard_names, write_teacher_values
+from mavis_dist.train.checkpoints import Checkpoints
 from mavis_dist.train.data import Fit, TreeSet, data_of
 from mavis_dist.train.distill.fit import agreement, fit_heads, fit_qhead, fit_trunk, trunk_statistics
-from mavis_dist.train.distill.labels import DistillLabels, Sampling, label_tree
+from mavis_dist.train.distill.labels import DistillLabels, Sampling, from_store, label_tree, to_store
 from mavis_dist.train.fit import predict
 from mavis_dist.train.worker_group import WorkerGroup
 from mavis_dist.types import Policy, UserError
@@ -45,6 +46,7 @@ QHEAD_LEARNING_RATE = 1e-3  # the QHead is small and sees many candidates per st
 QHEAD_STEPS = 600
 RANK = 64  # of the QHead
 STATES, CANDIDATES = 24, 8  # per tree, and per state
+TREES_PER_PART = 16  # whose labels are stored together: what a stop loses at most
 
 
 class DistillError(UserError):
@@ -115,14 +117,19 @@ def plan_job(config: Config, validation_ids: frozenset[str]) -> DistillJob:
 
 
 def distill(job: DistillJob, group: WorkerGroup) -> None:
-    """Label, train, evaluate and store the distilled model. Call it on all workers of a process group."""
+    """Label, train, evaluate and store the distilled model. Call it on all workers of a process group.
+
+    Resumes from the labels and the newest checkpoint of the trunk of an earlier attempt.
+
+    Raises:
+        Stopped: the driver has asked for a stop.
+    """
     config, store = job.config, job.store
     began = time.monotonic()
     torch.manual_seed(config.seed)
     base = load_base(config.base.model, config.base.dtype, config.base.device)
     trees = stored_trees(store, job.teachers)
-    mine = labels_of(job, base, trees[group.rank :: group.size], group)
-    labels = [label for share in group.gather(mine) for label in share]
+    labels = labels_of(job, base, trees, group)
     training = [label for label in labels if label.tree.prompt_id not in job.validation_ids]
 
     student, layer = train(job, base, training, group)
@@ -130,6 +137,7 @@ def distill(job: DistillJob, group: WorkerGroup) -> None:
         validation = [label for label in labels if label.tree.prompt_id in job.validation_ids]
         figures = report(job, base, student, validation)
         store_student(job, student, layer, {"figures": figures, "seconds": time.monotonic() - began})
+        store.delete(layout.distilling_folder(job.name))
 
 
 def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
@@ -141,16 +149,43 @@ def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
 
 
 def labels_of(job: DistillJob, base: BaseModel, trees: Sequence[Tree], group: WorkerGroup) -> list[DistillLabels]:
-    """The teachers' labels of some trees."""
+    """The teachers' labels of all trees, in order; every worker computes and stores a share of those not stored yet."""
     config, rollout = job.config, job.config.rollout
     teachers = load_teachers(job, base)
     sampling = Sampling(STATES, CANDIDATES, rollout.top_k, rollout.top_p, rollout.min_p)
-    labels = []
-    for tree in trees:
-        labels.append(label_tree(base, teachers, tree, sampling, config.seed))
-        group.check_stop()
-        group.progress("labels", len(labels), len(trees), "")
-    return labels
+    parts = [trees[start : start + TREES_PER_PART] for start in range(0, len(trees), TREES_PER_PART)]
+    numbers = range(group.rank, len(parts), group.size)
+    num_trees = sum(len(parts[number]) for number in numbers)
+    mine: dict[int, list[DistillLabels]] = {}
+
+    def label(number: int) -> list[DistillLabels]:
+        known = sum(map(len, mine.values()))
+        found: list[DistillLabels] = []
+        for tree in parts[number]:
+            found.append(label_tree(base, teachers, tree, sampling, config.seed))
+            group.check_stop()
+            group.progress("labels", known + len(found), num_trees, "")
+        write_teacher_values(job.store, layout.teacher_value_file(job.name, number), [*map(to_store, found)])
+        return found
+
+    for number in numbers:
+        mine[number] = stored_labels(job, number, parts[number]) or label(number)
+    by_part = {number: found for share in group.gather(mine) for number, found in share.items()}
+    return [one for number in range(len(parts)) for one in by_part[number]]
+
+
+def stored_labels(job: DistillJob, part: int, trees: Sequence[Tree]) -> list[DistillLabels] | None:
+    """What an earlier attempt has stored of some trees; None: nothing that can be used."""
+    path = layout.teacher_value_file(job.name, part)
+    if not job.store.exists(path):
+        return None
+    try:
+        found = read_teacher_values(job.store, path)
+    except DamagedFile:
+        return None
+    if [(one.prompt_id, one.policy) for one in found] != [(tree.prompt_id, tree.policy) for tree in trees]:
+        return None
+    return [from_store(tree, one, len(job.teachers)) for tree, one in zip(trees, found, strict=True)]
 
 
 def load_teachers(job: DistillJob, base: BaseModel) -> list[tuple[ValueModel, int]]:
@@ -184,7 +219,8 @@ def train(
     student, layer = initial_student(job, base)
     student.to(device)
     if first == 0 and layer is None:
-        trained = fit_trunk(student, labels, settings, config.distill.epochs, config.seed, group)
+        checkpoints = Checkpoints(job.store, layout.distilling_checkpoints(job.name), group, settings)
+        trained = fit_trunk(student, labels, settings, config.distill.epochs, config.seed, group, checkpoints)
         student, _ = initial_student(job, base)  # under ZeRO 3 the parameters of the trained one are sharded
         unknown = student.load_state_dict(trained, strict=False).unexpected_keys  # embeddings are not trained
         assert not unknown, unknown

@@ -23,6 +23,7 @@ from mavis_dist.core.tree import Finish, Targets, Tree
 from mavis_dist.models.load import BaseModel
 from mavis_dist.models.masks import tree_inputs
 from mavis_dist.models.value import ValueModel
+from mavis_dist.store.shards import TeacherValues
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,6 +185,20 @@ def label_tree(
     known = {key: values_of(model, extended) for key, model in models.items()}
     columns = [known[id(model)][:, head] for model, head in teachers]
     return DistillLabels(extended, state_C, np.stack(columns, -1))
+
+
+def to_store(labels: DistillLabels) -> TeacherValues:
+    """The labels without their tree."""
+    tree = labels.tree
+    state_C, token_C = labels.state_C.astype(np.int32), labels.token_C.astype(np.int32)
+    return TeacherValues(tree.prompt_id, tree.policy, state_C, token_C, labels.values_XM.reshape(-1))
+
+
+def from_store(tree: Tree, found: TeacherValues, num_teachers: int) -> DistillLabels:
+    """The labels of a tree without candidates, from what `to_store` gave."""
+    state_C = found.state.astype(np.int64)
+    values_XM = found.values.reshape(-1, num_teachers)
+    return DistillLabels(with_candidates(tree, state_C, found.candidate.astype(np.int64)), state_C, values_XM)
 
 
 @dataclass(frozen=True, eq=False)

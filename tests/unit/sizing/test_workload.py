@@ -14,7 +14,7 @@ from mavis_dist.sections import TreeShape
 from mavis_dist.sizing import memory, workload
 from mavis_dist.sizing.simulate import Gang
 from mavis_dist.sizing.workload import Lengths, num_leaves, num_nodes, num_points, tree_tokens
-from mavis_dist.train import data, fit
+from mavis_dist.train import checkpoints, data
 
 
 def test_constants_are_those_of_the_stages() -> None:
@@ -23,7 +23,7 @@ def test_constants_are_those_of_the_stages() -> None:
     assert labels.PREFIX_TOKENS == workload.PREFIX_TOKENS
     assert engine.PREFILL_TOKENS == memory.PREFILL_TOKENS
     assert data.WHOLE_TREE_TOKENS == memory.TREE_PART
-    assert Gang.checkpoint_every_s == fit.CHECKPOINT_EVERY_S
+    assert Gang.checkpoint_every_s == checkpoints.EVERY_S
 
 
 @pytest.mark.parametrize(("num", "steps"), [(1, 3), (2, 3), (3, 6)])
