@@ -27,11 +27,11 @@ class TinyService:
 
 
 @contextmanager
-def tiny_service(tokens: int) -> Iterator[TinyService]:
-    """The service, which runs until the end of the block; `tokens`: longest answer."""
+def tiny_service(tokens: int, keeps_state: bool = False) -> Iterator[TinyService]:
+    """The service, which runs until the end of the block; `tokens`: longest answer; `keeps_state`: of `ray_nodes`."""
     with tempfile.TemporaryDirectory(prefix="mavis-chaos-") as folder:
         config = tiny_config(Path(folder), tokens)
-        with ray_nodes(NUM_NODES, CPUS_PER_NODE) as cluster, deployed_on(cluster, config) as url:
+        with ray_nodes(NUM_NODES, CPUS_PER_NODE, keeps_state) as cluster, deployed_on(cluster, config) as url:
             yield TinyService(url, config.base.model, cluster)
 
 

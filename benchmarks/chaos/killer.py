@@ -1,4 +1,4 @@
-"""Kills processes and Ray nodes of the service, in an order that depends on a seed."""
+"""Kills processes of the service, Ray nodes and the control store, in an order that depends on a seed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.common.nodes import restart_control_store
 from benchmarks.common.service import processes
 
 # Command lines of Ray's actors, by kind.
@@ -22,24 +23,29 @@ TITLES = {
     "controller": "ray::ServeController",
     "proxy": "ray::ProxyActor",
 }
-NODE = "node"
+NODE, CONTROL_STORE = "node", "control store"
 RECOVERY_S = 60.0
 POLL_S = 0.2
-WEIGHTS = {"base replica": 5, "value replica": 5, "controller": 2, "gateway": 1, "proxy": 1, NODE: 1}
+WEIGHTS = {"base replica": 5, "value replica": 5, "controller": 2, "gateway": 1, "proxy": 1, NODE: 1, CONTROL_STORE: 1}
 
 
 @dataclass
 class Killer:
-    """Kills with signal 9, one process or node at a time; the head node of `cluster` (ray.cluster_utils) stays."""
+    """Kills with signal 9, one process or node at a time.
+
+    The head node of `cluster` (ray.cluster_utils) stays; its control store is restarted if the cluster `keeps_state`.
+    """
 
     cluster: Any
     cpus_per_node: float
+    keeps_state: bool
     seed: int = 0
     kills: list[tuple[float, str]] = field(default_factory=list)  # time.perf_counter() and kind
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         self._initial = _count_processes()
+        self._weights = {kind: weight for kind, weight in WEIGHTS.items() if self.keeps_state or kind != CONTROL_STORE}
 
     @property
     def num_kills(self) -> int:
@@ -47,10 +53,11 @@ class Killer:
 
     def kill_one(self) -> str | None:
         """Kill something and return its kind; None if nothing of the drawn kind was alive."""
-        kind = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        kind = self._random.choices(list(self._weights), list(self._weights.values()))[0]
         now = time.perf_counter()
-        is_killed = self._replace_node() if kind == NODE else self._kill(TITLES[kind])
-        if not is_killed:
+        if kind == CONTROL_STORE:
+            restart_control_store(self.cluster)
+        elif not (self._replace_node() if kind == NODE else self._kill(TITLES[kind])):
             return None
         self.kills.append((now, kind))
         return kind

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.chaos.cluster import CPUS_PER_NODE, NUM_NODES, tiny_service
-from benchmarks.chaos.killer import NODE, Killer
+from benchmarks.chaos.killer import CONTROL_STORE, NODE, Killer
 from benchmarks.chaos.stream_outcomes import FORBIDDEN, StreamOutcome, classify, count_outcomes, is_kept
 from benchmarks.chaos.traffic import PREFERENCES
 from benchmarks.common.command import headline_table, say
 from benchmarks.common.figures import machine_line
 from benchmarks.common.http_load import Body, Load, Outcome, client_process, closed_loop
 from benchmarks.common.markdown import table
+from benchmarks.common.nodes import REDIS, has_redis
 from mavis_dist.types import UserError
 
 NUM_CLIENTS = 8
@@ -23,6 +24,7 @@ PAUSE_S = 3.0
 # A client's connection may break shortly after one of these dies (the node may be the gateway's).
 CONNECTION_HOLDERS = {"gateway", "proxy", NODE}
 BREAK_S = 20.0
+KEPT = " Ray's control store starts again at once, with the state that Redis kept."
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,16 @@ QUICK = Scale(10, 16, 100)
 
 
 def measure(scale: Scale, seed: int) -> dict[str, Any]:
-    with client_process() as process, tiny_service(scale.tokens) as service:
+    keeps_state = has_redis()
+    if not keeps_state:
+        say(f"the control store is not killed: {REDIS} is not installed")
+    with client_process() as process, tiny_service(scale.tokens, keeps_state) as service:
         bodies = make_bodies(service.model, scale)
         undisturbed = closed_loop(process, service.url, bodies, NUM_CLIENTS).result()
         expected = texts(undisturbed.outcomes, len(bodies))
         outcomes: list[Outcome] = []
         unexplained = 0
-        killer = Killer(service.cluster, CPUS_PER_NODE, seed)
+        killer = Killer(service.cluster, CPUS_PER_NODE, keeps_state, seed)
         while killer.num_kills < scale.kills:
             load = closed_loop(process, service.url, bodies, NUM_CLIENTS, TIMEOUT_S)
             killer.run(load.done, PAUSE_S, scale.kills)
@@ -133,7 +138,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"up to {results['scale']['tokens']} tokens from a tiny random model in float32. Everything except the gateway "
         f"has two replicas, on {results['nodes']} Ray nodes of one computer. The next kill follows a few seconds after "
         "half of the processes of every kind are up again, though they may still be loading their models. Every text "
-        "is compared with that of the same request before any kill.\n\n"
+        "is compared with that of the same request before any kill."
+        f"{KEPT if CONTROL_STORE in results['killed'] else ''}\n\n"
         f"{table(['outcome', 'requests'], rows)}\n\n"
         "Refused: the connection was refused, or the service answered with a status for being unavailable; the client "
         f"retries. Visibly broken: the connection failed; {unexplained} of these without the death of the gateway, the "

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from shutil import which
 from typing import Any
+
+from benchmarks.common.service import free_port
+
+REDIS = "redis-server"
+REDIS_ADDRESS = "RAY_REDIS_ADDRESS"  # where Ray's control store keeps its state, if anywhere
 
 
 @contextmanager
-def ray_nodes(count: int, cpus: int) -> Iterator[Any]:
-    """A ray.cluster_utils.Cluster of so many nodes, the head among them."""
+def ray_nodes(count: int, cpus: int, keeps_state: bool = False) -> Iterator[Any]:
+    """A ray.cluster_utils.Cluster of so many nodes, the head among them.
+
+    `keeps_state`: the control store keeps its state in Redis, for `restart_control_store`; needs `has_redis`.
+    """
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus})
-    try:
+    with ExitStack() as stack:
+        if keeps_state:
+            os.environ[REDIS_ADDRESS] = stack.enter_context(_redis())
+            stack.callback(os.environ.pop, REDIS_ADDRESS)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus})
+        stack.callback(cluster.shutdown)
         for _ in range(count - 1):
             cluster.add_node(num_cpus=cpus)
         yield cluster
-    finally:
-        cluster.shutdown()
+
+
+def has_redis() -> bool:
+    return which(REDIS) is not None
+
+
+def restart_control_store(cluster: Any) -> None:
+    """The head's control store dies, and comes back with the state that Redis has."""
+    cluster.head_node.kill_gcs_server(check_alive=False)
+    cluster.head_node.start_gcs_server()
 
 
 def stage_seconds(store: Any) -> dict[str, float]:
@@ -26,3 +49,16 @@ def stage_seconds(store: Any) -> dict[str, float]:
     from mavis_dist.evaluate.collect import stages_of
 
     return {stage.name: stage.seconds or 0.0 for stage in stages_of(store)}
+
+
+@contextmanager
+def _redis() -> Iterator[str]:
+    """The address of a Redis server on loopback."""
+    port = free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--daemonize", "no"]
+    server = subprocess.Popen([REDIS, *options], stdout=subprocess.DEVNULL)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()

@@ -10,21 +10,18 @@ results. Writes docs/figures/machines.json and its part of docs/clusters.md, bot
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 from benchmarks.common import command, figures
 from benchmarks.common.command import say
 from benchmarks.common.figures import machine_line
 from benchmarks.common.markdown import table, write_part
-from benchmarks.common.nodes import ray_nodes, stage_seconds
+from benchmarks.common.nodes import REDIS, has_redis, ray_nodes, stage_seconds
 
 NAME = "machines"
 OF_MODEL = "machines-model"  # the name where a model is named
@@ -64,8 +61,8 @@ def measure(model: str | None, only: str) -> dict[str, Any]:
             undisturbed[nodes] = hashes(store)
             say(f"{nodes} machines: {seconds:.0f} s")
         for number, scenario in enumerate(one for one in scenarios() if one.name.startswith(only)):
-            if scenario.has_redis and which("redis-server") is None:
-                say(f"{scenario.name}: left out, redis-server is not installed")
+            if scenario.keeps_state and not has_redis():
+                say(f"{scenario.name}: left out, {REDIS} is not installed")
                 continue
             store, seconds, lines = run(config, f"disturbed-{number}", scenario.nodes, scenario)
             is_same = hashes(store) == undisturbed[4]
@@ -77,10 +74,11 @@ def measure(model: str | None, only: str) -> dict[str, Any]:
 
 def run(config: Path, name: str, nodes: int, scenario: Any = None) -> tuple[Any, float, list[str]]:
     """The store of a run on so many machines, its seconds, and its lines about losses."""
+    from benchmarks.machines.scenarios import CPUS_PER_NODE
     from mavis_dist.store.files import Store
     from tests.cluster.jobs import start
 
-    with machines(nodes, has_redis=scenario is not None and scenario.has_redis) as cluster:
+    with ray_nodes(nodes, CPUS_PER_NODE, scenario is not None and scenario.keeps_state) as cluster:
         began = time.monotonic()
         job = start(config, cluster.address, f"run={name}", "rollout.actors=4")
         store = Store(str(config.parent / "runs"), name)
@@ -104,18 +102,6 @@ def wait_until_due(job: subprocess.Popen[str], store: Any, scenario: Any, cluste
             raise RuntimeError(f"{scenario.name}: the run ends before: {job.communicate()[1][-2000:]}")
         time.sleep(POLL_S)
     return node if scenario.nodes > 1 else None
-
-
-@contextmanager
-def machines(count: int, has_redis: bool) -> Iterator[Any]:
-    """A cluster of so many machines, the head among them."""
-    from benchmarks.machines.scenarios import CPUS_PER_NODE, redis
-
-    with ExitStack() as stack:
-        if has_redis:
-            os.environ["RAY_REDIS_ADDRESS"] = stack.enter_context(redis())
-            stack.callback(os.environ.pop, "RAY_REDIS_ADDRESS")
-        yield stack.enter_context(ray_nodes(count, CPUS_PER_NODE))
 
 
 def render(found: Mapping[str, Any]) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.common.service import free_port
+from benchmarks.common.nodes import restart_control_store
 from mavis_dist.store.files import MARKER, Store
 
 CPUS_PER_NODE = 1
@@ -30,7 +31,7 @@ class Scenario:
     pattern: str  # of the file, in the run's folder
     title: str  # of the process; empty: none
     act: Callable[[Any, Any], None]  # on a ray.cluster_utils.Cluster, and that machine
-    has_redis: bool = False
+    keeps_state: bool = False  # the head's, for whoever restarts it
 
     def is_due(self, store: Store) -> bool:
         return any(Path(store.root).glob(self.pattern))
@@ -52,7 +53,7 @@ def scenarios() -> list[Scenario]:
         Scenario("lost: evaluation", 4, f"gate/*/i1/{MARKER}", ACTOR, lose),
         Scenario("drained: training", 4, checkpoint, TRAINING, drain),
         Scenario("three join late", 1, "run.yaml", "", join),
-        Scenario("head's state restarted", 4, checkpoint, TRAINING, restart_head, has_redis=True),
+        Scenario("head's state restarted", 4, checkpoint, TRAINING, restart_head, keeps_state=True),
     ]
 
 
@@ -70,7 +71,7 @@ def drain(cluster: Any, node: Any) -> None:
     deadline = time.monotonic() + DRAINED_S
     subprocess.run(
         [
-            "ray",
+            *(sys.executable, "-m", "ray.scripts.scripts"),  # the command ray, which may not be on PATH
             "drain-node",
             f"--address={cluster.address}",
             f"--node-id={node.node_id}",
@@ -87,22 +88,7 @@ def drain(cluster: Any, node: Any) -> None:
 
 
 def restart_head(cluster: Any, node: Any) -> None:
-    """The control store dies and comes back with its state, which Redis has."""
-    cluster.head_node.kill_gcs_server(check_alive=False)
-    cluster.head_node.start_gcs_server()
-
-
-@contextmanager
-def redis() -> Iterator[str]:
-    """The address of a Redis server on loopback."""
-    port = free_port()
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--daemonize", "no"]
-    server = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+    restart_control_store(cluster)
 
 
 def _has(node: Any, title: str) -> bool:
