@@ -4,7 +4,8 @@
 
 With a tiny random model in float32, or the one that is named; nodes of one core each. Nodes that are lost in every
 stage, join late or are drained, and a head whose state is restarted (needs redis-server), must not change a byte of the
-results. Writes docs/figures/machines.json and its part of docs/clusters.md, both of other names with --model.
+results. Writes docs/figures/machines.json and its part of docs/clusters.md, both of other names with --model. The same
+command continues one that was killed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.common.command import say
 from benchmarks.common.figures import machine_line
 from benchmarks.common.markdown import table, write_part
 from benchmarks.common.nodes import REDIS, has_redis, ray_nodes, stage_seconds
+from mavis_dist.store.files import digest
 
 NAME = "machines"
 OF_MODEL = "machines-model"  # the name where a model is named
@@ -34,42 +36,56 @@ POLL_S = 0.05
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{NAME}", description="The pipeline on several nodes.")
     parser.add_argument("--model", metavar="NAME", help="base model (default: a tiny random one)")
-    parser.add_argument("--only", default="", metavar="NAME", help="scenarios whose names begin so; writes no page")
+    parser.add_argument("--only", default="", metavar="NAME", help="stop after the scenarios whose names begin so")
     command.add_json(parser, NAME)
     command.add_page_only(parser)
     arguments = parser.parse_args(argv)
     name = OF_MODEL if arguments.model else NAME
     file = command.file_of(name, arguments)
     if not arguments.page_only:
-        found = measure(arguments.model, arguments.only)
+        unfinished = file.with_suffix(".unfinished.json")
+        found = measure(arguments.model, arguments.only, unfinished)
+        if arguments.only:
+            return
         figures.write(file, {**found, **figures.provenance(command.line(NAME, argv))})
-    if not arguments.only:
-        write_part(PAGE, name, render(figures.read(file)))
+        unfinished.unlink()
+    write_part(PAGE, name, render(figures.read(file)))
 
 
-def measure(model: str | None, only: str) -> dict[str, Any]:
-    """Seconds of undisturbed runs by number of machines, and the scenarios' outcomes."""
+def measure(model: str | None, only: str, unfinished: Path) -> dict[str, Any]:
+    """Seconds of undisturbed runs by number of machines, and the scenarios' outcomes.
+
+    Those in `unfinished`, of an attempt that ended before, are not measured again; it is written after every run.
+    """
     from benchmarks.machines.scenarios import scenarios
     from tests.cluster.jobs import hashes, write_config
 
+    found: dict[str, Any] = figures.read(unfinished) if unfinished.exists() else {}
+    if not found or found["model"] != model:
+        found = {"model": model, "undisturbed": {}, "scenarios": []}
+    undisturbed, outcomes = found["undisturbed"], found["scenarios"]
     with tempfile.TemporaryDirectory(prefix="mavis-machines-") as folder:
-        config, found, undisturbed = write_config(Path(folder), model), [], {}
-        timings: dict[str, Any] = {}
+        config = write_config(Path(folder), model)
         for nodes in TIMED:
-            store, seconds, _ = run(config, f"undisturbed-{nodes}", nodes)
-            timings[str(nodes)] = {"seconds": seconds, "stages": stage_seconds(store)}
-            undisturbed[nodes] = hashes(store)
-            say(f"{nodes} machines: {seconds:.0f} s")
-        for number, scenario in enumerate(one for one in scenarios() if one.name.startswith(only)):
+            if str(nodes) not in undisturbed:
+                store, seconds, _ = run(config, f"undisturbed-{nodes}", nodes)
+                results = digest(hashes(store))
+                undisturbed[str(nodes)] = {"seconds": seconds, "stages": stage_seconds(store), "results": results}
+                figures.write(unfinished, found)
+                say(f"{nodes} machines: {seconds:.0f} s")
+        expected, known = undisturbed["4"]["results"], {one["name"] for one in outcomes}
+        for number, scenario in enumerate(scenarios()):
+            if scenario.name in known or not scenario.name.startswith(only):
+                continue
             if scenario.keeps_state and not has_redis():
                 say(f"{scenario.name}: left out, {REDIS} is not installed")
                 continue
             store, seconds, lines = run(config, f"disturbed-{number}", scenario.nodes, scenario)
-            is_same = hashes(store) == undisturbed[4]
-            found.append({"name": scenario.name, "same": is_same, "seconds": seconds, "lines": lines})
+            is_same = digest(hashes(store)) == expected
+            outcomes.append({"name": scenario.name, "same": is_same, "seconds": seconds, "lines": lines})
+            figures.write(unfinished, found)
             say(f"{scenario.name}: {'same' if is_same else 'OTHER'} results, {seconds:.0f} s")
-    same_everywhere = all(found_ == undisturbed[4] for found_ in undisturbed.values())
-    return {"model": model, "undisturbed": timings, "same_on_all_counts": same_everywhere, "scenarios": found}
+    return {**found, "same_on_all_counts": all(one["results"] == expected for one in undisturbed.values())}
 
 
 def run(config: Path, name: str, nodes: int, scenario: Any = None) -> tuple[Any, float, list[str]]:
