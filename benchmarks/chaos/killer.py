@@ -38,8 +38,8 @@ class Killer:
 
     cluster: Any
     cpus_per_node: float
-    keeps_state: bool
     seed: int = 0
+    keeps_state: bool = False
     kills: list[tuple[float, str]] = field(default_factory=list)  # time.perf_counter() and kind
 
     def __post_init__(self) -> None:

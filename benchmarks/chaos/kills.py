@@ -50,7 +50,7 @@ def measure(scale: Scale, seed: int) -> dict[str, Any]:
         expected = texts(undisturbed.outcomes, len(bodies))
         outcomes: list[Outcome] = []
         unexplained = 0
-        killer = Killer(service.cluster, CPUS_PER_NODE, keeps_state, seed)
+        killer = Killer(service.cluster, CPUS_PER_NODE, seed, keeps_state)
         while killer.num_kills < scale.kills:
             load = closed_loop(process, service.url, bodies, NUM_CLIENTS, TIMEOUT_S)
             killer.run(load.done, PAUSE_S, scale.kills)

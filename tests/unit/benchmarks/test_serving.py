@@ -18,7 +18,7 @@ from aiohttp import web
 
 from benchmarks.chaos import killer as killer_module
 from benchmarks.chaos import kills
-from benchmarks.chaos.killer import NODE, WEIGHTS, Killer
+from benchmarks.chaos.killer import CONTROL_STORE, NODE, WEIGHTS, Killer
 from benchmarks.chaos.stream_outcomes import StreamOutcome, classify, count_outcomes, is_kept
 from benchmarks.common import http_load
 from benchmarks.common.http_load import Load, Outcome, arrivals, failures, goodput, percentiles, record, summary
@@ -323,8 +323,22 @@ class Victim:
         self._dead.append(self.pid)
 
 
+class FakeHead:
+    def __init__(self) -> None:
+        self.is_down, self.num_restarts = False, 0
+
+    def kill_gcs_server(self, check_alive: bool) -> None:
+        self.is_down = True
+
+    def start_gcs_server(self) -> None:
+        assert self.is_down
+        self.is_down = False
+        self.num_restarts += 1
+
+
 class FakeCluster:
     def __init__(self) -> None:
+        self.head_node = FakeHead()
         self.worker_nodes = {Victim(0, [])}
         self.num_lost = self.num_new = 0
         next(iter(self.worker_nodes)).node_id = "a"
@@ -348,20 +362,22 @@ def test_a_broken_connection_is_explained_by_the_death_of_its_holder(kind: str, 
     assert not kills.summarise([broken], [TEXT], {}, unexplained=1)["is_kept"]
 
 
-def test_a_seed_determines_the_kills_and_every_kind_occurs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keeps_state", [False, True])
+def test_a_seed_determines_the_kills_and_every_kind_occurs(monkeypatch: pytest.MonkeyPatch, keeps_state: bool) -> None:
     def run_killer() -> tuple[list[int], Killer, FakeCluster]:
         dead: list[int] = []
         pids = {title: 10 * number for number, title in enumerate(killer_module.TITLES.values())}
         monkeypatch.setattr(killer_module, "processes", lambda title: [Victim(pids[title] + i, dead) for i in range(3)])
         cluster = FakeCluster()
-        killer = Killer(cluster, cpus_per_node=1, seed=4)
+        killer = Killer(cluster, cpus_per_node=1, seed=4, keeps_state=keeps_state)
         killer.run(lambda: False, pause_s=0.0, limit=60)
         return dead, killer, cluster
 
     dead, killer, cluster = run_killer()
     assert killer.num_kills == 60
-    assert {kind for _, kind in killer.kills} == WEIGHTS.keys()
-    assert len(dead) + cluster.num_lost == 60
+    assert {kind for _, kind in killer.kills} == WEIGHTS.keys() - (set() if keeps_state else {CONTROL_STORE})
+    assert cluster.head_node.num_restarts == sum(kind == CONTROL_STORE for _, kind in killer.kills)
+    assert len(dead) + cluster.num_lost + cluster.head_node.num_restarts == 60
     assert cluster.num_new == cluster.num_lost == sum(kind == NODE for _, kind in killer.kills)
     assert dead == run_killer()[0]
 
