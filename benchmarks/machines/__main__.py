@@ -36,7 +36,7 @@ POLL_S = 0.05
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{NAME}", description="The pipeline on several nodes.")
     parser.add_argument("--model", metavar="NAME", help="base model (default: a tiny random one)")
-    parser.add_argument("--only", default="", metavar="NAME", help="stop after the scenarios whose names begin so")
+    parser.add_argument("--only", default="", metavar="NAME", help="scenarios whose names begin so; writes no page")
     command.add_json(parser, NAME)
     command.add_page_only(parser)
     arguments = parser.parse_args(argv)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,7 @@ def stored_trees(store: Store, teachers: Sequence[Teacher]) -> list[Tree]:
 def labels_of(job: DistillJob, base: BaseModel, trees: Sequence[Tree], group: WorkerGroup) -> list[DistillLabels]:
     """The teachers' labels of all trees, in order; every worker computes and stores a share of those not stored yet."""
     config, rollout = job.config, job.config.rollout
-    teachers = load_teachers(job, base)
+    teachers = cache(partial(load_teachers, job, base))  # needed only where labels are missing
     sampling = Sampling(STATES, CANDIDATES, rollout.top_k, rollout.top_p, rollout.min_p)
     parts = [trees[start : start + TREES_PER_PART] for start in range(0, len(trees), TREES_PER_PART)]
     numbers = range(group.rank, len(parts), group.size)
@@ -162,7 +163,7 @@ def labels_of(job: DistillJob, base: BaseModel, trees: Sequence[Tree], group: Wo
         known = sum(map(len, mine.values()))
         found: list[DistillLabels] = []
         for tree in parts[number]:
-            found.append(label_tree(base, teachers, tree, sampling, config.seed))
+            found.append(label_tree(base, teachers(), tree, sampling, config.seed))
             group.check_stop()
             group.progress("labels", known + len(found), num_trees, "")
         write_teacher_values(job.store, layout.teacher_value_file(job.name, number), [*map(to_store, found)])
