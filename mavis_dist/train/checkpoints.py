@@ -81,12 +81,14 @@ class Checkpoints:
         written = [name for names in self._group.gather(names) for name in names]
         if self._group.rank == 0:
             self._store.finish(target, self._sharding, written)
-            for old in self._store.list(self._folder)[:-KEPT]:
-                self._store.delete(f"{self._folder}/{old}")
+            kept = self._usable()[-KEPT:]
+            for name in self._store.list(self._folder):
+                if name not in kept:
+                    self._store.delete(f"{self._folder}/{name}")
 
     def load(self, engine: Any) -> State:
         """Load the newest complete checkpoint, or return a fresh state if there is none. Call it on all workers."""
-        name = self._group.broadcast(self._newest() if self._group.rank == 0 else None)
+        name = self._group.broadcast(next(reversed(self._usable()), None) if self._group.rank == 0 else None)
         if name is None:
             return State()
         folder = self._store.download(f"{self._folder}/{name}")
@@ -96,9 +98,10 @@ class Checkpoints:
     def delete(self) -> None:
         self._store.delete(self._folder)
 
-    def _newest(self) -> str | None:
-        names = reversed(self._store.list(self._folder))
-        return next((name for name in names if self._store.metadata(f"{self._folder}/{name}") == self._sharding), None)
+    def _usable(self) -> list[str]:
+        """Names of the complete checkpoints of this sharding, the newest one last."""
+        names = self._store.list(self._folder)
+        return [name for name in names if self._store.metadata(f"{self._folder}/{name}") == self._sharding]
 
 
 def _write_state(folder: Path, state: State) -> None:
