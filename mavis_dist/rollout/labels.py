@@ -6,6 +6,7 @@ A separate stage, so that a new objective can score trees that are already store
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mavis_dist.config import Config
 from mavis_dist.core.tree import Tree
 from mavis_dist.models.load import load_tokenizer
 from mavis_dist.rewards import Reward, build
-from mavis_dist.store.files import Store
+from mavis_dist.store.files import DamagedFile, Store
 from mavis_dist.store.shards import Labels, read_labels, read_trees, write_labels
 from mavis_dist.types import Prompt, RewardScale, UserError
 
@@ -28,18 +29,40 @@ class LabelError(UserError):
 def label_shards(config: Config, objective: str, prompts: Sequence[Prompt], shards: Sequence[tuple[str, str]]) -> int:
     """Score the leaves of tree shards, `shards` being (trees, labels) paths; returns the number of leaves.
 
-    With `train.targets: prefix` their unfinished answers are scored as well.
+    With `train.targets: prefix` their unfinished answers are scored as well. Shards that an earlier attempt has scored
+    are not scored again.
     """
     store = Store(config.storage, config.run)
-    reward, tokenizer = build(config.objectives[objective]), load_tokenizer(config.base.model)
+    reward = cache(lambda: build(config.objectives[objective]))  # needed only where labels are missing
+    tokenizer = cache(lambda: load_tokenizer(config.base.model))
     text_of = {prompt.id: prompt.text for prompt in prompts}
     prefix_tokens = PREFIX_TOKENS if config.learns_prefixes else None
     num_leaves = 0
     for source, target in shards:
-        labels = score(read_trees(store, source), text_of, reward, tokenizer, prefix_tokens)
-        write_labels(store, target, labels)
+        trees = read_trees(store, source)
+        labels = stored(store, target, trees, prefix_tokens)
+        if labels is None:
+            labels = score(trees, text_of, reward(), tokenizer(), prefix_tokens)
+            write_labels(store, target, labels)
         num_leaves += sum(len(item.node) for item in labels)
     return num_leaves
+
+
+def stored(store: Store, path: str, trees: Sequence[Tree], prefix_tokens: int | None) -> list[Labels] | None:
+    """The labels of these trees in a file; None: it does not exist, is damaged, or has others."""
+    if not store.exists(path):
+        return None
+    try:
+        labels = read_labels(store, path)
+    except DamagedFile:
+        return None
+
+    def scored(tree: Tree) -> tuple[str, list[int], list[int]]:
+        prefixes = [] if prefix_tokens is None else [token for token, _ in tree.prefixes(prefix_tokens)]
+        return tree.prompt_id, tree.leaves().tolist(), prefixes
+
+    found = [(item.prompt_id, item.node.tolist(), item.token.tolist()) for item in labels]
+    return labels if found == [*map(scored, trees)] else None
 
 
 def score(
