@@ -3,27 +3,33 @@
     python -m jobs.submit pipeline --config my.yaml storage=s3://bucket/runs
     python -m jobs.submit --stop pipeline --config my.yaml
 
-A job has a fixed name, such as pipeline-my_run. Submitted again, it is followed if it runs, is a success if it was one,
-and resumes if it failed or was stopped. Ctrl-C ends the following, not the job. `--stop` lets it save its work first.
-The checkout travels with the job, without what .gitignore names; the config has to be in it.
+A job has a fixed name, such as pipeline-my_run. Submitted again, it is followed if it runs, is a success if it was one
+with the same settings, and resumes if it failed or was stopped. Ctrl-C ends the following, not the job. `--stop` lets
+it save its work first. The checkout travels with the job, without what .gitignore names; the config has to be in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import shlex
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
+
 from jobs import arguments
 from mavis_dist import config as config_module
+from mavis_dist.config import Config
 from mavis_dist.progress import say
 from mavis_dist.types import UserError, one_line
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ("pipeline", "distill", "evaluate", "serve", "quickstart", "check")
@@ -31,6 +37,12 @@ EXCLUDED = [".git"]  # .gitignore names the rest
 # That a stopped job has to save its work; Ray's own limit is 3.
 STOP_S = 120
 FAILED = 1
+REPEATED = ("serve", "check")  # jobs that have something to do whenever they are submitted
+SETTINGS = "settings"  # key of a job's metadata: a hash of its command and config
+# What Ray's client raises where the dashboard does not answer, or not as it should.
+BROKEN = (RuntimeError, OSError, aiohttp.ClientError)
+RETRY_S, GONE_S = 5.0, 300.0  # between two tries to reach the dashboard, and until it is given up
+GOES_ON = "goes on; --stop stops it, the same command follows it again"
 ACTIVE = ("PENDING", "RUNNING")  # statuses of a job that has not ended
 
 
@@ -51,21 +63,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """The exit code of the job, as far as it is known."""
+    """The exit code of the job, as far as it is known.
+
+    Raises:
+        UserError: a job of this name runs with other settings, or the cluster does not take it.
+    """
     config = config_module.load(given.config, given.overrides)
     name, command = f"{given.job}-{config.run}", entrypoint(given)
-    client = connect(given.dashboard)
-    status = known(client, name)
+    client, settings = connect(given.dashboard), settings_of(command, config)
+    found = known(client, name)
     if given.stop:
-        return stop(client, name, status)
-    if status == "SUCCEEDED" and not given.again:
+        return stop(client, name, found)
+    is_same = found is not None and (found.metadata or {}).get(SETTINGS) == settings
+    if found is not None and found.status in ACTIVE:
+        if not is_same:
+            raise UserError(
+                f"{name} runs with other settings: wait for it, stop it with --stop, or choose another name with "
+                "run=NAME"
+            )
+        say(name, "runs already")
+    elif found is not None and found.status == "SUCCEEDED" and is_same and not (given.again or given.job in REPEATED):
         say(name, "finished before; --again runs it again")
         return 0
-    if status not in ACTIVE:
-        if status is not None:
-            client.delete_job(name)  # frees the name; the run's results are in its storage
-        submit(client, name, command)
-    say(name, "submitted" if status is None else "runs already" if status in ACTIVE else "resumes")
+    else:
+        if found is not None:
+            with in_one_line(name):
+                client.delete_job(name)  # frees the name; the run's results are in its storage
+        submit(client, name, command, settings)
+        say(name, "submitted" if found is None else "resumes")
     return 0 if given.no_wait else follow(client, name)
 
 
@@ -78,6 +103,11 @@ def entrypoint(given: argparse.Namespace) -> str:
             f"--config {given.config!r} is outside of {ROOT}, which travels with the job: put the file there"
         ) from None
     return shlex.join([given.python, "-m", f"jobs.{given.job}", "--config", str(file), *given.overrides])
+
+
+def settings_of(command: str, config: Config) -> str:
+    """A hash of all that decides what a job does; the config's file may change under the same command."""
+    return hashlib.sha256(f"{command}\n{config.model_dump_json()}".encode()).hexdigest()
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -93,50 +123,87 @@ def connect(address: str) -> JobSubmissionClient:
         ) from None
 
 
-def known(client: JobSubmissionClient, name: str) -> str | None:
-    """The status of a job of this name; None if there is none."""
+@contextmanager
+def in_one_line(name: str) -> Iterator[None]:
+    """What goes wrong with the dashboard, as a UserError."""
     try:
-        return str(client.get_job_status(name).value)
-    except RuntimeError as error:
-        if "404" in str(error) or "does not exist" in str(error):
-            return None
-        raise UserError(f"{name}: {one_line(error, 300)}") from None
+        yield
+    except BROKEN as error:
+        raise UserError(
+            f"{name}: the cluster's dashboard refuses, or does not answer: {one_line(error, 300)}"
+        ) from None
 
 
-def submit(client: JobSubmissionClient, name: str, command: str) -> None:
+def known(client: JobSubmissionClient, name: str) -> JobDetails | None:
+    """The job of this name; None if there is none. Raises UserError."""
+    with in_one_line(name):
+        try:
+            return client.get_job_info(name)
+        except RuntimeError as error:
+            if "404" in str(error) or "does not exist" in str(error):
+                return None
+            raise
+
+
+def submit(client: JobSubmissionClient, name: str, command: str, settings: str) -> None:
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), "PYTHONUNBUFFERED": "1"}
     runtime_env: dict[str, Any] = {"working_dir": str(ROOT), "excludes": EXCLUDED, "env_vars": variables}
-    try:
-        client.submit_job(entrypoint=command, submission_id=name, runtime_env=runtime_env)
-    except RuntimeError as error:
-        raise UserError(f"{name} cannot be submitted: {one_line(error, 300)}") from None
+    with in_one_line(name):
+        client.submit_job(
+            entrypoint=command, submission_id=name, runtime_env=runtime_env, metadata={SETTINGS: settings}
+        )
 
 
-def stop(client: JobSubmissionClient, name: str, status: str | None) -> int:
-    if status not in ACTIVE:
-        say(name, "does not run" if status is None else f"does not run any more ({status.lower()})")
+def stop(client: JobSubmissionClient, name: str, found: JobDetails | None) -> int:
+    if found is None or found.status not in ACTIVE:
+        say(name, "does not run" if found is None else f"does not run any more ({found.status.lower()})")
         return 0
-    client.stop_job(name)
+    with in_one_line(name):
+        client.stop_job(name)
     say(name, f"stops within {STOP_S} s, once its work is saved; submit it again to resume")
     return 0
 
 
 def follow(client: JobSubmissionClient, name: str) -> int:
-    """Print the log of a job until it ends; 0 if it succeeded."""
+    """Print the log of a job until it ends; 0 if it succeeded.
+
+    Raises:
+        UserError: the dashboard does not answer for GONE_S.
+    """
+    printed, found = 0, None
     try:
-        asyncio.run(_print_log(client, name))
+        while True:
+            printed = asyncio.run(_print_log(client, name, printed))
+            found = _wait_for_answer(client, name)
+            if found is None or found.status not in ACTIVE:
+                break
+            time.sleep(RETRY_S)  # only the connection has ended
     except KeyboardInterrupt:
-        say(name, "goes on; --stop stops it, the same command follows it again")
+        say(name, GOES_ON)
         return 130
-    status = known(client, name)
-    message = client.get_job_info(name).message or ""
-    say(name, f"{(status or 'lost').lower()}: {one_line(message, 300)}")
-    return 0 if status == "SUCCEEDED" else FAILED
+    say(name, "lost" if found is None else f"{found.status.lower()}: {one_line(found.message or '', 300)}")
+    return 0 if found is not None and found.status == "SUCCEEDED" else FAILED
 
 
-async def _print_log(client: JobSubmissionClient, name: str) -> None:
-    async for text in client.tail_job_logs(name):
-        print(text, end="", flush=True)
+async def _print_log(client: JobSubmissionClient, name: str, printed: int) -> int:
+    """Print a job's log but for as many characters, until it or the connection ends; returns its characters so far."""
+    length = 0
+    with suppress(*BROKEN):
+        async for text in client.tail_job_logs(name):
+            print(text[max(0, printed - length) :], end="", flush=True)
+            length += len(text)
+    return max(length, printed)
+
+
+def _wait_for_answer(client: JobSubmissionClient, name: str) -> JobDetails | None:
+    until = time.monotonic() + GONE_S
+    while True:
+        try:
+            return known(client, name)
+        except UserError as error:
+            if time.monotonic() > until:
+                raise UserError(f"{error}; {name} {GOES_ON}") from None
+            time.sleep(RETRY_S)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ def test_a_job_is_stopped_resumed_and_not_repeated(
     client, name = submit.connect(f"http://{context.dashboard_url}"), "pipeline-short"
     deadline = time.monotonic() + LIMIT_S
     while not list(Path(store.root).glob(f"train/brief/i0/checkpoints/step-*/{MARKER}")):
-        assert submit.known(client, name) in submit.ACTIVE, client.get_job_logs(name)
+        found = submit.known(client, name)
+        assert found is not None
+        assert found.status in submit.ACTIVE, client.get_job_logs(name)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert run_job("--stop") == 0
