@@ -80,18 +80,18 @@ def decoding(
     config: Config,
     models: Models,
     rows: int,
-    row_tokens: int,
+    tokens: int,
     candidates: int,
     num_values: int,
     is_leader: bool = True,
     new_tokens: int | None = None,
 ) -> dict[str, float]:
-    """Bytes of a process that decodes, by part.
+    """Bytes of a process that decodes, by part; `tokens` of all rows.
 
     Weights: width of `base.dtype` x parameters, of a group's matrices 1 / `base.tensor_parallel`. Keys and values:
-    rows x tokens of the longest row x 2 x layers x channels of the keys x width, shared by heads. The leader of a group
-    also holds the logits, and the value models, with the same rows and the cells of a step's candidates; those that are
-    larger than a process's share of the base model are shared out like it. The largest pass, over so many new tokens of
+    tokens x 2 x layers x channels of the keys x width, shared by heads. The leader of a group also holds the logits,
+    and the value models, with the same tokens and the cells of a step's candidates; those that are larger than a
+    process's share of the base model are shared out like it. The largest pass, over so many new tokens of
     prompts (None: as many as the engine takes at a time) or the candidates of all rows, takes what one layer of
     `activation_bytes` does.
     """
@@ -101,14 +101,14 @@ def decoding(
     largest = max(new_tokens, rows * (candidates if is_leader and models.value else 1))
     parts = {
         "weights": models.base.weight_bytes(width, size),
-        "keys and values": rows * row_tokens * models.base.token_bytes(width, size),
+        "keys and values": tokens * models.base.token_bytes(width, size),
         "largest pass": activation_bytes(replace(models.base, layers=1), largest, config.base.dtype),
     }
     if is_leader:
         parts["logits"] = LOGIT_COPIES * 4 * rows * models.base.vocabulary
     if models.value is not None and (is_leader or models.is_value_shared(size)):
         shards = size if models.is_value_shared(size) else 1
-        cells = rows * (row_tokens + candidates) * models.value.token_bytes(width, shards)
+        cells = (tokens + rows * candidates) * models.value.token_bytes(width, shards)
         parts["value models"] = num_values * (models.value.weight_bytes(width, shards) + cells)
     return {**parts, "runtime": RUNTIME}
 
@@ -185,8 +185,8 @@ def needs(config: Config, models: Models, lengths: Lengths) -> Iterator[Need]:
 
 def _rollout_needs(config: Config, models: Models, lengths: Lengths) -> Iterator[Need]:
     rollout, size = config.rollout, config.base.tensor_parallel
-    row_tokens = lengths.prompt + rollout.max_tokens
-    shared = (config, models, rollout.rows, row_tokens, rollout.top_k, num_value_models(config))
+    tokens = rollout.rows * (lengths.prompt + rollout.max_tokens)
+    shared = (config, models, rollout.rows, tokens, rollout.top_k, num_value_models(config))
     yield Need("rollout actor", rollout.actors, decoding(*shared))
     if size > 1:
         yield Need("its follower", rollout.actors * (size - 1), decoding(*shared, is_leader=False))
@@ -195,17 +195,15 @@ def _rollout_needs(config: Config, models: Models, lengths: Lengths) -> Iterator
 def _serving_needs(config: Config, models: Models, lengths: Lengths) -> Iterator[Need]:
     serve, size = config.serve, config.base.tensor_parallel
     replicas = bounds(serve.base_replicas).min
-    rows, row_tokens = serve.rows, lengths.prompt + serve.max_tokens
-    if serve.cache_tokens:
-        rows, row_tokens = 1, serve.cache_tokens
+    tokens = serve.cache_tokens or serve.rows * (lengths.prompt + serve.max_tokens)
     is_colocated = serve.placement == "colocated"
     num_values = num_value_models(config) if is_colocated else 0
-    shared = (config, models, rows, row_tokens, config.rollout.top_k, num_values)
+    shared = (config, models, serve.rows, tokens, config.rollout.top_k, num_values)
     yield Need("base replica", replicas, decoding(*shared))
     if size > 1:
         yield Need("its follower (serve)", replicas * (size - 1), decoding(*shared, is_leader=False))
     if not is_colocated and models.value is not None:
-        width, cells = WIDTHS[config.base.dtype], serve.rows * (row_tokens + config.rollout.top_k)
+        width, cells = WIDTHS[config.base.dtype], tokens + serve.rows * config.rollout.top_k
         parts = {
             "weights": models.value.weight_bytes(width),
             "keys and values": cells * models.value.token_bytes(width),

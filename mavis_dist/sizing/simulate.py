@@ -20,7 +20,7 @@ from random import Random
 
 from mavis_dist.types import UserError
 
-MAX_RESTARTS = 100  # of an item, on average
+MAX_RESTARTS = 100  # of an item or an actor, on average
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class _Pool:
 
     def __post_init__(self) -> None:
         stage, faults = self.stage, self.faults
-        self._numbers = count()
+        self._numbers, self._lost_starts = count(), 0
         self._queue = deque(range(len(stage.item_s)))
         self._lives = [0] * len(stage.machine_of)  # of actors: what a dead one would have done does not happen
         self._actors_of: dict[int, list[int]] = {}
@@ -160,7 +160,10 @@ class _Pool:
         self._queue.extendleft(item for item, _ in reversed(lost))
         self.restarts += len(lost)
         self.lost_s += sum(now - began for _, began in lost)
-        _check(self.restarts, len(self.stage.item_s), self.stage.name, self.faults)
+        self._lost_starts += len(actors) - len(lost)
+        _check(
+            self.restarts + self._lost_starts, len(self.stage.item_s) + len(self._lives), self.stage.name, self.faults
+        )
         self._idle = [actor for actor in self._idle if actor not in actors]
         back = now + self.faults.restart_s
         for actor in actors:

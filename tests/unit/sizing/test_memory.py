@@ -17,6 +17,7 @@ from mavis_dist.sizing.memory import (
     activation_bytes,
     decoding,
     fits,
+    needs,
     num_value_models,
     pass_tokens,
     training,
@@ -71,13 +72,23 @@ def test_a_backbone_is_the_first_layers_without_an_output() -> None:
 
 def test_an_actor_holds_weights_keys_and_values_and_its_value_models() -> None:
     config = run_config(2, rollout={"rows": 16, "max_tokens": 28})
-    parts = decoding(config, MODELS_7B, rows=16, row_tokens=128, candidates=40, num_values=2)
+    parts = decoding(config, MODELS_7B, rows=16, tokens=16 * 128, candidates=40, num_values=2)
     assert parts["weights"] == 2 * 6_738_415_616
     assert parts["keys and values"] == 16 * 128 * 512 * KIB
     value = 2 * (32000 * 4096 + 8 * LAYER_7B + 65 * 4096) + 16 * 168 * 128 * KIB
     assert parts["value models"] == 2 * value
-    follower = decoding(config, MODELS_7B, 16, 128, 40, 2, is_leader=False)
+    follower = decoding(config, MODELS_7B, 16, 16 * 128, 40, 2, is_leader=False)
     assert set(parts) - set(follower) == {"logits", "value models"}
+
+
+def test_a_cache_of_as_many_tokens_as_the_rows_have_changes_nothing() -> None:
+    serve = {"rows": 16, "max_tokens": 112, "placement": "replicas"}
+    tokens = 16 * (112 + Lengths().prompt)
+    by_rows, by_tokens = (
+        {need.process: need.total for need in needs(run_config(2, serve=settings), MODELS_7B, Lengths())}
+        for settings in (serve, {**serve, "cache_tokens": tokens})
+    )
+    assert by_rows == by_tokens
 
 
 def test_a_group_shares_out_value_models_that_are_larger_than_its_shares_of_the_base_model() -> None:
@@ -86,11 +97,11 @@ def test_a_group_shares_out_value_models_that_are_larger_than_its_shares_of_the_
     assert not quarter.is_value_shared(3)
     assert half.is_value_shared(2)
     config = run_config(2, base={"tensor_parallel": 2})
-    whole = decoding(run_config(2), half, rows=16, row_tokens=128, candidates=40, num_values=2)["value models"]
+    whole = decoding(run_config(2), half, rows=16, tokens=16 * 128, candidates=40, num_values=2)["value models"]
     for is_leader in (True, False):
-        parts = decoding(config, half, 16, 128, 40, 2, is_leader)
+        parts = decoding(config, half, 16, 16 * 128, 40, 2, is_leader)
         assert parts["value models"] == pytest.approx(whole / 2, rel=1e-3)
-    assert "value models" not in decoding(config, quarter, 16, 128, 40, 2, is_leader=False)
+    assert "value models" not in decoding(config, quarter, 16, 16 * 128, 40, 2, is_leader=False)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +161,7 @@ def test_decoding_takes_the_memory_that_was_measured(rows: int) -> None:
     base = Size(32, 4096, 14336, 32000, words, words, matrices, 65 * 4096, 8, 1024)
     models = Models(base, base.backbone(4))
     # Rows have room for 256 tokens, and all prompts are encoded in one pass.
-    parts = decoding(run_config(), models, rows, 256, 16, num_values=2, new_tokens=100 * rows)
+    parts = decoding(run_config(), models, rows, 256 * rows, 16, num_values=2, new_tokens=100 * rows)
     measured = MEASURED["shapes"]["7b"]["rows"][str(rows)]["peak_gib"]["lazy_2"]
     assert (sum(parts.values()) - RUNTIME) / GIB == pytest.approx(measured, rel=0.05)
 

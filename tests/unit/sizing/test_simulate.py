@@ -102,5 +102,7 @@ def test_a_slow_machine_holds_up_its_fit_and_only_its_own_items() -> None:
 def test_machines_that_fail_too_often_are_refused() -> None:
     with pytest.raises(UserError, match="--mtbf-hours"):
         simulate(queue([1000.0], 1), Faults(mtbf_s=1.0))
+    with pytest.raises(UserError, match="--mtbf-hours"):  # no actor gets ready
+        simulate(queue([1.0], 1, start_s=100.0), Faults(mtbf_s=1.0))
     with pytest.raises(UserError, match="--mtbf-hours"):
         simulate(gang(1, 1, steps=1000), Faults(mtbf_s=1.0))
