@@ -2,7 +2,8 @@
 
     python -m benchmarks.sizing [--page-only]
 
-Nothing is run: `jobs.plan` estimates. Writes docs/figures/plan-SHAPE.json and its part of docs/clusters.md.
+Nothing is run: `jobs.plan` estimates, with the rewards of the config and with fast ones. Writes
+docs/figures/plan-SHAPE.json, plan-SHAPE-fast-rewards.json, and its part of docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ PAGE = figures.DOCS / "clusters.md"
 SHAPES = {"7b": 1, "13b": 1, "70b": 4}  # and processes that share the base model
 COUNTS = (1, 4, 16, 64, 1000)  # machines that the page shows
 PLAN = ["--config", "jobs/configs/hh_rlhf.yaml", "--machines", "4x8xH100", "--value-shape", "1b"]
-PLAN += ["--price-per-hour", "24", "--answers-per-second", "1000"]
+PLAN += ["--price-per-hour", "24"]
+REWARDS = {"": [], "-fast-rewards": ["--answers-per-second", "1000"]}  # ends of the files' names, and the options
 GIB = 2**30
+LONG_S = 7200.0  # times from here on are shown in hours
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,30 +33,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_page_only(parser)
     if not parser.parse_args(argv).page_only:
         for shape, size in SHAPES.items():
-            plan(shape, size)
-    plans = {shape: figures.read(figures.default_file(f"plan-{shape}")) for shape in SHAPES}
-    write_part(PAGE, NAME, render(plans))
+            for rewards in REWARDS:
+                plan(shape, size, rewards)
+    write_part(PAGE, NAME, render(read()))
 
 
-def plan(shape: str, size: int) -> None:
+def plan(shape: str, size: int, rewards: str) -> None:
     """Write the file of figures of one shape."""
     from jobs import plan as job
 
-    file = os.path.relpath(figures.default_file(f"plan-{shape}"))
+    file = os.path.relpath(figures.default_file(f"plan-{shape}{rewards}"))
     with suppress(SystemExit):  # its exit code says whether everything fits, as does the page
-        job.main([*PLAN, "--shape", shape, "--json", file, f"base.tensor_parallel={size}"])
+        job.main([*PLAN, *REWARDS[rewards], "--shape", shape, "--json", file, f"base.tensor_parallel={size}"])
 
 
-def render(plans: Mapping[str, Any]) -> str:
+def read() -> dict[str, dict[str, Any]]:
+    """All figures, by rewards and shape."""
+    return {
+        rewards: {shape: figures.read(figures.default_file(f"plan-{shape}{rewards}")) for shape in SHAPES}
+        for rewards in REWARDS
+    }
+
+
+def render(plans: Mapping[str, Mapping[str, Any]]) -> str:
     names = [f"{shape.upper()}, groups of {size}" if size > 1 else shape.upper() for shape, size in SHAPES.items()]
-    found = {shape: plans[shape]["plan"] for shape in SHAPES}
+    own, fast = ({shape: plans[rewards][shape]["plan"] for shape in SHAPES} for rewards in REWARDS)
     return (
-        f"Estimates of `{plans['70b']['command']}`, and the same for the other two; no run of this kind was made. The "
-        "price is an example, and 1,000 answers per second stand for cheap rewards.\n\n"
-        + table(["GiB of a process", *names], memory(found))
+        f"Estimates of `{plans['']['70b']['command']}`, and the same for the other two; no run of this kind was made. "
+        "The price is an example.\n\n"
+        + table(["GiB of a process", *names], memory(own))
         + "\n\nWith as many actors as fit, 2 % slow machines and a failure per machine in 5,000 hours: time of all "
-        "stages (of the rollouts), cost, and what holds the run up.\n\n"
-        + table(["machines of 8 H100", *names], times(found))
+        "stages (of the rollouts), cost, and what holds the run up. The rewards of this config are classifiers, of "
+        "which a core scores about one answer per second (an estimate), and the driver alone scores the answers of "
+        "limit, gate and evaluation: no number of machines shortens that.\n\n"
+        + table(["machines of 8 H100", *names], times(own))
+        + "\n\nThe same with rewards that score 1,000 answers per second and core, such as `sentiment` or a small "
+        "function (`--answers-per-second 1000`).\n\n" + table(["machines of 8 H100", *names], times(fast))
     )
 
 
@@ -79,7 +94,11 @@ def _run(run: Mapping[str, Any]) -> str:
     rollouts = sum(seconds for name, seconds in run["seconds"].items() if name.startswith("rollouts"))
     total = sum(run["seconds"].values())
     stage = run["bottleneck"].partition(":")[0]
-    return f"{total / 60:.0f} min ({rollouts / 60:.0f}), {run['cost']:,.0f}, {stage}"
+    return f"{_time(total)} ({_time(rollouts)}), {run['cost']:,.0f}, {stage}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= LONG_S else f"{seconds / 60:.0f} min"
 
 
 if __name__ == "__main__":
