@@ -17,7 +17,7 @@ import transformers
 from mavis_dist.config import Config
 from mavis_dist.core.tree import Tree
 from mavis_dist.decode import Engine, Request, SamplingParams
-from mavis_dist.models.load import BaseModel, load_base
+from mavis_dist.models.load import BaseModel, load_base, load_skeleton
 from mavis_dist.models.lockstep import Leader, Place, Shard, meeting_point
 from mavis_dist.prompts import load_prompts
 from mavis_dist.rollout.trees import TreeGrower
@@ -55,12 +55,15 @@ class Answered:
 
 
 def run(rank: int, size: int, ports: Queue[int], results: Queue[Any], config: Config, count: Count) -> None:
-    """Puts the process's `Memory`, and in rank 0 then what it has `Answered`."""
+    """Puts the process's `Memory`, and in rank 0, where answers are asked for, then what it has `Answered`."""
     torch.set_num_threads(1)
     shard = _join(rank, size, ports) if size > 1 else None
+    load_skeleton(config.base.model)  # code and tokenizer, which do not count
     with _most_memory() as most:
         base = load_base(config.base.model, config.base.dtype, num_shards=size)
     results.put(Memory(sum(map(_local_bytes, base.model.parameters())) / MIB, most[0] / MIB))
+    if count.greedy == 0:
+        return
     if shard is not None and rank > 0:
         shard.hold(base.model)
         with suppress(RuntimeError):  # the leader has ended
