@@ -15,7 +15,8 @@ import ray.train
 from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]  # its module is made at run time
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import RayTrainError
+from ray.train.v2._internal.exceptions import RayTrainError, WorkerGroupStartupTimeoutError
+from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from torch.distributed import DistError
@@ -30,7 +31,7 @@ from mavis_dist.store.files import Store
 from mavis_dist.train.data import Fit
 from mavis_dist.train.distill.job import DistillJob
 from mavis_dist.train.worker_group import WorkerGroup
-from mavis_dist.types import UserError
+from mavis_dist.types import Stopped, UserError
 
 MAX_DEATHS = 3  # of workers, after which one launch gives up
 # NCCL reports these where another attempt would be the same, such as two workers on one GPU.
@@ -76,12 +77,13 @@ def run_all(launches: Sequence[Launch], at_once: int) -> None:
 
 
 def run(launch: Launch) -> None:
-    """Run until the work is done, restarting after the loss of a worker.
+    """Run until the work is done, restarting after the loss of a worker, or until the others are asked to stop.
 
     Raises:
         UserError: what a worker has raised, at once, or workers that keep being lost.
     """
-    for deaths in range(MAX_DEATHS + 1):
+    deaths = 0
+    while not ray.get(launch.progress.is_stopping.remote()):
         cluster.check_stop()
         try:
             _run_once(launch)
@@ -89,12 +91,19 @@ def run(launch: Launch) -> None:
         except (TrainingFailedError, ray.exceptions.RayActorError) as error:  # the second: its controller is lost
             free_cores_of_dead_workers()
             cluster.check_stop()
+            failures = failures_of(error)
+            if any(isinstance(failure, Stopped) for failure in failures):
+                return  # since another launch has failed, whose reason is the one to tell
+            if any(isinstance(failure, WorkerGroupStartupTimeoutError) for failure in failures):
+                say(launch.name, f"waits for room for {launch.config.train.workers} workers")
+                continue
             if (raised := raised_by_workers(error)) is not None:
                 raise failure_of(launch.name, raised, str(error)) from error
-            if deaths == MAX_DEATHS:
+            deaths += 1
+            if deaths > MAX_DEATHS:
                 raise TrainingLost(
-                    f"{launch.name}: workers were lost {deaths + 1} times ({last_words(error)}): give them more "
-                    "memory, or lower train.trees_per_step, and run again; what is finished stays"
+                    f"{launch.name}: workers were lost {deaths} times ({last_words(error)}): give them more memory, or "
+                    "lower train.trees_per_step, and run again; what is finished stays"
                 ) from error
             say(launch.name, "a worker died; resuming from the newest checkpoint")
 
@@ -121,14 +130,17 @@ def raised_by_workers(error: TrainingFailedError | ray.exceptions.RayActorError)
     """The exception that ended a training and would end it again; None: processes or machines were lost, or the
     connections between them, which is how workers notice the loss of another one.
     """
-    failures: list[Exception] = []
-    if isinstance(error, WorkerGroupError):
-        failures = list(error.worker_failures.values())
-    elif isinstance(error, ControllerError):
-        failures = [error.controller_failure]
+    failures = failures_of(error)
     if refused := next((failure for failure in failures if isinstance(failure, UserError)), None):
         return refused
     return None if not failures or any(map(_is_loss, failures)) else failures[0]
+
+
+def failures_of(error: TrainingFailedError | ray.exceptions.RayActorError) -> list[Exception]:
+    """What the workers, or the controller, of a training have ended with."""
+    if isinstance(error, WorkerGroupError):
+        return list(error.worker_failures.values())
+    return [error.controller_failure] if isinstance(error, ControllerError) else []
 
 
 def _is_loss(failure: Exception) -> bool:
@@ -156,7 +168,12 @@ def _run_once(launch: Launch) -> None:
             resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
         ),
         torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker > 0 else "gloo"),
-        run_config=RunConfig(name=name, storage_path=store.uri(layout.RAY_TRAIN_FOLDER)),
+        run_config=RunConfig(
+            name=name,
+            storage_path=store.uri(layout.RAY_TRAIN_FOLDER),
+            # Ray Train itself would wait for room without end, and without hearing a stop.
+            failure_config=FailureConfig(controller_failure_limit=0),
+        ),
     )
     try:
         trainer.fit()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 
 from mavis_dist.actors import start_progress_actor
@@ -17,7 +19,7 @@ from mavis_dist.models.value import ValueModelError
 from mavis_dist.train import launch
 from mavis_dist.train.launch import Launch
 from mavis_dist.train.worker_group import WorkerGroup
-from mavis_dist.types import StageError, UserError
+from mavis_dist.types import StageError, Stopped, UserError
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
@@ -93,6 +95,32 @@ def test_a_process_that_is_lost_before_the_work_begins_leaves_no_cores_behind(
     while any(group["state"] != "REMOVED" for group in placement_group_table().values()):
         assert time.monotonic() < deadline, placement_group_table()
         time.sleep(0.2)
+
+
+def test_a_training_without_room_says_so_until_it_is_stopped(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    large = config.model_copy(update={"train": config.train.model_copy(update={"cpus_per_worker": 1000.0})})
+    progress, told = start_progress_actor(), ""
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(
+            launch.run, Launch("train i0 x", "train i0", partial(work, tmp_path / "attempts", []), large, progress)
+        )
+        deadline = time.monotonic() + 60
+        while "waits for room for 1 workers" not in told:
+            assert time.monotonic() < deadline
+            assert not running.done()
+            time.sleep(0.1)
+            told += capsys.readouterr().err
+        ray.get(progress.stop.remote())
+        running.result(timeout=60)
+    assert not (tmp_path / "attempts").exists()
+
+
+def test_a_worker_that_was_asked_to_stop_is_no_failure_of_its_own(config: Config, tmp_path: Path) -> None:
+    attempt(config, tmp_path, [Stopped(), None])
+    assert (tmp_path / "attempts").stat().st_size == 1
 
 
 def test_a_user_error_of_a_worker_keeps_its_line(config: Config, tmp_path: Path) -> None:
