@@ -31,8 +31,10 @@ def main() -> None:
 def run(config: Config) -> None:
     from mavis_dist import cluster
     from mavis_dist.actors import start_progress_actor
+    from mavis_dist.evaluate.collect import timed
+    from mavis_dist.plan import check_training
     from mavis_dist.prompts import held_out, load_prompts
-    from mavis_dist.run_state import check_same_run
+    from mavis_dist.run_state import check_machines, check_same_run
     from mavis_dist.store import values
     from mavis_dist.store.files import Store
     from mavis_dist.train.distill.job import plan_job
@@ -45,7 +47,10 @@ def run(config: Config) -> None:
     if job.store.metadata(folder) is None:
         cluster.connect()
         with cluster.stop_on_signals():
-            distill(job, start_progress_actor())
+            check_training(config, cluster.nodes())
+            check_machines(job.store, config, is_distilling=True)
+            with timed(job.store, folder, f"{len(job.teachers)} objectives"):
+                distill(job, start_progress_actor())
     else:
         say("distill", f"{folder} finished before, skipped")
     served = job.name if config.distill.publish else None

@@ -1,4 +1,4 @@
-"""Ray actors and tasks of the driver: the worker pool, mapped tasks, and progress across processes."""
+"""Ray actors of the driver: the worker pool, and progress across processes."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class WorkerPool(Generic[Settings, Item, Result]):
                     continue
                 except ray.exceptions.RayError as error:
                     self._idle.append(actor)  # to be released
-                    raise _failure(stage, error) from error
+                    raise failure_of(stage, error) from error
                 if actor not in self._busy:  # it has loaded
                     self._idle.append(actor)
                     continue
@@ -197,77 +197,6 @@ class WorkerPool(Generic[Settings, Item, Result]):
             ) from error
         say(stage, "an actor died; its items are started again")
         self._add_actor()
-
-
-def _failure(stage: str, error: ray.exceptions.RayError) -> UserError:
-    return failure_of(stage, error, getattr(error, "traceback_str", ""))
-
-
-def map_tasks(function: Callable[..., Result], items: Sequence[tuple[Any, ...]], stage: str, unit: str) -> list[Result]:
-    """`function(*item)` for every item as a Ray task of one core; results in the order of the items.
-
-    Raises:
-        UserError: what a task has raised, at once; the others are cancelled. Ray repeats those whose process is lost.
-    """
-    meter = Meter(stage, unit)
-    task = ray.remote(function)
-    refs = [task.options(num_cpus=1).remote(*item) for item in items]
-    results, left = dict[ray.ObjectRef[Any], Result](), refs
-    try:
-        while left:
-            check_stop()
-            ready, left = ray.wait(left, timeout=POLL_S)
-            results |= {ref: ray.get(ref) for ref in ready}
-            meter.show(len(results), len(refs))
-    except ray.exceptions.RayError as error:
-        raise _failure(stage, error) from error
-    finally:
-        for ref in left:
-            ray.cancel(ref)
-    meter.show(len(refs), len(refs), final=True)
-    return [results[ref] for ref in refs]
-
-
-def on_every_machine(
-    function: Callable[..., object], *arguments: object, stage: str, limit_s: float | None = None
-) -> None:
-    """`function(*arguments)` in a process on every machine that has cores for work, with lines of progress.
-
-    Args:
-        limit_s: seconds that a machine has for it; None for code of the user, which takes as long as it takes.
-
-    Raises:
-        UserError: what one of them has raised, at once, or the machine that does not answer within the limit.
-    """
-    task = ray.remote(function)
-    machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    calls = {}
-    for machine in machines:
-        there = NodeAffinitySchedulingStrategy(machine["NodeID"], soft=True)  # it may be lost meanwhile
-        calls[task.options(num_cpus=0, scheduling_strategy=there).remote(*arguments)] = machine["NodeManagerAddress"]
-    meter, began, late = Meter(stage, "machines"), time.monotonic(), list(calls)
-    try:
-        while late:
-            check_stop()
-            ready, late = ray.wait(late, timeout=POLL_S)
-            for ref in ready:
-                _get(ref, f"{stage} on machine {calls[ref]}")
-            if late and limit_s is not None and time.monotonic() - began > limit_s:
-                raise UserError(
-                    f"{stage}: machine {calls[late[0]]} does not answer within {limit_s:g} s: check its Ray process "
-                    "and its mounts"
-                )
-            meter.show(len(calls) - len(late), len(calls))
-    finally:
-        for ref in late:
-            ray.cancel(ref, force=True)  # a process that waits for storage does not hear anything else
-
-
-def _get(ref: ray.ObjectRef[Any], stage: str) -> object:
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayError as error:
-        raise _failure(stage, error) from error
 
 
 def wait_for(futures: Sequence[Future[Any]], reader: ProgressReader) -> None:

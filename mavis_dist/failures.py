@@ -19,8 +19,10 @@ def failure_of(stage: str, error: BaseException, traceback: str = "") -> UserErr
 
     Args:
         error: the exception, or one that holds it as `cause`.
-        traceback: its traceback as text; left out: the text of `error`, which then is the exception's only trace.
+        traceback: its traceback as text; left out: the one that Ray has added to `error`, or else the text of `error`,
+            which then is the exception's only trace.
     """
+    traceback = traceback or getattr(error, "traceback_str", "")
     cause, text = getattr(error, "cause", None) or error, traceback or str(error)
     if isinstance(cause, UserError):
         return cause

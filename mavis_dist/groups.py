@@ -10,6 +10,8 @@ import asyncio
 import logging
 import os
 import platform
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -23,15 +25,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mavis_dist.config import Config
 from mavis_dist.failures import failure_of, last_words
-from mavis_dist.models.load import BaseModel, load_base
-from mavis_dist.models.lockstep import GroupLost, Leader, Place, Shard, meeting_point
+from mavis_dist.models.load import BaseModel, fingerprints, load_base, load_skeleton
+from mavis_dist.models.lockstep import GroupLost, Leader, Place, Shard, check_shards, meeting_point
 from mavis_dist.types import UserError
 
-HEALTH_S = 5.0  # that a follower has to answer
+HEALTH_S = 5.0  # that a follower has to answer when Serve asks
+WATCH_S = 30.0  # and when its leader does: a follower that reads weights may answer late
 STRATEGY = "PACK"  # on one machine, if it has room
 STAGE = "base model"
-FINGERPRINT = "the fingerprint of base.model"
-Alike = tuple[str, Mapping[str, str]]  # a machine, and what has to be the same on all machines of a group
+FINGERPRINT, TOKENIZER = "the fingerprint of base.model", "the fingerprint of its tokenizer"
+Alike = tuple[str, Mapping[str, str]]  # a machine, and what has to be the same on all machines
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class Follower:
         self._shard = Shard(place, device)
         base = load_base(model, dtype, device, place.size)
         self._shard.hold(base.model)
-        return platform.node(), {FINGERPRINT: base.fingerprint}
+        return platform.node(), files_of(base)
 
     def follow(self) -> None:
         """Make the leader's calls until the group ends; the process ends with it."""
@@ -90,7 +93,8 @@ class BaseGroup:
         """Load it; `cpus` and `gpus` are those of every process, `rows` the most that vLLM computes at a time.
 
         Raises:
-            UserError: a machine has another model, or other versions of what computes it.
+            UserError: so many processes cannot share the model, or a machine has another one, or other versions of
+                what computes it.
         """
         self._followers: list[ActorHandle[Follower]] = []
         if engine == "vllm":
@@ -103,8 +107,10 @@ class BaseGroup:
             return
         _hide_gpus(device)
         self._followers = [_follower(rank, cpus, gpus) for rank in range(1, size)]
+        check_shards(load_skeleton(model, dtype).model, model, size)  # while the others start
         try:
             _check_alike(environment.versions(), _get([one.versions.remote() for one in self._followers]))
+            threading.Thread(target=self._watch, name="followers", daemon=True).start()
             self._gather(model, dtype, device, size)
         except ray.exceptions.RayActorError as error:
             _end(GroupLost(f"a process of the group has died while it started ({last_words(error)})"))
@@ -135,15 +141,29 @@ class BaseGroup:
         except (RuntimeError, UserError):
             _get(joining)  # where another process has failed first, its reason is the better one
             raise
-        _check_alike({FINGERPRINT: self.base.fingerprint}, _get(joining))
+        _check_alike(files_of(self.base), _get(joining))
         Leader(shard, self.base.model, _end)
 
+    def _watch(self) -> None:
+        """End this process once a follower does not answer: it may be waiting for it without a limit."""
+        while True:
+            try:
+                ray.get([one.check.remote() for one in self._followers], timeout=WATCH_S)
+            except ray.exceptions.RayError as error:
+                _end(GroupLost(f"a process of the group does not answer ({last_words(error)})"))
+            time.sleep(HEALTH_S)
 
-def rollout_group(config: Config) -> BaseGroup:
-    """The base model of an actor that works for a run."""
+
+def files_of(base: BaseModel) -> dict[str, str]:
+    """What has to be the same of a model on all machines."""
+    return {FINGERPRINT: base.fingerprint, TOKENIZER: base.tokenizer_fingerprint}
+
+
+def rollout_group(config: Config, driver: Alike) -> BaseGroup:
+    """The base model of an actor that works for a run; raises UserError if the driver has another one."""
     base, rollout = config.base, config.rollout
     torch.set_num_threads(max(1, int(rollout.cpus_per_actor)))
-    return BaseGroup(
+    group = BaseGroup(
         base.model,
         base.dtype,
         base.device,
@@ -153,14 +173,18 @@ def rollout_group(config: Config) -> BaseGroup:
         engine=base.engine,
         rows=rollout.rows,
     )
+    _check_alike({**environment.versions(), **files_of(group.base)}, [driver])
+    return group
 
 
 class LeaderStarter:
     """Starts actors that use `rollout_group`, each in a placement group of its own, and ends them with it."""
 
     def __init__(self, actor: Any, config: Config):
-        """`actor`: a Ray actor class that takes the config."""
+        """`actor`: a Ray actor class that takes what `rollout_group` does."""
         self._actor, self._config = actor, config
+        files = dict(zip((FINGERPRINT, TOKENIZER), fingerprints(config.base.model), strict=True))
+        self._driver: Alike = platform.node(), {**environment.versions(), **files}
         self._placed: dict[ActorHandle[Any], PlacementGroup] = {}
 
     def start(self) -> ActorHandle[Any]:
@@ -172,7 +196,7 @@ class LeaderStarter:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 placed, 0, placement_group_capture_child_tasks=True
             )
-        actor: ActorHandle[Any] = self._actor.options(**options).remote(self._config)
+        actor: ActorHandle[Any] = self._actor.options(**options).remote(self._config, self._driver)
         if placed is not None:
             self._placed[actor] = placed
         return actor
@@ -195,8 +219,8 @@ def _check_alike(own: Mapping[str, str], others: Sequence[Alike]) -> None:
         for topic, value in own.items():
             if theirs[topic] != value:
                 raise UserError(
-                    f"base.tensor_parallel: {topic} is {value} on machine {platform.node()}, and {theirs[topic]} on "
-                    f"machine {machine}: make them the same"
+                    f"{topic} is {value} on machine {platform.node()}, and {theirs[topic]} on machine {machine}: make "
+                    "them the same"
                 )
 
 
@@ -218,7 +242,7 @@ def _get(refs: Sequence[ray.ObjectRef[Any]]) -> list[Any]:
     try:
         return ray.get([*refs])
     except ray.exceptions.RayTaskError as error:
-        raise failure_of(STAGE, error, getattr(error, "traceback_str", "")) from error
+        raise failure_of(STAGE, error) from error
 
 
 def _end(lost: GroupLost) -> NoReturn:

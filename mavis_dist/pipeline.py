@@ -11,11 +11,10 @@ from functools import partial
 
 from mavis_dist import cluster
 from mavis_dist import config as config_module
-from mavis_dist.actors import map_tasks
 from mavis_dist.config import Config
 from mavis_dist.evaluate import base_answers, gate
 from mavis_dist.evaluate import sweep as sweeping
-from mavis_dist.evaluate.collect import write_report
+from mavis_dist.evaluate.collect import timed, write_report
 from mavis_dist.evaluate.sweep import Sweep
 from mavis_dist.plan import tasks_of
 from mavis_dist.progress import metered, say
@@ -32,13 +31,13 @@ from mavis_dist.run_state import (
     scale_of,
     score_all,
     score_texts,
-    timed,
     work,
 )
 from mavis_dist.store import layout, values
 from mavis_dist.store.layout import label_folder, rollout_folder
 from mavis_dist.store.shards import shard_names
 from mavis_dist.store.tree_folder import TreeFolder
+from mavis_dist.tasks import map_tasks
 from mavis_dist.train.fit import Fit
 from mavis_dist.train.launch import fit_all
 from mavis_dist.types import Policy
@@ -87,7 +86,7 @@ def grow(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
     ]
     models = {p.objective: current(state, p.objective, iteration) for p in folders if p.objective}
     num_trees = sum(map(len, batches))
-    with timed(state, stage, f"{num_trees} trees", bool(batches)):
+    with timed(state.store, stage, f"{len(policies) * len(prompts)} trees", bool(batches)):
         results = work(state, stage, batches, models)
         for grown in metered(results, stage, "trees", num_trees, with_speed=True):
             folders[grown.policy].add(grown.tree)
@@ -113,7 +112,7 @@ def label(state: RunState, iteration: int, policies: Sequence[Policy]) -> None:
         for part in tasks_of(shards, len(todo), cluster.nodes()):
             owners.append((policy, name))
             tasks.append((state.config, name, state.train, part))
-    with timed(state, stage, f"{len(todo)} sets of leaves"):
+    with timed(state.store, stage, f"{len(todo)} sets of leaves"):
         counts = map_tasks(label_shards, tasks, stage, "parts")
     for pair in todo:
         leaves = sum(count for owner, count in zip(owners, counts, strict=True) if owner == pair)
@@ -142,7 +141,7 @@ def fit(state: RunState, iteration: int) -> None:
         for group in groups
     ]
     state.release_workers()
-    with timed(state, stage, f"{len(fits)} value models, {min(len(fits), state.plan.fits_at_once)} at a time"):
+    with timed(state.store, stage, f"{len(fits)} value models, {min(len(fits), state.plan.fits_at_once)} at a time"):
         fit_all(fits, state.config, state.plan.fits_at_once, state.progress)
 
 
@@ -173,13 +172,13 @@ def soft_values(state: RunState, stage: str, iterations: Mapping[str, int]) -> d
         [Ask(*asked) for asked in gate.requests(name, prompts, steer.beta, steer.tilt_cap, params)]
         for name in iterations
     ]
-    with timed(state, stage, f"{len(groups) * len(prompts) * params.n} answers", bool(groups)):
+    with timed(state.store, stage, f"{len(groups) * len(prompts) * params.n} answers", bool(groups)):
         answers = ask(state, stage, groups, iterations)
-    found = {}
-    for name in iterations:
-        rows = [answers[gate.request_id(name, prompt)] for prompt in prompts]
-        scale, (scores,) = scale_of(state, name), score_all(config, [name], prompts, rows).values()
-        found[name] = gate.soft_values(rows, scores, scale, steer.beta)
+        found = {}
+        for name in iterations:
+            rows = [answers[gate.request_id(name, prompt)] for prompt in prompts]
+            scale, (scores,) = scale_of(state, name), score_all(config, [name], prompts, rows).values()
+            found[name] = gate.soft_values(rows, scores, scale, steer.beta)
     return found
 
 
@@ -200,15 +199,15 @@ def evaluate(state: RunState) -> Sweep:
         [Ask(*asked) for asked in sweeping.requests(point, state.evaluation, steer.beta, steer.tilt_cap, params)]
         for point in points
     ]
-    with timed(state, stage, f"{len(points) * len(state.evaluation) * params.n} answers"):
+    with timed(state.store, stage, f"{len(points) * len(state.evaluation) * params.n} answers"):
         answers_by_id = ask(state, stage, groups, newest)
-    answers = {
-        point.name: [answers_by_id[sweeping.request_id(point, prompt)] for prompt in state.evaluation]
-        for point in points
-    }
-    scores = {
-        point.name: score_all(config, config.objectives, state.evaluation, answers[point.name]) for point in points
-    }
+        answers = {
+            point.name: [answers_by_id[sweeping.request_id(point, prompt)] for prompt in state.evaluation]
+            for point in points
+        }
+        scores = {
+            point.name: score_all(config, config.objectives, state.evaluation, answers[point.name]) for point in points
+        }
     scales = {name: scale_of(state, name) for name in config.objectives}
     result = sweeping.summarise(points, answers, scores, scales, state.evaluation, config.steer.beta, base_scores)
     state.store.write_json(layout.SWEEP_FILE, result.to_json())
@@ -223,18 +222,20 @@ def score_base(state: RunState) -> dict[str, list[list[float]]]:
     """
     config, stage, prompts = state.config, "limit", state.evaluation
     num = config.evaluate.limit_answers
+    detail = f"{len(prompts) * num} answers"
     if not num:
         return {}
 
     def answer() -> list[list[str]]:
         params = answer_params(config, num)
         groups = [[Ask(*asked) for asked in group] for group in base_answers.requests(prompts, params)]
-        with timed(state, stage, f"{len(prompts) * num} answers"):
+        with timed(state.store, stage, detail):
             answers = ask(state, stage, groups, {})
         return [[text for _, text in answers[base_answers.request_id(prompt)]] for prompt in prompts]
 
     def score(name: str) -> list[list[float]]:
-        scores = score_texts(config, name, prompts, texts)
+        with timed(state.store, stage, detail):
+            scores = score_texts(config, name, prompts, texts)
         return [scores[start : start + num] for start in range(0, len(scores), num)]
 
     texts = base_answers.cached(state.store, layout.LIMIT_FOLDER, num, answer)

@@ -31,7 +31,7 @@ class Node:
     def slots(self, cpus: float, gpus: float) -> int:
         """How many workers of this size fit on the machine."""
         fits = [have / need for have, need in ((self.cpus, cpus), (self.gpus, gpus)) if need > 0]
-        return int(min(fits, default=1_000_000))
+        return int(round(min(fits, default=1e6), 6))  # 0.3 has room for three times 0.1
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Plan:
 
 def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     """Raises PlanError with the key, its value and the remedy if something can never run on these machines."""
-    has = ", ".join(f"{n.cpus:g} CPU + {n.gpus:g} GPU" for n in nodes) or "no machine"
-    rollout, train, size = config.rollout, config.train, config.base.tensor_parallel
+    has, rollout, size = _has(nodes), config.rollout, config.base.tensor_parallel
 
     _check_gpus(config, rollout.gpus_per_actor, "rollout.gpus_per_actor")
     processes = sum(node.slots(rollout.cpus_per_actor, rollout.gpus_per_actor) for node in nodes)
@@ -59,20 +58,26 @@ def make_plan(config: Config, nodes: Sequence[Node]) -> Plan:
             f"rollout.cpus_per_actor={rollout.cpus_per_actor:g} and rollout.gpus_per_actor={rollout.gpus_per_actor:g} "
             f"fit on no machine of the cluster ({has}): lower them or add a machine"
         )
-    workers = sum(node.slots(train.cpus_per_worker, train.gpus_per_worker) for node in nodes)
-    if workers < train.workers:
-        raise PlanError(
-            f"train.workers={train.workers} with {train.cpus_per_worker:g} CPU + {train.gpus_per_worker:g} GPU each do "
-            f"not fit on the cluster ({has}, room for {workers}): lower train.workers or add machines"
-        )
-    notes = []
+    at_once, notes = check_training(config, nodes), []
     if actors < rollout.actors:
         notes.append(f"rollout.actors is {rollout.actors} but {actors} fit: the others start when there is room")
-    fits_at_once = min(workers // train.workers, len(config.objectives))
+    fits_at_once = min(at_once, len(config.objectives))
     is_one_fit = config.value.is_joint and config.iterations == 1
     if fits_at_once < len(config.objectives) and not is_one_fit:
         notes.append(f"{fits_at_once} of {len(config.objectives)} objectives train at the same time, the others wait")
     return Plan(fits_at_once, tuple(notes))
+
+
+def check_training(config: Config, nodes: Sequence[Node]) -> int:
+    """How many trainings have room at the same time; raises PlanError if none has."""
+    train = config.train
+    workers = sum(node.slots(train.cpus_per_worker, train.gpus_per_worker) for node in nodes)
+    if workers < train.workers:
+        raise PlanError(
+            f"train.workers={train.workers} with {train.cpus_per_worker:g} CPU + {train.gpus_per_worker:g} GPU each do "
+            f"not fit on the cluster ({_has(nodes)}, room for {workers}): lower train.workers or add machines"
+        )
+    return workers // train.workers
 
 
 def tasks_of(shards: Sequence[Shard], num_sets: int, nodes: Sequence[Node]) -> list[Sequence[Shard]]:
@@ -96,14 +101,24 @@ def check_serving(config: Config, nodes: Sequence[Node]) -> None:
     if serve.placement == "replicas":
         num_models += bounds(serve.value_replicas).min * len(config.objectives)
     cpus, gpus = (num_models + 1) * serve.cpus_per_replica, num_models * serve.gpus_per_replica
-    if cpus > sum(n.cpus for n in nodes) or gpus > sum(n.gpus for n in nodes):
-        has = ", ".join(f"{n.cpus:g} CPU + {n.gpus:g} GPU" for n in nodes)
+    slots = [node.slots(serve.cpus_per_replica, serve.gpus_per_replica) for node in nodes]
+    # For models, with the gateway on each of the machines that have room for it.
+    rooms = [
+        sum(slots) - slot + min(slot, room - 1)
+        for node, slot in zip(nodes, slots, strict=True)
+        if (room := node.slots(serve.cpus_per_replica, 0)) > 0
+    ]
+    if num_models > max(rooms, default=-1):
         remedy = ", base.tensor_parallel" if config.base.tensor_parallel > 1 else ""
         raise PlanError(
             f"the service needs {cpus:g} CPU + {gpus:g} GPU for {num_models} processes with models and a gateway, the "
-            f"cluster has {has}: lower serve.cpus_per_replica, serve.base_replicas{remedy} or serve.value_replicas, or "
-            "add machines"
+            f"cluster has {_has(nodes)}: lower serve.cpus_per_replica, serve.base_replicas{remedy} or "
+            "serve.value_replicas, or add machines"
         )
+
+
+def _has(nodes: Sequence[Node]) -> str:
+    return ", ".join(f"{n.cpus:g} CPU + {n.gpus:g} GPU" for n in nodes) or "no machine"
 
 
 def _check_gpus(config: Config, gpus: float, key: str) -> None:

@@ -1,10 +1,8 @@
-"""What the stages of a run share: its state, the rollout actors, answers and their scores, and times."""
+"""What the stages of a run share: its state, the rollout actors, answers and their scores."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import overload
 
@@ -12,17 +10,16 @@ import yaml
 
 from mavis_dist import cluster, environment
 from mavis_dist import config as config_module
-from mavis_dist.actors import Progress, WorkerPool, on_every_machine, start_progress_actor
+from mavis_dist.actors import Progress, WorkerPool, start_progress_actor
 from mavis_dist.config import Config
 from mavis_dist.core.siblings import MIN_TREES
 from mavis_dist.decode import SamplingParams
 from mavis_dist.decode.load_guide import read_card
 from mavis_dist.evaluate import gate
-from mavis_dist.evaluate.collect import record_stage
-from mavis_dist.models.load import fetch, fingerprint_model, fingerprint_tokenizer
+from mavis_dist.models.load import fingerprints
 from mavis_dist.plan import Plan, make_plan
 from mavis_dist.preflight.checks import check
-from mavis_dist.preflight.machine import check_machine, check_rewards
+from mavis_dist.preflight.machine import MACHINE_CHECK_S, check_machine, check_rewards, local_fingerprints
 from mavis_dist.progress import metered, say
 from mavis_dist.prompts import held_out
 from mavis_dist.rewards import build
@@ -32,12 +29,12 @@ from mavis_dist.store import layout
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import label_folder
 from mavis_dist.store.shards import shard_names
+from mavis_dist.tasks import on_every_machine
 from mavis_dist.types import Policy, Prompt, RewardScale
 
 LAST_LINE = "# end of the config"
 Pool = WorkerPool[Mapping[str, int], Batch, Result]
 
-MACHINE_CHECK_S = 120.0  # for imports, storage and a look for files
 BATCH_SIZE = 32  # requests that an actor answers at the same time
 
 
@@ -79,7 +76,8 @@ def open_run(config: Config) -> RunState:
     check_same_run(store, config)
     store.check_writable()
     findings = check(config)
-    check_machines(store, config, findings.prompts.sample)
+    check_machines(store, config)
+    on_every_machine(check_rewards, config, findings.prompts.sample, stage="check rewards")
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     store.write_bytes(layout.CONFIG_FILE, f"{text}{LAST_LINE}\n".encode())
     for note in plan.notes:
@@ -93,13 +91,11 @@ def open_run(config: Config) -> RunState:
     return RunState(config, store, plan, start_progress_actor(), prompts.train, prompts.evaluation)
 
 
-def check_machines(store: Store, config: Config, prompts: Sequence[str]) -> None:
-    """Raises UserError unless all machines see the same storage and may write to it, have what the config names, and
-    can score answers to some prompts.
-    """
+def check_machines(store: Store, config: Config, is_distilling: bool = False) -> None:
+    """Raises UserError unless all machines see the same storage and may write to it, and have what the config needs."""
+    there = environment.versions(), local_fingerprints(config), is_distilling
     with store.probe() as name:
-        on_every_machine(check_machine, config, name, environment.versions(), stage="check", limit_s=MACHINE_CHECK_S)
-    on_every_machine(check_rewards, config, prompts, stage="check rewards")
+        on_every_machine(check_machine, config, name, *there, stage="check", limit_s=MACHINE_CHECK_S)
 
 
 def check_same_run(store: Store, config: Config) -> None:
@@ -175,9 +171,7 @@ def work(
     """
     if not batches:
         return
-    model = state.config.base.model
-    directory = fetch(model)
-    base, tokenizer = fingerprint_model(directory), fingerprint_tokenizer(directory)
+    base, tokenizer = fingerprints(state.config.base.model)
     for name, iteration in value_iterations.items():
         read_card(state.store, layout.value_folder(name, iteration)).check(base, tokenizer)
     yield from state.worker_pool().run(stage, value_iterations, batches)
@@ -197,15 +191,6 @@ def score_texts(
     """Raw rewards of all answers, prompt by prompt."""
     questions = [prompt.text for prompt, row in zip(prompts, texts, strict=True) for _ in row]
     return build(config.objectives[objective]).score(questions, [text for row in texts for text in row])
-
-
-@contextmanager
-def timed(state: RunState, stage: str, detail: str, is_needed: bool = True) -> Iterator[None]:
-    """Record how long the work of a stage took, for the report."""
-    started = time.monotonic()
-    yield
-    if is_needed:
-        record_stage(state.store, stage, time.monotonic() - started, detail)
 
 
 def finished(state: RunState, folder: str, stage: str) -> bool:

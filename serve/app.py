@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.context import _get_global_client, _set_global_client
 
-from mavis_dist import cluster
+from mavis_dist import cluster, environment
 from mavis_dist.config import Config
 from mavis_dist.failures import reason_in, user_error_in
 from mavis_dist.groups import STRATEGY, bundles
@@ -24,8 +24,10 @@ from mavis_dist.models.decoder import base_decoder
 from mavis_dist.models.load import load_skeleton
 from mavis_dist.models.lockstep import check_shards
 from mavis_dist.plan import check_serving
+from mavis_dist.preflight.machine import MACHINE_CHECK_S, check_server
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
+from mavis_dist.tasks import on_every_machine
 from mavis_dist.types import UserError
 from mavis_dist.vllm.versions import check_installed
 from serve.base.replica import Base
@@ -36,6 +38,7 @@ from serve.value.replica import Value
 
 DRAIN_MARGIN_S = 30
 STOP_LIMIT_S = 30
+HEALTH_EVERY_S = 1.0  # a replica that has died is replaced only once Serve asks; its default is ten seconds
 HEAD = "node:__internal_head__"  # Ray's resource of the machine that the proxy runs on
 BASE_ROUTER = "serve.router.AnotherReplicaRouter"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -84,6 +87,8 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
     check_shards(model, config.base.model, config.base.tensor_parallel)
     if config.base.engine == "vllm":
         check_installed()
+    there = objectives, environment.versions()
+    on_every_machine(check_server, config, *there, stage="check", limit_s=MACHINE_CHECK_S)
     targets = [serve.RunTarget(build_main(args), MAIN, "/", external_scaler_enabled=is_fixed(args))]
     if config.serve.placement == "replicas":
         targets += [_value_target(config, name) for name in objectives]
@@ -203,7 +208,7 @@ def _run(targets: list[serve.RunTarget], limit_s: float) -> None:
 
 
 def _deployment(replica: type, **options: Any) -> serve.Deployment:
-    return serve.deployment(**options)(replica)
+    return serve.deployment(health_check_period_s=HEALTH_EVERY_S, **options)(replica)
 
 
 def _model_options(args: Arguments) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def publish_next(folder: Path, run: str, objective: str, iteration: int, seed: i
     _publish(store, work, objective, iteration, seed, config, card.base_fingerprint, card.tokenizer_fingerprint)
 
 
-def publish_distilled(folder: Path, run: str, names: tuple[str, str], name: str) -> None:
-    """Publish one model for both objectives of a run of `write_models`, with a student."""
+def publish_distilled(folder: Path, run: str, names: tuple[str, str], name: str, parent: str | None = None) -> None:
+    """Publish one model for both objectives of a run of `write_models`, with a student; `parent`: one it extends."""
     store = Store(str(folder / "runs"), run)
     model, card = value.load(values.fetch(store, names[0], 0))
     model.add_objective()
@@ -129,6 +129,7 @@ def publish_distilled(folder: Path, run: str, names: tuple[str, str], name: str)
         torch.nn.init.normal_(parameter, std=0.5)
     teachers = tuple(value.Teacher(name, 0, "f") for name in names)
     card = replace(card, objectives=names, teachers=teachers, scales=card.scales * 2, rewards=card.rewards * 2)
+    card = replace(card, parent=parent)
     value.save(model, card, folder / "student")
     qhead.save(head, folder / "student")
     store.upload(folder / "student", layout.distilled_folder(name), {})

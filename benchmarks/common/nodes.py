@@ -44,13 +44,6 @@ def restart_control_store(cluster: Any) -> None:
     cluster.head_node.start_gcs_server()
 
 
-def stage_seconds(store: Any) -> dict[str, float]:
-    """By stage, as the run in a store recorded them."""
-    from mavis_dist.evaluate.collect import stages_of
-
-    return {stage.name: stage.seconds or 0.0 for stage in stages_of(store)}
-
-
 @contextmanager
 def _redis() -> Iterator[str]:
     """The address of a Redis server on loopback."""

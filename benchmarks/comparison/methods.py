@@ -19,9 +19,10 @@ from benchmarks.comparison.load import load_merged, marker_of
 from benchmarks.comparison.merge import ADAPTER_FILES
 from benchmarks.comparison.policies import DPO, FOLDER, KLS, PAIR_WEIGHTS, RL, policy
 from mavis_dist.compare.cells import weight_vectors
-from mavis_dist.compare.guides import TREES, stage_seconds, tree_tokens
+from mavis_dist.compare.guides import TREES, tree_tokens
 from mavis_dist.compare.method import Answer, Method, Training
 from mavis_dist.compare.workspace import Generated, Workspace
+from mavis_dist.evaluate.collect import stage_seconds
 from mavis_dist.models.load import BaseModel, fetch, fingerprint_model
 from mavis_dist.types import BASE_POLICY, Prompt, UserError
 

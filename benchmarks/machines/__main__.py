@@ -22,7 +22,7 @@ from benchmarks.common import command, figures
 from benchmarks.common.command import say
 from benchmarks.common.figures import machine_line
 from benchmarks.common.markdown import table, write_part
-from benchmarks.common.nodes import REDIS, has_redis, ray_nodes, stage_seconds
+from benchmarks.common.nodes import REDIS, has_redis, ray_nodes
 from mavis_dist.store.files import digest
 
 NAME = "machines"
@@ -58,6 +58,7 @@ def measure(model: str | None, only: str, unfinished: Path) -> dict[str, Any]:
     Those in `unfinished`, of an attempt that ended before, are not measured again; it is written after every run.
     """
     from benchmarks.machines.scenarios import scenarios
+    from mavis_dist.evaluate.collect import stage_seconds
     from tests.cluster.jobs import hashes, write_config
 
     found: dict[str, Any] = figures.read(unfinished) if unfinished.exists() else {}

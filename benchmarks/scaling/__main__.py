@@ -19,7 +19,7 @@ from benchmarks.common import command, figures
 from benchmarks.common.command import say
 from benchmarks.common.figures import machine_line
 from benchmarks.common.markdown import table, write_part
-from benchmarks.common.nodes import ray_nodes, stage_seconds
+from benchmarks.common.nodes import ray_nodes
 
 if TYPE_CHECKING:
     from benchmarks.scaling.rates import Run
@@ -89,6 +89,7 @@ def run(folder: Path, name: str, count: int, overrides: Sequence[str] = ()) -> R
     """The pipeline on so many nodes; raises RuntimeError if it fails."""
     from benchmarks.scaling.rates import Run
     from mavis_dist import config as config_module
+    from mavis_dist.evaluate.collect import stage_seconds
     from mavis_dist.store.files import Store
     from tests.cluster.jobs import start
 

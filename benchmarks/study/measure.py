@@ -19,7 +19,7 @@ from mavis_dist.config import Config
 from mavis_dist.core import siblings
 from mavis_dist.core.siblings import SiblingTest
 from mavis_dist.evaluate import base_answers
-from mavis_dist.evaluate.collect import stages_of
+from mavis_dist.evaluate.collect import stage_seconds
 from mavis_dist.evaluate.sweep import Estimate, grid, limit_curve
 from mavis_dist.models.load import chat_ids, load_tokenizer
 from mavis_dist.prompts import load_prompts
@@ -146,8 +146,10 @@ def cost(
     config: Config, store: Store, name: str, models: Sequence[EvaluatedModel], prompts: Sequence[tuple[int, ...]]
 ) -> Cost:
     """Of the value models of all objectives of one run; `name` is in file names."""
-    seconds = {stage.name: stage.seconds for stage in stages_of(store)}
-    return Cost(seconds.get(FIT_STAGE), decode_speed.measure(config, store, name.replace(" ", "-"), models, prompts))
+    return Cost(
+        stage_seconds(store).get(FIT_STAGE),
+        decode_speed.measure(config, store, name.replace(" ", "-"), models, prompts),
+    )
 
 
 def answers_of_base(config: Config, store: Store, measured: Measured) -> BaseAnswers:

@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from mavis_dist.compare.method import Method, Training
-from mavis_dist.evaluate.collect import stages_of
+from mavis_dist.decode.load_guide import read_card
+from mavis_dist.evaluate.collect import stage_seconds
 from mavis_dist.models.directory import fingerprint_model
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store
@@ -18,11 +19,6 @@ from mavis_dist.types import BASE_POLICY, UserError
 
 TREES = ("rollouts i0", "labels i0")  # stages that make the base model's trees
 TRAINING = ("rollouts ", "labels ", "train ", "gate ")  # how the names of all stages of training begin
-
-
-def stage_seconds(store: Store, names: tuple[str, ...]) -> dict[str, float]:
-    """How long the stages of a run took whose names begin in one of these ways."""
-    return {stage.name: stage.seconds or 0.0 for stage in stages_of(store) if stage.name.startswith(names)}
 
 
 def tree_tokens(store: Store, policy: str) -> int:
@@ -84,12 +80,16 @@ class ValueModels(Method):
         return Training(math.fsum(seconds.values()) + self._distilling_s(), sum(tokens.values()))
 
     def _distilling_s(self) -> float:
-        """How long the training of the distilled models took that it steers with."""
+        """How long it took to distil the models that it steers with, and those that they extend."""
         if not self.is_distilled:
             return 0.0
-        found = values.served(self.store)
-        folders = {found[name].folder for name in self.workspace.config.objectives}
-        return math.fsum((self.store.metadata(folder) or {}).get("seconds", 0.0) for folder in folders)
+        served, folders = values.served(self.store), set[str]()
+        waiting = {served[name].folder for name in self.workspace.config.objectives}
+        while waiting:
+            folders |= waiting
+            parents = {read_card(self.store, folder).parent for folder in waiting}
+            waiting = {parent for parent in parents if parent is not None} - folders
+        return math.fsum(stage_seconds(self.store, tuple(folders)).values())
 
     def equal_weights(self) -> dict[str, float]:
         """Of all objectives."""

@@ -13,7 +13,7 @@ from mavis_dist.compare.cells import Cell, compute
 from mavis_dist.compare.method import make_methods
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
-from mavis_dist.groups import LeaderStarter, rollout_group
+from mavis_dist.groups import Alike, LeaderStarter, rollout_group
 from mavis_dist.prompts import load_prompts
 
 
@@ -29,8 +29,8 @@ class Finished:
 class CellWorker:
     """Computes the cells of a config."""
 
-    def __init__(self, config: Config):
-        self._workspace = Workspace(config, lambda: rollout_group(config).base)
+    def __init__(self, config: Config, driver: Alike):
+        self._workspace = Workspace(config, lambda: rollout_group(config, driver).base)
         self._methods = make_methods(config.compare, self._workspace)
         _, self._prompts = load_prompts(config.prompts, config.seed)
         self._left: dict[int, deque[Cell]] = {}

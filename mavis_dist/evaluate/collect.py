@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mavis_dist.config import Config
@@ -19,15 +21,33 @@ from mavis_dist.types import R2_KEY
 SHOWN_TOKENS = (1, 4)  # of the sibling test
 
 
+@contextmanager
+def timed(store: Store, stage: str, detail: str, is_needed: bool = True) -> Iterator[None]:
+    """Record how long the work of a stage takes, also of one that fails or is stopped. A kill -9 loses the time."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        if is_needed:
+            record_stage(store, stage, time.monotonic() - started, detail)
+
+
 def record_stage(store: Store, name: str, seconds: float, detail: str) -> None:
-    """Store how long a stage took; a stage that runs again replaces its entry."""
-    stages = [entry for entry in _stages(store) if entry["name"] != name]
-    store.write_json(layout.STAGES_FILE, [*stages, {"name": name, "seconds": seconds, "detail": detail}])
+    """Add to how long a stage has taken in all its parts and attempts; the detail is that of the last one."""
+    stages = {entry["name"]: entry for entry in _stages(store)}
+    before = stages.pop(name, {}).get("seconds") or 0.0
+    entry = {"name": name, "seconds": before + seconds, "detail": detail}
+    store.write_json(layout.STAGES_FILE, [*stages.values(), entry])
 
 
 def stages_of(store: Store) -> list[StageMetadata]:
     """The stages of a run with their times, in the order in which they ran."""
     return [StageMetadata(**entry) for entry in _stages(store)]
+
+
+def stage_seconds(store: Store, names: tuple[str, ...] = ("",)) -> dict[str, float]:
+    """How long the stages of a run took whose names begin in one of these ways."""
+    return {stage.name: stage.seconds or 0.0 for stage in stages_of(store) if stage.name.startswith(names)}
 
 
 def write_report(store: Store, config: Config, settings: dict[str, object], sweep: Sweep) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "fetch",
     "fingerprint_model",
     "fingerprint_tokenizer",
+    "fingerprints",
     "load_base",
     "load_skeleton",
     "load_tokenizer",
@@ -93,6 +95,13 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu", num_shards
         eos_ids=end_ids(directory, tokenizer, model.config.get_text_config().vocab_size),
         max_context=_max_context(model.config, name),
     )
+
+
+@cache
+def fingerprints(name: str) -> tuple[str, str]:
+    """Of a model and its tokenizer, as this process has found them at first: large files take minutes to read."""
+    directory = fetch(name)
+    return fingerprint_model(directory), fingerprint_tokenizer(directory)
 
 
 def load_skeleton(name: str, dtype: str = "float32") -> BaseModel:

@@ -17,6 +17,7 @@ from mavis_dist.models.value import ValueModel
 from mavis_dist.prompts import PromptSet
 from mavis_dist.rewards.trial import Trial
 from mavis_dist.sections import Objective
+from mavis_dist.sizing.memory import num_value_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,12 +113,13 @@ def value(config: Config, model: BaseModel, trained: ValueModel) -> Iterator[tup
 
 
 def memory(config: Config, model: BaseModel, num_value_parameters: int) -> str:
-    """An estimate of models and caches; processes and libraries need about 1 GiB more."""
+    """An estimate of models and caches; processes and libraries need about 1 GiB more (`jobs.plan` says more)."""
     width = torch.empty((), dtype=getattr(torch, config.base.dtype)).element_size()
-    num_models = 1 if config.value.is_joint else len(config.objectives)
-    models = width * (model.model.num_parameters() + num_models * num_value_parameters)
     cells = config.rollout.rows * min(model.max_context, 2 * config.rollout.max_tokens)
-    parts = [f"about {(models + cells * token_bytes(model, width)) / GIB:.1f} GiB per rollout actor"]
+    base, size = width * model.model.num_parameters() + cells * token_bytes(model, width), config.base.tensor_parallel
+    whole = base / size + width * num_value_models(config) * num_value_parameters
+    process = "rollout actor" if size == 1 else f"process of a rollout actor of {size}"
+    parts = [f"about {whole / GIB:.1f} GiB per {process}"]
     if num_value_parameters:
         training = num_value_parameters * TRAINING_BYTES
         parts.append(f"{training / GIB:.1f} GiB and activations per training worker")

@@ -14,7 +14,7 @@ from mavis_dist.core.tree import Shape, Tree
 from mavis_dist.decode import Choice, Engine, LocalGuide, Request
 from mavis_dist.decode.load_guide import load_models
 from mavis_dist.decode.request import Update
-from mavis_dist.groups import LeaderStarter, rollout_group
+from mavis_dist.groups import Alike, LeaderStarter, rollout_group
 from mavis_dist.models.value import ValueModel, load_card
 from mavis_dist.rollout.trees import Sampling, TreeGrower
 from mavis_dist.store import values
@@ -88,9 +88,9 @@ class Worker:
     them by rounding, and a batch starts whole in an empty engine.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, driver: Alike):
         self._config = config
-        self._base = rollout_group(config).base
+        self._base = rollout_group(config, driver).base
         self._growers: dict[Policy, TreeGrower] = {}
         self._answers: dict[str, list[Answer | None]] = {}  # by request id, until all n are there
         self._guides: dict[str, tuple[ValueModel, int]] = {}

@@ -9,22 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import ray
+import yaml
 from ray.cluster_utils import Cluster
 from ray.experimental import internal_kv
 
 from mavis_dist.store.files import MARKER, Store, StoreError
-from tests.cluster.jobs import LIMIT_S, finish, hashes, run_here, start
+from tests.cluster.jobs import LIMIT_S, finish, hashes, run_here, start, write_config
 
 
-@pytest.fixture
-def machines() -> Iterator[Cluster]:
-    """Two machines of one core each; the second one may be lost."""
+@pytest.fixture(params=[2])
+def machines(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Machines of one core each; all but the first one may be lost."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    cluster.add_node(num_cpus=1)
+    for _ in range(request.param - 1):
+        cluster.add_node(num_cpus=1)
     yield cluster
     cluster.shutdown()
     if ray.is_initialized():  # it has taken away the key-value store of this process, which is another cluster's
@@ -41,11 +44,14 @@ def wait(job: subprocess.Popen[str], condition: Callable[[], object], what: str)
 
 def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
     """Processes of a cluster's actors."""
+    return [process for node in cluster.list_all_nodes() for process in workers_on(node, title)]
+
+
+def workers_on(node: Any, title: str) -> list[psutil.Process]:
     found = []
-    for node in cluster.list_all_nodes():
-        for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                found += [process] if title in " ".join(process.cmdline()) else []
+    for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [process] if title in " ".join(process.cmdline()) else []
     return found
 
 
@@ -88,6 +94,35 @@ def test_kills_of_actors_workers_machines_and_drivers_give_the_same_bytes(
         worker.kill()
     _, err = finish(job)
     assert hashes(store) == hashes(undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("machines", [4], indirect=True)
+def test_groups_over_two_machines_give_the_same_bytes_when_one_of_them_is_lost(
+    tmp_path: Path, machines: Cluster
+) -> None:
+    file = write_config(tmp_path)
+    methods = {"mavis": {"strengths": [2]}, "best_of_n_value": {"strengths": [2]}, "mato": {"strengths": [1]}}
+    compared = {"methods": methods, "weights": 2, "seeds": 1, "preferences": {"vowels": "Use many vowels."}}
+    settings = yaml.safe_load(file.read_text())
+    settings["base"]["tensor_parallel"] = 2
+    settings["rollout"]["actors"] = 1
+    settings["train"]["epochs"] = 2
+    file.write_text(yaml.safe_dump({**settings, "iterations": 1, "compare": compared}))
+    finish(start(file, machines.address, "run=whole"))
+
+    def with_a_follower() -> list[Any]:
+        return [node for node in machines.worker_nodes if workers_on(node, "Follower")]
+
+    job, shards = start(file, machines.address, "run=struck"), tmp_path / "runs/struck/rollouts/base"
+    wait(job, lambda: list(shards.glob("*.parquet")) and with_a_follower(), "trees of a group")
+    machines.remove_node(with_a_follower()[0], allow_graceful=False)
+    _, err = finish(job)
+    assert "an actor died" in err
+    whole, struck = (Store(str(tmp_path / "runs"), run) for run in ("whole", "struck"))
+    assert hashes(struck) == hashes(whole)
+    out, _ = finish(start(file, machines.address, "run=struck", job="evaluate"))
+    assert all(method in out for method in methods)
 
 
 UNMARKED = {"run.yaml", "stages.json", "report.html", "values/vowels/published.json", "values/brief/published.json"}

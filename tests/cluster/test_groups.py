@@ -16,16 +16,17 @@ import ray
 from benchmarks.common.service import free_port
 from mavis_dist import LLM, config
 from mavis_dist.config import Config
-from mavis_dist.groups import LeaderStarter, rollout_group
+from mavis_dist.groups import Alike, LeaderStarter, rollout_group
 from mavis_dist.models import value
+from mavis_dist.models.load import fingerprints
 from mavis_dist.models.lockstep import GroupLost
 from mavis_dist.rollout.worker import Grow
 from mavis_dist.store import values
 from mavis_dist.store.files import Store
-from mavis_dist.types import Policy, Prompt
+from mavis_dist.types import Policy, Prompt, UserError
 from tests.growing import grow
 from tests.streams import strike_during
-from tests.tiny import MODEL, write_run
+from tests.tiny import MODEL, write_base, write_run
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
@@ -60,6 +61,11 @@ def kill_the_follower() -> None:
     follower.kill()
 
 
+def stop_the_follower() -> None:
+    [follower] = followers()
+    follower.send_signal(signal.SIGSTOP)
+
+
 def wait_until_gone(limit_s: float = 20.0) -> None:
     deadline = time.monotonic() + limit_s
     while followers():
@@ -79,12 +85,33 @@ def test_a_group_grows_the_trees_of_one_process_also_when_a_member_dies(tmp_path
     wait_until_gone()
 
 
+@pytest.mark.long
+@pytest.mark.faults
+def test_a_member_that_hangs_is_replaced_and_the_trees_are_the_same(tmp_path: Path) -> None:
+    write_run(tmp_path, "run", ("brief",), eos_weight=1.0)
+    batches = [[Grow(policy, prompt) for prompt in PROMPTS] for policy in POLICIES]
+    alone, struck = grow(settings(tmp_path, 1), batches), grow(settings(tmp_path, 2), batches, stop_the_follower)
+    assert alone.keys() == struck.keys()
+    for key, tree in alone.items():
+        assert tree.tokens.tolist() == struck[key].tokens.tolist()
+    wait_until_gone()
+
+
+def test_an_actor_with_another_model_than_the_drivers_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "run", ("brief",), eos_weight=1.0)
+    config = settings(tmp_path, 1)
+    fingerprints(config.base.model)  # the driver's
+    write_base(tmp_path, eos_weight=2.0)
+    with pytest.raises(UserError, match=r"^the fingerprint of base.model is .* make them the same$"):
+        grow(config, [[Grow(Policy(), prompt) for prompt in PROMPTS]])
+
+
 @ray.remote(num_cpus=0)
 class Leading:
     """A leader that does nothing but ask its followers."""
 
-    def __init__(self, config: Config):
-        self._group = rollout_group(config)
+    def __init__(self, config: Config, driver: Alike):
+        self._group = rollout_group(config, driver)
 
     def check(self) -> str:
         try:
@@ -116,8 +143,7 @@ def test_value_models_as_large_as_the_base_model_are_shared_out_and_a_member_tha
         with pytest.raises(value.ValueModelError, match="cannot be read"):
             ray.get(leader.value_parameters.remote(folder))
         assert ray.get(leader.check.remote()) == ""
-        [follower] = followers()
-        follower.send_signal(signal.SIGSTOP)
+        stop_the_follower()
         assert "does not answer" in ray.get(leader.check.remote())
     finally:
         starter.stop(leader)

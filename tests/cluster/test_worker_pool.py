@@ -14,10 +14,11 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mavis_dist import cluster
-from mavis_dist.actors import Turn, WorkerPool, WorkerPoolError, map_tasks, on_every_machine
+from mavis_dist.actors import Turn, WorkerPool, WorkerPoolError
 from mavis_dist.models.directory import ModelError
 from mavis_dist.progress import Meter
 from mavis_dist.rewards import RewardError
+from mavis_dist.tasks import map_tasks, on_every_machine
 from mavis_dist.types import StageError, UserError
 
 pytestmark = pytest.mark.usefixtures("ray_address")
@@ -187,7 +188,7 @@ def test_a_machine_that_does_not_answer_is_named_and_its_task_cancelled(tmp_path
 def test_code_without_a_limit_shows_that_it_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mavis_dist.actors.Meter", partial(Meter, every_s=0.0))
+    monkeypatch.setattr("mavis_dist.tasks.Meter", partial(Meter, every_s=0.0))
     on_every_machine(scored, None, 3.0, stage="check rewards")
     assert "0/1 machines" in capsys.readouterr().err
 

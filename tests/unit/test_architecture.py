@@ -27,7 +27,7 @@ FLOORS = [
     {"llm"},
     {"vllm"},
     {"cluster"},
-    {"actors", "groups"},
+    {"tasks", "actors", "groups"},
     {"rollout", "train", "evaluate"},
     {"preflight"},
     {"run_state"},
@@ -36,7 +36,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 VLLM = {"vllm/processor.py", "vllm/interrupt.py"}
-RAY = {"cluster.py", "actors.py", "groups.py", "rollout/worker.py", "train/launch.py", "compare/worker.py"}
+RAY = {"cluster.py", "tasks.py", "actors.py", "groups.py", "rollout/worker.py", "train/launch.py", "compare/worker.py"}
 PROCESSES = {"gateway", "base", "value"}  # folders of serve/, one per process
 SERVE_MAY_USE = {
     "environment",
@@ -51,7 +51,10 @@ SERVE_MAY_USE = {
     "groups",
     "vllm",
     "core",
-} | {"failures"}
+    "failures",
+    "preflight",
+    "tasks",
+}
 
 
 def dotted(path: Path) -> str:

@@ -13,10 +13,7 @@ from mavis_dist.types import UserError
 def test_processes_that_differ_are_named() -> None:
     own = {"torch": "2.13.0", "transformers": "5.23.0"}
     _check_alike(own, [("b", own), ("c", {**own, "ray": "2.60.0"})])
-    sentence = (
-        f"base.tensor_parallel: transformers is 5.23.0 on machine {platform.node()}, and 5.20.0 on machine c: "
-        "make them the same"
-    )
+    sentence = f"transformers is 5.23.0 on machine {platform.node()}, and 5.20.0 on machine c: make them the same"
     with pytest.raises(UserError) as caught:
         _check_alike(own, [("b", own), ("c", {**own, "transformers": "5.20.0"})])
     assert str(caught.value) == sentence

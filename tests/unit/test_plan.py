@@ -82,6 +82,20 @@ def test_a_service_that_can_never_be_placed_is_named() -> None:
         check_serving(config(serve={"cpus_per_replica": 0.5}), [Node(2)])
 
 
+def test_a_service_is_placed_machine_by_machine() -> None:
+    shared = config(base={"tensor_parallel": 2}, serve={"cpus_per_replica": 1, "placement": "colocated"})
+    check_serving(shared, [Node(2.5), Node(1.5)])
+    with pytest.raises(PlanError, match=r"needs 3 CPU .* the cluster has 1\.5 CPU"):
+        check_serving(shared, [Node(1.5), Node(1.5)])
+    on_gpus = {"cpus_per_replica": 1, "gpus_per_replica": 0.6, "base_replicas": 3, "placement": "colocated"}
+    check_serving(config(serve=on_gpus), [Node(4, 3)])  # which has room for one process per GPU
+    with pytest.raises(PlanError, match="3 processes with models"):
+        check_serving(config(serve=on_gpus), [Node(8, 1), Node(8, 1)])
+    check_serving(config(serve={**on_gpus, "base_replicas": 2}), [Node(1, 1), Node(1, 1), Node(1)])
+    with pytest.raises(PlanError, match="and a gateway"):
+        check_serving(config(serve={**on_gpus, "base_replicas": 2}), [Node(1, 1), Node(1, 1)])
+
+
 def test_only_the_lower_end_of_a_range_must_fit() -> None:
     several = {"base_replicas": {"min": 1, "max": 9}, "value_replicas": {"min": 1, "max": 9}, "cpus_per_replica": 0.4}
     check_serving(config(serve=several), [Node(2)])

@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -126,7 +125,6 @@ def distill(job: DistillJob, group: WorkerGroup) -> None:
         Stopped: the driver has asked for a stop.
     """
     config, store = job.config, job.store
-    began = time.monotonic()
     torch.manual_seed(config.seed)
     base = load_base(config.base.model, config.base.dtype, config.base.device)
     trees = stored_trees(store, job.teachers)
@@ -137,7 +135,7 @@ def distill(job: DistillJob, group: WorkerGroup) -> None:
     if group.rank == 0:
         validation = [label for label in labels if label.tree.prompt_id in job.validation_ids]
         figures = report(job, base, student, validation)
-        store_student(job, student, layer, {"figures": figures, "seconds": time.monotonic() - began})
+        store_student(job, student, layer, {"figures": figures})
         store.delete(layout.distilling_folder(job.name))
 
 

@@ -16,6 +16,7 @@ from mavis_dist.compare.prompted import Mato, wishes
 from mavis_dist.compare.workspace import Workspace
 from mavis_dist.config import Config
 from mavis_dist.decode import PRESETS
+from mavis_dist.evaluate.collect import record_stage
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store
 from mavis_dist.types import Prompt, UserError
@@ -156,8 +157,11 @@ def test_a_distilled_model_steers_where_it_is_asked_for(tmp_path: Path, config: 
     for name in ("mavis_predicted", "mavis_qhead"):
         assert make(distilled, name).inputs() == lazy.inputs()
         assert texts(make(distilled, name)) != texts(own)
-    Store(str(tmp_path / "runs"), "run").finish(layout.distilled_folder("5fa0"), {"seconds": 5.0})
-    assert lazy.training().seconds == own.training().seconds + 5
+    store, extended = Store(str(tmp_path / "runs"), "run"), layout.distilled_folder("5fa0")
+    tiny.publish_distilled(tmp_path, "run", NAMES, "71bc", parent=extended)
+    record_stage(store, extended, 5.0, "")
+    record_stage(store, layout.distilled_folder("71bc"), 2.0, "")
+    assert lazy.training().seconds == own.training().seconds + 7
 
 
 def test_best_of_two_steered_answers_takes_the_better(workspace: Workspace) -> None:

@@ -22,8 +22,14 @@ from mavis_dist.models.load import load_base, load_skeleton
 from mavis_dist.models.value import from_base
 from mavis_dist.preflight import describe, machine
 from mavis_dist.preflight.checks import check, check_base, check_value
-from mavis_dist.preflight.machine import check_machine, check_packages, check_rewards
-from mavis_dist.store import files
+from mavis_dist.preflight.machine import (
+    check_machine,
+    check_packages,
+    check_rewards,
+    check_server,
+    local_fingerprints,
+)
+from mavis_dist.store import files, layout
 from mavis_dist.store.files import Store
 from mavis_dist.types import UserError
 from tests.tiny import make_tokenizer, write_base
@@ -295,21 +301,48 @@ def test_a_machine_that_sees_another_storage_or_lacks_a_model_is_named(
     made = config(base, storage=str(tmp_path / "runs"))
     store = Store(made.storage, made.run)
     with store.probe() as probe:
-        check_machine(made, probe, versions())
+        check_machine(made, probe, versions(), {})
         with pytest.raises(UserError, match=r"is another folder on machine .* than on the driver's"):
-            check_machine(made, "of-another-storage", versions())
+            check_machine(made, "of-another-storage", versions(), {})
         with pytest.raises(
             UserError, match=r"machine .* has torch .*, and the driver's machine 1\.0: install the same"
         ):
-            check_machine(made, probe, {**versions(), "torch": "1.0"})
+            check_machine(made, probe, {**versions(), "torch": "1.0"}, {})
         lacking = config(base, storage=made.storage, value={"backbone": "/only/there"})
         with pytest.raises(UserError, match=r"'value.backbone' is '/only/there', which machine .* does not have"):
-            check_machine(lacking, probe, versions())
+            check_machine(lacking, probe, versions(), {})
     assert not os.path.exists(store.root)
     check_rewards(made, ["How?"])
     broken = {"x": {"reward": "function", "path": "not_on_this_machine:score"}}
     with pytest.raises(UserError, match=r"on machine .*: reward function .* cannot be imported"):
         check_rewards(config(base, objectives=broken), ["How?"])
+
+
+def test_a_machine_with_another_model_at_the_same_path_is_named(base: Path, tmp_path: Path) -> None:
+    made = config(base, storage=str(tmp_path / "runs"), value={"backbone": str(base)})
+    own = local_fingerprints(made)
+    assert list(own) == ["value.backbone"]
+    with Store(made.storage, made.run).probe() as probe:
+        check_machine(made, probe, versions(), own)
+        with pytest.raises(UserError, match=r"key 'value.backbone' is another one on machine .*: put the same"):
+            check_machine(made, probe, versions(), {"value.backbone": "that of the driver"})
+
+
+def test_a_machine_that_cannot_serve_a_run_is_named(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LATE_S", 0.1)
+    made = config(base, storage=str(tmp_path / "runs"))
+    store = Store(made.storage, made.run)
+    with pytest.raises(UserError, match=r"is another folder on machine .* than on the driver's"):
+        check_server(made, ["brief"], versions())
+    store.write_json(layout.published_file("brief"), {"iteration": 0})
+    check_server(made, ["brief"], versions())
+    with pytest.raises(UserError, match=r"has transformers .*, and the driver's machine 1\.0"):
+        check_server(made, ["brief"], {**versions(), "transformers": "1.0"})
+    lacking = config(base, storage=made.storage, base={"model": "/only/there"})
+    with pytest.raises(UserError, match=r"'base.model' is '/only/there', which machine .* does not have"):
+        check_server(lacking, ["brief"], versions())
 
 
 @pytest.mark.parametrize(("package", "value"), [("deepspeed", {"layers": 1}), ("peft", {"layers": 1, "lora_rank": 2})])
@@ -318,7 +351,7 @@ def test_a_package_that_training_lacks_is_named(
 ) -> None:
     monkeypatch.setattr(machine, "find_spec", lambda name: None if name == package else find_spec(name))
     made, heads = config(base, value=value), config(base, value={"kind": "states"})
-    for try_it in (check, lambda config: check_machine(config, "probe", versions())):
+    for try_it in (check, lambda config: check_machine(config, "probe", versions(), {})):
         with pytest.raises(UserError, match=rf"{package} is not installed on machine .*mavis-dist\[train\]"):
             try_it(made)
     check_packages(heads)
