@@ -381,7 +381,7 @@ def test_stop_ends_both_streams(play):
     expect(status(page)).to_have_text("Stopped.")
     expect(stop).to_be_disabled()
     expect(page.get_by_role("button", name="Ask both")).to_be_focused()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30  # the browser may be slow beside other tests
     while page.script.num_broken_off < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert page.script.num_broken_off == 2

@@ -86,7 +86,6 @@ def test_a_group_grows_the_trees_of_one_process_also_when_a_member_dies(tmp_path
 
 
 @pytest.mark.long
-@pytest.mark.faults
 def test_a_member_that_hangs_is_replaced_and_the_trees_are_the_same(tmp_path: Path) -> None:
     write_run(tmp_path, "run", ("brief",), eos_weight=1.0)
     batches = [[Grow(policy, prompt) for prompt in PROMPTS] for policy in POLICIES]
