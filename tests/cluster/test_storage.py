@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,11 @@ import pytest
 import yaml
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from benchmarks.common.nodes import ray_nodes
 from benchmarks.common.service import free_port
 from mavis_dist.store.files import MARKER, Store
 from tests.cluster.jobs import LIMIT_S, finish, hashes, start
+from tests.root import ROOT
 from tests.s3 import S3Server, s3_server
 from tests.tiny import MODEL, write_models
 
@@ -61,6 +65,38 @@ def test_a_killed_run_in_a_bucket_gives_the_same_bytes(
     shutil.rmtree(local)
 
 
+@pytest.fixture
+def late_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str, Path]]:
+    """A folder, the address of two machines whose processes see files of others late there, and a file for each process
+    that has looked for one in vain.
+    """
+    mount, seen = tmp_path / "mount", tmp_path / "seen"
+    mount.mkdir()
+    seen.mkdir()
+    paths = [str(ROOT / "tests/late_mount"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    for name, value in {"PYTHONPATH": ":".join(paths), "LATE_ROOT": mount, "LATE_SEEN": seen, "LATE_S": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with ray_nodes(2, 1) as cluster:
+        yield mount, cluster.address, seen
+
+
+@pytest.mark.long
+def test_a_run_and_a_service_on_a_mount_that_shows_files_late(
+    undisturbed: Store, config_file: Path, late_mount: tuple[Path, str, Path]
+) -> None:
+    mount, address, seen = late_mount
+    arguments = (f"storage={mount}", "run=late")
+    finish(start(config_file, address, *arguments))
+    assert list(seen.iterdir()), "no process has looked for a file too early"
+    assert hashes(Store(str(mount), "late")) == hashes(undisturbed)
+
+    serve = (f"serve.port={free_port()}", "serve.cpus_per_replica=0.1")
+    check_service(
+        start(config_file, address, *arguments, *serve, job="serve"),
+        yaml.safe_load(config_file.read_text())["base"]["model"],
+    )
+
+
 def test_a_service_loads_its_models_from_a_bucket(
     ray_address: str, s3: S3Server, submitted: None, tmp_path: Path
 ) -> None:
@@ -77,16 +113,15 @@ def test_a_service_loads_its_models_from_a_bucket(
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
-    job = start(config, ray_address, job="serve")
+    check_service(start(config, ray_address, job="serve"), settings["base"]["model"])
+
+
+def check_service(job: subprocess.Popen[str], model: str) -> None:
+    """A job that serves answers a request that is steered, and ends."""
     try:
         assert job.stdout is not None
         url = re.findall(r"http://\S+/v1", job.stdout.readline())[0]
-        asked = {
-            "model": settings["base"]["model"],
-            "prompt": "a",
-            "objective_weights": {"brief": 1.0},
-            "max_tokens": 3,
-        }
+        asked = {"model": model, "prompt": "a", "objective_weights": {"brief": 1.0}, "max_tokens": 3}
         answer = httpx.post(f"{url}/completions", json=asked, timeout=60)
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 3

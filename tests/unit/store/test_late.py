@@ -7,12 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from mavis_dist.store import files, layout, values
 from mavis_dist.store.files import MARKER, Store, StoreError
-from mavis_dist.store.shards import shard_names
+from mavis_dist.store.shards import Labels, read_labels, shard_names, write_labels
 
 LOOKS = 4
 
@@ -38,6 +39,8 @@ class Mount(LocalFileSystem):
 
     def cat_file(self, path: str, **kwargs: Any) -> bytes:
         self._fail(errno.ESTALE)
+        if self.late.get(path.rpartition("/")[2], 0) > 0:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
         data: bytes = super().cat_file(path, **kwargs)
         return data
 
@@ -74,6 +77,13 @@ def test_a_model_that_another_machine_has_finished_is_waited_for(writer: Store, 
     assert (values.fetch(reader, "brief", 0) / "model").read_bytes() == b"weights"
     values.publish(mounted(writer, *late)[0], "brief", 0)
     assert reader.metadata(folder) == {"n": 1}
+
+
+def test_a_shard_that_another_machine_has_named_is_waited_for(writer: Store) -> None:
+    write_labels(writer, "part-00000.parquet", [Labels("p", np.array([3], np.int32), np.array([0.5]))])
+    reader, _ = mounted(writer, "part-00000.parquet")
+    [labels] = read_labels(reader, "part-00000.parquet")
+    assert labels.score.tolist() == [0.5]
 
 
 def test_a_shared_model_is_found_though_the_marker_that_names_it_is_late(writer: Store) -> None:
