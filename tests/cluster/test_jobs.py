@@ -78,7 +78,6 @@ def run_job(*arguments: str) -> int:
 
 
 @pytest.mark.long
-@pytest.mark.faults
 def test_a_job_is_stopped_resumed_and_not_repeated(
     ray_address: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
