@@ -16,6 +16,8 @@ from mavis_dist.types import UserError
 
 Shard = TypeVar("Shard")
 
+MANY = 1_000_000  # workers that need nothing
+
 
 class PlanError(UserError):
     """A cluster that is too small for the config."""
@@ -30,8 +32,10 @@ class Node:
 
     def slots(self, cpus: float, gpus: float) -> int:
         """How many workers of this size fit on the machine."""
-        fits = [have / need for have, need in ((self.cpus, cpus), (self.gpus, gpus)) if need > 0]
-        return int(round(min(fits, default=1e6), 6))  # 0.3 has room for three times 0.1
+        by_cpus = _times(self.cpus, cpus)
+        # Ray splits a GPU among workers, but not a worker's fraction among GPUs.
+        by_gpus = int(self.gpus) * _times(1, gpus) if 0 < gpus < 1 else _times(self.gpus, gpus)
+        return min(by_cpus, by_gpus)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,11 @@ def check_serving(config: Config, nodes: Sequence[Node]) -> None:
             f"cluster has {_has(nodes)}: lower serve.cpus_per_replica, serve.base_replicas{remedy} or "
             "serve.value_replicas, or add machines"
         )
+
+
+def _times(have: float, need: float) -> int:
+    """How often there is as much as needed: 0.1 three times in 0.3."""
+    return int(round(have / need, 6)) if need > 0 else MANY
 
 
 def _has(nodes: Sequence[Node]) -> str:

@@ -38,7 +38,7 @@ class Scenario:
 
     def victim(self, cluster: Any) -> Any:
         """The machine; None: there is none yet."""
-        return next((node for node in cluster.worker_nodes if not self.title or _has(node, self.title)), None)
+        return next((node for node in cluster.worker_nodes if not self.title or has_process(node, self.title)), None)
 
 
 def scenarios() -> list[Scenario]:
@@ -91,8 +91,8 @@ def restart_head(cluster: Any, node: Any) -> None:
     restart_control_store(cluster)
 
 
-def _has(node: Any, title: str) -> bool:
-    """Whether a machine runs a process whose title begins so."""
+def has_process(node: Any, title: str | tuple[str, ...]) -> bool:
+    """Whether a machine runs a process whose title begins so, or in one of these ways."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     for process in raylet.children(recursive=True):
         with suppress(psutil.Error):

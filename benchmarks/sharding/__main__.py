@@ -99,7 +99,7 @@ def group(config: Config, size: int, count: Count) -> tuple[Any, list[Memory]]:
         for process in processes:
             process.terminate()
             process.join()
-    return found[-1] if count.greedy else None, [one for one in found if isinstance(one, member.Memory)]
+    return found[size] if count.greedy else None, found[:size]
 
 
 def render(found: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.common import command, figures
 from benchmarks.common.markdown import table, write_part
+from mavis_dist.sizing.report import duration
 
 NAME = "sizing"
 PAGE = figures.DOCS / "clusters.md"
@@ -25,7 +26,6 @@ PLAN = ["--config", "jobs/configs/hh_rlhf.yaml", "--machines", "4x8xH100", "--va
 PLAN += ["--price-per-hour", "24"]
 REWARDS = {"": [], "-fast-rewards": ["--answers-per-second", "1000"]}  # ends of the files' names, and the options
 GIB = 2**30
-LONG_S = 7200.0  # times from here on are shown in hours
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,11 +94,7 @@ def _run(run: Mapping[str, Any]) -> str:
     rollouts = sum(seconds for name, seconds in run["seconds"].items() if name.startswith("rollouts"))
     total = sum(run["seconds"].values())
     stage = run["bottleneck"].partition(":")[0]
-    return f"{_time(total)} ({_time(rollouts)}), {run['cost']:,.0f}, {stage}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= LONG_S else f"{seconds / 60:.0f} min"
+    return f"{duration(total)} ({duration(rollouts)}), {run['cost']:,.0f}, {stage}"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from mavis_dist.config import Config
 from mavis_dist.core.limit import largest_divergence
 from mavis_dist.environment import versions
 from mavis_dist.evaluate import base_answers
-from mavis_dist.models.load import fetch, fingerprint_model
+from mavis_dist.models.load import fingerprints
 from mavis_dist.pipeline import score_base
 from mavis_dist.progress import metered, say
 from mavis_dist.prompts import load_prompts
@@ -86,7 +86,8 @@ def collect(config: Config) -> Collected:
     if not any(method.is_steered for method in methods.values()):
         raise UserError("config key 'compare.methods' has no method to compare with the base model: add one")
     _, prompts = load_prompts(config.prompts, config.seed)
-    cells = plan_cells(config, methods, prompts, fingerprint_model(fetch(config.base.model)))
+    base, _ = fingerprints(config.base.model)
+    cells = plan_cells(config, methods, prompts, base)
     missing = [cell for cell in cells if not workspace.store.exists(cell.path)]
     largest = largest_divergence(config.evaluate.limit_answers)
     if config.compare.kl > largest:

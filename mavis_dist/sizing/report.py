@@ -147,7 +147,7 @@ def _memory_table(memory: Iterable[Fit]) -> str:
 def _stage_table(run: Prediction) -> str:
     parts = [(one.name, one.seconds, one.utilisation) for one in run.ran]
     rows = [
-        [name, _time(seconds), _cost(run, seconds), f"{busy:.0%}"]
+        [name, duration(seconds), _cost(run, seconds), f"{busy:.0%}"]
         for name, seconds, busy in [*parts, ("all", run.total_s, run.utilisation)]
     ]
     return text_table(["stage", "time", "cost", "busy"], rows, [16, 10, 12, 7])
@@ -160,13 +160,13 @@ def _curve_table(curve: Sequence[Prediction]) -> str:
         of_kind = [sum(s for name, s in run.seconds.items() if name.startswith(kind)) for kind in kinds]
         others = run.total_s - sum(of_kind)
         restarts = sum(one.restarts for one in run.ran)
-        cells = [*map(_time, (*of_kind, others, run.total_s)), _cost(run, run.total_s), f"{run.utilisation:.0%}"]
+        cells = [*map(duration, (*of_kind, others, run.total_s)), _cost(run, run.total_s), f"{run.utilisation:.0%}"]
         rows.append([str(run.machines.count), *cells, str(restarts), f"  {run.bottleneck}"])
     head = ["machines", *kinds, "answers", "all", "cost", "busy", "restarts", "  bottleneck"]
     return text_table(head, rows, [8, 10, 10, 10, 10, 10, 12, 7, 10, 0])
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

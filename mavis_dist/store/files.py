@@ -95,8 +95,11 @@ class Store:
         """Also of what does not exist."""
         self._try_to("deleted", path, lambda full: self._fs.rm(full, recursive=True))
 
-    def read_bytes(self, path: str) -> bytes:
+    def read_bytes(self, path: str, is_known: bool = False) -> bytes:
+        """`is_known`: the file was written, maybe a moment ago by another machine, and is waited for."""
         data = self._read(path, self._fs.cat_file)
+        if data is None and is_known and self.file_appears(path):
+            data = self._read(path, self._fs.cat_file)
         if data is None:
             raise self._problem("read", path, FileNotFoundError())
         return data

@@ -110,8 +110,7 @@ def _write_rows(store: Store, path: str, items: Sequence[Any], schema: pa.Schema
 
 def _read(store: Store, path: str, schema: pa.Schema, optional: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of a file, lists as arrays; without those optional columns that it lacks."""
-    store.file_appears(path)  # whoever knows its name knows that it was written, maybe a moment ago elsewhere
-    data = store.read_bytes(path)
+    data = store.read_bytes(path, is_known=True)
     try:
         table = pq.read_table(io.BytesIO(data))
         found = [column for column in schema if column.name not in optional or column.name in table.column_names]

@@ -18,6 +18,7 @@ import yaml
 from ray.cluster_utils import Cluster
 from ray.experimental import internal_kv
 
+from benchmarks.machines.scenarios import ACTOR, has_process
 from mavis_dist.store.files import MARKER, Store, StoreError
 from tests.cluster.jobs import LIMIT_S, finish, hashes, run_here, start, write_config
 
@@ -44,14 +45,11 @@ def wait(job: subprocess.Popen[str], condition: Callable[[], object], what: str)
 
 def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
     """Processes of a cluster's actors."""
-    return [process for node in cluster.list_all_nodes() for process in workers_on(node, title)]
-
-
-def workers_on(node: Any, title: str) -> list[psutil.Process]:
     found = []
-    for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            found += [process] if title in " ".join(process.cmdline()) else []
+    for node in cluster.list_all_nodes():
+        for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found += [process] if title in " ".join(process.cmdline()) else []
     return found
 
 
@@ -111,12 +109,12 @@ def test_groups_over_two_machines_give_the_same_bytes_when_one_of_them_is_lost(
     file.write_text(yaml.safe_dump({**settings, "iterations": 1, "compare": compared}))
     finish(start(file, machines.address, "run=whole"))
 
-    def with_a_follower() -> list[Any]:
-        return [node for node in machines.worker_nodes if workers_on(node, "Follower")]
+    def of_the_group() -> list[Any]:
+        return [node for node in machines.worker_nodes if has_process(node, ("ray::Follower", ACTOR))]
 
     job, shards = start(file, machines.address, "run=struck"), tmp_path / "runs/struck/rollouts/base"
-    wait(job, lambda: list(shards.glob("*.parquet")) and with_a_follower(), "trees of a group")
-    machines.remove_node(with_a_follower()[0], allow_graceful=False)
+    wait(job, lambda: list(shards.glob("*.parquet")) and of_the_group(), "trees of a group")
+    machines.remove_node(of_the_group()[0], allow_graceful=False)
     _, err = finish(job)
     assert "an actor died" in err
     whole, struck = (Store(str(tmp_path / "runs"), run) for run in ("whole", "struck"))

@@ -11,13 +11,15 @@ import pytest
 import torch
 import yaml
 
-from jobs.distill import table
+from jobs.distill import run, table
 from mavis_dist.config import Config, load
 from mavis_dist.decode import Engine, Request, SamplingParams, Scorer
 from mavis_dist.decode.load_guide import fetch_published, load_guide
+from mavis_dist.evaluate.collect import stage_seconds
 from mavis_dist.models import qhead, value
 from mavis_dist.models.load import BaseModel, load_base
 from mavis_dist.models.states import first_layers
+from mavis_dist.plan import Node
 from mavis_dist.store import layout, values
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import label_folder
@@ -121,6 +123,21 @@ def test_a_trunk_from_the_base_model_learns_both_teachers(two: DistillJob) -> No
         assert row["r2_deltas"] > 0.3
         assert row["teacher_explained_variance"] is not None
     assert len(table(metadata["figures"]).splitlines()) == 4
+
+
+def test_the_time_of_a_distillation_is_recorded(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = of(config_file, NAMES[:2], "distill.epochs=1", "distill.publish=false")
+    for name in ("cluster.connect", "run_state.check_same_run", "run_state.check_machines"):
+        monkeypatch.setattr(f"mavis_dist.{name}", lambda *arguments, **options: None)
+    monkeypatch.setattr("mavis_dist.cluster.nodes", lambda: [Node(4)])
+    monkeypatch.setattr("mavis_dist.actors.start_progress_actor", lambda: None)
+    monkeypatch.setattr(
+        "mavis_dist.train.launch.distill",
+        lambda job, progress: job.store.finish(layout.distilled_folder(job.name), {"figures": {}}),
+    )
+    run(config)
+    [seconds] = stage_seconds(Store(config.storage, config.run), ("distilled/",)).values()
+    assert seconds > 0
 
 
 def test_the_card_names_the_teachers_and_a_changed_teacher_is_another_distillation(two: DistillJob) -> None:

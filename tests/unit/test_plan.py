@@ -89,8 +89,10 @@ def test_a_service_is_placed_machine_by_machine() -> None:
         check_serving(shared, [Node(1.5), Node(1.5)])
     on_gpus = {"cpus_per_replica": 1, "gpus_per_replica": 0.6, "base_replicas": 3, "placement": "colocated"}
     check_serving(config(serve=on_gpus), [Node(4, 3)])  # which has room for one process per GPU
-    with pytest.raises(PlanError, match="3 processes with models"):
-        check_serving(config(serve=on_gpus), [Node(8, 1), Node(8, 1)])
+    for too_few in ([Node(8, 1), Node(8, 1)], [Node(8, 2)]):
+        with pytest.raises(PlanError, match="3 processes with models"):
+            check_serving(config(serve=on_gpus), too_few)
+    check_serving(config(serve={**on_gpus, "gpus_per_replica": 0.3}), [Node(4, 1)])
     check_serving(config(serve={**on_gpus, "base_replicas": 2}), [Node(1, 1), Node(1, 1), Node(1)])
     with pytest.raises(PlanError, match="and a gateway"):
         check_serving(config(serve={**on_gpus, "base_replicas": 2}), [Node(1, 1), Node(1, 1)])

@@ -294,11 +294,14 @@ def test_a_base_model_that_so_many_processes_cannot_share_is_refused(base: Path)
     check_base(config(base, base={"model": str(base), "tensor_parallel": 2}))
 
 
-def test_a_machine_that_sees_another_storage_or_lacks_a_model_is_named(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def made(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The config of a run in an empty storage, whose files are not waited for long."""
     monkeypatch.setattr(files, "LATE_S", 0.1)
-    made = config(base, storage=str(tmp_path / "runs"))
+    return config(base, storage=str(tmp_path / "runs"))
+
+
+def test_a_machine_that_sees_another_storage_or_lacks_a_model_is_named(base: Path, made: Config) -> None:
     store = Store(made.storage, made.run)
     with store.probe() as probe:
         check_machine(made, probe, versions(), {})
@@ -328,15 +331,10 @@ def test_a_machine_with_another_model_at_the_same_path_is_named(base: Path, tmp_
             check_machine(made, probe, versions(), {"value.backbone": "that of the driver"})
 
 
-def test_a_machine_that_cannot_serve_a_run_is_named(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "LATE_S", 0.1)
-    made = config(base, storage=str(tmp_path / "runs"))
-    store = Store(made.storage, made.run)
+def test_a_machine_that_cannot_serve_a_run_is_named(base: Path, made: Config) -> None:
     with pytest.raises(UserError, match=r"is another folder on machine .* than on the driver's"):
         check_server(made, ["brief"], versions())
-    store.write_json(layout.published_file("brief"), {"iteration": 0})
+    Store(made.storage, made.run).write_json(layout.published_file("brief"), {"iteration": 0})
     check_server(made, ["brief"], versions())
     with pytest.raises(UserError, match=r"has transformers .*, and the driver's machine 1\.0"):
         check_server(made, ["brief"], {**versions(), "transformers": "1.0"})
