@@ -11,7 +11,6 @@ import pytest
 
 Answer = Callable[[dict[str, Any], Callable[..., Any]], Any]  # a WSGI application
 KEY = "right-key"
-BROKEN_OFF = b"x" * 1000  # the object that `broken_off` begins with
 RETRIES = 5  # of s3fs, of a request that S3 refuses for its rate, or whose response breaks off
 
 
@@ -53,6 +52,13 @@ class S3Server:
             answer = refusal(403, "InvalidAccessKeyId", "The access key does not exist.")
         return (answer or self._s3)(request, start)
 
+    def broken_off(self, request: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
+        """The answer of S3, whose connection ends in the middle."""
+        head: list[Any] = []
+        body = b"".join(self._s3(request, lambda *arguments: head.extend(arguments)))
+        start(*head)
+        return [body[: len(body) // 2]]
+
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
@@ -64,12 +70,6 @@ def refusal(status: int, code: str, message: str) -> Answer:
 
     text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
     return Response(text, status=status, mimetype="application/xml")
-
-
-def broken_off(request: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
-    """An answer whose connection ends in the middle."""
-    start("200 OK", [("Content-Length", str(len(BROKEN_OFF))), ("Content-Type", "binary/octet-stream")])
-    return [BROKEN_OFF[:10]]
 
 
 def forget_connections() -> None:

@@ -10,6 +10,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
+from threading import Lock
+from typing import Any
 
 import httpx
 import pytest
@@ -21,7 +24,7 @@ from benchmarks.common.service import free_port
 from mavis_dist.store.files import MARKER, Store
 from tests.cluster.jobs import LIMIT_S, finish, hashes, start
 from tests.root import ROOT
-from tests.s3 import S3Server, s3_server
+from tests.s3 import Answer, S3Server, refusal, s3_server
 from tests.tiny import MODEL, write_models
 
 
@@ -34,7 +37,11 @@ def s3() -> Iterator[S3Server]:
 @pytest.fixture
 def submitted(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives jobs the credentials as `ray job submit --runtime-env-json` does: the cluster was started without."""
-    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": {"env_vars": s3.environment}}))
+    submit_with(s3.environment, monkeypatch)
+
+
+def submit_with(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": {"env_vars": variables}}))
 
 
 @pytest.mark.long
@@ -62,6 +69,71 @@ def test_a_killed_run_in_a_bucket_gives_the_same_bytes(
     second = ("gate/", "eval/sweep/")  # what a second iteration adds to
     assert {path for path in stored if stored[path] != expected[path] and not path.startswith(second)} == set()
     assert list(local.glob("train/*/i0/tensorboard/events.*"))
+    shutil.rmtree(local)
+
+
+SHARE = 0.05  # of requests with each of two faults
+BUSY = refusal(503, "SlowDown", "Please reduce your request rate.")
+DOWN = refusal(503, "ServiceUnavailable", "Please try again later.")
+
+
+class Faulty:
+    """A server that is busy for some requests, breaks some answers off, and goes down once training stores a file."""
+
+    def __init__(self, broken_off: Answer) -> None:
+        self._broken_off = broken_off
+        self._random, self._lock = Random(0), Lock()  # requests come in threads
+        self.is_down, self.num_busy, self.num_broken_off = False, 0, 0
+        self.goes_down = True
+
+    def __call__(self, request: dict[str, Any]) -> Answer | None:
+        with self._lock:
+            method, drawn = request["REQUEST_METHOD"], self._random.random()
+            self.is_down |= self.goes_down and method == "PUT" and "/train/" in request["PATH_INFO"]
+            if self.is_down:
+                return DOWN
+            if drawn < SHARE:
+                self.num_busy += 1
+                return BUSY
+            if drawn < 2 * SHARE and method == "GET":
+                self.num_broken_off += 1
+                return self._broken_off
+        return None
+
+    def recover(self) -> None:
+        self.is_down = self.goes_down = False
+
+
+@pytest.fixture
+def faulty(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    attempts = "5"  # the default of botocore, which the other tests do without
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", attempts)
+    submit_with({**s3.environment, "AWS_MAX_ATTEMPTS": attempts}, monkeypatch)
+    s3.fault = faulty = Faulty(s3.broken_off)
+    yield faulty
+    s3.fault = lambda _: None
+
+
+@pytest.mark.long
+def test_a_run_and_a_service_on_storage_that_is_busy_breaks_off_and_goes_down(
+    undisturbed: Store, config_file: Path, ray_address: str, s3: S3Server, faulty: Faulty
+) -> None:
+    arguments = (f"storage=s3://{s3.bucket}/runs", "run=busy")
+    _, err = finish(start(config_file, ray_address, *arguments), code=2)
+    assert faulty.is_down
+    assert re.search(r"s3://bucket/runs/busy/\S+ cannot be \w+ \(.*\): check the storage", err.splitlines()[-1])
+
+    faulty.recover()
+    finish(start(config_file, ray_address, *arguments))
+    serve = (f"serve.port={free_port()}", "serve.cpus_per_replica=0.1")
+    check_service(
+        start(config_file, ray_address, *arguments, *serve, job="serve"),
+        yaml.safe_load(config_file.read_text())["base"]["model"],
+    )
+    assert min(faulty.num_busy, faulty.num_broken_off) > 20
+    s3.fault = lambda _: None
+    local = Store(f"s3://{s3.bucket}/runs", "busy").download("")
+    assert hashes(Store(str(local.parent), local.name)) == hashes(undisturbed)
     shutil.rmtree(local)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mavis_dist.store.files import MARKER, Store, StoreError
 from mavis_dist.store.tree_folder import TreeFolder
-from tests.s3 import BROKEN_OFF, RETRIES, Answer, S3Server, broken_off, forget_connections, refusal
+from tests.s3 import RETRIES, Answer, S3Server, forget_connections, refusal
 
 PART = 5 * 2**20  # bytes, the smallest that S3 allows; objects of two and more are uploaded in parts
 
@@ -80,14 +80,15 @@ def test_credentials_that_are_wrong_or_missing(
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(s3: S3Server, store: Store) -> None:
-    store.write_bytes("stage/f", BROKEN_OFF)
+    content = bytes(range(256)) * 4
+    store.write_bytes("stage/f", content)
     store.finish("stage", {})
-    s3.fault = times(2, broken_off)
-    assert store.read_bytes("stage/f") == BROKEN_OFF
-    s3.fault = times(2, broken_off)
-    assert (store.download("stage") / "f").read_bytes() == BROKEN_OFF
+    s3.fault = times(2, s3.broken_off)
+    assert store.read_bytes("stage/f") == content
+    s3.fault = times(2, s3.broken_off)
+    assert (store.download("stage") / "f").read_bytes() == content
 
-    s3.fault = times(99, broken_off)
+    s3.fault = times(99, s3.broken_off)
     for operation in (lambda: store.read_bytes("stage/f"), lambda: store.download("stage")):
         with pytest.raises(StoreError, match=r"cannot be read \(.*not completed.*\): check the storage"):
             operation()
