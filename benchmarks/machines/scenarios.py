@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,11 +10,10 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common.nodes import restart_control_store
+from benchmarks.common.nodes import drain, restart_control_store
 from mavis_dist.store.files import MARKER, Store
 
 CPUS_PER_NODE = 1
-DRAINED_S = 10  # between the notice and the end of a machine
 # Begin the titles of processes: actors while they work, and at any time; tasks; training workers.
 DECODING, ACTOR, LABELLING, TRAINING = "ray::Worker.work", "ray::Worker", "ray::label_shards", "ray::RayTrainWorker"
 
@@ -64,27 +60,6 @@ def lose(cluster: Any, node: Any) -> None:
 def join(cluster: Any, node: Any) -> None:
     for _ in range(3):
         cluster.add_node(num_cpus=CPUS_PER_NODE)
-
-
-def drain(cluster: Any, node: Any) -> None:
-    """As a cloud announces the end of a preempted machine, and then ends it."""
-    deadline = time.monotonic() + DRAINED_S
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "ray.scripts.scripts"),  # the command ray, which may not be on PATH
-            "drain-node",
-            f"--address={cluster.address}",
-            f"--node-id={node.node_id}",
-            "--reason=DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message=spot instance reclaimed",
-            f"--deadline-remaining-seconds={DRAINED_S}",
-        ],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
-    time.sleep(max(0.0, deadline - time.monotonic()))
-    cluster.remove_node(node, allow_graceful=False)
 
 
 def restart_head(cluster: Any, node: Any) -> None:
