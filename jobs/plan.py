@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HOUR = 3600.0
 MAY_BE_ZERO = {"--price-per-hour", "--actor-start-seconds", "--train-start-seconds", "--prompt-tokens", "--mtbf-hours"}
-MAY_BE_ZERO |= {"--restart-seconds", "--slow-share", "--seed"}
+MAY_BE_ZERO |= {"--label-start-seconds", "--restart-seconds", "--slow-share", "--seed"}
 # Option, metavar, default, meaning. Without a default the number is estimated, or that of the table of GPUs.
 OPTIONS: tuple[tuple[str, str, float | None, str], ...] = (
     ("--gpu-memory", "GIB", None, "memory of a GPU"),
@@ -44,6 +44,7 @@ OPTIONS: tuple[tuple[str, str, float | None, str], ...] = (
     ("--answers-per-second", "N", None, "measured: that a task of one core labels"),
     ("--actor-start-seconds", "S", None, "measured: until an actor has its models"),
     ("--train-start-seconds", "S", None, "measured: until the workers of a fit train"),
+    ("--label-start-seconds", "S", None, "measured: until a task of one core labels"),
     ("--prompt-tokens", "N", 100, "tokens of a prompt with its template"),
     ("--answer-tokens", "N", None, "mean tokens of an answer (rollout.max_tokens)"),
     ("--mtbf-hours", "H", 5000, "mean time between failures of a machine; 0: none fails"),
@@ -98,6 +99,7 @@ def run(config: Config, given: argparse.Namespace, argv: Sequence[str]) -> bool:
         given.answers_per_second,
         given.actor_start_seconds,
         given.train_start_seconds,
+        given.label_start_seconds,
     )
     faults = Faults(
         int(given.seed),

@@ -28,9 +28,10 @@ from mavis_dist.run_state import (
     current,
     finished,
     open_run,
+    pairs_of,
     scale_of,
-    score_all,
-    score_texts,
+    score,
+    texts_of,
     work,
 )
 from mavis_dist.store import layout, values
@@ -174,12 +175,11 @@ def soft_values(state: RunState, stage: str, iterations: Mapping[str, int]) -> d
     ]
     with timed(state.store, stage, f"{len(groups) * len(prompts) * params.n} answers", bool(groups)):
         answers = ask(state, stage, groups, iterations)
-        found = {}
-        for name in iterations:
-            rows = [answers[gate.request_id(name, prompt)] for prompt in prompts]
-            scale, (scores,) = scale_of(state, name), score_all(config, [name], prompts, rows).values()
-            found[name] = gate.soft_values(rows, scores, scale, steer.beta)
-    return found
+        rows = {name: [answers[gate.request_id(name, prompt)] for prompt in prompts] for name in iterations}
+        scores = score(state, stage, {name: pairs_of(prompts, texts_of(of_one)) for name, of_one in rows.items()})
+    return {
+        name: gate.soft_values(of_one, scores[name], scale_of(state, name), steer.beta) for name, of_one in rows.items()
+    }
 
 
 def evaluate(state: RunState) -> Sweep:
@@ -205,9 +205,13 @@ def evaluate(state: RunState) -> Sweep:
             point.name: [answers_by_id[sweeping.request_id(point, prompt)] for prompt in state.evaluation]
             for point in points
         }
-        scores = {
-            point.name: score_all(config, config.objectives, state.evaluation, answers[point.name]) for point in points
-        }
+        pairs = [pair for rows in answers.values() for pair in pairs_of(state.evaluation, texts_of(rows))]
+        by_objective = score(state, stage, dict.fromkeys(config.objectives, pairs))
+    num = len(state.evaluation) * params.n
+    scores = {
+        point.name: {name: found[start : start + num] for name, found in by_objective.items()}
+        for start, point in zip(range(0, len(pairs), num), points, strict=True)
+    }
     scales = {name: scale_of(state, name) for name in config.objectives}
     result = sweeping.summarise(points, answers, scores, scales, state.evaluation, config.steer.beta, base_scores)
     state.store.write_json(layout.SWEEP_FILE, result.to_json())
@@ -231,17 +235,17 @@ def score_base(state: RunState) -> dict[str, list[list[float]]]:
         groups = [[Ask(*asked) for asked in group] for group in base_answers.requests(prompts, params)]
         with timed(state.store, stage, detail):
             answers = ask(state, stage, groups, {})
-        return [[text for _, text in answers[base_answers.request_id(prompt)]] for prompt in prompts]
+        return texts_of([answers[base_answers.request_id(prompt)] for prompt in prompts])
 
-    def score(name: str) -> list[list[float]]:
+    def rewards(name: str) -> list[list[float]]:
         with timed(state.store, stage, detail):
-            scores = score_texts(config, name, prompts, texts)
+            scores = score(state, stage, {name: pairs_of(prompts, texts)})[name]
         return [scores[start : start + num] for start in range(0, len(scores), num)]
 
     texts = base_answers.cached(state.store, layout.LIMIT_FOLDER, num, answer)
     folders = {name: layout.limit_reward_folder(name) for name in config.objectives}
     return {
-        name: base_answers.cached(state.store, folder, num, partial(score, name)) for name, folder in folders.items()
+        name: base_answers.cached(state.store, folder, num, partial(rewards, name)) for name, folder in folders.items()
     }
 
 

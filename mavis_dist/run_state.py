@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -17,25 +17,29 @@ from mavis_dist.decode import SamplingParams
 from mavis_dist.decode.load_guide import read_card
 from mavis_dist.evaluate import gate
 from mavis_dist.models.load import fingerprints
-from mavis_dist.plan import Plan, make_plan
+from mavis_dist.plan import Plan, make_plan, tasks_of
 from mavis_dist.preflight.checks import check
 from mavis_dist.preflight.machine import MACHINE_CHECK_S, check_machine, check_rewards, local_fingerprints
 from mavis_dist.progress import metered, say
 from mavis_dist.prompts import held_out
-from mavis_dist.rewards import build
+from mavis_dist.rewards import score_parts
 from mavis_dist.rollout.labels import reward_scale
 from mavis_dist.rollout.worker import Answer, Answered, Ask, Batch, Grow, Grown, Result, worker_starter
+from mavis_dist.sections import TextRule
 from mavis_dist.store import layout
 from mavis_dist.store.files import Store, StoreError
 from mavis_dist.store.layout import label_folder
 from mavis_dist.store.shards import shard_names
-from mavis_dist.tasks import on_every_machine
+from mavis_dist.tasks import map_tasks, on_every_machine
 from mavis_dist.types import Policy, Prompt, RewardScale
 
 LAST_LINE = "# end of the config"
 Pool = WorkerPool[Mapping[str, int], Batch, Result]
 
+Pair = tuple[str, str]  # the texts of a prompt and an answer
+
 BATCH_SIZE = 32  # requests that an actor answers at the same time
+SCORED_TOGETHER = 64  # answers; parts that depended on the machines would have other scores, by rounding
 
 
 @dataclass
@@ -177,20 +181,34 @@ def work(
     yield from state.worker_pool().run(stage, value_iterations, batches)
 
 
-def score_all(
-    config: Config, objectives: Iterable[str], prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]
-) -> dict[str, list[float]]:
-    """Raw rewards of all answers by objective, prompt by prompt."""
-    texts = [[text for _, text in row] for row in answers]
-    return {name: score_texts(config, name, prompts, texts) for name in objectives}
+def texts_of(answers: Sequence[Sequence[Answer]]) -> list[list[str]]:
+    """The texts of the answers to each prompt."""
+    return [[text for _, text in row] for row in answers]
 
 
-def score_texts(
-    config: Config, objective: str, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
-) -> list[float]:
-    """Raw rewards of all answers, prompt by prompt."""
-    questions = [prompt.text for prompt, row in zip(prompts, texts, strict=True) for _ in row]
-    return build(config.objectives[objective]).score(questions, [text for row in texts for text in row])
+def pairs_of(prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> list[Pair]:
+    """Every answer with its prompt; `texts` are the answers of each prompt."""
+    return [(prompt.text, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
+
+
+def score(state: RunState, stage: str, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
+    """Raw rewards of the pairs of each objective, the same on any number of machines; the rollout actors must be idle.
+
+    Text rules score thousands of answers while a task starts, and stay in the driver.
+    """
+    parts_of = {
+        name: [of_one[start : start + SCORED_TOGETHER] for start in range(0, len(of_one), SCORED_TOGETHER)]
+        for name, of_one in pairs.items()
+    }
+    objectives = state.config.objectives
+    slow = [name for name, parts in parts_of.items() if parts and not isinstance(objectives[name], TextRule)]
+    shares = [(name, share) for name in slow for share in tasks_of(parts_of[name], len(slow), cluster.nodes())]
+    tasks = [(objectives[name], share) for name, share in shares]
+    scored = map_tasks(score_parts, tasks, stage, "parts scored", are_actors_idle=True) if tasks else []
+    scores = {name: [] if name in slow else score_parts(objectives[name], parts) for name, parts in parts_of.items()}
+    for (name, _), of_share in zip(shares, scored, strict=True):
+        scores[name] += of_share
+    return {name: [one for part in of_one for one in part] for name, of_one in scores.items()}
 
 
 def finished(state: RunState, folder: str, stage: str) -> bool:

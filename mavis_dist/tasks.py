@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any, TypeVar
 
 from mavis_dist import environment as environment  # isort: split
@@ -21,15 +22,26 @@ Result = TypeVar("Result")
 POLL_S = 1.0
 
 
-def map_tasks(function: Callable[..., Result], items: Sequence[tuple[Any, ...]], stage: str, unit: str) -> list[Result]:
+def map_tasks(
+    function: Callable[..., Result],
+    items: Sequence[tuple[Any, ...]],
+    stage: str,
+    unit: str,
+    are_actors_idle: bool = False,
+) -> list[Result]:
     """`function(*item)` for every item as a Ray task of one core; results in the order of the items.
+
+    Args:
+        are_actors_idle: actors hold cores that they do not use meanwhile: as many tasks as a machine has cores run
+            there, whoever holds them. There should be no more items than cores of the cluster.
 
     Raises:
         UserError: what a task has raised, at once; the others are cancelled. Ray repeats those whose process is lost.
     """
     meter = Meter(stage, unit)
     task = ray.remote(function)
-    refs = [task.options(num_cpus=1).remote(*item) for item in items]
+    places = _core_places() if are_actors_idle else [{"num_cpus": 1}]
+    refs = [task.options(**places[n % len(places)]).remote(*item) for n, item in enumerate(items)]
     results, left = dict[ray.ObjectRef[Any], Result](), refs
     try:
         while left:
@@ -58,11 +70,7 @@ def on_every_machine(
         UserError: what one of them has raised, at once, or the machine that does not answer within the limit.
     """
     task = ray.remote(function)
-    machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    calls = {}
-    for machine in machines:
-        there = NodeAffinitySchedulingStrategy(machine["NodeID"], soft=True)  # it may be lost meanwhile
-        calls[task.options(num_cpus=0, scheduling_strategy=there).remote(*arguments)] = machine["NodeManagerAddress"]
+    calls = {task.options(**_on(node)).remote(*arguments): node["NodeManagerAddress"] for node in _machines()}
     meter, began, late = Meter(stage, "machines"), time.monotonic(), list(calls)
     try:
         while late:
@@ -79,6 +87,23 @@ def on_every_machine(
     finally:
         for ref in late:
             ray.cancel(ref, force=True)  # a process that waits for storage does not hear anything else
+
+
+def _machines() -> list[dict[str, Any]]:
+    """The machines that have cores for work."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def _on(machine: dict[str, Any]) -> dict[str, Any]:
+    """Options of a task that runs on a machine, without a core of its own; elsewhere if the machine is lost."""
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(machine["NodeID"], soft=True)}
+
+
+def _core_places() -> list[dict[str, Any]]:
+    """Options of a task for every core of the cluster, machines in turns."""
+    machines = _machines()
+    most = ceil(max(machine["Resources"]["CPU"] for machine in machines))
+    return [_on(machine) for core in range(most) for machine in machines if core < machine["Resources"]["CPU"]]
 
 
 def _get(ref: ray.ObjectRef[Any], stage: str) -> object:

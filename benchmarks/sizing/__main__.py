@@ -64,8 +64,7 @@ def render(plans: Mapping[str, Mapping[str, Any]]) -> str:
         + table(["GiB of a process", *names], memory(own))
         + "\n\nWith as many actors as fit, 2 % slow machines and a failure per machine in 5,000 hours: time of all "
         "stages (of the rollouts), cost, and what holds the run up. The rewards of this config are classifiers, of "
-        "which a core scores about one answer per second (an estimate), and the driver alone scores the answers of "
-        "limit, gate and evaluation: no number of machines shortens that.\n\n"
+        "which a core scores about one answer per second (an estimate).\n\n"
         + table(["machines of 8 H100", *names], times(own))
         + "\n\nThe same with rewards that score 1,000 answers per second and core, such as `sentiment` or a small "
         "function (`--answers-per-second 1000`).\n\n" + table(["machines of 8 H100", *names], times(fast))

@@ -3,7 +3,7 @@
 Light to import; models and lexicons are loaded when a reward is built.
 """
 
-from mavis_dist.rewards.build import build
+from mavis_dist.rewards.build import build, score_parts
 from mavis_dist.rewards.protocol import Reward, RewardError
 
-__all__ = ["Reward", "RewardError", "build"]
+__all__ = ["Reward", "RewardError", "build", "score_parts"]

@@ -67,6 +67,14 @@ def build(objective: Objective, device: str = "cpu", retries: int = RETRIES) -> 
     return Checked(_build(objective, device, retries), kind)
 
 
+def score_parts(objective: Objective, parts: Sequence[Sequence[tuple[str, str]]]) -> list[list[float]]:
+    """Rewards of pairs of prompt and answer, every part by itself: they may depend by rounding on what they are scored
+    with, but not on the other parts.
+    """
+    reward = build(objective)
+    return [reward.score([prompt for prompt, _ in part], [answer for _, answer in part]) for part in parts]
+
+
 def _build(objective: Objective, device: str, retries: int) -> Reward:
     match objective:
         case sections.TextRule(reward="sentiment"):

@@ -23,6 +23,7 @@ from mavis_dist.sizing.rates import (
     actor_start_s,
     answers_per_s,
     decoding_s,
+    label_start_s,
     tokens_per_s,
     train_step_s,
 )
@@ -88,10 +89,7 @@ def predict(
         simulated = _simulated(config, models, machines, rates, lengths, at_once, stage)
         if was_decoding and isinstance(stage, Decoding) and isinstance(simulated, Queue):  # the same actors
             simulated = replace(simulated, start_s=0.0)
-        # The driver scores answers while the actors wait.
-        was_decoding = isinstance(stage, Decoding) or (
-            was_decoding and isinstance(stage, Labels) and stage.is_in_driver
-        )
+        was_decoding = isinstance(stage, Decoding) or (isinstance(stage, Labels) and stage.are_actors_idle)
         one = simulate(simulated, faults)
         ran.append(one)
         reasons[one.name] = _reason(config, machines, stage, simulated, one)
@@ -141,14 +139,14 @@ def _simulated(
         return _decoding(config, models, machines, rates, lengths, stage)
     if isinstance(stage, Labels):
         cores = max(1, int(machines.cpus))
-        parts = 1 if stage.is_in_driver else len(tasks_of(range(stage.num_shards), len(stage.answers), machines.nodes))
+        parts = len(tasks_of(range(stage.num_shards), len(stage.answers), machines.nodes))
         item_s = [
             answers / parts / answers_per_s(config, objective, rates)
             for answers, objective in zip(stage.answers, stage.objectives, strict=True)
             for _ in range(parts)
         ]
-        places = 1 if stage.is_in_driver else min(len(item_s), cores * machines.count)
-        return Queue(stage.stage, item_s, [task // cores for task in range(places)])
+        places = min(len(item_s), cores * machines.count)
+        return Queue(stage.stage, item_s, [task // cores for task in range(places)], label_start_s(rates))
     train = config.train
     slots = machines.node.slots(train.cpus_per_worker, train.gpus_per_worker)
     return Gang(
@@ -196,11 +194,10 @@ def _reason(config: Config, machines: Machines, stage: Stage, simulated: Queue |
     """What holds a stage up, and the config key that changes it if there is one."""
     if simulated.start_s > ran.seconds / 2:
         return f"starting takes {simulated.start_s:.0f} of {ran.seconds:.0f} s, which more machines do not shorten"
-    if isinstance(stage, Labels) and stage.is_in_driver:
-        return "the driver scores all answers, whatever the machines are"
     if isinstance(stage, Labels):
         if len(stage.answers) * stage.num_shards <= ran.places:
-            return f"{ran.places} tasks of one core, one per objective and shard{_smaller_shards(config)}"
+            remedy = "" if stage.are_actors_idle else _smaller_shards(config)
+            return f"{ran.places} tasks of one core, one per objective and shard{remedy}"
         return "tasks of one core are busy, add machines or a faster reward"
     if isinstance(stage, Training):
         if ran.places < stage.num_fits:

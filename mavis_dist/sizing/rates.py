@@ -23,6 +23,7 @@ NETWORK_BYTES_PER_S = 10e9  # between machines; an estimate
 STORAGE_BYTES_PER_S = 1e9  # of an actor that loads weights; an estimate
 PROCESS_START_S = 30.0  # of an actor, beside its weights; an estimate
 TRAIN_START_S = 60.0  # of all workers of a fit; an estimate
+LABEL_START_S = 10.0  # of a label task, with the model behind its reward; an estimate
 TRAIN_FLOPS, FORWARD_FLOPS = 6, 2  # per parameter and token
 # Answers of about 30 words per second that a task of one core scores. The first three were measured on a core of an
 # AMD EPYC; the others are estimates, which depend on the model behind the reward.
@@ -40,6 +41,7 @@ class Rates:
     answers_per_s: float | None = None  # that a label task scores
     actor_start_s: float | None = None
     train_start_s: float | None = None
+    label_start_s: float | None = None
 
 
 def engine_of(config: Config, machines: Machines, cpus: float, gpus: float) -> Chip:
@@ -122,6 +124,11 @@ def train_step_s(config: Config, models: Models | None, machines: Machines, rate
     parameters = models.value.layers * models.value.matrices
     exchanged = 2 * 4 * parameters * (train.workers - 1) / train.workers / NETWORK_BYTES_PER_S
     return tokens * TRAIN_FLOPS * parameters / flops_per_s + exchanged
+
+
+def label_start_s(rates: Rates) -> float:
+    """Seconds until a label task scores its first answer."""
+    return LABEL_START_S if rates.label_start_s is None else rates.label_start_s
 
 
 def answers_per_s(config: Config, objective: str, rates: Rates) -> float:

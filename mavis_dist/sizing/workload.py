@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from math import ceil, comb
 
 from mavis_dist.config import Config
-from mavis_dist.sections import TreeShape
+from mavis_dist.sections import TextRule, TreeShape
 
 BATCH_SIZE, LIMIT_BATCH = 32, 256  # requests that an actor gets at a time; answers, where they tell the limit
+SCORED_TOGETHER = 64  # answers of limit, gate and evaluation
 PREFIX_TOKENS = 8  # between the unfinished answers that are scored
 
 
@@ -33,13 +34,13 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Labels:
-    """Sets of answers that tasks of one core score, or the driver, which scores those of its own stages."""
+    """Sets of answers that tasks of one core score."""
 
     stage: str
     answers: tuple[float, ...]  # of each set
     objectives: tuple[str, ...]  # of each set
-    num_shards: int = 1  # of each set: its tasks take whole ones
-    is_in_driver: bool = False
+    num_shards: int  # of each set: its tasks take whole ones
+    are_actors_idle: bool = False  # they keep their models meanwhile
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,14 @@ def _answers(
     return Decoding(stage, items, max(counts), is_guided, LAZY_CANDIDATES)
 
 
-def _scored(config: Config, stage: Decoding, lengths: Lengths, each: int) -> tuple[Decoding, Labels]:
-    """A stage and the scores of its answers, each by so many objectives."""
-    names = tuple(config.objectives)
-    num_answers = sum(stage.items) / (lengths.answer or config.rollout.max_tokens)
-    answers = (num_answers * each / len(names),) * len(names)
-    return stage, Labels(f"labels {stage.stage}", answers, names, is_in_driver=True)
+def _scored(config: Config, stage: Decoding, lengths: Lengths, each: int) -> list[Stage]:
+    """A stage and the scores of its answers, each by so many objectives; those of text rules take next to nothing."""
+    names = tuple(name for name, spec in config.objectives.items() if not isinstance(spec, TextRule))
+    if not names:
+        return [stage]
+    answers = sum(stage.items) / (lengths.answer or config.rollout.max_tokens) * each / len(config.objectives)
+    shards = ceil(answers / SCORED_TOGETHER)
+    return [stage, Labels(f"labels {stage.stage}", (answers,) * len(names), names, shards, are_actors_idle=True)]
 
 
 def _chunks(total: int, size: int) -> list[int]:

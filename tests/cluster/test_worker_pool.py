@@ -159,6 +159,28 @@ def test_what_a_task_raises_is_raised_before_the_others_end() -> None:
     assert map_tasks(scored, [(None, 0.2), (None, 0.1)], "labels", "sets") == [0.2, 0.1]
 
 
+@ray.remote
+class Idle:
+    """Holds cores."""
+
+
+def test_tasks_run_beside_idle_actors_that_hold_all_cores() -> None:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    actors = [
+        Idle.options(  # type: ignore[attr-defined]
+            num_cpus=node["Resources"]["CPU"],
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote()
+        for node in nodes
+    ]
+    try:
+        ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=60)
+        assert map_tasks(scored, [(None, 0.2), (None, 0.1)], "labels", "sets", are_actors_idle=True) == [0.2, 0.1]
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
 def refused_here(text: str) -> None:
     raise UserError(text)
 

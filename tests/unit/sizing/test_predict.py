@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jobs import plan
+from mavis_dist.config import parse
 from mavis_dist.plan import PlanError
 from mavis_dist.sizing.machines import Machines, parse_machines
 from mavis_dist.sizing.predict import predict, scaling
@@ -18,7 +19,7 @@ from mavis_dist.sizing.workload import Lengths, num_points, stages
 from mavis_dist.types import UserError
 from tests.unit.sizing.shapes import MODELS_7B, run_config, write_config
 
-RATES = Rates(100.0, 50.0, step_s=2.0, answers_per_s=10.0, actor_start_s=5.0, train_start_s=20.0)
+RATES = Rates(100.0, 50.0, step_s=2.0, answers_per_s=10.0, actor_start_s=5.0, train_start_s=20.0, label_start_s=3.0)
 PROMPTS = {"train": 12, "validation": 4, "evaluation": 4}
 ROLLOUT = {"first": {"root": 2, "children": 2, "layers": 2}, "max_tokens": 20, "prompts_per_shard": 4}
 SMALL: dict[str, Any] = {
@@ -36,12 +37,10 @@ def test_one_machine_takes_the_sum_of_its_work() -> None:
     assert run.seconds == pytest.approx(
         {
             "rollouts i0": 5 + tokens / 100,
-            "labels i0": 2 * 12 * 4 / 10,
+            "labels i0": 3 + 2 * 12 * 4 / 10,
             "train i0": 2 * (20 + 2 * 2 * 2),  # two objectives, one after the other, two epochs of two steps
             "limit": 5 + 4 * 10 * 20 / 100,
-            "labels limit": 2 * 4 * 10 / 10,
             "evaluate": 4 * 4 * 20 / 50,  # the same actors; the base model, two objectives and a point between
-            "labels evaluate": 2 * 4 * 4 / 10,
         }
     )
     assert run.total_s == pytest.approx(sum(run.seconds.values()))
@@ -58,11 +57,20 @@ def test_labels_are_scored_on_all_cores_by_whole_shards() -> None:
     for cores, parts in ((1, 1), (2, 1), (4, 2), (64, 3)):
         run = predict(config, None, Machines(1, cores, 8), RATES, Lengths(prompt=10))
         rounds = -(-2 * parts // cores)
-        assert run.seconds["labels i0"] == pytest.approx(rounds * answers / parts / 10)
+        assert run.seconds["labels i0"] == pytest.approx(3 + rounds * answers / parts / 10)
+
+
+def test_answers_of_other_rewards_than_rules_are_scored_on_all_cores_while_the_actors_wait() -> None:
+    rewards = {"a": {"reward": "sentiment"}, "b": {"reward": "function", "path": "m:f"}, "c": {"reward": "relevance"}}
+    config = parse({"run": "r", "objectives": rewards, **SMALL, "evaluate": {"limit_answers": 64}})
+    one, many = (predict(config, None, Machines(1, cores, 8), RATES, Lengths(prompt=10)) for cores in (1, 8))
+    assert one.seconds["labels limit"] == pytest.approx(3 + 2 * 4 * 64 / 10)
+    assert many.seconds["labels limit"] == pytest.approx(3 + 64 / 10)  # each has four parts
+    assert one.seconds["evaluate"] == pytest.approx(4 * 7 * 20 / 50)  # nothing starts again
 
 
 def test_what_holds_a_stage_up_is_named_with_its_key() -> None:
-    slow_start = Rates(100.0, 50.0, 2.0, 1e6, actor_start_s=0.0, train_start_s=0.0)
+    slow_start = Rates(100.0, 50.0, 2.0, 1e6, actor_start_s=0.0, train_start_s=0.0, label_start_s=0.0)
     rollout = {**SMALL["rollout"], "actors": 8}
     run = predict(run_config(**{**SMALL, "rollout": rollout}), None, Machines(8, 1, 8), slow_start)
     assert "lower rollout.prompts_per_shard (is 4)" in run.reasons["rollouts i0"]

@@ -20,6 +20,7 @@ from mavis_dist.train import checkpoints, data
 def test_constants_are_those_of_the_stages() -> None:
     assert run_state.BATCH_SIZE == workload.BATCH_SIZE
     assert base_answers.BATCH == workload.LIMIT_BATCH
+    assert run_state.SCORED_TOGETHER == workload.SCORED_TOGETHER
     assert labels.PREFIX_TOKENS == workload.PREFIX_TOKENS
     assert engine.PREFILL_TOKENS == memory.PREFILL_TOKENS
     assert data.WHOLE_TREE_TOKENS == memory.TREE_PART
