@@ -22,7 +22,7 @@ from benchmarks.common.markdown import table, write_part
 from benchmarks.common.nodes import ray_nodes
 
 if TYPE_CHECKING:
-    from benchmarks.scaling.rates import Run
+    from benchmarks.scaling.rates import Run, Slowdown
     from mavis_dist.config import Config
     from mavis_dist.sizing.workload import Lengths
 
@@ -33,6 +33,7 @@ CPUS_PER_NODE = 1
 LITTLE = ("prompts.train=8", "prompts.validation=4", "prompts.evaluation=8", "train.epochs=1")  # mostly starting
 LIMIT_S = 1800.0
 AIM = 0.2  # of the measured time, above or below
+GIB = 2**30
 SETTINGS: dict[str, Any] = {
     "iterations": 1,
     "objectives": {"positive": {"reward": "sentiment"}, "brief": {"reward": "brevity"}},
@@ -66,27 +67,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure() -> dict[str, Any]:
     """Seconds by stage on every number of nodes, predicted and measured; raises UserError."""
+    from benchmarks.scaling.memory import estimated
     from benchmarks.scaling.rates import predicted, rates_of
 
     with tempfile.TemporaryDirectory(prefix="mavis-scaling-") as folder:
         little = run(Path(folder), "little", 1, LITTLE)
         runs = {count: run(Path(folder), f"nodes-{count}", count) for count in COUNTS}
-    speeds = {count: speeds_on(count) for count in COUNTS}
+    slowdown = slowdowns()
     rates = rates_of(little, runs[1])
     found = {}
     for count, one in runs.items():
-        slowdown = {busy: speeds[1][1] / speed for busy, speed in speeds[count].items()}
-        seconds = predicted(one.config, count, rates, runs[1].lengths, slowdown)
+        seconds = predicted(one.config, count, rates, runs[1].lengths, slowdown[count])
+        needed = estimated(one.config, one.lengths)
         found[str(count)] = {
             "measured": dict(one.seconds),
             "predicted": {name: seconds[name] for name in one.seconds},
-            "slowdown": {str(busy): factor for busy, factor in slowdown.items()},
+            "slowdown": vars(slowdown[count]),
+            "memory": {kind: {"peak": peak, "estimated": needed[kind]} for kind, peak in one.peaks.items()},
         }
     return {"rates": vars(rates), "little": dict(little.seconds), "nodes": found}
 
 
 def run(folder: Path, name: str, count: int, overrides: Sequence[str] = ()) -> Run:
     """The pipeline on so many nodes; raises RuntimeError if it fails."""
+    from benchmarks.scaling.memory import watched
     from benchmarks.scaling.rates import Run
     from mavis_dist import config as config_module
     from mavis_dist.evaluate.collect import stage_seconds
@@ -94,7 +98,7 @@ def run(folder: Path, name: str, count: int, overrides: Sequence[str] = ()) -> R
     from tests.cluster.jobs import start
 
     file = write_config(folder, name)
-    with ray_nodes(count, CPUS_PER_NODE) as cluster:
+    with ray_nodes(count, CPUS_PER_NODE) as cluster, watched() as peaks:
         job = start(file, cluster.address, *overrides)
         try:
             _, err = job.communicate(timeout=LIMIT_S)
@@ -106,7 +110,7 @@ def run(folder: Path, name: str, count: int, overrides: Sequence[str] = ()) -> R
     store = Store(config.storage, name)
     seconds = {stage: took for stage, took in stage_seconds(store).items() if took}
     say(f"{name}: {sum(seconds.values()):.0f} s, {', '.join(f'{stage} {took:.0f}' for stage, took in seconds.items())}")
-    return Run(config, lengths_of(config, store), seconds)
+    return Run(config, lengths_of(config, store), seconds, peaks)
 
 
 def write_config(folder: Path, name: str) -> Path:
@@ -133,15 +137,18 @@ def lengths_of(config: Config, store: Any) -> Lengths:
     return Lengths(round(fmean(len(tree.prompt_tokens) for tree in trees)), segment * shape.layers)
 
 
-def speeds_on(count: int) -> dict[int, float]:
-    """Passes per second of a process beside so many idle nodes, by how many processes a stage keeps busy."""
-    from benchmarks.scaling.contention import passes_per_s
+def slowdowns() -> dict[int, Slowdown]:
+    """By number of nodes, from processes that compute beside so many idle nodes."""
+    from benchmarks.scaling.contention import passes_per_s, steps_per_s
+    from benchmarks.scaling.rates import Slowdown
 
-    with ray_nodes(count, CPUS_PER_NODE):
-        return {
-            busy: passes_per_s(SETTINGS["base"]["model"], busy)
-            for busy in sorted({min(count, len(SETTINGS["objectives"])), count})
-        }
+    model, layers, fits = SETTINGS["base"]["model"], SETTINGS["value"]["layers"], len(SETTINGS["objectives"])
+    speeds = {}
+    for count in COUNTS:
+        with ray_nodes(count, CPUS_PER_NODE):
+            speeds[count] = passes_per_s(model, count), steps_per_s(model, layers, min(count, fits))
+    passes, steps = speeds[1]
+    return {count: Slowdown(passes / speed[0], steps / speed[1]) for count, speed in speeds.items()}
 
 
 def render(found: Mapping[str, Any]) -> str:
@@ -154,17 +161,24 @@ def render(found: Mapping[str, Any]) -> str:
     rows.append(["all", *(f"{measured:.0f} ({predicted:.0f})" for measured, predicted in totals)])
     rows.append(["simulated over measured", *(f"{predicted / measured:.2f}" for measured, predicted in totals)])
     slowest = "; ".join(
-        f"on {count} nodes {factor:.1f} times with {busy}"
+        f"on {count} nodes a pass {one['slowdown']['decoding']:.1f} and a step {one['slowdown']['training']:.1f} times"
         for count, one in nodes.items()
         if count != "1"
-        for busy, factor in one["slowdown"].items()
     )
+    memory = [
+        [kind, *(f"{one['memory'][kind]['peak'] / GIB:.2f} ({found['estimated'] / GIB:.2f})" for one in nodes.values())]
+        for kind, found in nodes["1"]["memory"].items()
+    ]
+    heads = [f"{count} node{'s' if count != '1' else ''}" for count in nodes]
     return (
         f"Measured by `{found['command']}`: the pipeline with SmolLM2-135M and two objectives on Ray nodes of one "
         "computer, seconds and in brackets what the simulation says. It knows two runs on one node, of which one has "
-        f"few prompts, and how much longer a forward pass takes beside others on the same cores ({slowest} processes "
-        f"at work). Aim: {1 - AIM:.2f} to {1 + AIM:.2f} of the measured time. {machine_line(found)}.\n\n"
-        + table(["stage", *(f"{count} node{'s' if count != '1' else ''}" for count in nodes)], rows)
+        f"few prompts, and how much longer a forward pass of all actors, and a training step of all fits, take beside "
+        f"each other on the same cores ({slowest} as long as alone). Aim: {1 - AIM:.2f} to "
+        f"{1 + AIM:.2f} of the measured time. {machine_line(found)}.\n\n"
+        + table(["stage", *heads], rows)
+        + "\n\nPeak memory of a process (its resident set, libraries included), and in brackets what `jobs.plan` "
+        "says it needs, in GiB.\n\n" + table(["process", *heads], memory)
     )
 
 

@@ -6,7 +6,7 @@ A stage takes start + work / speed: the two runs are two points of that line.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mavis_dist.config import Config
@@ -16,8 +16,8 @@ from mavis_dist.sizing.rates import Rates
 from mavis_dist.sizing.workload import Lengths, stages
 from mavis_dist.types import UserError
 
-ROLLOUTS, TRAIN, SWEEP = "rollouts i0", "train i0", "evaluate"
-IN_DRIVER = "labels "  # begins the simulation's name of what a stage of answers ends with
+ROLLOUTS, LABELS, TRAIN, SWEEP = "rollouts i0", "labels i0", "train i0", "evaluate"
+SCORING = "labels "  # begins the simulation's name of what a stage of answers ends with
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,15 @@ class Run:
     config: Config
     lengths: Lengths
     seconds: Mapping[str, float]  # by stage
+    peaks: Mapping[str, int] = field(default_factory=dict)  # by kind of process, bytes
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """How many times as long processes take as one on one node."""
+
+    decoding: float = 1.0  # one on each node
+    training: float = 1.0  # of all fits at the same time
 
 
 def rates_of(little: Run, much: Run) -> Rates:
@@ -45,24 +54,18 @@ def rates_of(little: Run, much: Run) -> Rates:
         step_s=step_s,
         actor_start_s=actor_start_s,
         train_start_s=train_start_s,
+        label_start_s=little.seconds[LABELS],  # little else
     )
 
 
-def predicted(
-    config: Config, count: int, rates: Rates, lengths: Lengths, slowdown: Mapping[int, float]
-) -> dict[str, float]:
-    """Seconds by stage on so many nodes of one core, of which a stage keeps some busy.
-
-    Args:
-        slowdown: by the number of busy processes, how much longer each takes than one on one node.
-    """
+def predicted(config: Config, count: int, rates: Rates, lengths: Lengths, slowdown: Slowdown) -> dict[str, float]:
+    """Seconds by stage on so many nodes of one core."""
     machines = Machines(count=count, cpus=1, memory_gib=8)
-    seconds = {
-        busy: by_stage(predict(config, None, machines, slower(rates, factor), lengths).seconds)
-        for busy, factor in slowdown.items()
-    }
-    fits = min(count, len(config.objectives))
-    return {name: seconds[fits if name == TRAIN else count][name] for name in seconds[count]}
+    decoding, training = (
+        by_stage(predict(config, None, machines, slower(rates, factor), lengths).seconds)
+        for factor in (slowdown.decoding, slowdown.training)
+    )
+    return {**decoding, TRAIN: training[TRAIN]}
 
 
 def slower(rates: Rates, factor: float) -> Rates:
@@ -82,14 +85,15 @@ def slower(rates: Rates, factor: float) -> Rates:
         step_s=multiplied(rates.step_s),
         actor_start_s=multiplied(rates.actor_start_s),
         train_start_s=multiplied(rates.train_start_s),
+        label_start_s=multiplied(rates.label_start_s),
     )
 
 
 def by_stage(seconds: Mapping[str, float]) -> dict[str, float]:
-    """The simulation's seconds as a run records them: what the driver scores belongs to the stage of its answers."""
+    """The simulation's seconds as a run records them: scoring belongs to the stage of the answers."""
     found: dict[str, float] = {}
     for name, value in seconds.items():
-        stage = name.removeprefix(IN_DRIVER)
+        stage = name.removeprefix(SCORING)
         key = stage if stage in found else name
         found[key] = found.get(key, 0.0) + value
     return found

@@ -176,6 +176,8 @@ def needs(config: Config, models: Models, lengths: Lengths) -> Iterator[Need]:
     if models.value is not None:
         num_fits = 1 if num_value_models(config) == 1 else len(config.objectives)
         parts, on_host = training(models.value, config.train, config.value.lora_rank, pass_tokens(config, lengths))
+        if not config.base.device.startswith("cuda"):  # one memory holds both
+            parts, on_host = {**parts, "copies": on_host}, 0.0
         yield Need("training worker", num_fits * config.train.workers, parts, on_host)
     else:  # it solves for heads on the states of the base model
         weights = models.base.weight_bytes(WIDTHS[config.base.dtype])

@@ -220,6 +220,16 @@ def test_processes_on_cores_share_the_memory_of_their_machine() -> None:
     assert actor.room == pytest.approx(0.95 * 32 * GIB / 4)
 
 
+def test_offload_saves_nothing_where_one_memory_holds_everything() -> None:
+    machines = parse_machines("1x8cpu")
+    needed = []
+    for offload in (False, True):
+        config = run_config(train={"offload": offload, "zero_stage": 2})
+        found = {fit.need.process: fit.need for fit in fits(config, MODELS_7B, Lengths(), machines)}
+        needed.append(found["training worker"].total)
+    assert needed[0] <= needed[1]
+
+
 @pytest.mark.parametrize(
     ("value", "iterations", "count"), [("model", 1, 3), ("shared", 1, 1), ("shared", 2, 3), ("states", 2, 0)]
 )
