@@ -84,7 +84,9 @@ def served(cluster: Any, config: Path) -> Iterator[str]:
     job = start(config, cluster.address, job="serve")
     try:
         assert job.stdout is not None
-        yield re.findall(r"(http://\S+)/v1", job.stdout.readline())[0]
+        line = job.stdout.readline()
+        assert line, job.communicate()[1][-3000:]
+        yield re.findall(r"(http://\S+)/v1", line)[0]
     finally:
         job.terminate()
         job.communicate(timeout=LIMIT_S)
