@@ -94,16 +94,20 @@ def tasks_of(shards: Sequence[Shard], num_sets: int, nodes: Sequence[Node]) -> l
     return [shards[start:end] for start, end in pairwise(ends)]
 
 
-def check_serving(config: Config, nodes: Sequence[Node]) -> None:
+def check_serving(config: Config, nodes: Sequence[Node], num_objectives: int | None = None) -> None:
     """Raises PlanError if the replicas that the service starts with can never be placed.
 
     Only the lower end of a range counts: the cluster may grow before more replicas are needed.
+
+    Args:
+        num_objectives: published ones, which may be others than those of the config; None: as many.
     """
     serve = config.serve
     _check_gpus(config, serve.gpus_per_replica, "serve.gpus_per_replica")
     num_models = bounds(serve.base_replicas).min * config.base.tensor_parallel
     if serve.placement == "replicas":
-        num_models += bounds(serve.value_replicas).min * len(config.objectives)
+        count = len(config.objectives) if num_objectives is None else num_objectives
+        num_models += bounds(serve.value_replicas).min * count
     cpus, gpus = (num_models + 1) * serve.cpus_per_replica, num_models * serve.gpus_per_replica
     slots = [node.slots(serve.cpus_per_replica, serve.gpus_per_replica) for node in nodes]
     # For models, with the gateway on each of the machines that have room for it.

@@ -79,7 +79,7 @@ def deploy(config: Config, limit_s: float = 300.0) -> str:
     objectives = list(values.published(store))
     if not objectives:
         raise DeployError(f"nothing is published in {store.root}: run the pipeline first, or choose another run=NAME")
-    check_serving(config, cluster.nodes())
+    check_serving(config, cluster.nodes(), len(objectives))
     args = main_args(config)
     open_keys(args)  # reports a missing file here, in one line
     model = load_skeleton(config.base.model).model

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mavis_dist import config
+from mavis_dist.plan import PlanError
 from tests.tiny import MODEL, write_base, write_models
 
 
@@ -62,6 +63,15 @@ def is_serve_running() -> bool:
     from ray.serve.context import _get_global_client
 
     return _get_global_client(raise_if_no_controller_running=False) is not None
+
+
+def test_published_objectives_that_the_config_does_not_name_need_room_too(ray_address, tmp_path):
+    from serve.app import deploy
+
+    write_models(tmp_path, "run", ("brief", "positive"))
+    with pytest.raises(PlanError, match=r"needs 2\.4 CPU .* for 3 processes with models and a gateway"):
+        deploy(settings(tmp_path, "127.0.0.1", 1, placement="replicas", cpus_per_replica=0.6))
+    assert not is_serve_running()
 
 
 @pytest.mark.parametrize("shares", [False, True])

@@ -80,6 +80,8 @@ def test_a_service_that_can_never_be_placed_is_named() -> None:
     check_serving(config(serve={"cpus_per_replica": 0.4}), [Node(2)])
     with pytest.raises(PlanError, match=r"needs 2\.5 CPU .* lower serve\.cpus_per_replica"):
         check_serving(config(serve={"cpus_per_replica": 0.5}), [Node(2)])
+    with pytest.raises(PlanError, match=r"needs 2\.4 CPU .* for 5 processes"):
+        check_serving(config(serve={"cpus_per_replica": 0.4}), [Node(2)], num_objectives=4)
 
 
 def test_a_service_is_placed_machine_by_machine() -> None:
