@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,14 @@ def finish(job: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == code, err[-3000:]
     return out, err
+
+
+def url_of(job: subprocess.Popen[str]) -> str:
+    """The URL of the service that a job starts, once it answers."""
+    assert job.stdout is not None
+    line = job.stdout.readline()
+    assert line, job.communicate()[1][-3000:]
+    return str(re.findall(r"(http://\S+)/v1", line)[0])
 
 
 def run_here(capsys: pytest.CaptureFixture[str], config_file: Path, *overrides: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from benchmarks.common.nodes import drain, ray_nodes
 from benchmarks.common.service import free_port
 from jobs import scale
 from serve.dashboard import Dashboard
-from tests.cluster.jobs import start
+from tests.cluster.jobs import start, url_of
 from tests.tiny import MODEL, write_models
 
 pytestmark = pytest.mark.long
@@ -83,10 +82,7 @@ def served(cluster: Any, config: Path) -> Iterator[str]:
     """The URL of a service that a job serves until the end of the block."""
     job = start(config, cluster.address, job="serve")
     try:
-        assert job.stdout is not None
-        line = job.stdout.readline()
-        assert line, job.communicate()[1][-3000:]
-        yield re.findall(r"(http://\S+)/v1", line)[0]
+        yield url_of(job)
     finally:
         job.terminate()
         job.communicate(timeout=LIMIT_S)

@@ -22,7 +22,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from benchmarks.common.nodes import ray_nodes
 from benchmarks.common.service import free_port
 from mavis_dist.store.files import MARKER, Store
-from tests.cluster.jobs import LIMIT_S, finish, hashes, start
+from tests.cluster.jobs import LIMIT_S, finish, hashes, start, url_of
 from tests.root import ROOT
 from tests.s3 import Answer, S3Server, refusal, s3_server
 from tests.tiny import MODEL, write_models
@@ -191,10 +191,9 @@ def test_a_service_loads_its_models_from_a_bucket(
 def check_service(job: subprocess.Popen[str], model: str) -> None:
     """A job that serves answers a request that is steered, and ends."""
     try:
-        assert job.stdout is not None
-        url = re.findall(r"http://\S+/v1", job.stdout.readline())[0]
+        url = url_of(job)
         asked = {"model": model, "prompt": "a", "objective_weights": {"brief": 1.0}, "max_tokens": 3}
-        answer = httpx.post(f"{url}/completions", json=asked, timeout=60)
+        answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 3
     finally:
